@@ -1,0 +1,75 @@
+"""Figures: one style, one colour per method everywhere, one way to save and show them."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from IPython.display import Image, Markdown, display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+_PALETTE = sns.color_palette("colorblind")
+COLOURS = {"base": _PALETTE[3], "rope_base_only": _PALETTE[1], "extended": _PALETTE[0], "published": (0.35, 0.35, 0.35)}
+LABELS = {"base": "base", "rope_base_only": "base, only RoPE base raised", "extended": "extended (LoRA)"}
+
+
+def use_style() -> None:
+    """Set the one style of all figures."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "figure.figsize": (8.0, 4.2),
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 12,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 11,
+            "axes.grid": True,
+            "grid.alpha": 0.35,
+            "grid.linewidth": 0.6,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "legend.frameon": False,
+            "legend.fontsize": 10,
+            "lines.linewidth": 1.8,
+        }
+    )
+
+
+def save_figure(figure: Figure, folder: Path, slug: str, number: str, caption: str, alt: str) -> None:
+    """Write folder/SLUG.png, show it with alt text, and print its caption under it.
+
+    Args:
+        slug: "NN_what_it_shows".
+        number: the figure's number, for example "6.1".
+        caption: one or two sentences; say whether numbers are live, recorded or published.
+        alt: what a reader who cannot see the figure should know.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug}.png"
+    # Without the Software entry the same figure gives the same bytes under another matplotlib.
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    display(Image(data=path.read_bytes(), alt=alt, width=int(figure.get_figwidth() * 100)))
+    display(Markdown(f"**Figure {number}.** {caption}"))
+
+
+def token_axis(axes: Axes, ticks: list[int], label: str) -> None:
+    """A logarithmic x axis in tokens with ticks written 512, 1,024, 4K, ..."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: tokens_text(value)))
+    axes.set_xlabel(label)
+
+
+def tokens_text(tokens: float) -> str:
+    """1536 -> "1,536", 4096 -> "4K", 1048576 -> "1M"."""
+    for unit, suffix in ((2**20, "M"), (2**10, "K")):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{int(tokens // unit):,}{suffix}"
+    return f"{tokens:,.0f}"

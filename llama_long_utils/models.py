@@ -1,0 +1,286 @@
+"""Loading a base in NF4 with a raised RoPE base, LoRA adapters on it, and merging them.
+
+A PEFT adapter does not know the RoPE base it was trained with, and on a base with other settings it
+runs without an error. So each adapter here travels with a card, and loading compares the card with
+the base.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.presets import Lora
+from llama_long_utils.rope import inverse_frequencies, rope_parameters
+
+CARD = "adapter_card.json"
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+EMBEDDINGS = ["embed_tokens"]
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What an adapter needs from its base, and where it comes from."""
+
+    base: str
+    base_sha256: str
+    rope_base: float
+    window: int
+    data: dict[str, Any]
+    training: dict[str, Any]
+    versions: dict[str, str]
+
+
+def locate_model(source: str) -> Path:
+    """The folder with a model's files; checked before anything heavy, downloaded if on the hub.
+
+    Raises:
+        RuntimeError: the hub does not give the model (no network, no access, no such name).
+        ValueError: a file is missing, truncated or not safetensors.
+    """
+    folder = REPOSITORY / source
+    if not folder.is_dir():
+        folder = _download(source)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors weights (other formats are not loaded)")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or corrupt ({error}): delete it and fetch it again") from error
+    return folder
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        hf_hub_download(source, "config.json")  # small: fails at once without access or network
+        wanted = ["*.safetensors", "*.json", "tokenizer*"]
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except Exception as error:
+        raise RuntimeError(
+            f"cannot get the model {source!r}: it is neither a folder of this repository nor to be had from the hub "
+            f"({type(error).__name__}). With a network: accept the licence on the model's page if it has one, then "
+            "log in with `hf auth login` or set HF_TOKEN. Without: run the preset 'tiny', which needs neither."
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_base(
+    folder: Path, *, rope_base: float, window: int, quantized: bool = True, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """Load a Llama with the RoPE base and the window given, on the GPU if there is one.
+
+    Args:
+        folder: from `locate_model`.
+        rope_base: passed at load, where it takes effect, and verified on the built model.
+        window: becomes `max_position_embeddings`, in tokens.
+        quantized: NF4 with double quantisation for the linear layers (embeddings, head and norms
+            stay bf16), through bitsandbytes on a CPU as on a GPU; else everything in bf16.
+        attention: name of the attention implementation in transformers.
+    """
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=quantization if quantized else None,
+        dtype=torch.bfloat16,
+        rope_parameters=rope_parameters(rope_base),
+        max_position_embeddings=window,
+        attn_implementation=attention,
+        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+        local_files_only=True,
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # A forward without gradients in eval mode would repack the weights for inference on CPUs
+            # with AVX512-BF16, and from then on most LoRA matrices would silently get no gradient.
+            module.support_avx512bf16_for_cpu = False
+    check_rope(model, rope_base)
+    return model
+
+
+def check_rope(model: PreTrainedModel | PeftModel, rope_base: float) -> None:
+    """Raise ValueError unless the model rotates by exactly the fp32 frequencies of `rope_base`."""
+    rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+    expected = inverse_frequencies(2 * len(rotary.inv_freq), rope_base).to(rotary.inv_freq.device)
+    if rotary.inv_freq.dtype != torch.float32:
+        raise ValueError(
+            f"inv_freq is {rotary.inv_freq.dtype}, which loses radians at long range: load with dtype=, do not cast"
+        )
+    if not torch.allclose(rotary.inv_freq, expected, rtol=1e-6, atol=0):
+        raise ValueError(f"the model does not rotate with RoPE base {rope_base:,.0f}: give the base at load")
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over a model's safetensors files: two bases agree only if every weight does."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
+    """Add trainable LoRA matrices and, through `modules_to_save`, trainable norms and embeddings.
+
+    Trainable copies are fp32 (a bf16 norm weight near 1 moves in steps of 1/128) while what they put
+    out stays bf16, so that the residual stream and the layer checkpoints stay bf16 too. That is why
+    PEFT's `prepare_model_for_kbit_training`, which turns them to fp32, is not used.
+
+    Raises:
+        ValueError: embeddings are to be trained but are tied to the head.
+    """
+    saved = NORMS * settings.train_norms + EMBEDDINGS * settings.train_embeddings
+    if settings.train_embeddings and model.config.tie_word_embeddings:
+        raise ValueError("train_embeddings = true needs a base with untied embeddings: set it to false")
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        modules_to_save=saved or None,
+    )
+    return _keep_residual_stream(get_peft_model(model, config))
+
+
+def _keep_residual_stream(model: PeftModel) -> PeftModel:
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            dtype = module.original_module.weight.dtype
+            for copy in module.modules_to_save.values():
+                copy.float().register_forward_hook(lambda _module, _inputs, output, dtype=dtype: output.to(dtype))
+    return model
+
+
+def check_lora_gradients(model: PeftModel) -> None:
+    """Raise RuntimeError if, after a backward pass, a LoRA-B matrix has no gradient."""
+    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+    dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
+    if dead:
+        raise RuntimeError(
+            f"{len(dead)} of {len(matrices)} LoRA-B matrices got no gradient, the first {dead[0]}: "
+            "gradient checkpointing or a repacked 4-bit weight cut the graph"
+        )
+
+
+def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
+    """Write a standard PEFT adapter, its card and a README into a new folder, all or nothing."""
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
+    model.save_pretrained(scratch, safe_serialization=True)
+    (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+    (scratch / "README.md").write_text(_readme(card))
+    replaced = folder.with_name(f"{folder.name}.{os.getpid()}.replaced")
+    if folder.exists():
+        folder.replace(replaced)
+    scratch.replace(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """Read an adapter's card; ValueError if there is none or a weight file is not whole."""
+    if not (folder / CARD).is_file():
+        raise ValueError(f"{folder} has no {CARD}: it is not an adapter of this collection; run 05_finetune_qlora")
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt"):
+            pass
+        return AdapterCard(**json.loads((folder / CARD).read_text()))
+    except (SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the adapter in {folder} is truncated or corrupt ({error}): train it again") from error
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
+    """Put a saved adapter on a base, refusing a base that it was not trained on.
+
+    Args:
+        model: the loaded base.
+        adapter: folder of the adapter.
+        base: folder that `model` was loaded from.
+
+    Raises:
+        ValueError: the weights, the RoPE base or the window differ from the card's.
+    """
+    card = read_card(adapter)
+    loaded = model.config.rope_parameters["rope_theta"]
+    if loaded != card.rope_base or model.config.max_position_embeddings != card.window:
+        raise ValueError(
+            f"the adapter in {adapter} was trained with RoPE base {card.rope_base:,.0f} and window {card.window:,}, "
+            f"the model is loaded with {loaded:,.0f} and {model.config.max_position_embeddings:,}: "
+            f"use load_base(..., rope_base={card.rope_base:.0f}, window={card.window})"
+        )
+    check_rope(model, card.rope_base)
+    found = weights_sha256(base)
+    if found != card.base_sha256:
+        raise ValueError(
+            f"the adapter in {adapter} was trained on {card.base} (sha256 {card.base_sha256[:12]}), "
+            f"not on the weights in {base} (sha256 {found[:12]}): use its own base or train a new adapter"
+        )
+    return _keep_residual_stream(PeftModel.from_pretrained(model, adapter))
+
+
+def merge_adapter(adapter: Path, base: Path, folder: Path) -> Path:
+    """Merge an adapter into the 16-bit base: a standalone model with the right RoPE in its config.
+
+    The adapter was trained beside 4-bit weights; merged into the 16-bit ones it meets weights
+    without the quantisation error. `05_finetune_qlora` measures what that changes.
+    """
+    card = read_card(adapter)
+    model = load_base(base, rope_base=card.rope_base, window=card.window, quantized=False)
+    merged = load_adapter(model, adapter, base).merge_and_unload()
+    for module in merged.modules():
+        if isinstance(module, nn.Module) and type(module).__name__.endswith("RMSNorm"):
+            module.to(torch.bfloat16)
+            module._forward_hooks.clear()
+    merged.get_input_embeddings().to(torch.bfloat16)
+    merged.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result can depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+
+
+def _readme(card: AdapterCard) -> str:
+    lines = [f"- {name}: {value}" for name, value in asdict(card).items()]
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {card.base}\n---\n# LoRA adapter: window {card.window:,} tokens\n\n"
+        f"Trained on the NF4 base with RoPE base {card.rope_base:,.0f}. PEFT does not store that: load it with\n"
+        "`llama_long_utils.models.load_adapter`, which refuses a base with other RoPE settings.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )

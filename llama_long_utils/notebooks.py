@@ -1,0 +1,96 @@
+"""The notebooks: their one order, and what each of them does first and last."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_long_utils.documents import REPOSITORY
+
+if TYPE_CHECKING:
+    from llama_long_utils.presets import Preset
+
+FOLDER = REPOSITORY / "notebooks"
+
+
+@dataclass(frozen=True)
+class Notebook:
+    slug: str
+    title: str
+    question: str
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.slug}.ipynb"
+
+
+# The one list: the README's index, the links between notebooks and `make run` follow it. A notebook
+# is delivered when its file exists; the others are the plan.
+SEQUENCE = [
+    Notebook("01_rope_explained", "RoPE explained", "How does a Llama know where a token stands?"),
+    Notebook("02_rope_scaling", "RoPE scaling", "How can RoPE be scaled, and why does raising the base win?"),
+    Notebook("03_long_documents", "Long documents", "What does a model have to read to learn long context?"),
+    Notebook("04_one_gpu_budget", "One GPU", "What fits on one GPU, and how long does it take?"),
+    Notebook("05_finetune_qlora", "Finetuning with QLoRA", "How is a 4-bit Llama taken from a short to a long window?"),
+    Notebook("06_perplexity_by_position", "Perplexity by position", "Does the extended model use what lies far back?"),
+    Notebook("07_long_range_retrieval", "Long-range retrieval", "Can it find one sentence in a long text?"),
+    Notebook("08_benchmark_deltas", "Benchmark deltas", "What does the extension do to short and long tasks?"),
+    Notebook("09_instruction_tuning", "Instruction tuning", "How does a long base model become a chat model?"),
+    Notebook("10_preference_tuning", "Preference tuning", "Does preference tuning keep long context?"),
+    Notebook("11_ablations", "Ablations", "Which of the choices matter?"),
+    Notebook("12_pretraining_curriculum", "Pretraining curriculum", "When should pretraining sequences become long?"),
+]
+
+
+def delivered() -> list[Notebook]:
+    """The notebooks that exist, in order."""
+    return [notebook for notebook in SEQUENCE if notebook.path.is_file()]
+
+
+def links(slug: str) -> str:
+    """Markdown with the delivered notebooks before and after this one."""
+    present = delivered()
+    place = [notebook.slug for notebook in present].index(slug)
+    parts = []
+    if place > 0:
+        parts.append(f"← [{present[place - 1].title}]({present[place - 1].slug}.ipynb)")
+    parts.append("[all notebooks](../README.md#the-notebooks)")
+    if place + 1 < len(present):
+        parts.append(f"[{present[place + 1].title}]({present[place + 1].slug}.ipynb) →")
+    return " · ".join(parts)
+
+
+def index() -> str:
+    """Markdown table of the delivered notebooks, then one line that names the planned ones."""
+    rows = [f"| [{n.slug[:2]}](notebooks/{n.slug}.ipynb) | {n.title} | {n.question} |" for n in delivered()]
+    planned = [f"{n.slug[:2]} {n.title}" for n in SEQUENCE if n not in delivered()]
+    table = "\n".join(["| | notebook | its question |", "|---|---|---|", *rows])
+    return table + (f"\n\nPlanned, not there yet: {', '.join(planned)}." if planned else "")
+
+
+def check(claim: str, holds: bool) -> None:
+    """Print a claim that holds; raise AssertionError with it if it does not."""
+    if not holds:
+        raise AssertionError(f"does not hold: {claim}")
+    print(f"holds: {claim}")
+
+
+def start(namespace: dict[str, Any], parameters: list[str]) -> "Preset":
+    """The first thing a notebook does: check its parameters, set the style, silence the libraries.
+
+    The imports stand in here because bitsandbytes and transformers speak up when they are imported.
+    """
+    for name in ("bitsandbytes", "transformers", "peft", "torch", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    from llama_long_utils.figures import use_style
+    from llama_long_utils.presets import preset_from_parameters
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if "JPY_SESSION_NAME" not in os.environ:  # set by Jupyter's server: somebody is watching
+        transformers_logging.disable_progress_bar()
+    use_style()
+    return preset_from_parameters(namespace, parameters)

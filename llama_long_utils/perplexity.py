@@ -1,0 +1,149 @@
+"""Perplexity by position: what each token costs, given everything before it in its document.
+
+One uncached forward pass per document scores every token with its full context. Means are over
+tokens (sum of nats / number of tokens), bands are over documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from scipy.optimize import least_squares
+from transformers import PreTrainedModel
+
+from llama_long_utils.documents import TokenizedDocument
+from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
+
+
+@torch.no_grad()
+def token_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, tokens: int) -> np.ndarray:
+    """NLL of every token but BOS in the first `tokens` of a document, in nats: float32.
+
+    Shape (min(tokens, length) - 1,). Entry i is the cost of the token at position i + 1, given the
+    i + 1 tokens before it (BOS is one of them and is never scored itself).
+    """
+    ids = torch.from_numpy(document.token_ids[:tokens]).long()[None].to(model.device)
+    hidden = hidden_states(model, ids)
+    return next_token_nll(hidden, causal_lm(model).get_output_embeddings(), ids, reduction="none")[0].cpu().numpy()
+
+
+def check_lengths(documents: Sequence[TokenizedDocument], tokens: int) -> None:
+    """Raise ValueError if no document has `tokens` tokens."""
+    longest = max((document.tokens for document in documents), default=0)
+    if longest < tokens:
+        raise ValueError(
+            f"no held-out document has {tokens:,} tokens: the longest of {len(documents)} has {longest:,} tokens; "
+            "lower evaluation.tokens or hold out longer documents"
+        )
+
+
+def bucket_sums(nll: Sequence[np.ndarray], edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of NLL and number of tokens per document and position bucket.
+
+    Args:
+        nll: one array per document, from `token_nll`.
+        edges: bucket k holds the tokens at positions edges[k] <= position < edges[k + 1].
+
+    Returns:
+        (nats, tokens), each of shape (documents, len(edges) - 1).
+    """
+    nats = np.array([[row[low - 1 : high - 1].sum(dtype=np.float64) for low, high in pairwise(edges)] for row in nll])
+    tokens = np.array([[len(row[low - 1 : high - 1]) for low, high in pairwise(edges)] for row in nll])
+    return nats, tokens
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Resampled documents, the same for every arm, so that differences are paired."""
+
+    documents: int
+    samples: int
+    seed: int
+
+    def weights(self) -> np.ndarray:
+        """How often each sample draws each document: shape (samples, documents)."""
+        generator = np.random.default_rng(self.seed)
+        return generator.multinomial(self.documents, np.full(self.documents, 1 / self.documents), size=self.samples)
+
+    def interval(self, nats: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """95% percentile interval of sum(nats) / sum(tokens) over documents, per bucket."""
+        weights = self.weights()
+        with np.errstate(invalid="ignore"):  # a sample may miss every document of a bucket: 0 / 0
+            means = (weights @ nats) / (weights @ tokens)
+        low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
+        return low, high
+
+
+def nll_table(
+    arm: str, nll: Sequence[np.ndarray], edges: Sequence[int], *, bootstrap_samples: int, seed: int
+) -> pd.DataFrame:
+    """Token-weighted mean NLL per position bucket with its 95% interval over documents.
+
+    Columns: arm, position_low, position_high, nll, low, high (nats), documents, tokens.
+    """
+    nats, tokens = bucket_sums(nll, edges)
+    low, high = Bootstrap(len(nll), bootstrap_samples, seed).interval(nats, tokens)
+    return pd.DataFrame(
+        {
+            "arm": arm,
+            "position_low": edges[:-1],
+            "position_high": edges[1:],
+            "nll": nats.sum(axis=0) / tokens.sum(axis=0),
+            "low": low,
+            "high": high,
+            "documents": (tokens > 0).sum(axis=0),
+            "tokens": tokens.sum(axis=0),
+        }
+    )
+
+
+def paired_difference(
+    first: Sequence[np.ndarray], second: Sequence[np.ndarray], low: int, high: int, *, bootstrap_samples: int, seed: int
+) -> tuple[float, float, float]:
+    """Mean NLL of `first` minus `second` at positions [low, high), with its 95% interval, in nats."""
+    nats_first, tokens = bucket_sums(first, [low, high])
+    nats_second, _ = bucket_sums(second, [low, high])
+    difference = nats_first - nats_second
+    below, above = Bootstrap(len(first), bootstrap_samples, seed).interval(difference, tokens)
+    return float(difference.sum() / tokens.sum()), float(below[0]), float(above[0])
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """L(c) = (alpha / c) ** beta + gamma (arXiv:2309.16039, section 3.1), L in nats, c in tokens."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    rmse: float
+
+    def __call__(self, context: np.ndarray) -> np.ndarray:
+        return (self.alpha / context) ** self.beta + self.gamma
+
+
+def fit_power_law(context: np.ndarray, loss: np.ndarray) -> PowerLaw:
+    """Least squares in log-loss, the fit that comes nearest to the paper's own parameters.
+
+    Args:
+        context: shape (n,), tokens of context.
+        loss: shape (n,), nats.
+
+    Returns:
+        The law; `rmse` is the root mean square error of the loss itself, in nats.
+    """
+
+    def law(parameters: np.ndarray) -> np.ndarray:
+        log_alpha, beta, gamma = parameters
+        return np.exp(beta * (log_alpha - np.log(context))) + gamma
+
+    fit = least_squares(
+        lambda parameters: np.log(law(parameters)) - np.log(loss),
+        x0=[np.log(20.0), 0.5, 0.9 * loss.min()],
+        bounds=([-20.0, 0.01, 0.0], [20.0, 5.0, loss.max()]),
+    )
+    rmse = float(np.sqrt(np.mean((law(fit.x) - loss) ** 2)))
+    return PowerLaw(float(np.exp(fit.x[0])), float(fit.x[1]), float(fit.x[2]), rmse)

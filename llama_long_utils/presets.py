@@ -1,0 +1,157 @@
+"""Presets: every number that differs between a laptop and a GPU, in one file each, in presets/."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.training import TrainingSettings
+
+FOLDER = REPOSITORY / "presets"
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class BaseModel:
+    """The model to extend. `source` is a folder of this repository or a model on the hub."""
+
+    source: str
+    window: int
+    rope_base: float
+    head_dim: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Extension:
+    """What it is extended to: a window in tokens and a RoPE base."""
+
+    window: int
+    rope_base: float
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """Document sources (see `documents.load_documents`) and how many of each are held out."""
+
+    sources: list[str]
+    held_out: dict[str, int]
+    minimum_characters: int
+    split_seed: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Lora:
+    rank: int
+    alpha: int
+    target_modules: list[str]
+    train_norms: bool
+    train_embeddings: bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluation:
+    """How far held-out documents are read (tokens), the position buckets, the bootstrap."""
+
+    tokens: int
+    bucket_edges: list[int]
+    bootstrap_samples: int
+    seed: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Preset:
+    name: str
+    needs: str
+    base: BaseModel
+    extension: Extension
+    data: Data
+    lora: Lora
+    training: TrainingSettings
+    evaluation: Evaluation
+
+    @property
+    def run_folder(self) -> Path:
+        """Where runs of this preset write; nothing else is written by a notebook."""
+        return REPOSITORY / "runs" / self.name
+
+
+def preset_names() -> list[str]:
+    """The presets there are, by name."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_preset(name: str) -> Preset:
+    """Read and validate presets/NAME.toml.
+
+    Raises:
+        ValueError: there is no such preset, or a key is unknown, missing or of the wrong type; the
+            message names it and the closest known name.
+    """
+    if name not in preset_names():
+        raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{_closest(name, preset_names())}")
+    try:
+        values = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+        preset = TypeAdapter(Preset).validate_python({"name": name, **values})
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"presets/{name}.toml is not valid TOML: {error}") from error
+    except ValidationError as error:
+        raise ValueError(f"presets/{name}.toml: {_explain(error)}") from None
+    _check_consistency(preset)
+    return preset
+
+
+def preset_from_parameters(namespace: dict[str, Any], parameters: list[str]) -> Preset:
+    """The preset that a notebook's parameters ask for, after checking that all of them are known.
+
+    papermill only warns about a parameter that the notebook does not have; it still defines it, so
+    an unknown one is a literal in the namespace under a name that is not in `parameters`.
+
+    Args:
+        namespace: the notebook's `globals()`, in the cell right after the parameters.
+        parameters: the names the notebook has.
+    """
+    literals = (str, int, float, bool, list, dict, type(None))
+    builtin = {"In", "Out", "exit", "quit"}
+    for name, value in namespace.items():
+        known = name in parameters or name in builtin or name.startswith("_")
+        if not known and isinstance(value, literals):
+            raise ValueError(f"unknown parameter {name!r}: this notebook has {parameters}{_closest(name, parameters)}")
+    return load_preset(namespace["preset"])
+
+
+def _check_consistency(preset: Preset) -> None:
+    if preset.training.window > preset.extension.window:
+        raise ValueError(
+            f"presets/{preset.name}.toml: training.window = {preset.training.window} is longer than "
+            f"extension.window = {preset.extension.window}"
+        )
+    edges = preset.evaluation.bucket_edges
+    if sorted(set(edges)) != edges or edges[-1] != preset.evaluation.tokens:
+        raise ValueError(
+            f"presets/{preset.name}.toml: evaluation.bucket_edges must rise and end at evaluation.tokens = "
+            f"{preset.evaluation.tokens}, got {edges}"
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    known = [field for part in (Preset, BaseModel, Extension, Data, Lora, TrainingSettings, Evaluation)
+             for field in part.__dataclass_fields__]  # fmt: skip
+    messages = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "unexpected_keyword_argument":
+            messages.append(f"unknown key {key!r}{_closest(str(problem['loc'][-1]), known)}")
+        elif problem["type"] in ("missing", "missing_argument"):
+            messages.append(f"key {key!r} is missing")
+        else:
+            messages.append(f"{key} = {problem['input']!r}: {problem['msg']}")
+    return "; ".join(messages)
+
+
+def _closest(name: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,141 @@
+"""Records: what a run measured, with where and how, as JSON that pandas reads in one line.
+
+The schema is described in data/README.md. Numbers measured by others live in data/published/, each
+file with its source, and are read here too, so that no published number stands in code.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.models import library_versions
+
+SCHEMA = 1
+RESULTS = REPOSITORY / "data" / "results"
+PUBLISHED = REPOSITORY / "data" / "published"
+KEYS = {"schema", "preset", "question", "provenance", "tables"}
+PROVENANCE = {"command", "commit", "date", "device", "versions", "seeds", "seconds"}
+
+
+def write_record(
+    folder: Path,
+    slug: str,
+    *,
+    preset: str,
+    question: str,
+    tables: dict[str, pd.DataFrame],
+    seeds: dict[str, int],
+    seconds: float,
+) -> Path:
+    """Write folder/SLUG.json, atomically.
+
+    Args:
+        slug: the notebook's name, for example "06_perplexity_by_position".
+        tables: rows in long format; floats are kept to six significant digits.
+        seconds: how long the measured part took.
+    """
+    record = {
+        "schema": SCHEMA,
+        "preset": preset,
+        "question": question,
+        "provenance": {
+            "command": f"papermill notebooks/{slug}.ipynb -p preset {preset}",
+            "commit": _commit(),
+            "date": datetime.date.today().isoformat(),
+            "device": device_name(),
+            "versions": {"python": platform.python_version(), **library_versions()},
+            "seeds": seeds,
+            "seconds": round(seconds, 1),
+        },
+        "tables": {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()},
+    }
+    text = json.dumps(_rounded(record), indent=1) + "\n"
+    return write_atomically(folder / f"{slug}.json", text.encode())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read and validate a record.
+
+    Raises:
+        ValueError: the file is missing, half-written or not of this schema; the message says which.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no record {path}: run its notebook first") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"record {path} is half-written or corrupt ({error}): run its notebook again") from error
+    problems = []
+    if set(record) != KEYS or record["schema"] != SCHEMA:
+        problems.append(f"the keys must be {sorted(KEYS)} with schema = {SCHEMA}, found {sorted(record)}")
+    else:
+        if set(record["provenance"]) != PROVENANCE:
+            problems.append(f"provenance needs {sorted(PROVENANCE)}, has {sorted(record['provenance'])}")
+        for name, rows in record["tables"].items():
+            if not rows or any(set(row) != set(rows[0]) for row in rows):
+                problems.append(f"table {name!r} must have rows, all with the same columns")
+    if problems:
+        raise ValueError(f"record {path}: {'; '.join(problems)}")
+    return record
+
+
+def read_table(path: Path, table: str) -> pd.DataFrame:
+    """One table of a record."""
+    return pd.DataFrame(read_record(path)["tables"][table])
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """Write a compressed .npz that `numpy.load` reads without pickle, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez_compressed(scratch, **arrays)
+    scratch.replace(path)
+    return path
+
+
+def read_published(name: str) -> dict[str, Any]:
+    """Read data/published/NAME.json: {"source": ..., ...} as transcribed or digitised."""
+    return json.loads((PUBLISHED / f"{name}.json").read_text())
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write a file so that at every moment either the old one or the whole new one is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_bytes(content)
+    scratch.replace(path)
+    return path
+
+
+def device_name() -> str:
+    """The GPU's name, or what matters of the CPU: threads and instruction set."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(REPOSITORY)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode != 0:
+        return "unknown"
+    code = ["llama_long_utils", "presets", "data/tiny-llama"]
+    changed = subprocess.run([*git, "status", "--porcelain", *code], capture_output=True, text=True).stdout
+    return head.stdout.strip() + (" with uncommitted changes" if changed else "")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,183 @@
+"""Runs the notebooks headless: `make run`, `make notebooks`, or one with `--only`.
+
+A run writes below runs/PRESET/ only. Run again, it skips every notebook that finished with the same
+code, preset and parameters, so an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+
+from llama_long_utils import notebooks
+from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.models import locate_model
+from llama_long_utils.notebooks import Notebook, delivered
+from llama_long_utils.presets import Preset, load_preset
+from llama_long_utils.records import RESULTS, read_record, write_atomically
+
+# They differ between two runs that agree in every result.
+TIMING_COLUMNS = {"tokens_per_second", "peak_gib"}
+
+
+def run(preset: Preset, chosen: list[Notebook], parameters: dict[str, Any], *, again: bool = False) -> None:
+    """Execute notebooks in order by papermill, one progress line each.
+
+    Raises:
+        ValueError: a parameter that a chosen notebook does not have.
+        papermill.PapermillExecutionError: a cell failed; the notebook so far is in runs/.
+    """
+    for notebook in chosen:
+        check_parameters(notebook, parameters)
+    locate_model(preset.base.source)
+    done_file = preset.run_folder / "done.json"
+    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    for number, notebook in enumerate(chosen, start=1):
+        fingerprint = run_key(notebook, preset, parameters)
+        line = f"[{number}/{len(chosen)}] {notebook.slug}"
+        if done.get(notebook.slug) == fingerprint and not again:
+            print(f"{line}: finished before (--again runs it anew)", flush=True)
+            continue
+        print(f"{line} ...", flush=True)
+        started = time.perf_counter()
+        output = preset.run_folder / "notebooks" / notebook.path.name
+        output.parent.mkdir(parents=True, exist_ok=True)
+        papermill.execute_notebook(
+            notebook.path,
+            output,
+            parameters={"preset": preset.name, **parameters},
+            cwd=notebook.path.parent,
+            progress_bar=False,
+        )
+        done[notebook.slug] = fingerprint
+        write_atomically(done_file, json.dumps(done, indent=1).encode())
+        print(f"{line}: {time.perf_counter() - started:.0f} s", flush=True)
+    figures = sorted(preset.run_folder.glob("figures/*.png"))
+    print("figures:", *(path.relative_to(REPOSITORY) for path in figures), sep="\n  ")
+
+
+def check_parameters(notebook: Notebook, parameters: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter that the notebook does not have (papermill only warns)."""
+    known = papermill.inspect_notebook(notebook.path)
+    for name in {"preset", *parameters}:
+        if name not in known:
+            raise ValueError(f"{notebook.slug} has no parameter {name!r}: it has {sorted(known)}")
+
+
+def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any]) -> str:
+    """A hash of everything a notebook's results depend on."""
+    cells = [cell.source for cell in nbformat.read(notebook.path, as_version=4).cells]
+    key = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())
+    modules = sorted((REPOSITORY / "llama_long_utils").glob("*.py"))
+    for path in [*modules, REPOSITORY / "presets" / f"{preset.name}.toml"]:
+        key.update(path.read_bytes())
+    return key.hexdigest()
+
+
+def store_outputs(preset: Preset) -> None:
+    """Copy what a run of all notebooks left in runs/ to where it is committed.
+
+    The notebooks get the outputs of their run, the figures go to figures/, and a record replaces the
+    committed one only if a result differs, so that storing the same run twice changes nothing.
+    """
+    for notebook in delivered():
+        stored = nbformat.read(notebook.path, as_version=4)
+        executed = nbformat.read(preset.run_folder / "notebooks" / notebook.path.name, as_version=4)
+        ran = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        count = 0
+        for cell, run_cell in zip(stored.cells, ran, strict=True):
+            if cell.cell_type == "code":
+                count += 1
+                cell.outputs, cell.execution_count = run_cell.outputs, count
+                for output in cell.outputs:
+                    if "execution_count" in output:
+                        output["execution_count"] = count
+        write_notebook(stored, notebook.path)
+    for figure in sorted(preset.run_folder.glob("figures/*.png")):
+        write_atomically(REPOSITORY / "figures" / figure.name, figure.read_bytes())
+    for record in sorted(preset.run_folder.glob("records/*.json")):
+        store_record(record, RESULTS / preset.name)
+
+
+def store_record(record: Path, folder: Path) -> None:
+    """Copy a record and the arrays beside it into a folder, unless it holds the same results."""
+    committed = folder / record.name
+    if committed.is_file() and results(committed) == results(record):
+        return
+    for path in sorted(record.parent.glob(f"{record.stem}.*")):
+        write_atomically(folder / path.name, path.read_bytes())
+
+
+def results(record: Path) -> dict[str, list[dict[str, Any]]]:
+    """The tables of a record without the columns that time the machine."""
+    tables = read_record(record)["tables"]
+    return {
+        name: [{key: value for key, value in row.items() if key not in TIMING_COLUMNS} for row in rows]
+        for name, rows in tables.items()
+    }
+
+
+def write_links(check: bool = False) -> list[Path]:
+    """Write the README's index and each notebook's links from `notebooks.SEQUENCE`.
+
+    Args:
+        check: only return the files that are out of step.
+    """
+    changed = []
+    readme = REPOSITORY / "README.md"
+    text = readme.read_text()
+    new = re.sub(r"(?s)(<!-- index -->\n).*?(\n<!-- /index -->)", lambda m: m[1] + notebooks.index() + m[2], text)
+    if new != text:
+        changed.append(readme)
+        if not check:
+            write_atomically(readme, new.encode())
+    for notebook in delivered():
+        stored = nbformat.read(notebook.path, as_version=4)
+        last = stored.cells[-1]
+        line = notebooks.links(notebook.slug)
+        if last.source.splitlines()[-1] != line:
+            changed.append(notebook.path)
+            last.source = "\n".join([*last.source.splitlines()[:-1], line])
+            if not check:
+                write_notebook(stored, notebook.path)
+    return changed
+
+
+def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write a notebook atomically, ending in one newline."""
+    write_atomically(path, (nbformat.writes(notebook, version=4).rstrip("\n") + "\n").encode())
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.run", description=__doc__)
+    parser.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
+    parser.add_argument("--only", metavar="NN", help="run one notebook: its number or name")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    parser.add_argument("--again", action="store_true", help="run notebooks anew that finished before")
+    parser.add_argument("--store", action="store_true", help="store outputs, figures and records in the repository")
+    arguments = parser.parse_args()
+    chosen = [n for n in delivered() if arguments.only is None or n.slug.startswith(arguments.only)]
+    if not chosen:
+        parser.error(f"no notebook {arguments.only!r}: there are {[notebook.slug for notebook in delivered()]}")
+    if arguments.store and (arguments.only or arguments.p):
+        parser.error("--store stores a run of all notebooks at their defaults: leave out --only and -p")
+    try:
+        parameters = {name: yaml.safe_load(value) for name, value in arguments.p}
+        run(load_preset(arguments.preset), chosen, parameters, again=arguments.again)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from None
+    if arguments.store:
+        write_links()
+        store_outputs(load_preset(arguments.preset))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""One training loop, transformers' `Trainer`, for pretraining the tiny model and for LoRA.
+
+The subclass changes two things only: the loss comes from hidden states in chunks and is divided by
+the token count of the whole accumulated batch, and each step's log says tokens, speed and memory.
+"""
+
+import ctypes
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.packing import SequenceDataset, TrainingSequence
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Numbers of a training run. Tokens per step = window x sequences_per_step."""
+
+    window: int
+    steps: int
+    sequences_per_step: int
+    sequences_at_once: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    gradient_clipping: float
+    gradient_checkpointing: bool
+    long_document_weight: float
+    checkpoint_every: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.sequences_per_step % self.sequences_at_once:
+            raise ValueError(
+                f"sequences_per_step = {self.sequences_per_step} must be a multiple of "
+                f"sequences_at_once = {self.sequences_at_once}"
+            )
+
+
+class ChunkedLossTrainer(Trainer):
+    """`Trainer` whose loss is a sum over tokens / tokens in the accumulated batch."""
+
+    loss_is_scaled_for_ga = True
+    step_started = 0.0
+    tokens_in_step = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        labels = inputs.pop("labels")
+        hidden = hidden_states(model, **inputs)
+        self.tokens_in_step = int(num_items_in_batch)
+        return next_token_nll(hidden, causal_lm(model).get_output_embeddings(), labels) / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now = time.perf_counter()
+            seen = next((row["tokens"] for row in reversed(self.state.log_history) if "tokens" in row), 0)
+            logs["tokens"] = seen + self.tokens_in_step
+            logs["tokens_per_second"] = self.tokens_in_step / (now - self.step_started)
+            logs["peak_gib"] = peak_memory_gib()
+            self.step_started = now
+        super().log(logs, start_time)
+
+
+def train(
+    model: PreTrainedModel | PeftModel, sequences: list[TrainingSequence], settings: TrainingSettings, folder: Path
+) -> list[dict[str, float]]:
+    """Train in place and return one row per step: step, tokens, loss (nats), learning_rate, ...
+
+    Checkpoints go to `folder`; a second call with the same arguments goes on from the last whole
+    one, or only reads it if the run had finished.
+
+    Raises:
+        ValueError: `sequences` are not exactly what the settings ask for.
+        RuntimeError: after the first step a LoRA-B matrix has no gradient.
+    """
+    wanted = settings.steps * settings.sequences_per_step
+    if len(sequences) != wanted or len(sequences[0].input_ids) != settings.window:
+        raise ValueError(
+            f"{settings.steps} steps of {settings.sequences_per_step} sequences need {wanted} sequences of "
+            f"{settings.window} tokens, got {len(sequences)} of {len(sequences[0].input_ids)}"
+        )
+    keep_freed_memory()
+    set_seed(settings.seed)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.sequences_at_once,
+        gradient_accumulation_steps=settings.sequences_per_step // settings.sequences_at_once,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        optim="adamw_torch_fused",
+        max_grad_norm=settings.gradient_clipping,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+    trainer = ChunkedLossTrainer(model=model, args=arguments, train_dataset=SequenceDataset(sequences))
+    trainer.step_started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    columns = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_gib")
+    return [{name: row[name] for name in columns} for row in trainer.state.log_history if "loss" in row]
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; half-written newer ones are removed.
+
+    `Trainer` writes trainer_state.json last, so a checkpoint without a readable one is half-written.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    while checkpoints:
+        newest = checkpoints.pop()
+        try:
+            json.loads((newest / "trainer_state.json").read_text())
+            return str(newest)
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(newest)
+    return None
+
+
+def run_fingerprint(settings: TrainingSettings, sequences: list[TrainingSequence], **other: Any) -> str:
+    """Eight hexadecimal digits that name a run: the same settings, data and `other` give the same."""
+    key = hashlib.sha256(json.dumps({"settings": asdict(settings), **other}, sort_keys=True).encode())
+    for sequence in sequences:
+        key.update(sequence.input_ids.tobytes())
+    return key.hexdigest()[:8]
+
+
+def peak_memory_gib() -> float:
+    """Highest memory so far: allocated on the GPU if there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks: a training step allocates the same ones again.
+
+    Without it, each step returns them to the kernel and pays for the page faults. Does nothing with
+    another C library, or on a GPU (where torch has its own allocator).
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
+    if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
