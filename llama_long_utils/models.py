@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub import auth_check, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -29,10 +31,11 @@ from transformers import (
 )
 
 from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.presets import Lora
+from llama_long_utils.presets import Lora, Preset
 from llama_long_utils.rope import inverse_frequencies, rope_parameters
 
 CARD = "adapter_card.json"
+ADAPTERS = REPOSITORY / "data" / "adapters"
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 EMBEDDINGS = ["embed_tokens"]
 
@@ -75,18 +78,28 @@ def locate_model(source: str) -> Path:
 
 
 def _download(source: str) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-
+    wanted = {"allow_patterns": ["*.safetensors", "*.json", "tokenizer*"]}
     try:
-        hf_hub_download(source, "config.json")  # small: fails at once without access or network
-        wanted = ["*.safetensors", "*.json", "tokenizer*"]
-        return Path(snapshot_download(source, allow_patterns=wanted))
+        cached = Path(snapshot_download(source, local_files_only=True, **wanted))
+        if _whole(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        auth_check(source)  # one small request without retries: no network or no access ends here
+        return Path(snapshot_download(source, **wanted))
     except Exception as error:
         raise RuntimeError(
             f"cannot get the model {source!r}: it is neither a folder of this repository nor to be had from the hub "
             f"({type(error).__name__}). With a network: accept the licence on the model's page if it has one, then "
             "log in with `hf auth login` or set HF_TOKEN. Without: run the preset 'tiny', which needs neither."
         ) from None
+
+
+def _whole(folder: Path) -> bool:
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    return all((folder / name).is_file() for name in ["config.json", *shards])
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -208,6 +221,20 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
         folder.replace(replaced)
     scratch.replace(folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def find_adapter(preset: Preset, folder: str = "") -> Path:
+    """The adapter folder named, else the one trained by notebook 5, else the one in data/adapters.
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+    """
+    candidates = [Path(folder)] if folder else [preset.run_folder / "adapter", ADAPTERS / preset.name]
+    for candidate in candidates:
+        if (candidate / CARD).is_file():
+            read_card(candidate)
+            return candidate
+    raise ValueError(f"no adapter in {' or '.join(map(str, candidates))}: run 05_finetune_qlora first")
 
 
 def read_card(folder: Path) -> AdapterCard:

@@ -80,9 +80,9 @@ def check(claim: str, holds: bool) -> None:
 def start(namespace: dict[str, Any], parameters: list[str]) -> "Preset":
     """The first thing a notebook does: check its parameters, set the style, silence the libraries.
 
-    The imports stand in here because bitsandbytes and transformers speak up when they are imported.
+    The imports stand in here because transformers speaks up when it is imported.
     """
-    for name in ("bitsandbytes", "transformers", "peft", "torch", "huggingface_hub"):
+    for name in ("transformers", "peft", "torch", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

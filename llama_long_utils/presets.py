@@ -1,18 +1,18 @@
 """Presets: every number that differs between a laptop and a GPU, in one file each, in presets/."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.training import TrainingSettings
+from llama_long_utils.training import STRICT, TrainingSettings
 
 FOLDER = REPOSITORY / "presets"
-STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -95,7 +95,8 @@ def load_preset(name: str) -> Preset:
         raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{_closest(name, preset_names())}")
     try:
         values = tomllib.loads((FOLDER / f"{name}.toml").read_text())
-        preset = TypeAdapter(Preset).validate_python({"name": name, **values})
+        # As JSON, because pydantic's strict mode takes dataclasses from nothing else.
+        preset = TypeAdapter(Preset).validate_json(json.dumps({"name": name, **values}))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"presets/{name}.toml is not valid TOML: {error}") from error
     except ValidationError as error:

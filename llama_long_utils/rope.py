@@ -11,7 +11,7 @@ import torch
 
 def inverse_frequencies(head_dim: int, base: float) -> torch.Tensor:
     """Angle per token of each pair: fp32 tensor of shape (head_dim / 2,), in radians, falling from 1."""
-    return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 def wavelengths(inv_freq: torch.Tensor) -> torch.Tensor:

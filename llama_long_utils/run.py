@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import papermill
 import yaml
 
 from llama_long_utils import notebooks
 from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.figures import LABELS
 from llama_long_utils.models import locate_model
 from llama_long_utils.notebooks import Notebook, delivered
 from llama_long_utils.presets import Preset, load_preset
-from llama_long_utils.records import RESULTS, read_record, write_atomically
+from llama_long_utils.records import RESULTS, read_published, read_record, read_table, write_atomically
 
 # They differ between two runs that agree in every result.
 TIMING_COLUMNS = {"tokens_per_second", "peak_gib"}
@@ -124,8 +126,8 @@ def results(record: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def write_links(check: bool = False) -> list[Path]:
-    """Write the README's index and each notebook's links from `notebooks.SEQUENCE`.
+def write_generated(check: bool = False) -> list[Path]:
+    """Write what is made from other files: the README's index and results, the links of each notebook.
 
     Args:
         check: only return the files that are out of step.
@@ -133,7 +135,9 @@ def write_links(check: bool = False) -> list[Path]:
     changed = []
     readme = REPOSITORY / "README.md"
     text = readme.read_text()
-    new = re.sub(r"(?s)(<!-- index -->\n).*?(\n<!-- /index -->)", lambda m: m[1] + notebooks.index() + m[2], text)
+    new = text
+    for name, content in {"index": notebooks.index(), "results": results_summary()}.items():
+        new = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", new)
     if new != text:
         changed.append(readme)
         if not check:
@@ -148,6 +152,36 @@ def write_links(check: bool = False) -> list[Path]:
             if not check:
                 write_notebook(stored, notebook.path)
     return changed
+
+
+def results_summary() -> str:
+    """Markdown: NLL by position as recorded at preset tiny, beside published perplexities at 7B."""
+    path = RESULTS / "tiny" / "06_perplexity_by_position.json"
+    table = read_table(path, "nll_by_position")
+    provenance = read_record(path)["provenance"]
+    buckets = [(256, 512), (1024, 2048), (2048, 4096), (4096, 8192)]
+    head = " | ".join(f"{low:,} to {high:,}" for low, high in buckets)
+    lines = [f"| measured: NLL in nats, by position | {head} |", "|---|" + "---|" * len(buckets)]
+    for arm, rows in table.groupby("arm", sort=False):
+        cells = rows.set_index("position_low").loc[[low for low, _ in buckets]]
+        shown = [f"{row.nll:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in cells.itertuples()]
+        lines.append(f"| {LABELS[arm]} | {' | '.join(shown)} |")
+    lines += [
+        "",
+        f"Preset tiny, {table.documents.max()} held-out documents, 95% bootstrap over documents, {provenance['date']}, "
+        f"commit {provenance['commit']}, {provenance['device']} "
+        "([record](data/results/tiny/06_perplexity_by_position.json)). The window trained on ends at 4,096.",
+        "",
+    ]
+    published = pd.DataFrame(read_published("perplexity_by_context")["rows"])
+    contexts = sorted(published.context.unique())
+    lines.append(f"| published: perplexity on PG19 | {' | '.join(f'{context:,}' for context in contexts)} |")
+    lines.append("|---|" + "---|" * len(contexts))
+    for (paper, model), rows in published.groupby(["paper", "model"], sort=False):
+        values = rows.set_index("context").perplexity
+        cells = " | ".join(f"{values[context]:.2f}" if context in values else "-" for context in contexts)
+        lines.append(f"| {model} ({paper}) | {cells} |")
+    return "\n".join(lines)
 
 
 def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -175,8 +209,8 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
     if arguments.store:
-        write_links()
         store_outputs(load_preset(arguments.preset))
+        write_generated()
 
 
 if __name__ == "__main__":

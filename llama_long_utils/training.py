@@ -11,12 +11,14 @@ import platform
 import resource
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
@@ -24,8 +26,10 @@ from transformers.trainer_utils import set_seed
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.packing import SequenceDataset, TrainingSequence
 
+STRICT = ConfigDict(extra="forbid", strict=True)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class TrainingSettings:
     """Numbers of a training run. Tokens per step = window x sequences_per_step."""
 

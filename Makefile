@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PRESET ?= tiny
+
+.PHONY: run test lab data notebooks tiny-llama lock help
+
+help:
+	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
+	@echo "make test        install, then all tests, notebooks included"
+	@echo "make lab         install, then open the notebooks in JupyterLab"
+	@echo "make data        fetch the corpora into data/cache (part of the installation)"
+	@echo "make notebooks   execute the notebooks and store their outputs, figures and records"
+	@echo "make tiny-llama  train data/tiny-llama again (about an hour; needs a C++ compiler)"
+	@echo "make lock        write environment.yml and requirements.lock from pyproject.toml"
+
+$(INSTALLED): pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test]"
+	$(BIN)/python -m llama_long_utils.documents
+	@touch $@
+
+run: $(INSTALLED)
+	$(BIN)/python -m llama_long_utils.run --preset $(PRESET)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg tests notebooks
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks
+
+data: $(INSTALLED)
+	$(BIN)/python -m llama_long_utils.documents
+
+notebooks: $(INSTALLED)
+	$(BIN)/python -m llama_long_utils.run --preset $(PRESET) --again --store
+
+tiny-llama: $(INSTALLED)
+	$(BIN)/python -m llama_long_utils.tiny_llama
+
+lock: $(INSTALLED)
+	$(BIN)/python -m llama_long_utils.environment

@@ -1,0 +1,199 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from conftest import LORA, new_llama
+from llama_long_utils import models
+from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.tiny_llama import train_tokenizer
+
+IDS = torch.arange(64)[None] % 100
+
+
+def card(base_folder, **changes):
+    values = {
+        "base": "a test",
+        "base_sha256": models.weights_sha256(base_folder),
+        "rope_base": 5e5,
+        "window": 512,
+        "data": {},
+        "training": {},
+        "versions": models.library_versions(),
+    }
+    return models.AdapterCard(**{**values, **changes})
+
+
+def with_lora(base_folder, **changes):
+    base = models.load_base(base_folder, rope_base=5e5, window=512)
+    return models.add_lora(base, dataclasses.replace(LORA, **changes), seed=0)
+
+
+def backward(model):
+    hidden = hidden_states(model, IDS)
+    next_token_nll(hidden, causal_lm(model).get_output_embeddings(), IDS).backward()
+
+
+@pytest.fixture
+def adapter(base_folder, tmp_path):
+    model = with_lora(base_folder)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight.data, mean=1.0 if "norm" in name else 0.0, std=0.05)
+    models.save_adapter(model, card(base_folder), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_base_is_nf4_with_double_quantisation_and_the_raised_rope(base_folder):
+    model = models.load_base(base_folder, rope_base=5e5, window=512)
+    state = model.model.layers[0].mlp.down_proj.weight.quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+    assert model.config.max_position_embeddings == 512
+    models.check_rope(model, 5e5)
+
+
+def test_trap_14_the_residual_stream_stays_bf16(base_folder):
+    model = with_lora(base_folder)
+    seen = set()
+    for layer in causal_lm(model).model.layers:
+        layer.register_forward_hook(lambda _m, inputs, output: seen.update([inputs[0].dtype, output.dtype]))
+    backward(model)
+    assert seen == {torch.bfloat16}
+
+
+def test_trap_15_trained_norms_are_saved_and_fp32(base_folder, adapter):
+    trainable = {name: w for name, w in with_lora(base_folder).named_parameters() if w.requires_grad}
+    assert {weight.dtype for weight in trainable.values()} == {torch.float32}
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as saved:
+        norms = [name for name in saved.keys() if "norm" in name]  # noqa: SIM118
+    assert len(norms) == 2 * 2 + 1
+
+
+def test_embeddings_train_only_if_untied(base_folder):
+    model = with_lora(base_folder, train_embeddings=True)
+    assert any("embed_tokens" in name and w.requires_grad for name, w in model.named_parameters())
+    assert hidden_states(model, IDS).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="untied embeddings"):
+        models.add_lora(
+            new_llama(0, tie_word_embeddings=True), dataclasses.replace(LORA, train_embeddings=True), seed=0
+        )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trap_16_every_lora_b_gets_a_gradient(base_folder, checkpointing):
+    model = with_lora(base_folder).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    backward(model)
+    models.check_lora_gradients(model)
+    next(w for name, w in model.named_parameters() if "lora_B" in name).grad = None
+    with pytest.raises(RuntimeError, match="1 of 14 LoRA-B matrices got no gradient"):
+        models.check_lora_gradients(model)
+
+
+def test_trap_18_evaluation_before_training_does_not_cut_the_gradients(base_folder):
+    model = with_lora(base_folder).eval()
+    with torch.no_grad():
+        hidden_states(model, IDS)
+    model.train()
+    backward(model)
+    models.check_lora_gradients(model)
+
+
+def test_trap_6_an_adapter_goes_onto_its_own_base_only(base_folder, adapter, tmp_path):
+    right = models.load_base(base_folder, rope_base=5e5, window=512)
+    models.load_adapter(right, adapter, base_folder)
+    for wrong in ({"rope_base": 1e4, "window": 512}, {"rope_base": 5e5, "window": 64}):
+        model = models.load_base(base_folder, **wrong)
+        with pytest.raises(ValueError, match="was trained with RoPE base 500,000 and window 512"):
+            models.load_adapter(model, adapter, base_folder)
+    other = tmp_path / "other"
+    new_llama(seed=1).to(torch.bfloat16).save_pretrained(other)
+    with pytest.raises(ValueError, match="not on the weights in"):
+        models.load_adapter(models.load_base(other, rope_base=5e5, window=512), adapter, other)
+
+
+def test_saved_and_loaded_adapter_computes_the_same(base_folder, adapter):
+    one = models.load_adapter(models.load_base(base_folder, rope_base=5e5, window=512), adapter, base_folder)
+    two = models.load_adapter(models.load_base(base_folder, rope_base=5e5, window=512), adapter, base_folder)
+    plain = models.load_base(base_folder, rope_base=5e5, window=512)
+    with torch.no_grad():
+        torch.testing.assert_close(hidden_states(one, IDS), hidden_states(two, IDS))
+        assert (hidden_states(one, IDS) - hidden_states(plain, IDS)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no card", "half a card"])
+def test_damaged_adapter_is_one_clear_error(adapter, damage):
+    if damage == "truncated":
+        weights = adapter / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no card":
+        (adapter / models.CARD).unlink()
+    else:
+        (adapter / models.CARD).write_text('{"base": ')
+    with pytest.raises(ValueError, match=r"train it again|is not an adapter of this collection"):
+        models.read_card(adapter)
+
+
+def test_saving_again_replaces_the_adapter_whole(base_folder, adapter):
+    models.save_adapter(with_lora(base_folder), card(base_folder, window=1024), adapter)
+    assert models.read_card(adapter).window == 1024
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_trap_17_merged_model_loads_plainly_with_the_right_rope(base_folder, adapter, tmp_path):
+    train_tokenizer([]).save_pretrained(base_folder)
+    merged_folder = models.merge_adapter(adapter, base_folder, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.bfloat16)
+    models.check_rope(merged, 5e5)
+    assert merged.config.max_position_embeddings == 512
+    assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
+    unmerged = models.load_base(base_folder, rope_base=5e5, window=512, quantized=False)
+    unmerged = models.load_adapter(unmerged, adapter, base_folder)
+    on_nf4 = models.load_adapter(models.load_base(base_folder, rope_base=5e5, window=512), adapter, base_folder)
+    with torch.no_grad():
+        exact, merged_hidden, nf4_hidden = (hidden_states(m, IDS).float() for m in (unmerged, merged, on_nf4))
+    rounding = (merged_hidden - exact).norm() / exact.norm()
+    quantisation = (nf4_hidden - exact).norm() / exact.norm()
+    assert rounding < 0.02  # merging rounds each weight to bf16 once
+    assert quantisation > rounding  # the error that the merged model no longer has
+
+
+def test_truncated_weights_stop_before_loading(base_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(base_folder, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or corrupt.*fetch it again"):
+        models.locate_model(str(broken))
+
+
+def test_pickled_weights_are_not_loaded(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \.safetensors weights"):
+        models.locate_model(str(tmp_path))
+
+
+def test_hub_model_without_network_is_one_clear_message(monkeypatch, tmp_path):
+    def offline(source):
+        raise OSError("no network")
+
+    monkeypatch.setattr(models, "auth_check", offline)
+    with pytest.raises(RuntimeError, match=r"cannot get the model 'meta-llama/Llama-2-7b-hf'.*HF_TOKEN.*'tiny'"):
+        models.locate_model("meta-llama/Llama-2-7b-hf")
+
+
+def test_hub_model_that_is_in_the_cache_needs_no_network(monkeypatch, base_folder):
+    monkeypatch.setattr(models, "snapshot_download", lambda source, local_files_only, **options: str(base_folder))
+    monkeypatch.setattr(models, "auth_check", lambda source: pytest.fail("asked the hub"))
+    assert models.locate_model("owner/name") == base_folder
+
+
+def test_tokenizer_of_a_model_folder(base_folder):
+    train_tokenizer([]).save_pretrained(base_folder)
+    assert isinstance(models.load_tokenizer(base_folder), PreTrainedTokenizerFast)

@@ -1,0 +1,187 @@
+"""The guards: what a stored notebook must be, and that nbval would notice if it were wrong."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+
+from llama_long_utils import notebooks, run
+from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.notebooks import check, delivered
+from llama_long_utils.presets import load_preset
+
+NAMES = [notebook.slug for notebook in delivered()]
+
+
+@pytest.fixture(params=delivered(), ids=NAMES)
+def notebook(request):
+    return nbformat.read(request.param.path, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def compares_text(cell):
+    """Whether nbval has a text of this cell to compare (the repr of a display object is none)."""
+    for output in cell.outputs:
+        if output.output_type == "stream" and output.name == "stdout":
+            return True
+        text = output.get("data", {}).get("text/plain", "")
+        if "text/markdown" in output.get("data", {}) or (text and not text.startswith("<")):
+            return True
+    return False
+
+
+def test_delivered_notebooks_are_the_files_there_are():
+    assert sorted(path.stem for path in notebooks.FOLDER.glob("*.ipynb")) == NAMES
+    assert {"01_rope_explained", "03_long_documents", "05_finetune_qlora", "06_perplexity_by_position"} <= set(NAMES)
+
+
+def test_trap_25_every_cell_was_run_once_in_order(notebook):
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+
+
+def test_stored_outputs_are_clean(notebook):
+    text = nbformat.writes(notebook)
+    assert len(text.encode()) <= 500_000
+    for cell in code(notebook):
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", cell.source
+    without_images = re.sub(r'"image/png": "[^"]*"', "", text)
+    assert not re.search(r"/(home|root|tmp|work|Users)/", without_images)
+    assert not re.search(r"\b\d+(\.\d+)? ?(s|sec|seconds|it/s)\b", "".join(map(stdout, code(notebook))))
+
+
+def stdout(cell):
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def test_nbval_compares_at_least_60_percent_of_the_cells(notebook):
+    cells = code(notebook)
+    ignored = [cell for cell in cells if "nbval-ignore-output" in cell.metadata.get("tags", [])]
+    assert len(ignored) <= 1
+    assert not [cell for cell in cells if "nbval-skip" in cell.metadata.get("tags", []) or "NBVAL_" in cell.source]
+    compared = [cell for cell in cells if compares_text(cell) and cell not in ignored]
+    assert len(compared) >= 0.6 * len(cells), f"{len(compared)} of {len(cells)}"
+
+
+def test_house_style(notebook):
+    cells = notebook.cells
+    assert len(cells) <= 40
+    parameters = [cell for cell in code(notebook) if "parameters" in cell.metadata.get("tags", [])]
+    assert parameters == code(notebook)[:1]
+    assert all(line.count("=") == 1 and "#" in line for line in parameters[0].source.splitlines())
+    for before, cell in itertools.pairwise(cells):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown", cell.source[:60]
+            assert len(cell.source.splitlines()) <= 25, cell.source[:60]
+            assert not cell.source.rstrip().endswith(";")
+    for heading in ("**Exercises**", "**References**", "## What we have now"):
+        assert heading in cells[-1].source
+
+
+def test_figures_have_a_caption_and_alt_text(notebook):
+    for cell in code(notebook):
+        images = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        captions = [output for output in cell.outputs if "text/markdown" in output.get("data", {})]
+        assert len(images) == len(captions)
+        for image, caption in zip(images, captions, strict=True):
+            assert image.metadata["image/png"]["alt"]
+            assert re.match(r"\*\*Figure \d+\.\d+\.\*\* ", caption.data["text/markdown"])
+
+
+def test_every_figure_in_a_notebook_is_committed():
+    shown = {
+        match
+        for notebook in delivered()
+        for match in re.findall(r'\\"(\d\d_\w+)\\",\\n? *\\"\d+\.\d+', notebook.path.read_text())
+    } | {
+        match
+        for notebook in delivered()
+        for cell in code(nbformat.read(notebook.path, as_version=4))
+        if "save_figure(" in cell.source
+        for match in re.findall(r'"(\d\d_\w+)"', cell.source)
+    }
+    assert shown == {path.stem for path in (REPOSITORY / "figures").glob("*.png")}
+
+
+def test_links_index_and_results_are_in_step():
+    assert run.write_generated(check=True) == []
+
+
+def test_planned_notebooks_are_not_linked():
+    readme = (REPOSITORY / "README.md").read_text()
+    for planned in notebooks.SEQUENCE:
+        assert (f"notebooks/{planned.slug}.ipynb" in readme) == (planned.slug in NAMES)
+
+
+def test_check_can_fail(capsys):
+    check("one is one", True)
+    assert capsys.readouterr().out == "holds: one is one\n"
+    with pytest.raises(AssertionError, match="does not hold: one is two"):
+        check("one is two", False)
+
+
+def test_trap_26_runner_refuses_a_parameter_that_no_cell_receives():
+    with pytest.raises(ValueError, match=r"has no parameter 'presett': it has \['preset'\]"):
+        run.check_parameters(delivered()[0], {"presett": "tiny"})
+
+
+def test_runner_stops_before_the_first_notebook_without_the_model(monkeypatch):
+    def refuse(source):
+        raise RuntimeError(f"cannot get the model {source!r}")
+
+    monkeypatch.setattr(run, "locate_model", refuse)
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("executed a notebook"))
+    with pytest.raises(RuntimeError, match="cannot get the model"):
+        run.run(load_preset("llama2-7b"), delivered(), {})
+
+
+def head_of_first_notebook(folder, cells=8):
+    """The first cells of notebook 1, stored outputs included, as a notebook of their own."""
+    notebook = nbformat.read(delivered()[0].path, as_version=4)
+    notebook.cells = notebook.cells[:cells]
+    path = folder / "head.ipynb"
+    nbformat.write(notebook, path)
+    return path, notebook
+
+
+@pytest.mark.parametrize("folder", [REPOSITORY, notebooks.FOLDER], ids=["from the root", "from notebooks/"])
+def test_trap_26_papermill_works_from_both_folders(tmp_path, folder):
+    path, _ = head_of_first_notebook(tmp_path, cells=5)
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(path), str(tmp_path / "out.ipynb")]
+    done = subprocess.run([*command, "-p", "preset", "tiny"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wrong = subprocess.run([*command, "-p", "presett", "tiny"], cwd=folder, capture_output=True, text=True)
+    assert wrong.returncode != 0
+    assert "unknown parameter 'presett'" in wrong.stderr
+
+
+def nbval(path):
+    environment = {**os.environ, "PYTEST_ADDOPTS": ""}
+    options = ["--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, "--confcutdir", str(path.parent), str(path)]
+    return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, env=environment)
+
+
+def test_mutation_of_one_stored_number_fails(tmp_path):
+    path, notebook = head_of_first_notebook(tmp_path)
+    assert nbval(path).returncode == 0
+    number = next(o for cell in code(notebook) for o in cell.outputs if re.search(r"\d", o.get("text", "")))
+    number["text"] = re.sub(r"\d", lambda match: str((int(match[0]) + 1) % 10), number["text"], count=1)
+    nbformat.write(notebook, path)
+    outcome = nbval(path)
+    assert outcome.returncode == 1
+    assert "1 failed" in outcome.stdout
+
+
+def test_trap_27_check_lines_do_not_depend_on_order_or_address(notebook):
+    for cell in code(notebook):
+        assert not re.search(r"0x[0-9a-f]{6,}|\{'.*'\}", stdout(cell))

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import new_llama
+from llama_long_utils.documents import TokenizedDocument
+from llama_long_utils.packing import IGNORED_LABEL, join_pieces, pack_pieces, training_sequences
+
+EOS = 1
+
+
+def document(length, name="a"):
+    ids = np.arange(2, length + 2, dtype=np.int32) % 100 + 2
+    ids[0], ids[-1] = 0, EOS
+    return TokenizedDocument("mine", name, ids)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=60))
+def test_packing_loses_nothing_and_never_overfills(sizes):
+    packed = pack_pieces([np.full(size, number) for number, size in enumerate(sizes)], 64)
+    assert sorted(len(piece) for group in packed for piece in group) == sorted(sizes)
+    assert max(sum(map(len, group)) for group in packed) <= 64
+
+
+def test_long_documents_stay_long():
+    sequences = training_sequences([document(1000)], 64, 15, padding_id=EOS, seed=0)
+    whole = [s for s in sequences if (np.diff(s.position_ids) == 1).all()]
+    assert len(whole) >= 14  # 1,000 tokens hold at least 14 whole windows of 64
+
+
+def test_trap_13_eos_labels_stay_although_padding_is_eos():
+    sequence = join_pieces([document(10).token_ids, document(12).token_ids], 32, padding_id=EOS)
+    assert (sequence.labels == EOS).sum() == 2
+    assert (sequence.input_ids == EOS).sum() == 2 + 10
+    assert (sequence.labels[22:] == IGNORED_LABEL).all()
+    assert sequence.label_tokens == 9 + 11
+
+
+def test_trap_8_packed_documents_do_not_see_each_other_and_an_all_ones_mask_leaks():
+    model = new_llama(seed=0)
+    sequence = join_pieces([document(10).token_ids, document(12).token_ids], 22, padding_id=EOS)
+    ids, positions = torch.from_numpy(sequence.input_ids)[None], torch.from_numpy(sequence.position_ids)[None]
+    with torch.no_grad():
+        alone = model.model(input_ids=ids[:, 10:], use_cache=False).last_hidden_state[0]
+        run = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        packed = model.model(**run).last_hidden_state[0, 10:]
+        leaking = model.model(**run, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 10:]
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+    assert (leaking - alone).abs().max() > 1e-2
+
+
+def test_trap_7_skipping_positions_without_a_mask_hides_the_first_chunk():
+    # The reverse: positions that jump inside ONE document (PoSE) need an all-ones mask.
+    model = new_llama(seed=0)
+    ids = torch.arange(20)[None] % 100
+    jumping = torch.cat([torch.arange(10), torch.arange(30, 40)])[None]
+    with torch.no_grad():
+        run = {"input_ids": ids, "position_ids": jumping, "use_cache": False}
+        seen = model.model(**run, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 10:]
+        hidden = model.model(**run).last_hidden_state[0, 10:]
+        alone = model.model(input_ids=ids[:, 10:], position_ids=jumping[:, 10:], use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(hidden, alone, atol=1e-4, rtol=0)
+    assert (seen - alone).abs().max() > 1e-2
+
+
+def test_weight_repeats_long_documents():
+    documents = [document(64, "long"), document(20, "short")]
+    plain = training_sequences(documents, 64, 20, padding_id=EOS, seed=0, long_document_weight=1.0)
+    heavy = training_sequences(documents, 64, 20, padding_id=EOS, seed=0, long_document_weight=3.0)
+    assert sum(s.label_tokens == 63 for s in plain) == 10
+    assert sum(s.label_tokens == 63 for s in heavy) == 15
+
+
+def test_same_seed_same_sequences_and_a_window_that_no_document_fills():
+    documents = [document(200), document(100)]
+    first, again = (training_sequences(documents, 64, 6, padding_id=EOS, seed=3) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+    with pytest.raises(ValueError, match="no document fills a training window of 512 tokens: the longest of 2 has 200"):
+        training_sequences(documents, 512, 1, padding_id=EOS, seed=0)

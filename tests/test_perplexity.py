@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+
+from conftest import new_llama
+from llama_long_utils.documents import TokenizedDocument
+from llama_long_utils.perplexity import (
+    Bootstrap,
+    bucket_sums,
+    check_lengths,
+    fit_power_law,
+    nll_table,
+    paired_difference,
+    token_nll,
+)
+from llama_long_utils.records import read_published
+
+OPTIONS = {"bootstrap_samples": 300, "seed": 0}
+
+
+def text(length, name="a", seed=0):
+    ids = np.random.default_rng(seed).integers(2, 128, length).astype(np.int32)
+    ids[0] = 0
+    return TokenizedDocument("mine", name, ids)
+
+
+def test_traps_20_to_22_each_token_once_with_its_full_context():
+    model, document = new_llama(seed=0), text(50)
+    nll = token_nll(model, document, 50)
+    assert nll.shape == (49,)  # all but BOS, each once
+    for position in (1, 25, 49):
+        ids = torch.from_numpy(document.token_ids[: position + 1]).long()[None]
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids[:, :-1]).logits[0, -1]
+        alone = torch.nn.functional.cross_entropy(logits.float(), ids[0, -1])
+        assert nll[position - 1] == pytest.approx(alone.item(), abs=0.02)
+    np.testing.assert_allclose(token_nll(model, document, 20), nll[:19], atol=0.02)
+
+
+def test_trap_19_buckets_are_weighted_by_tokens():
+    nll = [np.full(10, 1.0), np.full(2, 4.0)]
+    table = nll_table("base", nll, [1, 20], **OPTIONS)
+    assert table.nll.item() == pytest.approx((10 * 1 + 2 * 4) / 12)
+    assert table.nll.item() != pytest.approx(np.mean([row.mean() for row in nll]))
+    assert (table.tokens.item(), table.documents.item()) == (12, 2)
+
+
+def test_trap_21_bucket_edges_are_positions():
+    nll = [np.arange(1, 9, dtype=float)]  # the token at position p costs p nats
+    nats, tokens = bucket_sums(nll, [1, 2, 4, 9])
+    np.testing.assert_array_equal(tokens, [[1, 2, 5]])
+    np.testing.assert_array_equal(nats, [[1, 2 + 3, 4 + 5 + 6 + 7 + 8]])
+
+
+def test_interval_covers_the_mean_about_95_percent_of_the_time():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        rows = [np.full(5, value) for value in generator.normal(3.0, 1.0, 30)]
+        table = nll_table("base", rows, [1, 6], bootstrap_samples=400, seed=seed)
+        covered += table.low.item() <= 3.0 <= table.high.item()
+    assert 175 <= covered <= 198
+
+
+def test_pairing_sharpens_the_difference():
+    generator = np.random.default_rng(0)
+    base = [np.full(5, level) for level in generator.normal(3.0, 1.0, 20)]
+    better = [row - 0.1 for row in base]
+    difference, low, high = paired_difference(better, base, 1, 6, **OPTIONS)
+    assert difference == pytest.approx(-0.1)
+    assert high - low < 1e-9  # the documents' own levels cancel
+
+
+def test_bootstrap_draws_whole_documents():
+    weights = Bootstrap(7, 50, 0).weights()
+    assert weights.shape == (50, 7)
+    assert (weights.sum(axis=1) == 7).all()
+
+
+def test_power_law_finds_its_own_parameters():
+    context = 2.0 ** np.arange(1, 14)
+    law = fit_power_law(context, (25.4 / context) ** 0.45 + 1.56)
+    assert (law.alpha, law.beta, law.gamma) == pytest.approx((25.4, 0.45, 1.56), rel=1e-3)
+    assert law.rmse < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("size", "fitted"), {"7B": (26.6, 0.44, 1.559), "13B": (18.3, 0.494, 1.471), "70B": (18.0, 0.502, 1.359)}.items()
+)
+def test_power_law_on_the_published_curves(size, fitted):
+    figure = read_published("llama2_long")["figure_1"]
+    law = fit_power_law(np.array(figure["context"], dtype=float), np.array(figure["loss"][size]))
+    assert (law.alpha, law.beta, law.gamma) == pytest.approx(fitted, rel=0.02)
+
+
+def test_a_context_longer_than_any_document_is_refused():
+    with pytest.raises(ValueError, match="no held-out document has 4,096 tokens: the longest of 2 has 60"):
+        check_lengths([text(50), text(60)], 4096)

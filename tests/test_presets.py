@@ -1,0 +1,76 @@
+import pytest
+
+from llama_long_utils import presets
+from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.presets import load_preset, preset_from_parameters, preset_names
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text((presets.FOLDER / "tiny.toml").read_text())
+    monkeypatch.setattr(presets, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def edit(folder, old, new):
+    text = (folder / "tiny.toml").read_text()
+    assert old in text
+    (folder / "tiny.toml").write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid(name):
+    preset = load_preset(name)
+    assert preset.name == name
+    assert preset.extension.window > preset.base.window
+
+
+def test_llama2_7b_is_the_paper_s():
+    preset = load_preset("llama2-7b")
+    assert preset.base.source == "meta-llama/Llama-2-7b-hf"
+    assert (preset.extension.window, preset.extension.rope_base) == (32_768, 500_000)
+    assert preset.base.head_dim == 128
+
+
+def test_tiny_has_the_paper_s_ratios():
+    preset = load_preset("tiny")
+    assert preset.extension.window / preset.base.window == 8
+    assert preset.extension.rope_base / preset.base.rope_base == 50
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown preset 'tinny': use one of .*did you mean 'tiny'"):
+        load_preset("tinny")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rank = 16", "rnk = 16", r"unknown key 'lora\.rnk' \(did you mean 'rank'\?\)"),
+        ("rank = 16\n", "", r"key 'lora\.rank' is missing"),
+        ("rank = 16", 'rank = "16"', r"lora\.rank = '16'"),
+        ("rank = 16", "rank = 16 16", "not valid TOML"),
+        ("[training]\nwindow = 4096", "[training]\nwindow = 8192", "training.window = 8192 is longer than"),
+        ("1, 4, 16", "1, 16, 4", "bucket_edges must rise"),
+        ("sequences_per_step = 1", "sequences_per_step = 3\n", "sequences_at_once"),
+    ],
+)
+def test_bad_preset_is_one_clear_error(folder, old, new, message):
+    edit(folder, old, new)
+    if "sequences_at_once" in message:
+        edit(folder, "sequences_at_once = 1", "sequences_at_once = 2")
+    with pytest.raises(ValueError, match=message):
+        load_preset("tiny")
+
+
+def test_trap_26_misspelt_parameter_stops_the_notebook():
+    assert preset_from_parameters({"preset": "tiny", "_i": "x", "In": []}, ["preset"]).name == "tiny"
+    with pytest.raises(ValueError, match=r"unknown parameter 'presett'.*did you mean 'preset'"):
+        preset_from_parameters({"preset": "tiny", "presett": "llama2-7b"}, ["preset"])
+
+
+def test_no_code_asks_which_preset_it_runs():
+    names = [f'"{name}"' for name in preset_names()]
+    for path in (REPOSITORY / "llama_long_utils").glob("*.py"):
+        text = path.read_text().replace('default="tiny"', "")
+        assert not any(name in text for name in names), path.name

@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from llama_long_utils import records
+from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.run import results, store_record
+
+COLUMNS = {
+    "05_finetune_qlora": {
+        "training": {"step", "tokens", "loss", "learning_rate", "tokens_per_second", "peak_gib"},
+        "merging": {"quantity", "value", "low", "high"},
+    },
+    "06_perplexity_by_position": {
+        "nll_by_position": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
+        "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
+    },
+}
+TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
+
+
+def write(folder, table=TABLE):
+    options = {"preset": "tiny", "question": "?", "seeds": {"training": 0}, "seconds": 1.0}
+    return records.write_record(folder, "05_finetune_qlora", tables={"training": table}, **options)
+
+
+def committed():
+    return sorted(records.RESULTS.glob("*/*.json"))
+
+
+@pytest.mark.parametrize("path", committed(), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_records_follow_the_schema(path):
+    record = records.read_record(path)
+    assert record["preset"] == path.parent.name
+    assert {name: set(rows[0]) for name, rows in record["tables"].items()} == COLUMNS[path.stem]
+    assert record["provenance"]["commit"] != "unknown"
+
+
+def test_delivered_records_are_there():
+    assert {path.stem for path in committed()} == set(COLUMNS)
+
+
+def test_bucket_edges_hold_the_agreed_ones():
+    table = records.read_table(records.RESULTS / "tiny" / "06_perplexity_by_position.json", "nll_by_position")
+    assert {256, 512, 1024, 2048, 4096} <= set(table.position_low)
+    assert set(table.arm) == {"base", "rope_base_only", "extended"}
+
+
+def test_arrays_beside_the_record_need_no_pickle_and_give_its_means():
+    path = records.RESULTS / "tiny" / "06_perplexity_by_position.json"
+    table = records.read_table(path, "nll_by_position").set_index(["arm", "position_low"])
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        rows = np.split(arrays["nll_extended"].astype(float), np.cumsum(arrays["tokens"])[:-1])
+        mean = np.concatenate([row[2047:4095] for row in rows]).mean()
+        assert len(rows) == len(arrays["documents"]) >= 12
+    assert mean == pytest.approx(table.loc[("extended", 2048), "nll"], abs=1e-3)
+
+
+def test_round_trip(tmp_path):
+    path = write(tmp_path)
+    assert records.read_table(path, "training").loss.tolist() == [3.12346, 2.5]
+    assert [file.name for file in tmp_path.iterdir()] == ["05_finetune_qlora.json"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda record: record.pop("question"), "the keys must be"),
+        (lambda record: record.update(schema=2), "schema = 1"),
+        (lambda record: record["provenance"].pop("date"), "provenance needs"),
+        (lambda record: record["tables"]["training"][0].pop("loss"), "all with the same columns"),
+        (lambda record: record["tables"].update(empty=[]), "'empty' must have rows"),
+    ],
+)
+def test_bad_record_is_one_clear_error(tmp_path, damage, message):
+    path = write(tmp_path)
+    record = json.loads(path.read_text())
+    damage(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        records.read_record(path)
+
+
+def test_half_written_and_missing_records(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match="half-written or corrupt"):
+        records.read_record(path)
+    with pytest.raises(ValueError, match="run its notebook first"):
+        records.read_record(tmp_path / "nothing.json")
+
+
+def test_storing_the_same_results_twice_changes_nothing(tmp_path):
+    first = write(tmp_path / "run")
+    store_record(first, tmp_path / "stored")
+    before = (tmp_path / "stored" / first.name).read_bytes()
+    write(tmp_path / "run", TABLE.assign(tokens_per_second=[99.0, 98.0]))  # slower machine, same results
+    store_record(first, tmp_path / "stored")
+    assert (tmp_path / "stored" / first.name).read_bytes() == before
+    write(tmp_path / "run", TABLE.assign(loss=[1.0, 0.5]))
+    store_record(first, tmp_path / "stored")
+    assert results(tmp_path / "stored" / first.name)["training"][0]["loss"] == 1.0
+
+
+def test_published_numbers_name_their_source():
+    for path in (REPOSITORY / "data" / "published").glob("*.json"):
+        assert json.loads(path.read_text())["source"]
