@@ -10,8 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 _PALETTE = sns.color_palette("colorblind")
-COLOURS = {"base": _PALETTE[3], "rope_base_only": _PALETTE[1], "extended": _PALETTE[0], "published": (0.35, 0.35, 0.35)}
-LABELS = {"base": "base", "rope_base_only": "base, only RoPE base raised", "extended": "extended (LoRA)"}
+COLOURS = {
+    "base": _PALETTE[3],
+    "rope_base_only": _PALETTE[1],
+    "extended": _PALETTE[0],
+    "sliding_window": (0.35, 0.35, 0.35),
+}
+LABELS = {
+    "base": "base",
+    "rope_base_only": "base, only RoPE base raised",
+    "extended": "extended (LoRA)",
+    "sliding_window": "base, sliding window",
+}
 
 
 def use_style() -> None:

@@ -199,19 +199,9 @@ def _keep_residual_stream(model: PeftModel) -> PeftModel:
     return model
 
 
-def check_lora_gradients(model: PeftModel) -> None:
-    """Raise RuntimeError if, after a backward pass, a LoRA-B matrix has no gradient."""
-    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
-    dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
-    if dead:
-        raise RuntimeError(
-            f"{len(dead)} of {len(matrices)} LoRA-B matrices got no gradient, the first {dead[0]}: "
-            "gradient checkpointing or a repacked 4-bit weight cut the graph"
-        )
-
-
 def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
     """Write a standard PEFT adapter, its card and a README into a new folder, all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
     model.save_pretrained(scratch, safe_serialization=True)
     (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
@@ -224,17 +214,22 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
 
 
 def find_adapter(preset: Preset, folder: str = "") -> Path:
-    """The adapter folder named, else the one trained by notebook 5, else the one in data/adapters.
+    """The adapter folder named; else the newest that was trained as the preset says; else the stored one.
 
     Raises:
-        ValueError: there is none, or it is not whole.
+        ValueError: there is none, or the one named is not whole.
     """
-    candidates = [Path(folder)] if folder else [preset.run_folder / "adapter", ADAPTERS / preset.name]
-    for candidate in candidates:
-        if (candidate / CARD).is_file():
-            read_card(candidate)
-            return candidate
-    raise ValueError(f"no adapter in {' or '.join(map(str, candidates))}: run 05_finetune_qlora first")
+    if folder:
+        read_card(Path(folder))
+        return Path(folder)
+    cards = sorted(preset.run_folder.glob(f"training/*/adapter/{CARD}"), key=lambda path: path.stat().st_mtime)
+    wanted = asdict(preset.training).items()
+    trained = [card.parent for card in cards if wanted <= read_card(card.parent).training.items()]
+    stored = ADAPTERS / preset.name
+    found = [*([stored] if stored.is_dir() else []), *trained]
+    if not found:
+        raise ValueError(f"no adapter was trained with preset {preset.name!r} yet: run 05_finetune_qlora first")
+    return found[-1]
 
 
 def read_card(folder: Path) -> AdapterCard:

@@ -1,7 +1,6 @@
 """The notebooks: their one order, and what each of them does first and last."""
 
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +87,11 @@ def start(namespace: dict[str, Any], parameters: list[str]) -> "Preset":
 
     from llama_long_utils.figures import use_style
     from llama_long_utils.presets import preset_from_parameters
+    from llama_long_utils.training import headless, keep_freed_memory
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if "JPY_SESSION_NAME" not in os.environ:  # set by Jupyter's server: somebody is watching
+    if headless():
         transformers_logging.disable_progress_bar()
     use_style()
+    keep_freed_memory()
     return preset_from_parameters(namespace, parameters)

@@ -1,6 +1,6 @@
 """Perplexity by position: what each token costs, given everything before it in its document.
 
-One uncached forward pass per document scores every token with its full context. Means are over
+One uncached forward pass per text scores every token with its full context. Means are over
 tokens (sum of nats / number of tokens), bands are over documents.
 """
 
@@ -31,14 +31,48 @@ def token_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, t
     return next_token_nll(hidden, causal_lm(model).get_output_embeddings(), ids, reduction="none")[0].cpu().numpy()
 
 
-def check_lengths(documents: Sequence[TokenizedDocument], tokens: int) -> None:
-    """Raise ValueError if no document has `tokens` tokens."""
-    longest = max((document.tokens for document in documents), default=0)
-    if longest < tokens:
+@torch.no_grad()
+def sliding_window_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, window: int) -> np.ndarray:
+    """NLL of the same tokens as `token_nll`, read through a window that slides by half its length.
+
+    Every token from position window / 2 on has seen window / 2 to window - 1 tokens, whatever its
+    position: what a model with that window can do on exactly this text.
+    """
+    half = window // 2
+    ids = torch.from_numpy(document.token_ids).long().to(model.device)
+    windows = ids.unfold(0, 2 * half, half)
+    rows = []
+    for batch in windows.split(16):
+        head = causal_lm(model).get_output_embeddings()
+        rows.append(next_token_nll(hidden_states(model, batch), head, batch, reduction="none").cpu())
+    nll = torch.cat(rows)
+    return torch.cat([nll[0, : half - 1], nll[:, half - 1 :].flatten()]).numpy()
+
+
+def random_stretches(documents: Sequence[TokenizedDocument], tokens: int, *, seed: int) -> list[TokenizedDocument]:
+    """One stretch of `tokens` tokens from a random place of each document that is long enough, BOS first.
+
+    Read from their beginnings, documents confound position with content: the opening of a speech is
+    easier to predict than its middle, in any context.
+
+    Raises:
+        ValueError: no document is that long.
+    """
+    generator = np.random.default_rng(seed)
+    stretches = []
+    for document in documents:
+        if document.tokens >= tokens:
+            first = int(generator.integers(0, document.tokens - tokens + 1))
+            ids = document.token_ids[first : first + tokens].copy()
+            ids[0] = document.token_ids[0]
+            stretches.append(TokenizedDocument(document.source, document.name, ids))
+    if not stretches:
+        longest = max((document.tokens for document in documents), default=0)
         raise ValueError(
-            f"no held-out document has {tokens:,} tokens: the longest of {len(documents)} has {longest:,} tokens; "
+            f"no held-out document has {tokens:,} tokens: the longest of {len(documents)} has {longest:,}; "
             "lower evaluation.tokens or hold out longer documents"
         )
+    return stretches
 
 
 def bucket_sums(nll: Sequence[np.ndarray], edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

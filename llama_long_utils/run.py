@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import yaml
 from llama_long_utils import notebooks
 from llama_long_utils.documents import REPOSITORY
 from llama_long_utils.figures import LABELS
-from llama_long_utils.models import locate_model
+from llama_long_utils.models import ADAPTERS, find_adapter, locate_model, weights_sha256
 from llama_long_utils.notebooks import Notebook, delivered
 from llama_long_utils.presets import Preset, load_preset
 from llama_long_utils.records import RESULTS, read_published, read_record, read_table, write_atomically
@@ -38,11 +39,11 @@ def run(preset: Preset, chosen: list[Notebook], parameters: dict[str, Any], *, a
     """
     for notebook in chosen:
         check_parameters(notebook, parameters)
-    locate_model(preset.base.source)
+    base_sha256 = weights_sha256(locate_model(preset.base.source))
     done_file = preset.run_folder / "done.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
     for number, notebook in enumerate(chosen, start=1):
-        fingerprint = run_key(notebook, preset, parameters)
+        fingerprint = run_key(notebook, preset, parameters, base_sha256)
         line = f"[{number}/{len(chosen)}] {notebook.slug}"
         if done.get(notebook.slug) == fingerprint and not again:
             print(f"{line}: finished before (--again runs it anew)", flush=True)
@@ -73,10 +74,10 @@ def check_parameters(notebook: Notebook, parameters: dict[str, Any]) -> None:
             raise ValueError(f"{notebook.slug} has no parameter {name!r}: it has {sorted(known)}")
 
 
-def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any]) -> str:
+def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base_sha256: str) -> str:
     """A hash of everything a notebook's results depend on."""
     cells = [cell.source for cell in nbformat.read(notebook.path, as_version=4).cells]
-    key = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())
+    key = hashlib.sha256(json.dumps([cells, parameters, base_sha256], sort_keys=True).encode())
     modules = sorted((REPOSITORY / "llama_long_utils").glob("*.py"))
     for path in [*modules, REPOSITORY / "presets" / f"{preset.name}.toml"]:
         key.update(path.read_bytes())
@@ -106,6 +107,9 @@ def store_outputs(preset: Preset) -> None:
         write_atomically(REPOSITORY / "figures" / figure.name, figure.read_bytes())
     for record in sorted(preset.run_folder.glob("records/*.json")):
         store_record(record, RESULTS / preset.name)
+    adapter = find_adapter(preset)
+    if adapter != ADAPTERS / preset.name and weights_sha256(adapter) != weights_sha256(ADAPTERS / preset.name):
+        shutil.copytree(adapter, ADAPTERS / preset.name, dirs_exist_ok=True)
 
 
 def store_record(record: Path, folder: Path) -> None:
@@ -157,7 +161,7 @@ def write_generated(check: bool = False) -> list[Path]:
 def results_summary() -> str:
     """Markdown: NLL by position as recorded at preset tiny, beside published perplexities at 7B."""
     path = RESULTS / "tiny" / "06_perplexity_by_position.json"
-    table = read_table(path, "nll_by_position")
+    table = pd.concat([read_table(path, name) for name in ("nll_by_position", "control")])
     provenance = read_record(path)["provenance"]
     buckets = [(256, 512), (1024, 2048), (2048, 4096), (4096, 8192)]
     head = " | ".join(f"{low:,} to {high:,}" for low, high in buckets)

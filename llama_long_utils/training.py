@@ -7,6 +7,7 @@ the token count of the whole accumulated batch, and each step's log says tokens,
 import ctypes
 import hashlib
 import json
+import os
 import platform
 import resource
 import shutil
@@ -20,7 +21,7 @@ from peft import PeftModel
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
@@ -60,6 +61,7 @@ class ChunkedLossTrainer(Trainer):
     loss_is_scaled_for_ga = True
     step_started = 0.0
     tokens_in_step = 0
+    report_every: int | None = None
 
     def compute_loss(
         self,
@@ -73,6 +75,12 @@ class ChunkedLossTrainer(Trainer):
         self.tokens_in_step = int(num_items_in_batch)
         return next_token_nll(hidden, causal_lm(model).get_output_embeddings(), labels) / num_items_in_batch
 
+    def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = super().training_step(model, *arguments, **options)
+        if self.state.global_step == 0 and isinstance(model, PeftModel):
+            check_lora_gradients(model)
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now = time.perf_counter()
@@ -81,20 +89,28 @@ class ChunkedLossTrainer(Trainer):
             logs["tokens_per_second"] = self.tokens_in_step / (now - self.step_started)
             logs["peak_gib"] = peak_memory_gib()
             self.step_started = now
+            if self.report_every and self.state.global_step % self.report_every == 0:
+                speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
+                print(f"step {self.state.global_step:,}: loss {logs['loss']:.3f}, {speed}", flush=True)
         super().log(logs, start_time)
 
 
 def train(
-    model: PreTrainedModel | PeftModel, sequences: list[TrainingSequence], settings: TrainingSettings, folder: Path
+    model: PreTrainedModel | PeftModel,
+    sequences: list[TrainingSequence],
+    settings: TrainingSettings,
+    folder: Path,
+    *,
+    report_every: int | None = None,
 ) -> list[dict[str, float]]:
     """Train in place and return one row per step: step, tokens, loss (nats), learning_rate, ...
 
     Checkpoints go to `folder`; a second call with the same arguments goes on from the last whole
-    one, or only reads it if the run had finished.
+    one, or only reads it if the run had finished. `report_every` prints a line every so many steps.
 
     Raises:
         ValueError: `sequences` are not exactly what the settings ask for.
-        RuntimeError: after the first step a LoRA-B matrix has no gradient.
+        RuntimeError: the first backward pass leaves a LoRA-B matrix without a gradient.
     """
     wanted = settings.steps * settings.sequences_per_step
     if len(sequences) != wanted or len(sequences[0].input_ids) != settings.window:
@@ -126,14 +142,28 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         report_to=[],
-        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=headless(),
         seed=settings.seed,
     )
     trainer = ChunkedLossTrainer(model=model, args=arguments, train_dataset=SequenceDataset(sequences))
+    trainer.remove_callback(PrinterCallback)
+    trainer.report_every = report_every
     trainer.step_started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     columns = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_gib")
     return [{name: row[name] for name in columns} for row in trainer.state.log_history if "loss" in row]
+
+
+def check_lora_gradients(model: PeftModel) -> None:
+    """Raise RuntimeError if, after a backward pass, a LoRA-B matrix has no gradient."""
+    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+    dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
+    if dead:
+        raise RuntimeError(
+            f"{len(dead)} of {len(matrices)} LoRA-B matrices got no gradient, the first {dead[0]}: "
+            "gradient checkpointing or a repacked 4-bit weight cut the graph"
+        )
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -158,6 +188,11 @@ def run_fingerprint(settings: TrainingSettings, sequences: list[TrainingSequence
     for sequence in sequences:
         key.update(sequence.input_ids.tobytes())
     return key.hexdigest()[:8]
+
+
+def headless() -> bool:
+    """Whether nobody watches: only a kernel that Jupyter's server started shows progress bars."""
+    return "JPY_SESSION_NAME" not in os.environ
 
 
 def peak_memory_gib() -> float:

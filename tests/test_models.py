@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from conftest import LORA, new_llama
 from llama_long_utils import models
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.presets import load_preset
 from llama_long_utils.tiny_llama import train_tokenizer
+from llama_long_utils.training import check_lora_gradients
 
 IDS = torch.arange(64)[None] % 100
 
@@ -89,10 +91,10 @@ def test_trap_16_every_lora_b_gets_a_gradient(base_folder, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     backward(model)
-    models.check_lora_gradients(model)
+    check_lora_gradients(model)
     next(w for name, w in model.named_parameters() if "lora_B" in name).grad = None
     with pytest.raises(RuntimeError, match="1 of 14 LoRA-B matrices got no gradient"):
-        models.check_lora_gradients(model)
+        check_lora_gradients(model)
 
 
 def test_trap_18_evaluation_before_training_does_not_cut_the_gradients(base_folder):
@@ -101,7 +103,7 @@ def test_trap_18_evaluation_before_training_does_not_cut_the_gradients(base_fold
         hidden_states(model, IDS)
     model.train()
     backward(model)
-    models.check_lora_gradients(model)
+    check_lora_gradients(model)
 
 
 def test_trap_6_an_adapter_goes_onto_its_own_base_only(base_folder, adapter, tmp_path):
@@ -143,6 +145,22 @@ def test_saving_again_replaces_the_adapter_whole(base_folder, adapter):
     models.save_adapter(with_lora(base_folder), card(base_folder, window=1024), adapter)
     assert models.read_card(adapter).window == 1024
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_adapter_is_found_by_how_it_was_trained(base_folder, tmp_path, monkeypatch):
+    preset = load_preset("tiny")
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    monkeypatch.setattr(models, "ADAPTERS", tmp_path / "stored")
+    with pytest.raises(ValueError, match="no adapter was trained with preset 'tiny' yet"):
+        models.find_adapter(preset)
+    as_preset = dataclasses.asdict(preset.training)
+    for name, steps in (("quick", 3), ("whole", preset.training.steps)):
+        folder = tmp_path / "training" / name / "adapter"
+        models.save_adapter(with_lora(base_folder), card(base_folder, training={**as_preset, "steps": steps}), folder)
+    assert models.find_adapter(preset).parent.name == "whole"
+    assert models.find_adapter(preset, str(folder.parent.parent / "quick" / "adapter")).parent.name == "quick"
+    with pytest.raises(ValueError, match="is not an adapter of this collection"):
+        models.find_adapter(preset, str(tmp_path))
 
 
 def test_trap_17_merged_model_loads_plainly_with_the_right_rope(base_folder, adapter, tmp_path):

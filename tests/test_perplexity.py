@@ -7,10 +7,11 @@ from llama_long_utils.documents import TokenizedDocument
 from llama_long_utils.perplexity import (
     Bootstrap,
     bucket_sums,
-    check_lengths,
     fit_power_law,
     nll_table,
     paired_difference,
+    random_stretches,
+    sliding_window_nll,
     token_nll,
 )
 from llama_long_utils.records import read_published
@@ -95,4 +96,29 @@ def test_power_law_on_the_published_curves(size, fitted):
 
 def test_a_context_longer_than_any_document_is_refused():
     with pytest.raises(ValueError, match="no held-out document has 4,096 tokens: the longest of 2 has 60"):
-        check_lengths([text(50), text(60)], 4096)
+        random_stretches([text(50), text(60)], 4096, seed=0)
+
+
+def test_stretches_start_with_bos_at_different_places_of_long_documents():
+    documents = [text(400, str(seed), seed) for seed in range(8)] + [text(30)]
+    stretches = random_stretches(documents, 100, seed=0)
+    assert len(stretches) == 8
+    assert all(stretch.tokens == 100 and stretch.token_ids[0] == 0 for stretch in stretches)
+    firsts = set()
+    for stretch, document in zip(stretches, documents, strict=False):
+        found = np.lib.stride_tricks.sliding_window_view(document.token_ids, 99)
+        firsts |= {int(np.flatnonzero((found == stretch.token_ids[1:]).all(axis=1))[0])}
+    assert len(firsts) > 4
+
+
+def test_sliding_window_scores_the_same_tokens_with_a_bounded_context():
+    model, document = new_llama(seed=0), text(64)
+    slid = sliding_window_nll(model, document, 16)
+    full = token_nll(model, document, 64)
+    assert slid.shape == full.shape
+    np.testing.assert_allclose(slid[:15], full[:15], atol=0.02)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ids = torch.from_numpy(document.token_ids[16:32]).long()[None]
+        logits = model(input_ids=ids).logits[0, :-1].float()
+    alone = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
+    np.testing.assert_allclose(slid[23:31], alone[7:], atol=0.02)

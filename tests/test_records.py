@@ -15,6 +15,7 @@ COLUMNS = {
     },
     "06_perplexity_by_position": {
         "nll_by_position": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
+        "control": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
     },
 }

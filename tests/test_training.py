@@ -118,6 +118,13 @@ def test_a_finished_run_is_only_read(base_folder, tmp_path, monkeypatch):
         torch.testing.assert_close(trained_weights(again)[name], weight)
 
 
+def test_trap_16_training_stops_at_once_if_a_gradient_is_missing(base_folder, tmp_path):
+    model = lora_model(base_folder)
+    next(w for name, w in model.named_parameters() if "lora_B" in name).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="1 of 14 LoRA-B matrices got no gradient"):
+        train(model, sequences(), SETTINGS, tmp_path)
+
+
 def test_half_written_checkpoint_is_passed_over(tmp_path):
     for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st')):
         (tmp_path / f"checkpoint-{step}").mkdir()
