@@ -18,9 +18,10 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import auth_check, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -214,7 +215,7 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
 
 
 def find_adapter(preset: Preset, folder: str = "") -> Path:
-    """The adapter folder named; else the newest that was trained as the preset says; else the stored one.
+    """The adapter folder named; else the newest trained with the preset's numbers and data; else the stored one.
 
     Raises:
         ValueError: there is none, or the one named is not whole.
@@ -223,13 +224,17 @@ def find_adapter(preset: Preset, folder: str = "") -> Path:
         read_card(Path(folder))
         return Path(folder)
     cards = sorted(preset.run_folder.glob(f"training/*/adapter/{CARD}"), key=lambda path: path.stat().st_mtime)
-    wanted = asdict(preset.training).items()
-    trained = [card.parent for card in cards if wanted <= read_card(card.parent).training.items()]
-    stored = ADAPTERS / preset.name
-    found = [*([stored] if stored.is_dir() else []), *trained]
+    stored = ADAPTERS / preset.name / CARD
+    folders = [path.parent for path in [*([stored] if stored.is_file() else []), *cards]]
+    found = [folder for folder in folders if _trained_as(preset, read_card(folder))]
     if not found:
         raise ValueError(f"no adapter was trained with preset {preset.name!r} yet: run 05_finetune_qlora first")
     return found[-1]
+
+
+def _trained_as(preset: Preset, card: AdapterCard) -> bool:
+    numbers = {**asdict(preset.training), "lora": asdict(preset.lora)}
+    return all(card.training.get(name) == value for name, value in numbers.items()) and card.data == asdict(preset.data)
 
 
 def read_card(folder: Path) -> AdapterCard:
@@ -270,7 +275,10 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel
             f"the adapter in {adapter} was trained on {card.base} (sha256 {card.base_sha256[:12]}), "
             f"not on the weights in {base} (sha256 {found[:12]}): use its own base or train a new adapter"
         )
-    return _keep_residual_stream(PeftModel.from_pretrained(model, adapter))
+    loaded_model = _keep_residual_stream(PeftModel.from_pretrained(model, adapter))
+    # PEFT has just rounded the saved fp32 norms to the base's bf16: now that the copies are fp32, load again.
+    set_peft_model_state_dict(loaded_model, load_file(adapter / "adapter_model.safetensors"))
+    return loaded_model
 
 
 def merge_adapter(adapter: Path, base: Path, folder: Path) -> Path:

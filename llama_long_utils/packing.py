@@ -127,30 +127,3 @@ def training_sequences(
         order = generator.permutation(len(packed))[: count - len(sequences)]
         sequences += [join_pieces(packed[index], window, padding_id) for index in order]
     return sequences
-
-
-def repeat_passages(sequences: list[TrainingSequence], share: float, *, seed: int) -> list[TrainingSequence]:
-    """Let a passage occur twice in a share of the sequences: tokens a .. a + n again at b .. b + n.
-
-    A small model that reads only a few million tokens does not learn to copy from its context, and
-    one that does not copy has no use for a longer context. Sequences of several pieces are left as
-    they are, because a passage of one document cannot be seen from another.
-
-    Args:
-        share: part of the sequences, from 0 to 1.
-    """
-    generator = np.random.default_rng(seed)
-    changed = []
-    for sequence in sequences:
-        window = len(sequence.input_ids)
-        whole = sequence.position_ids[-1] == window - 1
-        if whole and generator.random() < share:
-            length = int(generator.integers(window // 32, window * 3 // 8))
-            again = int(generator.integers(length + 1, window - length + 1))
-            first = int(generator.integers(1, again - length + 1))
-            ids = sequence.input_ids.copy()
-            ids[again : again + length] = ids[first : first + length]
-            labels = np.where(sequence.labels == IGNORED_LABEL, IGNORED_LABEL, ids)
-            sequence = TrainingSequence(ids, labels, sequence.position_ids)
-        changed.append(sequence)
-    return changed

@@ -36,11 +36,18 @@ def sliding_window_nll(model: PreTrainedModel | PeftModel, document: TokenizedDo
     """NLL of the same tokens as `token_nll`, read through a window that slides by half its length.
 
     Every token from position window / 2 on has seen window / 2 to window - 1 tokens, whatever its
-    position: what a model with that window can do on exactly this text.
+    position: what a model with that window can do on exactly this text. Each window starts with BOS,
+    in place of a token that is not scored there.
+
+    Raises:
+        ValueError: the length is not a multiple of half a window.
     """
     half = window // 2
+    if document.tokens < window or document.tokens % half:
+        raise ValueError(f"a text of {document.tokens} tokens cannot be read in windows of {window} sliding by {half}")
     ids = torch.from_numpy(document.token_ids).long().to(model.device)
-    windows = ids.unfold(0, 2 * half, half)
+    windows = ids.unfold(0, window, half).clone()
+    windows[:, 0] = ids[0]
     rows = []
     for batch in windows.split(16):
         head = causal_lm(model).get_output_embeddings()
@@ -49,11 +56,17 @@ def sliding_window_nll(model: PreTrainedModel | PeftModel, document: TokenizedDo
     return torch.cat([nll[0, : half - 1], nll[:, half - 1 :].flatten()]).numpy()
 
 
-def random_stretches(documents: Sequence[TokenizedDocument], tokens: int, *, seed: int) -> list[TokenizedDocument]:
-    """One stretch of `tokens` tokens from a random place of each document that is long enough, BOS first.
+def random_stretches(
+    documents: Sequence[TokenizedDocument], tokens: int, *, at_most: int, seed: int
+) -> list[list[TokenizedDocument]]:
+    """Up to `at_most` stretches of `tokens` tokens from random places of each document, BOS first.
 
-    Read from their beginnings, documents confound position with content: the opening of a speech is
-    easier to predict than its middle, in any context.
+    Stretches of one document do not overlap; documents shorter than one stretch are left out. Read
+    from their beginnings instead, documents confound position with content: the opening of a speech
+    is easier to predict than its middle, in any context.
+
+    Returns:
+        One list of stretches for each document that is long enough.
 
     Raises:
         ValueError: no document is that long.
@@ -61,11 +74,15 @@ def random_stretches(documents: Sequence[TokenizedDocument], tokens: int, *, see
     generator = np.random.default_rng(seed)
     stretches = []
     for document in documents:
-        if document.tokens >= tokens:
-            first = int(generator.integers(0, document.tokens - tokens + 1))
+        count = min(at_most, document.tokens // tokens)
+        gaps = np.sort(generator.integers(0, document.tokens - count * tokens + 1, count)) if count else []
+        cut = []
+        for number, gap in enumerate(gaps):
+            first = int(gap) + number * tokens
             ids = document.token_ids[first : first + tokens].copy()
             ids[0] = document.token_ids[0]
-            stretches.append(TokenizedDocument(document.source, document.name, ids))
+            cut.append(TokenizedDocument(document.source, document.name, ids))
+        stretches += [cut] if cut else []
     if not stretches:
         longest = max((document.tokens for document in documents), default=0)
         raise ValueError(
@@ -79,14 +96,15 @@ def bucket_sums(nll: Sequence[np.ndarray], edges: Sequence[int]) -> tuple[np.nda
     """Sum of NLL and number of tokens per document and position bucket.
 
     Args:
-        nll: one array per document, from `token_nll`.
+        nll: one array per document: its stretches as rows, from `token_nll`.
         edges: bucket k holds the tokens at positions edges[k] <= position < edges[k + 1].
 
     Returns:
         (nats, tokens), each of shape (documents, len(edges) - 1).
     """
-    nats = np.array([[row[low - 1 : high - 1].sum(dtype=np.float64) for low, high in pairwise(edges)] for row in nll])
-    tokens = np.array([[len(row[low - 1 : high - 1]) for low, high in pairwise(edges)] for row in nll])
+    buckets = [slice(low - 1, high - 1) for low, high in pairwise(edges)]
+    nats = np.array([[rows[..., bucket].sum(dtype=np.float64) for bucket in buckets] for rows in nll])
+    tokens = np.array([[rows[..., bucket].size for bucket in buckets] for rows in nll])
     return nats, tokens
 
 

@@ -54,9 +54,10 @@ class Lora:
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluation:
-    """How far held-out documents are read (tokens), the position buckets, the bootstrap."""
+    """Length (tokens) and number of stretches read of each held-out document, position buckets, bootstrap."""
 
     tokens: int
+    stretches: int
     bucket_edges: list[int]
     bootstrap_samples: int
     seed: int
@@ -131,9 +132,9 @@ def _check_consistency(preset: Preset) -> None:
             f"extension.window = {preset.extension.window}"
         )
     edges = preset.evaluation.bucket_edges
-    if sorted(set(edges)) != edges or edges[-1] != preset.evaluation.tokens:
+    if sorted(set(edges)) != edges or edges[0] < 1 or edges[-1] != preset.evaluation.tokens:
         raise ValueError(
-            f"presets/{preset.name}.toml: evaluation.bucket_edges must rise and end at evaluation.tokens = "
+            f"presets/{preset.name}.toml: evaluation.bucket_edges must rise from at least 1 to evaluation.tokens = "
             f"{preset.evaluation.tokens}, got {edges}"
         )
 

@@ -35,6 +35,7 @@ def write_record(
     tables: dict[str, pd.DataFrame],
     seeds: dict[str, int],
     seconds: float,
+    parameters: dict[str, Any] | None = None,
 ) -> Path:
     """Write folder/SLUG.json, atomically.
 
@@ -42,13 +43,15 @@ def write_record(
         slug: the notebook's name, for example "06_perplexity_by_position".
         tables: rows in long format; floats are kept to six significant digits.
         seconds: how long the measured part took.
+        parameters: those of the notebook that differ from its defaults.
     """
+    given = " ".join(f"-p {name} {value}" for name, value in {"preset": preset, **(parameters or {})}.items())
     record = {
         "schema": SCHEMA,
         "preset": preset,
         "question": question,
         "provenance": {
-            "command": f"papermill notebooks/{slug}.ipynb -p preset {preset}",
+            "command": f"papermill notebooks/{slug}.ipynb {given}",
             "commit": _commit(),
             "date": datetime.date.today().isoformat(),
             "device": device_name(),
@@ -128,7 +131,7 @@ def _commit() -> str:
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:
         return "unknown"
-    code = ["llama_long_utils", "presets", "data/tiny-llama"]
+    code = ["llama_long_utils", "presets", "data/tiny-llama", "data/adapters"]
     changed = subprocess.run([*git, "status", "--porcelain", *code], capture_output=True, text=True).stdout
     return head.stdout.strip() + (" with uncommitted changes" if changed else "")
 

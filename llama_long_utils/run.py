@@ -163,7 +163,7 @@ def results_summary() -> str:
     path = RESULTS / "tiny" / "06_perplexity_by_position.json"
     table = pd.concat([read_table(path, name) for name in ("nll_by_position", "control")])
     provenance = read_record(path)["provenance"]
-    buckets = [(256, 512), (1024, 2048), (2048, 4096), (4096, 8192)]
+    buckets = [(128, 256), (256, 512), (512, 1024), (1024, 2048), (2048, 4096)]
     head = " | ".join(f"{low:,} to {high:,}" for low, high in buckets)
     lines = [f"| measured: NLL in nats, by position | {head} |", "|---|" + "---|" * len(buckets)]
     for arm, rows in table.groupby("arm", sort=False):
@@ -174,7 +174,7 @@ def results_summary() -> str:
         "",
         f"Preset tiny, {table.documents.max()} held-out documents, 95% bootstrap over documents, {provenance['date']}, "
         f"commit {provenance['commit']}, {provenance['device']} "
-        "([record](data/results/tiny/06_perplexity_by_position.json)). The window trained on ends at 4,096.",
+        "([record](data/results/tiny/06_perplexity_by_position.json)).",
         "",
     ]
     published = pd.DataFrame(read_published("perplexity_by_context")["rows"])
@@ -205,8 +205,8 @@ def main() -> None:
     chosen = [n for n in delivered() if arguments.only is None or n.slug.startswith(arguments.only)]
     if not chosen:
         parser.error(f"no notebook {arguments.only!r}: there are {[notebook.slug for notebook in delivered()]}")
-    if arguments.store and (arguments.only or arguments.p):
-        parser.error("--store stores a run of all notebooks at their defaults: leave out --only and -p")
+    if arguments.store and (arguments.only or arguments.p or arguments.preset != parser.get_default("preset")):
+        parser.error("--store stores a run of all notebooks at their defaults: leave out --only, --preset and -p")
     try:
         parameters = {name: yaml.safe_load(value) for name, value in arguments.p}
         run(load_preset(arguments.preset), chosen, parameters, again=arguments.again)

@@ -183,10 +183,13 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 def run_fingerprint(settings: TrainingSettings, sequences: list[TrainingSequence], **other: Any) -> str:
-    """Eight hexadecimal digits that name a run: the same settings, data and `other` give the same."""
+    """Eight hexadecimal digits that name a run: the same code, settings, data and `other` give the same."""
     key = hashlib.sha256(json.dumps({"settings": asdict(settings), **other}, sort_keys=True).encode())
+    for module in ("training", "loss"):
+        key.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     for sequence in sequences:
-        key.update(sequence.input_ids.tobytes())
+        for array in (sequence.input_ids, sequence.labels, sequence.position_ids):
+            key.update(array.tobytes())
     return key.hexdigest()[:8]
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from conftest import new_llama
 from llama_long_utils.documents import TokenizedDocument
-from llama_long_utils.packing import IGNORED_LABEL, join_pieces, pack_pieces, repeat_passages, training_sequences
+from llama_long_utils.packing import IGNORED_LABEL, join_pieces, pack_pieces, training_sequences
 
 EOS = 1
 
@@ -81,20 +81,3 @@ def test_same_seed_same_sequences_and_a_window_that_no_document_fills():
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
     with pytest.raises(ValueError, match="no document fills a training window of 512 tokens: the longest of 2 has 200"):
         training_sequences(documents, 512, 1, padding_id=EOS, seed=0)
-
-
-def test_repeated_passages_stay_inside_one_piece_and_labels_follow():
-    generator = np.random.default_rng(0)
-    ids = [generator.integers(2, 10_000, 64) for _ in range(200)]
-    whole = [join_pieces([row], 64, padding_id=EOS) for row in ids]
-    changed = repeat_passages(whole, 0.5, seed=0)
-    different = [
-        (one, other) for one, other in zip(changed, whole, strict=True) if (one.input_ids != other.input_ids).any()
-    ]
-    assert 60 <= len(different) <= 140
-    for one, _ in different:
-        assert len(set(one.input_ids.tolist())) < 64
-        assert (one.labels[1:] == one.input_ids[1:]).all()
-        assert one.labels[0] == IGNORED_LABEL
-    two_pieces = join_pieces([ids[0][:30], ids[1][:34]], 64, padding_id=EOS)
-    assert repeat_passages([two_pieces] * 20, 1.0, seed=0) == [two_pieces] * 20

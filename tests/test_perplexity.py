@@ -96,19 +96,28 @@ def test_power_law_on_the_published_curves(size, fitted):
 
 def test_a_context_longer_than_any_document_is_refused():
     with pytest.raises(ValueError, match="no held-out document has 4,096 tokens: the longest of 2 has 60"):
-        random_stretches([text(50), text(60)], 4096, seed=0)
+        random_stretches([text(50), text(60)], 4096, at_most=3, seed=0)
 
 
-def test_stretches_start_with_bos_at_different_places_of_long_documents():
-    documents = [text(400, str(seed), seed) for seed in range(8)] + [text(30)]
-    stretches = random_stretches(documents, 100, seed=0)
-    assert len(stretches) == 8
-    assert all(stretch.tokens == 100 and stretch.token_ids[0] == 0 for stretch in stretches)
+def test_stretches_start_with_bos_at_random_places_and_do_not_overlap():
+    documents = [text(700, str(seed), seed) for seed in range(8)] + [text(130), text(30)]
+    stretches = random_stretches(documents, 100, at_most=3, seed=0)
+    assert [len(cut) for cut in stretches] == [3] * 8 + [1]
     firsts = set()
-    for stretch, document in zip(stretches, documents, strict=False):
-        found = np.lib.stride_tricks.sliding_window_view(document.token_ids, 99)
-        firsts |= {int(np.flatnonzero((found == stretch.token_ids[1:]).all(axis=1))[0])}
+    for cut, document in zip(stretches, documents, strict=False):
+        windows = np.lib.stride_tricks.sliding_window_view(document.token_ids, 99)
+        places = [np.flatnonzero((windows == stretch.token_ids[1:]).all(axis=1))[0] for stretch in cut]
+        assert (np.diff(places) >= 100).all()
+        assert all(stretch.tokens == 100 and stretch.token_ids[0] == 0 for stretch in cut)
+        firsts.add(int(places[0]))
     assert len(firsts) > 4
+
+
+def test_several_stretches_of_a_document_are_one_draw_of_the_bootstrap():
+    rows = [np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, 6.0]])]
+    nats, tokens = bucket_sums(rows, [1, 2, 3])
+    np.testing.assert_array_equal(nats, [[4, 6], [5, 6]])
+    np.testing.assert_array_equal(tokens, [[2, 2], [1, 1]])
 
 
 def test_sliding_window_scores_the_same_tokens_with_a_bounded_context():
@@ -118,7 +127,10 @@ def test_sliding_window_scores_the_same_tokens_with_a_bounded_context():
     assert slid.shape == full.shape
     np.testing.assert_allclose(slid[:15], full[:15], atol=0.02)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        ids = torch.from_numpy(document.token_ids[16:32]).long()[None]
+        ids = torch.from_numpy(document.token_ids[16:32]).long()[None].clone()
+        ids[0, 0] = document.token_ids[0]  # trap 21: BOS in every window
         logits = model(input_ids=ids).logits[0, :-1].float()
     alone = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
     np.testing.assert_allclose(slid[23:31], alone[7:], atol=0.02)
+    with pytest.raises(ValueError, match="a text of 50 tokens cannot be read in windows of 16"):
+        sliding_window_nll(model, text(50), 16)
