@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {
     "base": _PALETTE[3],
-    "rope_base_only": _PALETTE[1],
+    "rope_base_only": _PALETTE[2],
     "extended": _PALETTE[0],
     "sliding_window": (0.35, 0.35, 0.35),
 }
