@@ -204,7 +204,10 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
     """Write a standard PEFT adapter, its card and a README into a new folder, all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
-    model.save_pretrained(scratch, safe_serialization=True)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = card.base  # PEFT would write the absolute path of this machine
+    # Embeddings are saved if modules_to_save names them; left to guess, PEFT would ask the hub about the base.
+    model.save_pretrained(scratch, save_embedding_layers=False)
     (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
     (scratch / "README.md").write_text(_readme(card))
     replaced = folder.with_name(f"{folder.name}.{os.getpid()}.replaced")

@@ -58,6 +58,7 @@ def run(preset: Preset, chosen: list[Notebook], parameters: dict[str, Any], *, a
             parameters={"preset": preset.name, **parameters},
             cwd=notebook.path.parent,
             progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=40"],  # no warnings of the kernel between our lines
         )
         done[notebook.slug] = fingerprint
         write_atomically(done_file, json.dumps(done, indent=1).encode())

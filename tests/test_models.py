@@ -149,6 +149,10 @@ def test_damaged_adapter_is_one_clear_error(adapter, damage):
         models.read_card(adapter)
 
 
+def test_saved_adapter_names_its_base_as_the_card_does(adapter):
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "a test"
+
+
 def test_saving_again_replaces_the_adapter_whole(base_folder, adapter):
     models.save_adapter(with_lora(base_folder), card(base_folder, window=1024), adapter)
     assert models.read_card(adapter).window == 1024

@@ -42,6 +42,11 @@ def test_repository_is_small_and_holds_no_pickle():
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}]
 
 
+def test_no_tracked_file_holds_a_path_of_this_machine():
+    for path in tracked():
+        assert str(REPOSITORY).encode() not in path.read_bytes(), path
+
+
 def test_helper_module_is_flat_and_documented():
     modules = sorted((REPOSITORY / "llama_long_utils").rglob("*.py"))
     assert all(path.parent.name == "llama_long_utils" for path in modules)
