@@ -34,7 +34,7 @@ data: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.documents
 
 notebooks: $(INSTALLED)
-	$(BIN)/python -m llama_long_utils.run --again --store
+	$(BIN)/python -m llama_long_utils.run --store
 
 tiny-llama: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.tiny_llama

@@ -23,6 +23,31 @@ LABELS = {
     "sliding_window": "base, sliding window",
 }
 
+METHOD_COLOURS = {
+    "none": _PALETTE[3],
+    "pi": _PALETTE[1],
+    "abf": _PALETTE[0],
+    "ntk": _PALETTE[2],
+    "dynamic_ntk": _PALETTE[9],
+    "ntk_by_parts": _PALETTE[4],
+    "yarn": _PALETTE[5],
+    "longrope": _PALETTE[6],
+    "xpos_abf": (0.2, 0.2, 0.2),
+    "proportional": _PALETTE[8],
+}
+METHOD_LABELS = {
+    "none": "RoPE, unscaled",
+    "pi": "PI",
+    "abf": "ABF",
+    "ntk": "NTK-aware",
+    "dynamic_ntk": "dynamic NTK",
+    "ntk_by_parts": "NTK by parts (Llama 3)",
+    "yarn": "YaRN",
+    "longrope": "LongRoPE",
+    "xpos_abf": "xPos ABF",
+    "proportional": "proportional",
+}
+
 
 def use_style() -> None:
     """Set the one style of all figures."""

@@ -24,7 +24,7 @@ def hidden_states(
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Last hidden states, shape (batch, length, hidden), computed under bf16 autocast.
+    """Last hidden states, shape (batch, length, hidden), under bf16 autocast if the weights are bf16.
 
     Args:
         input_ids: shape (batch, length).
@@ -32,7 +32,8 @@ def hidden_states(
             starts a new document that cannot see the one before it.
         attention_mask: shape (batch, length). Pass all ones if positions jump inside one document.
     """
-    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
+    in_bf16 = causal_lm(model).get_output_embeddings().weight.dtype == torch.bfloat16
+    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=in_bf16):
         output = causal_lm(model).model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
         )

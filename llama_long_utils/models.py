@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from huggingface_hub import auth_check, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,9 +32,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llama_long_utils.attention import XPOS
 from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.loss import causal_lm
 from llama_long_utils.presets import Lora, Preset
-from llama_long_utils.rope import inverse_frequencies, rope_parameters
+from llama_long_utils.rope import Scaling
+from llama_long_utils.training import STRICT
 
 CARD = "adapter_card.json"
 ADAPTERS = REPOSITORY / "data" / "adapters"
@@ -41,14 +45,13 @@ NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 EMBEDDINGS = ["embed_tokens"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AdapterCard:
     """What an adapter needs from its base, and where it comes from."""
 
     base: str
     base_sha256: str
-    rope_base: float
-    window: int
+    rope: Scaling
     data: dict[str, Any]
     training: dict[str, Any]
     versions: dict[str, str]
@@ -109,31 +112,31 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    folder: Path, *, rope_base: float, window: int, quantized: bool = True, attention: str = "sdpa"
+    folder: Path, rope: Scaling, *, dtype: str, quantized: bool = True, attention: str = "sdpa"
 ) -> PreTrainedModel:
-    """Load a Llama with the RoPE base and the window given, on the GPU if there is one.
+    """Load a Llama with its RoPE scaled as given, on the GPU if there is one.
 
     Args:
         folder: from `locate_model`.
-        rope_base: passed at load, where it takes effect, and verified on the built model.
-        window: becomes `max_position_embeddings`, in tokens.
-        quantized: NF4 with double quantisation for the linear layers (embeddings, head and norms
-            stay bf16), through bitsandbytes on a CPU as on a GPU; else everything in bf16.
-        attention: name of the attention implementation in transformers.
+        rope: passed at load, where it takes effect, and verified on the built model.
+        dtype: "bfloat16" or "float32": of embeddings, head, norms, the residual stream and all arithmetic.
+        quantized: NF4 with double quantisation for the linear layers, through bitsandbytes on a CPU
+            as on a GPU; else they are in `dtype` too.
+        attention: name of the attention implementation in transformers; xPos brings its own.
     """
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=quantization if quantized else None,
-        dtype=torch.bfloat16,
-        rope_parameters=rope_parameters(rope_base),
-        max_position_embeddings=window,
-        attn_implementation=attention,
+        dtype=getattr(torch, dtype),
+        rope_parameters=rope.parameters(),
+        max_position_embeddings=rope.max_position_embeddings,
+        attn_implementation=XPOS if rope.method == "xpos_abf" else attention,
         device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
         local_files_only=True,
     )
@@ -142,20 +145,32 @@ def load_base(
             # A forward without gradients in eval mode would repack the weights for inference on CPUs
             # with AVX512-BF16, and from then on most LoRA matrices would silently get no gradient.
             module.support_avx512bf16_for_cpu = False
-    check_rope(model, rope_base)
+    model.config.xpos_window = rope.original_window
+    check_rope(model, rope)
     return model
 
 
-def check_rope(model: PreTrainedModel | PeftModel, rope_base: float) -> None:
-    """Raise ValueError unless the model rotates by exactly the fp32 frequencies of `rope_base`."""
+def check_rope(model: PreTrainedModel | PeftModel, rope: Scaling) -> None:
+    """Raise ValueError unless the model rotates exactly as `rope` says, by fp32 frequencies."""
     rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
-    expected = inverse_frequencies(2 * len(rotary.inv_freq), rope_base).to(rotary.inv_freq.device)
     if rotary.inv_freq.dtype != torch.float32:
         raise ValueError(
             f"inv_freq is {rotary.inv_freq.dtype}, which loses radians at long range: load with dtype=, do not cast"
         )
-    if not torch.allclose(rotary.inv_freq, expected, rtol=1e-6, atol=0):
-        raise ValueError(f"the model does not rotate with RoPE base {rope_base:,.0f}: give the base at load")
+    config = causal_lm(model).config
+    inv_freq, attention_factor = rope.rotation()
+    same = (
+        rotary.inv_freq.shape == inv_freq.shape
+        and torch.allclose(rotary.inv_freq.cpu(), inv_freq, rtol=1e-6, atol=0)
+        and abs(rotary.attention_scaling - attention_factor) < 1e-6
+        and config.max_position_embeddings == rope.max_position_embeddings
+        and (config._attn_implementation == XPOS) == (rope.method == "xpos_abf")
+    )
+    if not same:
+        raise ValueError(
+            f"the model does not rotate as asked ({rope}) but with {config.rope_parameters} and window "
+            f"{config.max_position_embeddings:,}: RoPE is set at load, with load_base(folder, rope)"
+        )
 
 
 def weights_sha256(folder: Path) -> str:
@@ -170,9 +185,9 @@ def weights_sha256(folder: Path) -> str:
 def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
     """Add trainable LoRA matrices and, through `modules_to_save`, trainable norms and embeddings.
 
-    Trainable copies are fp32 (a bf16 norm weight near 1 moves in steps of 1/128) while what they put
-    out stays bf16, so that the residual stream and the layer checkpoints stay bf16 too. That is why
-    PEFT's `prepare_model_for_kbit_training`, which turns them to fp32, is not used.
+    Trainable copies are fp32 (a bf16 norm weight near 1 moves in steps of 1/128), but what they put
+    out has the base's dtype, so that a bf16 residual stream and its layer checkpoints stay bf16.
+    PEFT's `prepare_model_for_kbit_training` turns them to fp32; that is why it is not used.
 
     Raises:
         ValueError: embeddings are to be trained but are tied to the head.
@@ -247,8 +262,8 @@ def read_card(folder: Path) -> AdapterCard:
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt"):
             pass
-        return AdapterCard(**json.loads((folder / CARD).read_text()))
-    except (SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
+        return TypeAdapter(AdapterCard).validate_json((folder / CARD).read_text())
+    except (SafetensorError, OSError, ValidationError) as error:
         raise ValueError(f"the adapter in {folder} is truncated or corrupt ({error}): train it again") from error
 
 
@@ -261,17 +276,16 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel
         base: folder that `model` was loaded from.
 
     Raises:
-        ValueError: the weights, the RoPE base or the window differ from the card's.
+        ValueError: the weights or the RoPE settings differ from the card's.
     """
     card = read_card(adapter)
-    loaded = model.config.rope_parameters["rope_theta"]
-    if loaded != card.rope_base or model.config.max_position_embeddings != card.window:
+    try:
+        check_rope(model, card.rope)
+    except ValueError as error:
         raise ValueError(
-            f"the adapter in {adapter} was trained with RoPE base {card.rope_base:,.0f} and window {card.window:,}, "
-            f"the model is loaded with {loaded:,.0f} and {model.config.max_position_embeddings:,}: "
-            f"use load_base(..., rope_base={card.rope_base:.0f}, window={card.window})"
-        )
-    check_rope(model, card.rope_base)
+            f"the adapter in {adapter} was trained with other RoPE settings: {error}. "
+            "Its own are read_card(adapter).rope"
+        ) from None
     found = weights_sha256(base)
     if found != card.base_sha256:
         raise ValueError(
@@ -284,21 +298,24 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel
     return loaded_model
 
 
-def merge_adapter(adapter: Path, base: Path, folder: Path) -> Path:
-    """Merge an adapter into the 16-bit base: a standalone model with the right RoPE in its config.
+def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Path:
+    """Merge an adapter into the 16-bit base: a standalone bf16 model with the right RoPE in its config.
 
     The adapter was trained beside 4-bit weights; merged into the 16-bit ones it meets weights
     without the quantisation error. `05_finetune_qlora` measures what that changes.
+
+    Args:
+        dtype: of the merging arithmetic, as in `load_base`.
+
+    Raises:
+        ValueError: the adapter needs an attention that plain transformers does not have.
     """
     card = read_card(adapter)
-    model = load_base(base, rope_base=card.rope_base, window=card.window, quantized=False)
+    if card.rope.method == "xpos_abf":
+        raise ValueError(f"the adapter in {adapter} needs xPos, which no config.json can ask for: load it unmerged")
+    model = load_base(base, card.rope, dtype=dtype, quantized=False)
     merged = load_adapter(model, adapter, base).merge_and_unload()
-    for module in merged.modules():
-        if isinstance(module, nn.Module) and type(module).__name__.endswith("RMSNorm"):
-            module.to(torch.bfloat16)
-            module._forward_hooks.clear()
-    merged.get_input_embeddings().to(torch.bfloat16)
-    merged.save_pretrained(folder)
+    merged.to(torch.bfloat16).save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
     return folder
 
@@ -311,8 +328,8 @@ def library_versions() -> dict[str, str]:
 def _readme(card: AdapterCard) -> str:
     lines = [f"- {name}: {value}" for name, value in asdict(card).items()]
     return (
-        f"---\nlibrary_name: peft\nbase_model: {card.base}\n---\n# LoRA adapter: window {card.window:,} tokens\n\n"
-        f"Trained on the NF4 base with RoPE base {card.rope_base:,.0f}. PEFT does not store that: load it with\n"
+        f"---\nlibrary_name: peft\nbase_model: {card.base}\n---\n# LoRA adapter: window {card.rope.window:,} tokens\n\n"
+        f"Trained on the NF4 base with RoPE scaled: {card.rope}. PEFT does not store that: load it with\n"
         "`llama_long_utils.models.load_adapter`, which refuses a base with other RoPE settings.\n\n"
         + "\n".join(lines)
         + "\n"

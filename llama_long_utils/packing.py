@@ -7,7 +7,7 @@ so no token attends across a boundary, and the first token of every piece carrie
 """
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One row of a batch: three int64 arrays of shape (window,).
+    """One row of a batch: int64 arrays of shape (window,).
 
     `labels` are not shifted (labels[t] belongs to input_ids[t], as in transformers); padding and the
     first token of each piece hold -100. Labels are masked by place, never by token id, so a padding
@@ -29,6 +29,12 @@ class TrainingSequence:
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
+    attention_mask: np.ndarray | None = None
+
+    @property
+    def one_piece(self) -> bool:
+        """Whether all of it, without padding, is from one place of one document."""
+        return bool((np.diff(self.position_ids) > 0).all())
 
     @property
     def label_tokens(self) -> int:
@@ -46,7 +52,7 @@ class SequenceDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sequence = self.sequences[index]
-        return {name: torch.from_numpy(value).long() for name, value in vars(sequence).items()}
+        return {name: torch.from_numpy(value).long() for name, value in vars(sequence).items() if value is not None}
 
 
 def cut_document(tokens: np.ndarray, window: int, first_cut: int) -> list[np.ndarray]:
@@ -94,6 +100,7 @@ def training_sequences(
     padding_id: int,
     seed: int,
     long_document_weight: float = 1.0,
+    pack: bool = True,
 ) -> list[TrainingSequence]:
     """Draw `count` training sequences in the order they are to be trained on.
 
@@ -105,6 +112,7 @@ def training_sequences(
         long_document_weight: expected number of times that a document of at least `window` tokens
             is used in one pass; shorter documents are used once. Llama 2 Long up-weights long text
             (arXiv:2309.16039, section 2.1) without giving the factor.
+        pack: use the left-overs and short documents too, several to a sequence; else only whole windows.
 
     Raises:
         ValueError: there are no documents, or none is as long as the window.
@@ -123,7 +131,36 @@ def training_sequences(
             weight = long_document_weight if document.tokens >= window else 1.0
             for _ in range(int(weight + generator.random())):
                 pieces += cut_document(document.token_ids, window, int(generator.integers(1, window + 1)))
-        packed = pack_pieces(pieces, window)
+        packed = pack_pieces(pieces if pack else [piece for piece in pieces if len(piece) == window], window)
         order = generator.permutation(len(packed))[: count - len(sequences)]
         sequences += [join_pieces(packed[index], window, padding_id) for index in order]
     return sequences
+
+
+def skip_positions(sequences: list[TrainingSequence], reach: int, *, seed: int) -> list[TrainingSequence]:
+    """PoSE (arXiv:2309.10400): train at a short length on distances of a long one.
+
+    Each sequence is cut in two at a random place and the second part's positions are moved on by a
+    random number of tokens, up to position `reach`. If `reach` is the length of the sequences there is nothing to
+    skip and they are returned as they are.
+
+    The result carries an all-ones attention mask: without it, transformers reads a jump in the
+    positions as the start of another document, which could not see the first part.
+
+    Raises:
+        ValueError: a sequence holds several pieces, or is longer than `reach`.
+    """
+    generator = np.random.default_rng(seed)
+    window = len(sequences[0].input_ids)
+    if reach < window:
+        raise ValueError(f"positions cannot end at {reach:,} in sequences of {window:,} tokens: raise training.reach")
+    if reach == window:
+        return sequences
+    if not all(sequence.one_piece for sequence in sequences):
+        raise ValueError("positions can only be skipped inside one document: set training.pack = false")
+    skipped = []
+    for sequence in sequences:
+        positions = sequence.position_ids.copy()
+        positions[int(generator.integers(1, window)) :] += int(generator.integers(0, reach - window + 1))
+        skipped.append(replace(sequence, position_ids=positions, attention_mask=np.ones(window, dtype=np.int64)))
+    return skipped

@@ -1,12 +1,25 @@
-"""Rotary position embeddings (RoPE): the numbers that decide how far a model can look.
+"""Rotary position embeddings (RoPE) and every common way to scale them to a longer window.
 
 Notation: d is the head dimension, b the base. Pair j of the d/2 pairs turns by the angle
-inv_freq[j] = b ** (-2j / d) radians per token (RoFormer, arXiv:2104.09864, section 3.2.2).
+inv_freq[j] = b ** (-2j / d) radians per token (RoFormer, arXiv:2104.09864, section 3.2.2). A scaling
+method changes these frequencies and, some of them, the temperature of the attention.
+
+Training and evaluation use transformers' own implementation of each method (`Scaling.parameters`);
+the functions here say what it computes, and `models.check_rope` compares the two on every load.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+Method = Literal[
+    "none", "pi", "abf", "ntk", "dynamic_ntk", "ntk_by_parts", "yarn", "longrope", "xpos_abf", "proportional"
+]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 def inverse_frequencies(head_dim: int, base: float) -> torch.Tensor:
@@ -19,26 +32,199 @@ def wavelengths(inv_freq: torch.Tensor) -> torch.Tensor:
     return 2 * math.pi / inv_freq
 
 
-def attention_score(inv_freq: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+def position_interpolation(inv_freq: torch.Tensor, factor: float) -> torch.Tensor:
+    """PI (Chen et al., arXiv:2306.15595, equation 4): every position is divided by `factor`."""
+    return inv_freq / factor
+
+
+def ntk_base(head_dim: int, base: float, factor: float) -> float:
+    """The base with which NTK-aware scaling slows the slowest pair `factor` times and leaves the fastest alone.
+
+    (bloc97; as "NTK-aware" in YaRN, arXiv:2309.00071, definition 1.)
+    """
+    return base * factor ** (head_dim / (head_dim - 2))
+
+
+def dynamic_ntk_base(head_dim: int, base: float, factor: float, original_window: int, length: int) -> float:
+    """The base of dynamic NTK for a text of `length` tokens (transformers' form); up to the window unchanged."""
+    stretch = factor * max(length, original_window) / original_window - (factor - 1)
+    return ntk_base(head_dim, base, stretch)
+
+
+def ntk_by_parts(
+    inv_freq: torch.Tensor, factor: float, original_window: int, slow: float = 1.0, fast: float = 4.0
+) -> torch.Tensor:
+    """Llama 3's rule: pairs with over `fast` turns in the window stay, those with under `slow` are interpolated.
+
+    Between the two the frequencies are blended (arXiv:2407.21783; rope_type "llama3" in transformers).
+    """
+    turns = original_window / wavelengths(inv_freq)
+    keep = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    return keep * inv_freq + (1 - keep) * inv_freq / factor
+
+
+def yarn(
+    inv_freq: torch.Tensor, base: float, factor: float, original_window: int, slow: float = 1.0, fast: float = 32.0
+) -> tuple[torch.Tensor, float]:
+    """YaRN (arXiv:2309.00071, section 3): by parts as above, on a ramp over pair numbers, plus a temperature.
+
+    Returns:
+        Frequencies and the factor of cos and sin, 0.1 ln(factor) + 1 (its square scales the attention logits).
+    """
+    pairs = len(inv_freq)
+
+    def pair_with(turns: float) -> float:
+        return pairs * math.log(original_window / (turns * 2 * math.pi)) / math.log(base)
+
+    first = max(math.floor(pair_with(fast)), 0)
+    last = min(math.ceil(pair_with(slow)), 2 * pairs - 1)
+    interpolate = ((torch.arange(pairs) - first) / max(last - first, 0.001)).clamp(0, 1)
+    mixed = interpolate * inv_freq / factor + (1 - interpolate) * inv_freq
+    return mixed, 0.1 * math.log(factor) + 1.0
+
+
+def longrope(
+    inv_freq: torch.Tensor, pair_factors: Sequence[float], factor: float, original_window: int
+) -> tuple[torch.Tensor, float]:
+    """LongRoPE (arXiv:2402.13753): a factor of its own for each pair, found by search, and a temperature."""
+    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original_window))
+    return inv_freq / torch.tensor(pair_factors, dtype=torch.float32), attention_factor
+
+
+def proportional(inv_freq: torch.Tensor, factor: float, rotated_share: float) -> torch.Tensor:
+    """Only the fastest `rotated_share` of the pairs turn, the others carry no position (p-RoPE, arXiv:2410.06205)."""
+    rotated = int(rotated_share * len(inv_freq))
+    return torch.cat([inv_freq[:rotated], torch.zeros(len(inv_freq) - rotated)]) / factor
+
+
+def xpos_decay(head_dim: int) -> torch.Tensor:
+    """How much each pair's share of the score shrinks per original window of distance: shape (head_dim / 2,).
+
+    zeta_j = (2j / d + 0.8) / 1.8. With Llama 2's window of 4,096 this gives the xPos ABF curve of Figure 4 of Llama 2
+    Long, which prints no formula; the form is that of xPos (arXiv:2212.10554, section 3.2) with gamma = 0.8.
+    """
+    return (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim + 0.8) / 1.8
+
+
+def attention_score(
+    inv_freq: torch.Tensor, distance: torch.Tensor, decay: torch.Tensor | None = None, decay_window: int = 1
+) -> torch.Tensor:
     """Attention score of two all-ones vectors at a distance, scaled by 1/sqrt(d).
 
-    The curve of Figure 4 of Llama 2 Long (arXiv:2309.16039):
-    s(D) = (1 / sqrt(d)) * sum_j 2 cos(inv_freq[j] * D).
+    The curves of Figure 4 of Llama 2 Long (arXiv:2309.16039):
+    s(D) = (1 / sqrt(d)) * sum_j 2 cos(inv_freq[j] * D) * decay[j] ** (D / decay_window).
 
     Args:
         inv_freq: shape (d/2,).
         distance: shape (n,), in tokens.
+        decay: shape (d/2,), from `xpos_decay`; none without xPos.
+        decay_window: tokens after which a pair has shrunk by its decay.
 
     Returns:
         Scores of shape (n,), computed in float64.
     """
-    angles = distance[:, None].double() * inv_freq[None, :].double()
-    return 2 * angles.cos().sum(dim=1) / math.sqrt(2 * len(inv_freq))
+    terms = 2 * (distance[:, None].double() * inv_freq[None, :].double()).cos()
+    if decay is not None:
+        terms = terms * decay.double() ** (distance[:, None].double() / decay_window)
+    return terms.sum(dim=1) / math.sqrt(2 * len(inv_freq))
 
 
-def rope_parameters(base: float) -> dict[str, str | float]:
-    """The whole dictionary that `from_pretrained(rope_parameters=...)` takes for plain RoPE.
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Scaling:
+    """One setting of RoPE: a method by name and its numbers.
 
-    It must be given at load: set on the config of a built model it changes nothing.
+    Args:
+        method: one of METHODS; "none" and "abf" (adjusted base frequency) are plain RoPE at `base`.
+        base: the RoPE base b; for "abf" and "xpos_abf" the raised one, for the others the pretrained one.
+        head_dim: d.
+        original_window: tokens the model was pretrained with.
+        window: tokens it is scaled to.
+        pair_factors: for "longrope", head_dim / 2 factors.
+        rotated_share: for "proportional", the share of pairs that turn.
     """
-    return {"rope_type": "default", "rope_theta": float(base)}
+
+    method: Method
+    base: float
+    head_dim: int
+    original_window: int
+    window: int
+    pair_factors: tuple[float, ...] = ()
+    rotated_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.window < self.original_window:
+            raise ValueError(f"RoPE cannot be scaled down: window {self.window} < {self.original_window}")
+        wanted = self.head_dim // 2 if self.method == "longrope" else 0
+        if len(self.pair_factors) != wanted:
+            raise ValueError(
+                f"method {self.method!r} takes {wanted} pair_factors, got {len(self.pair_factors)}: "
+                "'longrope' needs one for each pair, the other methods none"
+            )
+        if not 0 < self.rotated_share <= 1:
+            raise ValueError(f"rotated_share = {self.rotated_share} must be above 0 and at most 1")
+
+    @property
+    def factor(self) -> float:
+        """How many times longer the window becomes."""
+        return self.window / self.original_window
+
+    def rotation(self, length: int = 0) -> tuple[torch.Tensor, float]:
+        """Frequencies, shape (head_dim / 2,), and the factor of cos and sin, for a text of `length` tokens.
+
+        Only dynamic NTK depends on the length.
+        """
+        plain = inverse_frequencies(self.head_dim, self.base)
+        match self.method:
+            case "pi":
+                return position_interpolation(plain, self.factor), 1.0
+            case "ntk":
+                return inverse_frequencies(self.head_dim, ntk_base(self.head_dim, self.base, self.factor)), 1.0
+            case "dynamic_ntk":
+                base = dynamic_ntk_base(self.head_dim, self.base, self.factor, self.original_window, length)
+                return inverse_frequencies(self.head_dim, base), 1.0
+            case "ntk_by_parts":
+                return ntk_by_parts(plain, self.factor, self.original_window), 1.0
+            case "yarn":
+                return yarn(plain, self.base, self.factor, self.original_window)
+            case "longrope":
+                return longrope(plain, self.pair_factors, self.factor, self.original_window)
+            case "proportional":
+                return proportional(plain, self.factor, self.rotated_share), 1.0
+            case _:  # none, abf, and xpos_abf, whose decay is not part of the rotation
+                return plain, 1.0
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """What the model's config must say; transformers starts dynamic NTK past it, so there it is the old window."""
+        return self.original_window if self.method == "dynamic_ntk" else self.window
+
+    def parameters(self) -> dict[str, Any]:
+        """The whole dictionary for `from_pretrained(rope_parameters=...)`, so that transformers does the rest.
+
+        It must be given at load: set on the config of a built model it changes nothing. YaRN and
+        Llama 3's rule need the original window spelled out, or they silently build another ramp.
+        """
+        numbers: dict[str, Any] = {"rope_theta": self.base, "factor": self.factor}
+        original = {"original_max_position_embeddings": self.original_window}
+        match self.method:
+            case "pi":
+                return {"rope_type": "linear", **numbers}
+            case "ntk":
+                return {"rope_type": "default", "rope_theta": ntk_base(self.head_dim, self.base, self.factor)}
+            case "dynamic_ntk":
+                return {"rope_type": "dynamic", **numbers}
+            case "ntk_by_parts":
+                return {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **numbers, **original}
+            case "yarn":
+                return {"rope_type": "yarn", **numbers, **original}
+            case "longrope":
+                factors = list(self.pair_factors)
+                # The same factors at every length: the model is trained and read with one rotation.
+                return {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, **numbers, **original}
+            case "proportional":
+                return {"rope_type": "proportional", "partial_rotary_factor": self.rotated_share, **numbers}
+            case _:
+                return {"rope_type": "default", "rope_theta": self.base}
+
+    def __str__(self) -> str:
+        return f"{self.method}, base {self.base:,.0f}, window {self.original_window:,} -> {self.window:,}"

@@ -30,8 +30,14 @@ from llama_long_utils.records import RESULTS, read_published, read_record, read_
 TIMING_COLUMNS = {"tokens_per_second", "peak_gib"}
 
 
-def run(preset: Preset, chosen: list[Notebook], parameters: dict[str, Any], *, again: bool = False) -> None:
+def run(
+    preset: Preset, chosen: list[Notebook], parameters: dict[str, Any], *, again: bool = False, store: bool = False
+) -> None:
     """Execute notebooks in order by papermill, one progress line each.
+
+    Args:
+        again: also those that finished before.
+        store: before a notebook whose defaults are a quick look, measure and store its record.
 
     Raises:
         ValueError: a parameter that a chosen notebook does not have.
@@ -40,31 +46,56 @@ def run(preset: Preset, chosen: list[Notebook], parameters: dict[str, Any], *, a
     for notebook in chosen:
         check_parameters(notebook, parameters)
     base_sha256 = weights_sha256(locate_model(preset.base.source))
-    done_file = preset.run_folder / "done.json"
-    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
     for number, notebook in enumerate(chosen, start=1):
-        fingerprint = run_key(notebook, preset, parameters, base_sha256)
         line = f"[{number}/{len(chosen)}] {notebook.slug}"
-        if done.get(notebook.slug) == fingerprint and not again:
-            print(f"{line}: finished before (--again runs it anew)", flush=True)
-            continue
-        print(f"{line} ...", flush=True)
-        started = time.perf_counter()
-        output = preset.run_folder / "notebooks" / notebook.path.name
-        output.parent.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(
-            notebook.path,
-            output,
-            parameters={"preset": preset.name, **parameters},
-            cwd=notebook.path.parent,
-            progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=40"],  # no warnings of the kernel between our lines
-        )
-        done[notebook.slug] = fingerprint
-        write_atomically(done_file, json.dumps(done, indent=1).encode())
-        print(f"{line}: {time.perf_counter() - started:.0f} s", flush=True)
+        if store and notebook.record_with:
+            entry = f"{notebook.slug}, record"
+            if execute(notebook, preset, notebook.record_with, base_sha256, entry, f"{line}, its record", again=again):
+                store_record(preset.run_folder / "records" / f"{notebook.slug}.json", RESULTS / preset.name)
+        execute(notebook, preset, parameters, base_sha256, notebook.slug, line, again=again)
     figures = sorted(preset.run_folder.glob("figures/*.png"))
     print("figures:", *(path.relative_to(REPOSITORY) for path in figures), sep="\n  ")
+
+
+def execute(
+    notebook: Notebook,
+    preset: Preset,
+    parameters: dict[str, Any],
+    base_sha256: str,
+    entry: str,
+    line: str,
+    *,
+    again: bool,
+) -> bool:
+    """Execute one notebook and return True, or False if it finished before as it would now.
+
+    Args:
+        entry: name under which done.json remembers that it finished.
+        line: start of its progress lines.
+    """
+    done_file = preset.run_folder / "done.json"
+    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    key = run_key(notebook, preset, parameters, base_sha256)
+    if done.get(entry) == key and not again:
+        print(f"{line}: finished before (--again runs it anew)", flush=True)
+        return False
+    print(f"{line} ...", flush=True)
+    started = time.perf_counter()
+    output = preset.run_folder / "notebooks" / notebook.path.name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        notebook.path,
+        output,
+        parameters={"preset": preset.name, **parameters},
+        cwd=notebook.path.parent,
+        progress_bar=False,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # no warnings of the kernel between our lines
+    )
+    done.pop(notebook.slug, None)  # what it left in runs/ was overwritten
+    done[entry] = key
+    write_atomically(done_file, json.dumps(done, indent=1).encode())
+    print(f"{line}: {time.perf_counter() - started:.0f} s", flush=True)
+    return True
 
 
 def check_parameters(notebook: Notebook, parameters: dict[str, Any]) -> None:
@@ -106,8 +137,10 @@ def store_outputs(preset: Preset) -> None:
         write_notebook(stored, notebook.path)
     for figure in sorted(preset.run_folder.glob("figures/*.png")):
         write_atomically(REPOSITORY / "figures" / figure.name, figure.read_bytes())
+    quick = {notebook.slug for notebook in delivered() if notebook.record_with}
     for record in sorted(preset.run_folder.glob("records/*.json")):
-        store_record(record, RESULTS / preset.name)
+        if record.stem not in quick:  # their records were stored when they were measured
+            store_record(record, RESULTS / preset.name)
     adapter = find_adapter(preset)
     if adapter != ADAPTERS / preset.name and weights_sha256(adapter) != weights_sha256(ADAPTERS / preset.name):
         shutil.copytree(adapter, ADAPTERS / preset.name, dirs_exist_ok=True)
@@ -210,7 +243,7 @@ def main() -> None:
         parser.error("--store stores a run of all notebooks at their defaults: leave out --only, --preset and -p")
     try:
         parameters = {name: yaml.safe_load(value) for name, value in arguments.p}
-        run(load_preset(arguments.preset), chosen, parameters, again=arguments.again)
+        run(load_preset(arguments.preset), chosen, parameters, again=arguments.again, store=arguments.store)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
     if arguments.store:

@@ -14,7 +14,7 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -32,9 +32,16 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True, config=STRICT)
 class TrainingSettings:
-    """Numbers of a training run. Tokens per step = window x sequences_per_step."""
+    """Numbers of a training run. Tokens per step = window x sequences_per_step.
+
+    `reach` is the highest position, in tokens: above `window` positions are skipped (PoSE). `attention` is
+    full ("sdpa") or shifted sparse ("s2"). Both need whole sequences: pack = false.
+    """
 
     window: int
+    reach: int
+    pack: bool
+    attention: Literal["sdpa", "s2"]
     steps: int
     sequences_per_step: int
     sequences_at_once: int
@@ -48,6 +55,10 @@ class TrainingSettings:
     seed: int
 
     def __post_init__(self) -> None:
+        if self.reach < self.window:
+            raise ValueError(f"reach = {self.reach} must be at least window = {self.window}")
+        if self.pack and (self.reach > self.window or self.attention == "s2"):
+            raise ValueError("skipped positions (reach > window) and s2 attention need pack = false")
         if self.sequences_per_step % self.sequences_at_once:
             raise ValueError(
                 f"sequences_per_step = {self.sequences_per_step} must be a multiple of "

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_long_utils.presets import Lora
-from llama_long_utils.rope import rope_parameters
+from llama_long_utils.rope import Scaling
 
 LORA = Lora(
     rank=4,
@@ -16,6 +16,10 @@ LORA = Lora(
     train_norms=True,
     train_embeddings=False,
 )
+
+
+PLAIN = Scaling("none", 1e4, head_dim=32, original_window=64, window=64)
+RAISED = Scaling("abf", 5e5, head_dim=32, original_window=64, window=512)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +36,7 @@ def new_llama(seed: int, **changes) -> LlamaForCausalLM:
         **{
             "vocab_size": 128,
             "max_position_embeddings": 64,
-            "rope_parameters": rope_parameters(1e4),
+            "rope_parameters": PLAIN.parameters(),
             **shape,
             **changes,
         }

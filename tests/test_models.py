@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from conftest import LORA, new_llama
+from conftest import LORA, RAISED, new_llama
 from llama_long_utils import models
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.presets import load_preset
@@ -21,8 +21,7 @@ def card(base_folder, **changes):
     values = {
         "base": "a test",
         "base_sha256": models.weights_sha256(base_folder),
-        "rope_base": 5e5,
-        "window": 512,
+        "rope": RAISED,
         "data": {},
         "training": {},
         "versions": models.library_versions(),
@@ -31,7 +30,7 @@ def card(base_folder, **changes):
 
 
 def with_lora(base_folder, **changes):
-    base = models.load_base(base_folder, rope_base=5e5, window=512)
+    base = models.load_base(base_folder, RAISED, dtype="bfloat16")
     return models.add_lora(base, dataclasses.replace(LORA, **changes), seed=0)
 
 
@@ -51,11 +50,11 @@ def adapter(base_folder, tmp_path):
 
 
 def test_base_is_nf4_with_double_quantisation_and_the_raised_rope(base_folder):
-    model = models.load_base(base_folder, rope_base=5e5, window=512)
+    model = models.load_base(base_folder, RAISED, dtype="bfloat16")
     state = model.model.layers[0].mlp.down_proj.weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
     assert model.config.max_position_embeddings == 512
-    models.check_rope(model, 5e5)
+    models.check_rope(model, RAISED)
 
 
 def test_trap_14_the_residual_stream_stays_bf16(base_folder):
@@ -107,16 +106,16 @@ def test_trap_18_evaluation_before_training_does_not_cut_the_gradients(base_fold
 
 
 def test_trap_6_an_adapter_goes_onto_its_own_base_only(base_folder, adapter, tmp_path):
-    right = models.load_base(base_folder, rope_base=5e5, window=512)
+    right = models.load_base(base_folder, RAISED, dtype="bfloat16")
     models.load_adapter(right, adapter, base_folder)
-    for wrong in ({"rope_base": 1e4, "window": 512}, {"rope_base": 5e5, "window": 64}):
-        model = models.load_base(base_folder, **wrong)
-        with pytest.raises(ValueError, match="was trained with RoPE base 500,000 and window 512"):
+    for wrong in ({"base": 1e4}, {"window": 64}, {"method": "pi"}, {"method": "yarn"}, {"method": "xpos_abf"}):
+        model = models.load_base(base_folder, dataclasses.replace(RAISED, **wrong), dtype="bfloat16")
+        with pytest.raises(ValueError, match="was trained with other RoPE settings"):
             models.load_adapter(model, adapter, base_folder)
     other = tmp_path / "other"
     new_llama(seed=1).to(torch.bfloat16).save_pretrained(other)
     with pytest.raises(ValueError, match="not on the weights in"):
-        models.load_adapter(models.load_base(other, rope_base=5e5, window=512), adapter, other)
+        models.load_adapter(models.load_base(other, RAISED, dtype="bfloat16"), adapter, other)
 
 
 def test_loaded_adapter_is_the_trained_one_to_the_last_bit(base_folder, tmp_path):
@@ -125,7 +124,7 @@ def test_loaded_adapter_is_the_trained_one_to_the_last_bit(base_folder, tmp_path
         if weight.requires_grad:
             weight.data += 0.001 * torch.randn_like(weight)  # what a bf16 copy of a norm near 1 would round away
     models.save_adapter(trained, card(base_folder), tmp_path / "adapter")
-    base = models.load_base(base_folder, rope_base=5e5, window=512)
+    base = models.load_base(base_folder, RAISED, dtype="bfloat16")
     loaded = models.load_adapter(base, tmp_path / "adapter", base_folder)
     weights = dict(loaded.named_parameters())
     for name, weight in trained.named_parameters():
@@ -154,8 +153,8 @@ def test_saved_adapter_names_its_base_as_the_card_does(adapter):
 
 
 def test_saving_again_replaces_the_adapter_whole(base_folder, adapter):
-    models.save_adapter(with_lora(base_folder), card(base_folder, window=1024), adapter)
-    assert models.read_card(adapter).window == 1024
+    models.save_adapter(with_lora(base_folder), card(base_folder, training={"steps": 1024}), adapter)
+    assert models.read_card(adapter).training == {"steps": 1024}
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
@@ -180,14 +179,14 @@ def test_adapter_is_found_by_how_it_was_trained(base_folder, tmp_path, monkeypat
 
 def test_trap_17_merged_model_loads_plainly_with_the_right_rope(base_folder, adapter, tmp_path):
     train_tokenizer([]).save_pretrained(base_folder)
-    merged_folder = models.merge_adapter(adapter, base_folder, tmp_path / "merged")
+    merged_folder = models.merge_adapter(adapter, base_folder, tmp_path / "merged", dtype="bfloat16")
     merged = AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.bfloat16)
-    models.check_rope(merged, 5e5)
+    models.check_rope(merged, RAISED)
     assert merged.config.max_position_embeddings == 512
     assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
-    unmerged = models.load_base(base_folder, rope_base=5e5, window=512, quantized=False)
+    unmerged = models.load_base(base_folder, RAISED, dtype="bfloat16", quantized=False)
     unmerged = models.load_adapter(unmerged, adapter, base_folder)
-    on_nf4 = models.load_adapter(models.load_base(base_folder, rope_base=5e5, window=512), adapter, base_folder)
+    on_nf4 = models.load_adapter(models.load_base(base_folder, RAISED, dtype="bfloat16"), adapter, base_folder)
     with torch.no_grad():
         exact, merged_hidden, nf4_hidden = (hidden_states(m, IDS).float() for m in (unmerged, merged, on_nf4))
     rounding = (merged_hidden - exact).norm() / exact.norm()

@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 
 from conftest import new_llama
 from llama_long_utils.documents import TokenizedDocument
-from llama_long_utils.packing import IGNORED_LABEL, join_pieces, pack_pieces, training_sequences
+from llama_long_utils.packing import (
+    IGNORED_LABEL,
+    SequenceDataset,
+    join_pieces,
+    pack_pieces,
+    skip_positions,
+    training_sequences,
+)
 
 EOS = 1
 
@@ -81,3 +88,45 @@ def test_same_seed_same_sequences_and_a_window_that_no_document_fills():
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
     with pytest.raises(ValueError, match="no document fills a training window of 512 tokens: the longest of 2 has 200"):
         training_sequences(documents, 512, 1, padding_id=EOS, seed=0)
+
+
+def test_unpacked_sequences_are_whole_windows_of_one_document():
+    texts = [document(1000), document(90, "b"), document(30, "c")]
+    sequences = training_sequences(texts, 64, 15, padding_id=EOS, seed=0, pack=False)
+    assert all(sequence.one_piece for sequence in sequences)
+    packed = training_sequences(texts, 64, 60, padding_id=EOS, seed=0)
+    assert not all(sequence.one_piece for sequence in packed)
+
+
+def test_pose_skips_once_and_reaches_far():
+    whole = training_sequences([document(1000)], 64, 200, padding_id=EOS, seed=0, pack=False)
+    skipped = skip_positions(whole, 512, seed=0)
+    steps = np.stack([np.diff(sequence.position_ids) for sequence in skipped])
+    assert ((steps > 1).sum(axis=1) <= 1).all()
+    ends = np.array([sequence.position_ids[-1] for sequence in skipped])
+    assert ends.min() + 1 >= 64 and 480 < ends.max() < 512
+    assert all((a.labels == b.labels).all() for a, b in zip(whole, skipped, strict=True))
+    assert skip_positions(whole, 64, seed=0) == whole
+    with pytest.raises(ValueError, match="cannot end at 32"):
+        skip_positions(whole, 32, seed=0)
+    with pytest.raises(ValueError, match=r"training\.pack = false"):
+        skip_positions(training_sequences([document(90), document(30)], 64, 9, padding_id=EOS, seed=0), 512, seed=0)
+
+
+def test_trap_7_the_second_part_of_a_skipped_sequence_sees_the_first():
+    whole = training_sequences([document(1000)], 64, 1, padding_id=EOS, seed=0, pack=False)
+    row = SequenceDataset(skip_positions(whole, 512, seed=3))[0]
+    jump = int((row["position_ids"].diff() > 1).nonzero()[0]) + 1
+    model = new_llama(seed=0).eval()
+    changed = row["input_ids"].clone()
+    changed[0] += 1
+
+    def last(ids, mask):
+        with torch.no_grad():
+            return model.model(
+                ids[None], position_ids=row["position_ids"][None], attention_mask=mask, use_cache=False
+            ).last_hidden_state[0, jump:]
+
+    mask = row["attention_mask"][None]
+    assert not torch.allclose(last(row["input_ids"], mask), last(changed, mask), atol=1e-6)
+    torch.testing.assert_close(last(row["input_ids"], None), last(changed, None))  # the trap: it is blind

@@ -6,10 +6,24 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import new_llama
 from llama_long_utils import documents, models
+from llama_long_utils.loss import hidden_states, next_token_nll
+from llama_long_utils.packing import training_sequences
 from llama_long_utils.perplexity import token_nll
 from llama_long_utils.presets import load_preset
-from llama_long_utils.tiny_llama import FOLDER, SETTINGS
+from llama_long_utils.tiny_llama import (
+    FOLDER,
+    PRETRAINING,
+    SETTLING,
+    TEACHING,
+    CopyTeaching,
+    Repeat,
+    attention_loss,
+    head_masks,
+    repeat_passages,
+    with_repeat,
+)
 
 CARD = json.loads((FOLDER / "training.json").read_text())
 
@@ -68,20 +82,74 @@ def test_held_out_documents_share_no_text_with_training(split):
 
 
 def test_every_step_s_loss_is_recorded():
-    losses = CARD["loss"]
-    assert len(losses) == SETTINGS.steps
+    steps = {stage["name"]: len(stage["loss"]) for stage in CARD["stages"]}
+    assert steps == {"pretraining": PRETRAINING.steps, "copying": TEACHING.steps, "settling": SETTLING.steps}
+    losses = CARD["stages"][0]["loss"]
     assert np.mean(losses[-50:]) < 0.6 * losses[0]
-    assert CARD["tokens"] > 15_000_000
+    assert CARD["stages"][0]["tokens"] > 15_000_000
+
+
+def test_a_repeat_copies_tokens_and_keeps_the_rest():
+    ids = np.arange(512)
+    for seed in range(50):
+        changed, repeat = with_repeat(ids, np.random.default_rng(seed))
+        again = slice(repeat.again, repeat.again + repeat.length)
+        assert (changed[again] == ids[repeat.first : repeat.first + repeat.length]).all()
+        changed[again] = ids[again]
+        assert (changed == ids).all()
+
+
+def test_repeats_go_into_their_share_of_whole_sequences_only():
+    generator = np.random.default_rng(0)
+    texts = [documents.TokenizedDocument("a", "a", generator.integers(2, 2000, 70_000).astype(np.int32))]
+    sequences = training_sequences(texts, 512, 120, padding_id=1, seed=0)
+    changed = repeat_passages(sequences, 0.25, seed=0)
+    differs = [bool((a.input_ids != b.input_ids).any()) for a, b in zip(sequences, changed, strict=True)]
+    assert 0.1 < np.mean(differs) < 0.4
+    for before, after, differ in zip(sequences, changed, differs, strict=True):
+        assert (after.labels[1:] == after.input_ids[1:]).all() or not differ
+        assert before.one_piece or not differ
+
+
+def test_attention_loss_is_zero_where_heads_look_right():
+    settings = CopyTeaching(previous_token_heads=((0, 0),), induction_heads=((0, 1),))
+    repeat = Repeat(first=2, again=8, length=3)
+    attention = torch.zeros(1, 2, 12, 12)
+    attention[0, 0, torch.arange(1, 12), torch.arange(0, 11)] = 1.0
+    attention[0, 1, [8, 9, 10], [3, 4, 5]] = 1.0  # the tokens that followed in the first reading
+    assert attention_loss([attention], [repeat], settings).item() == pytest.approx(0, abs=1e-5)
+    attention[0, 1] = 0.5
+    assert attention_loss([attention], [repeat], settings).item() == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_only_the_taught_heads_are_trained():
+    model = new_llama(seed=0)
+    masks = head_masks(model, [(0, 1)])
+    assert {id(weight) for weight in masks} == {
+        id(getattr(model.model.layers[0].self_attn, name).weight) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    assert all(mask.sum() == 32 * 64 for mask in masks.values())
 
 
 def test_it_was_trained_not_drawn(split):
     row = documents.tokenize_documents(split[1][:1], models.load_tokenizer(FOLDER))[0]
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.bfloat16)
-    assert token_nll(model, row, 512).mean() < 4.5  # a uniform guess costs log(2048) = 7.6
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    assert token_nll(model, row, 512).mean() < 4.0  # a uniform guess costs log(2048) = 7.6
+
+
+def test_it_copies(split):
+    tokenizer = models.load_tokenizer(FOLDER)
+    rows = documents.tokenize_documents(split[1], tokenizer)
+    once = np.stack([row.token_ids[1000:1200] for row in rows if row.tokens > 2000])
+    twice = torch.from_numpy(np.concatenate([once, once], axis=1)).long()
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    with torch.no_grad():
+        nll = next_token_nll(hidden_states(model, twice), model.lm_head, twice, reduction="none")
+    assert nll[:, 220:].mean() < nll[:, 20:200].mean() - 0.5
 
 
 def test_shipped_adapter_belongs_to_it():
     card = models.read_card(models.ADAPTERS / "tiny")
     preset = load_preset("tiny")
     assert card.base_sha256 == models.weights_sha256(FOLDER)
-    assert (card.rope_base, card.window) == (preset.extension.rope_base, preset.extension.window)
+    assert card.rope == preset.extended_rope

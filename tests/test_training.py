@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from conftest import LORA, new_llama
+from conftest import LORA, RAISED, new_llama
 from llama_long_utils import models
 from llama_long_utils.documents import TokenizedDocument
 from llama_long_utils.packing import training_sequences
@@ -19,6 +19,9 @@ from llama_long_utils.training import (
 
 SETTINGS = TrainingSettings(
     window=64,
+    reach=64,
+    pack=True,
+    attention="sdpa",
     steps=6,
     sequences_per_step=4,
     sequences_at_once=2,
@@ -44,7 +47,7 @@ def sequences(count=24):
 
 
 def lora_model(base_folder):
-    return models.add_lora(models.load_base(base_folder, rope_base=5e5, window=512), LORA, seed=0)
+    return models.add_lora(models.load_base(base_folder, RAISED, dtype="bfloat16"), LORA, seed=0)
 
 
 def trained_weights(model):
