@@ -11,7 +11,7 @@ help:
 	@echo "make lab         install, then open the notebooks in JupyterLab"
 	@echo "make data        fetch the corpora into data/cache (part of the installation)"
 	@echo "make notebooks   execute the notebooks and store their outputs, figures and records"
-	@echo "make tiny-llama  train data/tiny-llama again (about an hour; needs a C++ compiler)"
+	@echo "make tiny-llama  train data/tiny-llama again (one to two hours; needs a C++ compiler)"
 	@echo "make lock        write environment.yml and requirements.lock from pyproject.toml"
 
 $(INSTALLED): pyproject.toml requirements.lock

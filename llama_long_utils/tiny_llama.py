@@ -293,7 +293,7 @@ AdamW throughout. Losses are nats per token; the last is a mean of 50 steps, eve
 pretraining the model did not copy: a passage read a second time cost as much as the first time. The second stage trains
 three heads only (a previous-token head and two induction heads), on sequences in which a passage of text or of random
 tokens occurs twice, with a loss on where these heads look. The third trains everything on; a quarter of its sequences
-hold a repeated passage of text.
+hold a repeated passage of text. `make tiny-llama` computes every stage in fp32.
 
 ![Training loss of every step](loss.png)
 

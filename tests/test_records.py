@@ -16,6 +16,7 @@ COLUMNS = {
     "06_perplexity_by_position": {
         "nll_by_position": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
         "control": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
+        "far_minus_near": {"quantity", "nats", "low", "high"},
         "context_worth": {"quantity", "nats", "low", "high"},
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
     },
