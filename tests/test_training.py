@@ -8,7 +8,9 @@ from pydantic import ValidationError
 from conftest import LORA, RAISED, new_llama
 from llama_long_utils import models
 from llama_long_utils.documents import TokenizedDocument
-from llama_long_utils.packing import training_sequences
+from llama_long_utils.packing import skip_positions, training_sequences
+from llama_long_utils.perplexity import token_nll
+from llama_long_utils.rope import METHODS
 from llama_long_utils.training import (
     ChunkedLossTrainer,
     TrainingSettings,
@@ -62,8 +64,8 @@ def test_trap_11_accumulation_does_not_change_the_step(tmp_path):
         logs.append(train(model, sequences(8), settings, tmp_path / str(at_once)))
         weights.append(trained_weights(model))
     for whole, accumulated in zip(*logs, strict=True):
-        assert whole["loss"] == pytest.approx(accumulated["loss"], rel=2e-3)  # bf16 autocast
-        assert whole["grad_norm"] == pytest.approx(accumulated["grad_norm"], rel=2e-2)
+        assert whole["loss"] == pytest.approx(accumulated["loss"], rel=1e-5)
+        assert whole["grad_norm"] == pytest.approx(accumulated["grad_norm"], rel=1e-4)
         assert whole["tokens"] == accumulated["tokens"]
 
 
@@ -82,6 +84,31 @@ def test_schedule_is_warm_up_then_cosine(tmp_path):
     assert rates[0] == 0
     assert max(rates) == pytest.approx(1e-3)
     assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_goes_back_onto_its_base(base_folder, tmp_path, method):
+    factors = {"pair_factors": (2.0,) * 16} if method == "longrope" else {}
+    rope = dataclasses.replace(RAISED, method=method, **factors)
+    model = models.add_lora(models.load_base(base_folder, rope, dtype="float32"), LORA, seed=0)
+    log = train(model, sequences(8), dataclasses.replace(SETTINGS, steps=2), tmp_path / "run")
+    assert all(np.isfinite(row["loss"]) for row in log)
+    card = models.AdapterCard("a test", models.weights_sha256(base_folder), rope, {}, {}, {})
+    models.save_adapter(model, card, tmp_path / "adapter")
+    base = models.load_base(base_folder, rope, dtype="float32")
+    loaded = models.load_adapter(base, tmp_path / "adapter", base_folder)
+    text = TokenizedDocument("mine", "long", (np.arange(200) % 100).astype(np.int32))
+    np.testing.assert_allclose(token_nll(loaded, text, 200), token_nll(model, text, 200), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("reach", "attention"), [(64, "sdpa"), (512, "sdpa"), (64, "s2"), (512, "s2")])
+def test_short_training_for_a_long_window(base_folder, tmp_path, reach, attention):
+    settings = dataclasses.replace(SETTINGS, reach=reach, pack=False, attention=attention, steps=2)
+    base = models.load_base(base_folder, RAISED, dtype="float32", attention=attention)
+    text = TokenizedDocument("mine", "long", (np.arange(1000) % 100).astype(np.int32))
+    data = skip_positions(training_sequences([text], 64, 8, padding_id=1, seed=0, pack=False), reach, seed=0)
+    log = train(models.add_lora(base, LORA, seed=0), data, settings, tmp_path)
+    assert log[-1]["tokens"] == 8 * 63
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_weights(base_folder, tmp_path, monkeypatch):
