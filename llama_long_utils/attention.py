@@ -33,17 +33,24 @@ def xpos_attention(
     """SDPA on queries and keys (already rotated) that grow and shrink with position, as in xPos.
 
     The query at position m is multiplied by zeta ** (m / S), the key at n by zeta ** (-n / S), so the score of
-    pair j carries zeta_j ** ((m - n) / S). S is the config's `xpos_window`.
+    pair j carries zeta_j ** ((m - n) / S). S is the config's `xpos_window`. A cache holds keys before this scaling.
 
     Args:
-        query: shape (batch, heads, length, head_dim); key and value may have fewer heads.
-        position_ids: shape (batch, length) or (1, length).
+        query: shape (batch, heads, length, head_dim); key and value may have fewer heads, and more tokens if
+            they come from a cache, which must start at position 0 and hold no padding.
+        position_ids: of the queries, shape (batch, length) or (1, length).
     """
     decay = xpos_decay(query.shape[-1]).to(query.device).log().repeat(2)  # pairs are split in halves
+    cached = key.shape[2] > query.shape[2]
+    key_positions = torch.arange(key.shape[2], device=key.device)[None] if cached else position_ids
     # Counted from the middle, so that neither side overflows in bf16; only differences matter.
     middle = position_ids.amax(dim=-1, keepdim=True) / 2
-    exponent = ((position_ids - middle) / module.config.xpos_window)[:, None, :, None] * decay
-    query, key = query * exponent.exp().to(query.dtype), key * (-exponent).exp().to(key.dtype)
+
+    def grown(states: torch.Tensor, positions: torch.Tensor, sign: int) -> torch.Tensor:
+        exponent = sign * ((positions - middle) / module.config.xpos_window)[:, None, :, None] * decay
+        return states * exponent.exp().to(states.dtype)
+
+    query, key = grown(query, position_ids, 1), grown(key, key_positions, -1)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 

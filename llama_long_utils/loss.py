@@ -4,6 +4,8 @@ The chunking is torch's own `linear_cross_entropy`. It runs in fp32 here, becaus
 would be a bf16 number: a sum over 32,768 tokens with three significant digits.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -16,6 +18,12 @@ from llama_long_utils.packing import IGNORED_LABEL
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model inside, with or without adapters (adapters live in its layers)."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def in_compute_dtype(model: PreTrainedModel | PeftModel) -> AbstractContextManager:
+    """bf16 autocast if the base is bf16 (LoRA matrices and trained norms are fp32 beside it), else nothing."""
+    weight = causal_lm(model).get_output_embeddings().weight
+    return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
 def hidden_states(
@@ -32,8 +40,7 @@ def hidden_states(
             starts a new document that cannot see the one before it.
         attention_mask: shape (batch, length). Pass all ones if positions jump inside one document.
     """
-    in_bf16 = causal_lm(model).get_output_embeddings().weight.dtype == torch.bfloat16
-    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=in_bf16):
+    with in_compute_dtype(model):
         output = causal_lm(model).model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
         )

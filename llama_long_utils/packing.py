@@ -79,8 +79,14 @@ def pack_pieces(pieces: list[np.ndarray], window: int) -> list[list[np.ndarray]]
     return packed
 
 
-def join_pieces(pieces: list[np.ndarray], window: int, padding_id: int) -> TrainingSequence:
-    """Lay pieces side by side in one sequence of `window` tokens, padding the end."""
+def join_pieces(pieces: list[np.ndarray], window: int, padding_id: int, bos_id: int | None = None) -> TrainingSequence:
+    """Lay pieces side by side in one sequence of `window` tokens, padding the end.
+
+    Args:
+        bos_id: stands in place of the first token of each piece, which carries no label anyway.
+    """
+    if bos_id is not None:
+        pieces = [np.concatenate([[bos_id], piece[1:]]) for piece in pieces]
     padding = window - sum(len(piece) for piece in pieces)
     labels = [np.concatenate([[IGNORED_LABEL], piece[1:]]) for piece in pieces]
     labels.append(np.full(padding, IGNORED_LABEL))
@@ -99,6 +105,7 @@ def training_sequences(
     *,
     padding_id: int,
     seed: int,
+    bos_id: int | None = None,
     long_document_weight: float = 1.0,
     pack: bool = True,
 ) -> list[TrainingSequence]:
@@ -109,6 +116,7 @@ def training_sequences(
     Args:
         window: tokens per sequence.
         padding_id: token id for the unused end of a sequence (it carries no label).
+        bos_id: put in front of every piece, also of those cut from the middle of a document, as in evaluation.
         long_document_weight: expected number of times that a document of at least `window` tokens
             is used in one pass; shorter documents are used once. Llama 2 Long up-weights long text
             (arXiv:2309.16039, section 2.1) without giving the factor.
@@ -133,8 +141,52 @@ def training_sequences(
                 pieces += cut_document(document.token_ids, window, int(generator.integers(1, window + 1)))
         packed = pack_pieces(pieces if pack else [piece for piece in pieces if len(piece) == window], window)
         order = generator.permutation(len(packed))[: count - len(sequences)]
-        sequences += [join_pieces(packed[index], window, padding_id) for index in order]
+        sequences += [join_pieces(packed[index], window, padding_id, bos_id) for index in order]
     return sequences
+
+
+def with_excerpts(
+    ids: np.ndarray, generator: np.random.Generator, *, everywhere: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Let a text quote itself: excerpts of 12 to 64 tokens from what stands before them.
+
+    Args:
+        everywhere: after the first hundred tokens or so, every other stretch is an excerpt, so that only the content
+            tells an excerpt from new text. Else the whole second half (or more) is excerpts from the first.
+
+    Returns:
+        The changed ids, and for each token the place that it is copied from, or -1.
+    """
+    window = len(ids)
+    start = place = used = int(generator.integers(*((48, 129) if everywhere else (window // 4, window // 2 + 1))))
+    changed, source = ids.copy(), np.full(window, -1)
+    while place < window:
+        length = min(int(generator.integers(12, 65)), window - place)
+        if everywhere and generator.random() >= 0.5:
+            changed[place : place + length] = ids[used : used + length]
+            used += length
+        else:
+            before = place if everywhere else start
+            length = min(length, before - 1)
+            first = int(generator.integers(1, before - length + 1))
+            changed[place : place + length] = changed[first : first + length]
+            source[place : place + length] = np.arange(first, first + length)
+        place += length
+    return changed, source
+
+
+def quote_themselves(sequences: list[TrainingSequence], share: float, *, seed: int) -> list[TrainingSequence]:
+    """Put excerpts of itself (`with_excerpts`) into a share of the sequences, where they hold a single piece."""
+    generator = np.random.default_rng(seed)
+    changed = []
+    for sequence in sequences:
+        if generator.random() < share and sequence.one_piece:
+            ids, _source = with_excerpts(sequence.input_ids, generator)
+            sequence = replace(
+                sequence, input_ids=ids, labels=np.where(sequence.labels == IGNORED_LABEL, IGNORED_LABEL, ids)
+            )
+        changed.append(sequence)
+    return changed
 
 
 def skip_positions(sequences: list[TrainingSequence], reach: int, *, seed: int) -> list[TrainingSequence]:

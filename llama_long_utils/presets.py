@@ -73,6 +73,42 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Retrieval:
+    """First-sentence retrieval (`retrieval.py`): lengths in tokens, prompt and answer together."""
+
+    lengths: list[int]
+    cue_words: int
+    answer_words: tuple[int, int]
+    answer_tokens: int
+    documents: int
+    prompts_at_once: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class RaceTraining:
+    """One way of training in the race: numbers that replace those of [training], for the `methods` named."""
+
+    methods: list[Method]
+    window: int
+    reach: int
+    attention: Literal["sdpa", "s2"]
+    steps: int
+    sequences_per_step: int
+    sequences_at_once: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Race:
+    """Notebook 11: seeds, ways of training by name, and the numbers that LongRoPE and proportional RoPE need."""
+
+    seeds: list[int]
+    warmup_steps: int
+    pair_factors: tuple[float, ...]
+    rotated_share: float
+    trainings: dict[str, RaceTraining]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Preset:
     name: str
     needs: str
@@ -82,6 +118,8 @@ class Preset:
     lora: Lora
     training: TrainingSettings
     evaluation: Evaluation
+    retrieval: Retrieval
+    race: Race
 
     @property
     def base_rope(self) -> Scaling:
@@ -173,8 +211,8 @@ def _check_consistency(preset: Preset) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    known = [field for part in (Preset, BaseModel, Extension, Data, Lora, TrainingSettings, Evaluation)
-             for field in part.__dataclass_fields__]  # fmt: skip
+    parts = (Preset, BaseModel, Extension, Data, Lora, TrainingSettings, Evaluation, Retrieval, Race, RaceTraining)
+    known = [field for part in parts for field in part.__dataclass_fields__]
     messages = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])

@@ -8,7 +8,9 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ def write_record(
     seeds: dict[str, int],
     seconds: float,
     parameters: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
 ) -> Path:
     """Write folder/SLUG.json, atomically.
 
@@ -44,25 +47,32 @@ def write_record(
         tables: rows in long format; floats are kept to six significant digits.
         seconds: how long the measured part took.
         parameters: those of the notebook that differ from its defaults.
+        provenance: entries that are not those of this process and this notebook.
     """
-    given = " ".join(f"-p {name} {value}" for name, value in {"preset": preset, **(parameters or {})}.items())
     record = {
         "schema": SCHEMA,
         "preset": preset,
         "question": question,
         "provenance": {
-            "command": f"papermill notebooks/{slug}.ipynb {given}",
+            "command": papermill_command(slug, {"preset": preset, **(parameters or {})}),
             "commit": _commit(),
             "date": datetime.date.today().isoformat(),
             "device": device_name(),
             "versions": {"python": platform.python_version(), **library_versions()},
             "seeds": seeds,
             "seconds": round(seconds, 1),
+            **(provenance or {}),
         },
         "tables": {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()},
     }
     text = json.dumps(_rounded(record), indent=1) + "\n"
     return write_atomically(folder / f"{slug}.json", text.encode())
+
+
+def papermill_command(slug: str, parameters: dict[str, Any]) -> str:
+    """The command line that executes a notebook with these parameters."""
+    given = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in parameters.items())
+    return f"papermill notebooks/{slug}.ipynb {given}"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -103,6 +113,15 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     np.savez_compressed(scratch, **arrays)
     scratch.replace(path)
     return path
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read an .npz of `write_arrays`; ValueError if it is missing or half-written."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"arrays {path} are missing or corrupt ({error}): run their notebook again") from error
 
 
 def read_published(name: str) -> dict[str, Any]:

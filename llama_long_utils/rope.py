@@ -9,9 +9,10 @@ the functions here say what it computes, and `models.check_rope` compares the tw
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -66,7 +67,9 @@ def ntk_by_parts(
 def yarn(
     inv_freq: torch.Tensor, base: float, factor: float, original_window: int, slow: float = 1.0, fast: float = 32.0
 ) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv:2309.00071, section 3): by parts as above, on a ramp over pair numbers, plus a temperature.
+    """YaRN (arXiv:2309.00071, section 3): by parts as above, plus a temperature.
+
+    The ramp runs over pair numbers, as in the authors' code and in transformers; the paper's own is linear in turns.
 
     Returns:
         Frequencies and the factor of cos and sin, 0.1 ln(factor) + 1 (its square scales the attention logits).
@@ -89,6 +92,43 @@ def longrope(
     """LongRoPE (arXiv:2402.13753): a factor of its own for each pair, found by search, and a temperature."""
     attention_factor = math.sqrt(1 + math.log(factor) / math.log(original_window))
     return inv_freq / torch.tensor(pair_factors, dtype=torch.float32), attention_factor
+
+
+def search_pair_factors(
+    cost: Callable[[tuple[float, ...]], float],
+    starts: Sequence[Sequence[float]],
+    *,
+    largest: float,
+    rounds: int,
+    seed: int,
+) -> tuple[tuple[float, ...], list[float]]:
+    """LongRoPE's search in small: mutate the best factors known, keep what costs less.
+
+    The paper evolves a population of 64 for 40 rounds; here each round tries one mutation, which stretches or
+    shrinks the factors of neighbouring pairs. As in the paper, factors never fall from one pair to the next.
+
+    Args:
+        cost: NLL on long text with these factors, shape (head_dim / 2,); training text, never held-out text.
+        starts: factors to start from (PI's, NTK's, YaRN's); the cheapest is the first parent.
+        largest: no factor exceeds it.
+
+    Returns:
+        The cheapest factors, and the lowest cost after the starts and after each round.
+    """
+    generator = np.random.default_rng(seed)
+    costs = [cost(tuple(start)) for start in starts]
+    best, lowest = np.array(starts[int(np.argmin(costs))]), min(costs)
+    history = [lowest]
+    for _ in range(rounds):
+        first, last = np.sort(generator.integers(0, len(best), 2))
+        stretch = np.ones(len(best))
+        stretch[first : last + 1] = np.exp(generator.normal(0, 0.35))
+        tried = np.maximum.accumulate(np.clip(best * stretch, 1.0, largest)).round(3)
+        price = cost(tuple(tried.tolist()))
+        if price < lowest:
+            best, lowest = tried, price
+        history.append(lowest)
+    return tuple(best.tolist()), history
 
 
 def proportional(inv_freq: torch.Tensor, factor: float, rotated_share: float) -> torch.Tensor:

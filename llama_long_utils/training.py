@@ -14,11 +14,11 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftModel
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
@@ -35,24 +35,26 @@ class TrainingSettings:
     """Numbers of a training run. Tokens per step = window x sequences_per_step.
 
     `reach` is the highest position, in tokens: above `window` positions are skipped (PoSE). `attention` is
-    full ("sdpa") or shifted sparse ("s2"). Both need whole sequences: pack = false.
+    full ("sdpa") or shifted sparse ("s2"). Both need whole sequences: pack = false. `self_quoting_share` is the
+    share of the whole sequences that quote themselves, at any distance (`packing.quote_themselves`).
     """
 
-    window: int
-    reach: int
+    window: PositiveInt
+    reach: PositiveInt
     pack: bool
     attention: Literal["sdpa", "s2"]
-    steps: int
-    sequences_per_step: int
-    sequences_at_once: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    gradient_clipping: float
+    steps: PositiveInt
+    sequences_per_step: PositiveInt
+    sequences_at_once: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt
+    weight_decay: NonNegativeFloat
+    gradient_clipping: PositiveFloat
     gradient_checkpointing: bool
-    long_document_weight: float
-    checkpoint_every: int
-    seed: int
+    long_document_weight: PositiveFloat
+    self_quoting_share: Annotated[float, Field(ge=0, le=1)]
+    checkpoint_every: PositiveInt
+    seed: NonNegativeInt
 
     def __post_init__(self) -> None:
         if self.reach < self.window:

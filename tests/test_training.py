@@ -33,6 +33,7 @@ SETTINGS = TrainingSettings(
     gradient_clipping=1.0,
     gradient_checkpointing=True,
     long_document_weight=1.0,
+    self_quoting_share=0.0,
     checkpoint_every=2,
     seed=0,
 )

@@ -1,0 +1,368 @@
+"""The race: every way to scale RoPE and to train it, on equal terms, one arm at a time.
+
+An arm is a RoPE method, a way of training and a seed. All arms share the base, the documents, the LoRA
+settings and, unless their name says otherwise, the number of trained tokens; what differs is in the
+preset's [race]. An arm is measured by its NLL at every position and by first-sentence retrieval.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from peft import PeftModel
+from scipy.signal import correlate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_long_utils import attention, loss, models, packing, perplexity, records, retrieval, rope, training
+from llama_long_utils.documents import TokenizedDocument, read_split
+from llama_long_utils.packing import TrainingSequence
+from llama_long_utils.presets import Preset
+from llama_long_utils.rope import METHODS, Scaling
+from llama_long_utils.training import TrainingSettings
+
+ZERO_SHOT = "zero-shot"
+QUESTION = "Which way to scale RoPE, and which way to train it, wins on equal terms?"
+# What an arm's numbers depend on; an arm that was measured with other code is measured again.
+CODE = (
+    *(attention, loss, packing, retrieval, rope, training),
+    *(perplexity.token_nll, perplexity.random_stretches, perplexity.bucket_sums),
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`training` is "zero-shot" or a name in the preset's [race.trainings]."""
+
+    method: str
+    training: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.training}, seed {self.seed}"
+
+
+def race_arms(preset: Preset) -> list[Arm]:
+    """Every arm of the race, those without training first: they have nothing random and one seed."""
+    known = [method for method in METHODS if method != "longrope" or preset.race.pair_factors]
+    arms = [Arm(method, ZERO_SHOT, preset.race.seeds[0]) for method in known]
+    for seed in preset.race.seeds:
+        for name, entry in preset.race.trainings.items():
+            arms += [Arm(method, name, seed) for method in entry.methods]
+    return arms
+
+
+def arm_rope(preset: Preset, method: str) -> Scaling:
+    """RoPE of an arm: the preset's windows; ABF and xPos ABF at the raised base, the others at the pretrained one."""
+    if method not in METHODS:
+        raise ValueError(f"unknown RoPE method {method!r}: use one of {list(METHODS)}")
+    base, extension, race = preset.base, preset.extension, preset.race
+    return Scaling(
+        method,
+        extension.rope_base if method in ("abf", "xpos_abf") else base.rope_base,
+        base.head_dim,
+        base.window,
+        extension.window,
+        race.pair_factors if method == "longrope" else (),
+        race.rotated_share if method == "proportional" else 1.0,
+    )
+
+
+def arm_training(preset: Preset, arm: Arm) -> TrainingSettings | None:
+    """The preset's training settings with the numbers of the arm's way of training; None for zero-shot."""
+    if arm.training == ZERO_SHOT:
+        return None
+    if arm.training not in preset.race.trainings:
+        raise ValueError(f"unknown training {arm.training!r}: use one of {[ZERO_SHOT, *preset.race.trainings]}")
+    changes = asdict(preset.race.trainings[arm.training])
+    del changes["methods"]
+    return dataclasses.replace(
+        preset.training, **changes, pack=False, warmup_steps=preset.race.warmup_steps, seed=arm.seed
+    )
+
+
+def arm_sequences(
+    documents: Sequence[TokenizedDocument], settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase
+) -> list[TrainingSequence]:
+    """The training sequences of an arm, in order: each a whole piece of one document, with skips if it says so."""
+    sequences = packing.training_sequences(
+        list(documents),
+        settings.window,
+        settings.steps * settings.sequences_per_step,
+        padding_id=tokenizer.eos_token_id,
+        bos_id=tokenizer.bos_token_id,
+        seed=settings.seed,
+        long_document_weight=settings.long_document_weight,
+        pack=settings.pack,
+    )
+    sequences = packing.quote_themselves(sequences, settings.self_quoting_share, seed=settings.seed)
+    return packing.skip_positions(sequences, settings.reach, seed=settings.seed)
+
+
+def distances_seen(sequences: Sequence[TrainingSequence], settings: TrainingSettings) -> np.ndarray:
+    """How often a training run shows each distance between a query and a key that it attends to.
+
+    Returns:
+        Shape (reach,): entry D is the number of such pairs D tokens apart, over all sequences, as a mean over
+        heads (half of the heads of shifted sparse attention see other groups).
+    """
+    counts = np.zeros(settings.reach)
+    for sequence in sequences:
+        for part, weight in _attention_groups(settings):
+            there = np.zeros(settings.reach)
+            there[sequence.position_ids[part]] = 1.0
+            counts += weight * correlate(there, there)[settings.reach - 1 :]
+    return counts.round(6)
+
+
+def _attention_groups(settings: TrainingSettings) -> Iterator[tuple[slice, float]]:
+    window = settings.window
+    if settings.attention == "sdpa":
+        yield slice(0, window), 1.0
+        return
+    group = window // attention.S2_GROUPS
+    for start in range(0, window, group):
+        yield slice(start, start + group), 0.5
+    for start in range(-group // 2, window, group):
+        yield slice(max(start, 0), min(start + group, window)), 0.5
+
+
+def run_arm(preset: Preset, arm: Arm) -> Path:
+    """Train an arm, unless it is zero-shot, measure it and write its record; or only name the record of before.
+
+    Raises:
+        ValueError: the method or the training is unknown.
+    """
+    scaling, settings = arm_rope(preset, arm.method), arm_training(preset, arm)
+    folder = models.locate_model(preset.base.source)
+    path = arm_record(preset, arm, models.weights_sha256(folder))
+    if path.is_file():
+        records.read_record(path)
+        return path
+    started = time.perf_counter()
+    tokenizer = models.load_tokenizer(folder)
+    data = preset.data
+    training_documents, held_out = read_split(
+        data.sources, data.held_out, tokenizer, minimum_characters=data.minimum_characters, split_seed=data.split_seed
+    )
+    if settings is None:
+        model: PreTrainedModel | PeftModel = models.load_base(folder, scaling, dtype=preset.base.dtype)
+    else:
+        model = models.load_base(folder, scaling, dtype=preset.base.dtype, attention=settings.attention)
+        model = models.add_lora(model, preset.lora, seed=arm.seed)
+        sequences = arm_sequences(training_documents, settings, tokenizer)
+        run = training.run_fingerprint(settings, sequences, arm=path.stem)
+        training.train(model, sequences, settings, preset.run_folder / "training" / run)
+        if settings.attention == "s2":
+            loss.causal_lm(model).set_attn_implementation("sdpa")  # shifted sparse attention is for training only
+    trained = time.perf_counter() - started
+    tables = measure(preset, model, tokenizer, held_out)
+    for table in tables.values():
+        for column, value in reversed(list(asdict(arm).items())):
+            table.insert(0, column, value)
+    return records.write_record(
+        path.parent,
+        path.stem,
+        preset=preset.name,
+        question=QUESTION,
+        tables=tables,
+        seeds={"training": arm.seed, "evaluation": preset.evaluation.seed, "split": data.split_seed},
+        seconds=trained,
+        provenance={"command": records.papermill_command("11_ablations", {"preset": preset.name, **asdict(arm)})},
+    )
+
+
+def measure(
+    preset: Preset,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[TokenizedDocument],
+) -> dict[str, pd.DataFrame]:
+    """NLL by position and first-sentence retrieval, one row for each document.
+
+    Returns:
+        `nll`: document, position_low, position_high, nats (sum), tokens. `retrieval`: document, length, rouge_l
+        (0 to 100), answer, written.
+    """
+    model.eval()
+    evaluation = preset.evaluation
+    stretches = perplexity.random_stretches(held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)
+    edges = evaluation.bucket_edges
+    rows = []
+    for (cut,) in stretches:
+        nats, tokens = perplexity.bucket_sums([perplexity.token_nll(model, cut, evaluation.tokens)[None]], edges)
+        for index, low in enumerate(edges[:-1]):
+            rows.append(
+                {
+                    "document": f"{cut.source}/{cut.name}",
+                    "position_low": low,
+                    "position_high": edges[index + 1],
+                    "nats": nats[0, index],
+                    "tokens": tokens[0, index],
+                }
+            )
+    found = []
+    for length in preset.retrieval.lengths:
+        items = retrieval.first_sentence_items(held_out, tokenizer, length, preset.retrieval, seed=evaluation.seed)
+        for item, written in zip(items, retrieval.answers(model, tokenizer, items, preset.retrieval), strict=True):
+            found.append(
+                {
+                    "document": item.document,
+                    "length": length,
+                    "rouge_l": retrieval.rouge_l(item.answer, written),
+                    "answer": item.answer,
+                    "written": written,
+                }
+            )
+    return {"nll": pd.DataFrame(rows), "retrieval": pd.DataFrame(found)}
+
+
+def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> tuple[tuple[float, ...], list[float]]:
+    """Search LongRoPE's factors for a preset's base on its training documents (never on held-out ones).
+
+    Args:
+        rounds: mutations to try.
+        texts: stretches of the new window's length that each of them reads.
+    """
+    folder, data, evaluation = models.locate_model(preset.base.source), preset.data, preset.evaluation
+    tokenizer = models.load_tokenizer(folder)
+    training_documents, _ = read_split(
+        data.sources, data.held_out, tokenizer, minimum_characters=data.minimum_characters, split_seed=data.split_seed
+    )
+    cuts = perplexity.random_stretches(training_documents, evaluation.tokens, at_most=1, seed=seed)
+    chosen = np.random.default_rng(seed).choice(len(cuts), texts, replace=False)
+    model = models.load_base(folder, preset.base_rope, dtype=preset.base.dtype)
+    rotary = loss.causal_lm(model).model.rotary_emb
+    scaling = arm_rope(preset, "yarn")
+    plain, pairs = rotary.inv_freq.clone(), len(rotary.inv_freq)
+
+    def cost(factors: tuple[float, ...]) -> float:
+        rotary.inv_freq, rotary.attention_scaling = rope.longrope(
+            plain.cpu(), factors, scaling.factor, scaling.original_window
+        )
+        rotary.inv_freq = rotary.inv_freq.to(plain.device)
+        rows = [perplexity.token_nll(model, cuts[index][0], evaluation.tokens) for index in chosen]
+        return float(np.mean(rows))
+
+    starts = [(scaling.factor,) * pairs]
+    for method in ("ntk", "yarn"):
+        frequencies, _ = arm_rope(preset, method).rotation()
+        starts.append(tuple((plain.cpu() / frequencies).double().numpy().round(3).tolist()))
+    return rope.search_pair_factors(cost, starts, largest=2 * scaling.factor, rounds=rounds, seed=seed)
+
+
+def arm_record(preset: Preset, arm: Arm, base_sha256: str) -> Path:
+    """Where the record of an arm is once it is measured, named by a hash of everything that its numbers depend on."""
+    settings = arm_training(preset, arm)
+    parts = [asdict(part) for part in (arm_rope(preset, arm.method), preset.data, preset.lora, preset.evaluation)]
+    parts += [asdict(preset.retrieval), asdict(settings) if settings else ZERO_SHOT, preset.base.dtype, base_sha256]
+    key = hashlib.sha256(json.dumps(parts).encode())
+    for code in CODE:
+        key.update(inspect.getsource(code).encode())
+    return preset.run_folder / "race" / f"{key.hexdigest()[:12]}.json"
+
+
+def collect(preset: Preset, base_sha256: str, folder: Path) -> Path:
+    """Join the records of all arms to folder/11_ablations.json and .npz.
+
+    The tables hold means over documents; the arrays hold every document, for intervals, and every text written.
+
+    Raises:
+        ValueError: an arm was not measured.
+    """
+    arms = race_arms(preset)
+    paths = [arm_record(preset, arm, base_sha256) for arm in arms]
+    nll = pd.concat([records.read_table(path, "nll") for path in paths])
+    found = pd.concat([records.read_table(path, "retrieval") for path in paths])
+    provenance = [records.read_record(path)["provenance"] for path in paths]
+    names = ["method", "training", "seed"]
+    sums = nll.groupby([*names, "position_low", "position_high"], sort=False)[["nats", "tokens"]].sum()
+    by_position = (sums.nats / sums.tokens).rename("value").reset_index()
+    by_length = found.groupby([*names, "length"], sort=False).rouge_l.mean().rename("value").reset_index()
+    cost = pd.DataFrame([asdict(arm) for arm in arms])
+    settings = [arm_training(preset, arm) for arm in arms]
+    cost["tokens"] = [s.steps * s.sequences_per_step * s.window if s else 0 for s in settings]
+    cost["seconds"] = [number["seconds"] if s else 0.0 for number, s in zip(provenance, settings, strict=True)]
+    shape = (len(arms), -1, nll.position_low.nunique())
+    arrays = {
+        "nats": nll.nats.to_numpy().reshape(shape),
+        "tokens": nll.tokens.to_numpy().reshape(shape)[0],
+        "documents": nll.document.to_numpy().reshape(shape)[0, :, 0].astype(str),
+    }
+    for length, rows in found.groupby("length"):
+        arrays[f"rouge_l_{length}"] = rows.rouge_l.to_numpy().reshape(len(arms), -1)
+        arrays[f"written_{length}"] = rows.written.to_numpy().reshape(len(arms), -1).astype(str)
+        arrays[f"answer_{length}"] = rows.answer.to_numpy().reshape(len(arms), -1)[0].astype(str)
+        arrays[f"documents_{length}"] = rows.document.to_numpy().reshape(len(arms), -1)[0].astype(str)
+    records.write_arrays(folder / "11_ablations.npz", arrays)
+    return records.write_record(
+        folder,
+        "11_ablations",
+        preset=preset.name,
+        question=QUESTION,
+        tables={"nll_by_position": by_position, "first_sentence_retrieval": by_length, "cost": cost},
+        seeds={"training": preset.race.seeds, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
+        seconds=sum(number["seconds"] for number in provenance),
+        provenance={
+            "command": f"python -m llama_long_utils.run --race --preset {preset.name}",
+            **{name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class RaceResults:
+    """The race as recorded: `arms` has a row for each arm, in the order of the arrays' first axis."""
+
+    arms: pd.DataFrame
+    edges: list[int]
+    arrays: dict[str, np.ndarray]
+    bootstrap: perplexity.Bootstrap
+
+    def nll(self, method: str, training: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nats of shape (seeds, documents) and tokens of shape (documents,) at positions [low, high)."""
+        buckets = slice(self.edges.index(low), self.edges.index(high))
+        rows = self._rows(method, training)
+        return self.arrays["nats"][rows, :, buckets].sum(axis=2), self.arrays["tokens"][:, buckets].sum(axis=1)
+
+    def rouge_l(self, method: str, training: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """ROUGE-L of shape (seeds, documents) and ones of shape (documents,) at a length."""
+        scores = self.arrays[f"rouge_l_{length}"][self._rows(method, training)]
+        return scores, np.ones(scores.shape[1])
+
+    def _rows(self, method: str, training: str) -> np.ndarray:
+        chosen = (self.arms.method == method) & (self.arms.training == training)
+        if not chosen.any():
+            raise ValueError(f"the race has no arm {method!r} with training {training!r}")
+        return np.flatnonzero(chosen)
+
+    def mean(self, values: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+        """Token-weighted mean of values (seeds, documents) with its 95% interval over documents and seeds."""
+        seeds, documents = values.shape
+        of_documents = dataclasses.replace(self.bootstrap, documents=documents).weights()
+        generator = np.random.default_rng(self.bootstrap.seed)
+        of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(of_documents)) / seeds
+        means = np.einsum("bs,sd,bd->b", of_seeds, values, of_documents) / (of_documents @ tokens)
+        low, high = np.percentile(means, [2.5, 97.5])
+        return {"value": float(values.mean(axis=0).sum() / tokens.sum()), "low": float(low), "high": float(high)}
+
+
+def race_results(preset: Preset) -> RaceResults:
+    """The committed race of a preset.
+
+    Raises:
+        ValueError: it was not run, or its arrays are missing.
+    """
+    path = records.RESULTS / preset.name / "11_ablations.json"
+    nll = records.read_table(path, "nll_by_position")
+    edges = sorted({*nll.position_low, *nll.position_high})
+    arrays = records.read_arrays(path.with_suffix(".npz"))
+    evaluation = preset.evaluation
+    bootstrap = perplexity.Bootstrap(len(arrays["documents"]), evaluation.bootstrap_samples, evaluation.seed)
+    return RaceResults(records.read_table(path, "cost"), edges, arrays, bootstrap)
