@@ -50,11 +50,12 @@ class Arm:
 
 def race_arms(preset: Preset) -> list[Arm]:
     """Every arm of the race, those without training first: they have nothing random and one seed."""
-    known = [method for method in METHODS if method != "longrope" or preset.race.pair_factors]
-    arms = [Arm(method, ZERO_SHOT, preset.race.seeds[0]) for method in known]
+    arms = [Arm(method, ZERO_SHOT, preset.race.seeds[0]) for method in METHODS]
     for seed in preset.race.seeds:
         for name, entry in preset.race.trainings.items():
             arms += [Arm(method, name, seed) for method in entry.methods]
+    if not preset.race.pair_factors:  # LongRoPE was not searched for this base
+        arms = [arm for arm in arms if arm.method != "longrope"]
     return arms
 
 
@@ -85,24 +86,6 @@ def arm_training(preset: Preset, arm: Arm) -> TrainingSettings | None:
     return dataclasses.replace(
         preset.training, **changes, pack=False, warmup_steps=preset.race.warmup_steps, seed=arm.seed
     )
-
-
-def arm_sequences(
-    documents: Sequence[TokenizedDocument], settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase
-) -> list[TrainingSequence]:
-    """The training sequences of an arm, in order: each a whole piece of one document, with skips if it says so."""
-    sequences = packing.training_sequences(
-        list(documents),
-        settings.window,
-        settings.steps * settings.sequences_per_step,
-        padding_id=tokenizer.eos_token_id,
-        bos_id=tokenizer.bos_token_id,
-        seed=settings.seed,
-        long_document_weight=settings.long_document_weight,
-        pack=settings.pack,
-    )
-    sequences = packing.quote_themselves(sequences, settings.self_quoting_share, seed=settings.seed)
-    return packing.skip_positions(sequences, settings.reach, seed=settings.seed)
 
 
 def distances_seen(sequences: Sequence[TrainingSequence], settings: TrainingSettings) -> np.ndarray:
@@ -140,7 +123,7 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
         ValueError: the method or the training is unknown.
     """
     scaling, settings = arm_rope(preset, arm.method), arm_training(preset, arm)
-    folder = models.locate_model(preset.base.source)
+    folder = models.locate_base(preset)
     path = arm_record(preset, arm, models.weights_sha256(folder))
     if path.is_file():
         records.read_record(path)
@@ -156,7 +139,7 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
     else:
         model = models.load_base(folder, scaling, dtype=preset.base.dtype, attention=settings.attention)
         model = models.add_lora(model, preset.lora, seed=arm.seed)
-        sequences = arm_sequences(training_documents, settings, tokenizer)
+        sequences = training.draw_sequences(training_documents, settings, tokenizer)
         run = training.run_fingerprint(settings, sequences, arm=path.stem)
         training.train(model, sequences, settings, preset.run_folder / "training" / run)
         if settings.attention == "s2":
@@ -230,7 +213,7 @@ def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> tu
         rounds: mutations to try.
         texts: stretches of the new window's length that each of them reads.
     """
-    folder, data, evaluation = models.locate_model(preset.base.source), preset.data, preset.evaluation
+    folder, data, evaluation = models.locate_base(preset), preset.data, preset.evaluation
     tokenizer = models.load_tokenizer(folder)
     training_documents, _ = read_split(
         data.sources, data.held_out, tokenizer, minimum_characters=data.minimum_characters, split_seed=data.split_seed

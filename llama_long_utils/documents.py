@@ -112,8 +112,8 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
     """Read every document of one source.
 
     Args:
-        source: a name in `CORPORA`; or the path of a folder with `.txt` files (one document each)
-            and `.jsonl` files (one document a line, in the field "text"); or
+        source: a name in `CORPORA`; or a folder (absolute or seen from the repository) with `.txt` files (one
+            document each) and `.jsonl` files (one document a line, in the field "text"); or
             `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text").
         cache: folder for the downloaded corpora.
 
@@ -124,8 +124,8 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
         documents = _load_corpus(source, cache)
     elif source.startswith("hub:"):
         documents = _load_hub_data_set(source)
-    elif Path(source).is_dir():
-        documents = _load_folder(Path(source))
+    elif (REPOSITORY / source).is_dir():
+        documents = _load_folder(REPOSITORY / source, source)
     else:
         raise ValueError(
             f"unknown document source {source!r}: use one of {sorted(CORPORA)}, a folder with "
@@ -133,7 +133,10 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
         )
     documents = [document for document in documents if document.text.strip()]
     if not documents:
-        raise ValueError(f"source {source!r} holds no text: give it at least one non-empty document")
+        raise ValueError(
+            f"source {source!r} holds no text: give it at least one non-empty document (of a folder, only files whose "
+            "names end in .txt or .jsonl are read)"
+        )
     return documents
 
 
@@ -178,20 +181,31 @@ def _archive_files(archive: Path) -> dict[str, bytes]:
         return {member.name: sdist.extractfile(member).read() for member in members}  # type: ignore[union-attr]
 
 
-def _load_folder(folder: Path) -> list[Document]:
+def _load_folder(folder: Path, source: str) -> list[Document]:
     documents = []
     for path in sorted([*folder.rglob("*.txt"), *folder.rglob("*.jsonl")]):
         name = str(path.relative_to(folder))
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error}): convert it first") from None
         if path.suffix == ".txt":
-            documents.append(Document(str(folder), name, path.read_text(encoding="utf-8")))
+            documents.append(Document(source, name, content))
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: expected {{"text": ...}}, got {line[:60]!r}') from error
-            documents.append(Document(str(folder), f"{name}:{number}", text))
+        for number, line in enumerate(content.split("\n"), start=1):
+            if line.strip():
+                documents.append(Document(source, f"{name}:{number}", _text_field(line, f"{path}, line {number}")))
     return documents
+
+
+def _text_field(line: str, place: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f'{place}: expected {{"text": "..."}}, got {line[:60]!r}')
+    return text
 
 
 def _load_hub_data_set(source: str) -> list[Document]:
@@ -248,7 +262,7 @@ def split_documents(
         held_out: how many documents of each source to hold out, for example {"sotu": 18}.
         minimum_characters: only documents at least this long can be held out.
         seed: the order of candidates is the order of sha256("seed:source:name"), so a document
-            keeps its side when others are added.
+            drops out of the held-out side only if one added later precedes it.
 
     Returns:
         (training documents, held-out documents), both in the order given.
@@ -272,6 +286,10 @@ def split_documents(
             )
         chosen |= {(d.source, d.name) for d in sorted(candidates, key=draw)[:count]}
     training = [d for d in documents if (d.source, d.name) not in chosen]
+    if not training:
+        raise ValueError(
+            f"all {len(documents)} documents are held out, none is left to train on: add documents or lower held_out"
+        )
     return training, [d for d in documents if (d.source, d.name) in chosen]
 
 

@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -72,12 +73,37 @@ def locate_model(source: str) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no .safetensors weights (other formats are not loaded)")
-    for file in files:
-        try:
+    try:
+        for file in files:
             with safe_open(file, framework="pt"):
                 pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or corrupt ({error}): delete it and fetch it again") from error
+        for file in sorted(folder.glob("*.json")):
+            json.loads(file.read_text())
+    except (SafetensorError, ValueError) as error:
+        how = f"git checkout -- {source}" if folder.is_relative_to(REPOSITORY) else "delete it and fetch it again"
+        raise ValueError(f"{file} is truncated or corrupt ({error}): {how}") from None
+    return folder
+
+
+def locate_base(preset: Preset) -> Path:
+    """The folder of a preset's base, after checking that the preset describes it.
+
+    Raises:
+        RuntimeError, ValueError: as `locate_model`; or window, RoPE base or head dimension are not the model's.
+    """
+    folder = locate_model(preset.base.source)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    found = {
+        "window": config.max_position_embeddings,
+        "rope_base": config.rope_parameters["rope_theta"],
+        "head_dim": config.head_dim,
+    }
+    for name, value in found.items():
+        if getattr(preset.base, name) != value:
+            raise ValueError(
+                f"presets/{preset.name}.toml: base.{name} = {getattr(preset.base, name)}, but {preset.base.source} "
+                f"was pretrained with {value}: correct the preset"
+            )
     return folder
 
 
@@ -190,8 +216,12 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
     PEFT's `prepare_model_for_kbit_training` turns them to fp32; that is why it is not used.
 
     Raises:
-        ValueError: embeddings are to be trained but are tied to the head.
+        ValueError: embeddings are to be trained but are tied to the head, or a target module does not exist.
     """
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    unknown = set(settings.target_modules) - linear
+    if unknown:
+        raise ValueError(f"lora.target_modules names {sorted(unknown)}: the model's linear layers are {sorted(linear)}")
     saved = NORMS * settings.train_norms + EMBEDDINGS * settings.train_embeddings
     if settings.train_embeddings and model.config.tie_word_embeddings:
         raise ValueError("train_embeddings = true needs a base with untied embeddings: set it to false")
@@ -235,12 +265,24 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
 def find_adapter(preset: Preset, folder: str = "") -> Path:
     """The adapter folder named; else the newest trained with the preset's numbers and data; else the stored one.
 
+    Args:
+        folder: absolute, or seen from the repository.
+
     Raises:
-        ValueError: there is none, or the one named is not whole.
+        ValueError: there is none, or the one named is not whole or not for this preset.
     """
     if folder:
-        read_card(Path(folder))
-        return Path(folder)
+        card = read_card(REPOSITORY / folder)
+        for name, found, wanted in (
+            ("RoPE settings", card.rope, preset.extended_rope),
+            ("base", card.base, preset.base.source),
+        ):
+            if found != wanted:
+                raise ValueError(
+                    f"the adapter in {folder} was trained with another {name}: {found}, while preset "
+                    f"{preset.name!r} has {wanted}; use the preset it was trained with"
+                )
+        return REPOSITORY / folder
     cards = sorted(preset.run_folder.glob(f"training/*/adapter/{CARD}"), key=lambda path: path.stat().st_mtime)
     stored = ADAPTERS / preset.name / CARD
     folders = [path.parent for path in [*([stored] if stored.is_file() else []), *cards]]
@@ -252,13 +294,17 @@ def find_adapter(preset: Preset, folder: str = "") -> Path:
 
 def _trained_as(preset: Preset, card: AdapterCard) -> bool:
     numbers = {**asdict(preset.training), "lora": asdict(preset.lora)}
-    return all(card.training.get(name) == value for name, value in numbers.items()) and card.data == asdict(preset.data)
+    same_numbers = all(card.training.get(name) == value for name, value in numbers.items())
+    return same_numbers and card.data == asdict(preset.data) and card.rope == preset.extended_rope
 
 
 def read_card(folder: Path) -> AdapterCard:
     """Read an adapter's card; ValueError if there is none or a weight file is not whole."""
     if not (folder / CARD).is_file():
-        raise ValueError(f"{folder} has no {CARD}: it is not an adapter of this collection; run 05_finetune_qlora")
+        raise ValueError(
+            f"{folder} has no {CARD}: it is not an adapter of this collection; 05_finetune_qlora leaves one in "
+            "runs/PRESET/training/RUN/adapter"
+        )
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt"):
             pass

@@ -84,10 +84,19 @@ def check(claim: str, holds: bool) -> None:
     print(f"holds: {claim}")
 
 
-def start(namespace: dict[str, Any], parameters: list[str]) -> "Preset":
+def finding(claim: str, holds: bool) -> None:
+    """Print whether a measured claim holds: another preset may well find something else, and must go on."""
+    print(f"{'holds' if holds else 'does not hold'}: {claim}")
+
+
+def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> "Preset":
     """The first thing a notebook does: check its parameters, set the style, silence the libraries.
 
     The imports stand in here because transformers speaks up when it is imported.
+
+    Args:
+        namespace: the notebook's `globals()`.
+        parameters: the notebook's parameters and their types, for example {"preset": str, "steps": int | None}.
     """
     for name in ("transformers", "peft", "torch", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -4,9 +4,9 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from llama_long_utils.documents import REPOSITORY
@@ -26,18 +26,18 @@ class BaseModel:
 
     source: str
     dtype: Literal["float32", "bfloat16"]
-    window: int
-    rope_base: float
-    head_dim: int
+    window: PositiveInt
+    rope_base: PositiveFloat
+    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Extension:
     """What it is extended to: a window in tokens, by a method of `rope.METHODS` at a RoPE base."""
 
-    window: int
+    window: PositiveInt
     method: Method
-    rope_base: float
+    rope_base: PositiveFloat
     pair_factors: tuple[float, ...] = ()
     rotated_share: float = 1.0
 
@@ -46,17 +46,17 @@ class Extension:
 class Data:
     """Document sources (see `documents.load_documents`) and how many of each are held out."""
 
-    sources: list[str]
-    held_out: dict[str, int]
-    minimum_characters: int
-    split_seed: int
+    sources: Annotated[list[str], Field(min_length=1)]
+    held_out: dict[str, PositiveInt]
+    minimum_characters: PositiveInt
+    split_seed: NonNegativeInt
 
 
 @dataclass(frozen=True, config=STRICT)
 class Lora:
-    rank: int
-    alpha: int
-    target_modules: list[str]
+    rank: PositiveInt
+    alpha: PositiveInt
+    target_modules: Annotated[list[str], Field(min_length=1)]
     train_norms: bool
     train_embeddings: bool
 
@@ -65,23 +65,23 @@ class Lora:
 class Evaluation:
     """Length (tokens) and number of stretches read of each held-out document, position buckets, bootstrap."""
 
-    tokens: int
-    stretches: int
-    bucket_edges: list[int]
-    bootstrap_samples: int
-    seed: int
+    tokens: PositiveInt
+    stretches: PositiveInt
+    bucket_edges: Annotated[list[PositiveInt], Field(min_length=2)]
+    bootstrap_samples: PositiveInt
+    seed: NonNegativeInt
 
 
 @dataclass(frozen=True, config=STRICT)
 class Retrieval:
     """First-sentence retrieval (`retrieval.py`): lengths in tokens, prompt and answer together."""
 
-    lengths: list[int]
-    cue_words: int
-    answer_words: tuple[int, int]
-    answer_tokens: int
-    documents: int
-    prompts_at_once: int
+    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    cue_words: PositiveInt
+    answer_words: tuple[PositiveInt, PositiveInt]
+    answer_tokens: PositiveInt
+    documents: PositiveInt
+    prompts_at_once: PositiveInt
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,12 +89,12 @@ class RaceTraining:
     """One way of training in the race: numbers that replace those of [training], for the `methods` named."""
 
     methods: list[Method]
-    window: int
-    reach: int
+    window: PositiveInt
+    reach: PositiveInt
     attention: Literal["sdpa", "s2"]
-    steps: int
-    sequences_per_step: int
-    sequences_at_once: int
+    steps: PositiveInt
+    sequences_per_step: PositiveInt
+    sequences_at_once: PositiveInt
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -173,7 +173,7 @@ def load_preset(name: str) -> Preset:
     return preset
 
 
-def preset_from_parameters(namespace: dict[str, Any], parameters: list[str]) -> Preset:
+def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
     """The preset that a notebook's parameters ask for, after checking that all of them are known.
 
     papermill only warns about a parameter that the notebook does not have; it still defines it, so
@@ -181,29 +181,43 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: list[str]) -> 
 
     Args:
         namespace: the notebook's `globals()`, in the cell right after the parameters.
-        parameters: the names the notebook has.
+        parameters: the names the notebook has, and their types.
+
+    Raises:
+        ValueError: a name is unknown or a value of the wrong type.
     """
     literals = (str, int, float, bool, list, dict, type(None))
     builtin = {"In", "Out", "exit", "quit"}
     for name, value in namespace.items():
         known = name in parameters or name in builtin or name.startswith("_")
         if not known and isinstance(value, literals):
-            raise ValueError(f"unknown parameter {name!r}: this notebook has {parameters}{_closest(name, parameters)}")
+            names = list(parameters)
+            raise ValueError(f"unknown parameter {name!r}: this notebook has {names}{_closest(name, names)}")
+    for name, wanted in parameters.items():
+        if not isinstance(namespace[name], wanted):
+            kind = getattr(wanted, "__name__", str(wanted))
+            raise ValueError(f"parameter {name} = {namespace[name]!r} must be of type {kind}")
     return load_preset(namespace["preset"])
 
 
 def _check_consistency(preset: Preset) -> None:
     try:
         preset.extended_rope  # noqa: B018 (its own checks run)
-    except ValueError as error:
-        raise ValueError(f"presets/{preset.name}.toml, [extension]: {error}") from None
+    except ValidationError as error:
+        raise ValueError(f"presets/{preset.name}.toml, [extension]: {_explain(error)}") from None
     if preset.training.reach > preset.extension.window:
         raise ValueError(
             f"presets/{preset.name}.toml: training.reach = {preset.training.reach} is longer than "
             f"extension.window = {preset.extension.window}"
         )
+    unknown = set(preset.data.held_out) - set(preset.data.sources)
+    if unknown:
+        raise ValueError(
+            f"presets/{preset.name}.toml: data.held_out names {sorted(unknown)}, which data.sources = "
+            f"{preset.data.sources} does not have"
+        )
     edges = preset.evaluation.bucket_edges
-    if sorted(set(edges)) != edges or edges[0] < 1 or edges[-1] != preset.evaluation.tokens:
+    if sorted(set(edges)) != edges or edges[-1] != preset.evaluation.tokens:
         raise ValueError(
             f"presets/{preset.name}.toml: evaluation.bucket_edges must rise from at least 1 to evaluation.tokens = "
             f"{preset.evaluation.tokens}, got {edges}"
@@ -220,6 +234,8 @@ def _explain(error: ValidationError) -> str:
             messages.append(f"unknown key {key!r}{_closest(str(problem['loc'][-1]), known)}")
         elif problem["type"] in ("missing", "missing_argument"):
             messages.append(f"key {key!r} is missing")
+        elif problem["type"] == "value_error":  # one of our own, which names the value
+            messages.append(f"{key + ': ' if key else ''}{problem['ctx']['error']}")
         else:
             messages.append(f"{key} = {problem['input']!r}: {problem['msg']}")
     return "; ".join(messages)

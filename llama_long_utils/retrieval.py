@@ -46,7 +46,7 @@ def first_sentence_items(
         length: tokens of the passage, the cue and the room for the answer.
         settings: how many words of the sentence are given again after the passage (`cue_words`), and the
             least and largest number of words that are then asked for (`answer_words`).
-        seed: of the places; a document shows the same sentence at every length that fits it.
+        seed: of the places; a document shows the same sentence at every length of the settings.
 
     Raises:
         ValueError: no document has a fitting sentence with enough text after it.
@@ -58,7 +58,8 @@ def first_sentence_items(
             break
         document = documents[number]
         text = tokenizer.decode(document.token_ids[1:-1], clean_up_tokenization_spaces=False)
-        last_start = len(text) * (1 - length / document.tokens)
+        reach = max([length, *(other for other in settings.lengths if other < document.tokens)])
+        last_start = len(text) * (1 - reach / document.tokens)
         generator = np.random.default_rng([seed, number])
         sentences = [m for m in SENTENCE.finditer(text) if fewest <= len(m[0].split()) <= most]
         sentences = [sentences[index] for index in generator.permutation(len(sentences))]

@@ -24,7 +24,7 @@ import yaml
 from llama_long_utils import ablations, notebooks
 from llama_long_utils.documents import REPOSITORY
 from llama_long_utils.figures import LABELS
-from llama_long_utils.models import ADAPTERS, find_adapter, locate_model, weights_sha256
+from llama_long_utils.models import ADAPTERS, find_adapter, locate_base, weights_sha256
 from llama_long_utils.notebooks import Notebook, delivered
 from llama_long_utils.presets import Preset, load_preset
 from llama_long_utils.records import RESULTS, read_published, read_record, read_table, write_atomically
@@ -48,7 +48,7 @@ def run(
     """
     for notebook in chosen:
         check_parameters(notebook, parameters)
-    base_sha256 = weights_sha256(locate_model(preset.base.source))
+    base_sha256 = weights_sha256(locate_base(preset))
     for number, notebook in enumerate(chosen, start=1):
         line = f"[{number}/{len(chosen)}] {notebook.slug}"
         if store and notebook.record_with:
@@ -57,6 +57,7 @@ def run(
                 store_record(preset.run_folder / "records" / f"{notebook.slug}.json", RESULTS / preset.name)
         execute(notebook, preset, parameters, base_sha256, notebook.slug, line, again=again)
     figures = sorted(preset.run_folder.glob("figures/*.png"))
+    print(f"executed notebooks: {(preset.run_folder / 'notebooks').relative_to(REPOSITORY)}")
     print("figures:", *(path.relative_to(REPOSITORY) for path in figures), sep="\n  ")
 
 
@@ -83,6 +84,9 @@ def execute(
         print(f"{line}: finished before (--again runs it anew)", flush=True)
         return False
     print(f"{line} ...", flush=True)
+    for name in {entry, notebook.slug}:  # what they left in runs/ is overwritten from now on
+        done.pop(name, None)
+    write_atomically(done_file, json.dumps(done, indent=1).encode())
     started = time.perf_counter()
     output = preset.run_folder / "notebooks" / notebook.path.name
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,6 @@ def execute(
         progress_bar=False,
         extra_arguments=["--IPKernelApp.log_level=40"],  # no warnings of the kernel between our lines
     )
-    done.pop(notebook.slug, None)  # what it left in runs/ was overwritten
     done[entry] = key
     write_atomically(done_file, json.dumps(done, indent=1).encode())
     print(f"{line}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -110,7 +113,7 @@ def race(preset: Preset, *, workers: int) -> None:
         workers: arms at a time, with one thread each if there are several.
     """
     notebook = next(notebook for notebook in delivered() if notebook.slug == "11_ablations")
-    base_sha256 = weights_sha256(locate_model(preset.base.source))
+    base_sha256 = weights_sha256(locate_base(preset))
     arms = ablations.race_arms(preset)
     waiting = [arm for arm in arms if not ablations.arm_record(preset, arm, base_sha256).is_file()]
     print(f"{len(arms)} arms, {len(arms) - len(waiting)} measured before", flush=True)
@@ -142,6 +145,8 @@ def race(preset: Preset, *, workers: int) -> None:
 
 def check_parameters(notebook: Notebook, parameters: dict[str, Any]) -> None:
     """Raise ValueError for a parameter that the notebook does not have (papermill only warns)."""
+    if "preset" in parameters:
+        raise ValueError(f"give the preset as --preset {parameters['preset']}, not as a parameter")
     known = papermill.inspect_notebook(notebook.path)
     for name in {"preset", *parameters}:
         if name not in known:
@@ -239,7 +244,7 @@ def results_summary() -> str:
     path = RESULTS / "tiny" / "06_perplexity_by_position.json"
     table = pd.concat([read_table(path, name) for name in ("nll_by_position", "control")])
     provenance = read_record(path)["provenance"]
-    buckets = [(128, 256), (256, 512), (512, 1024), (1024, 2048), (2048, 4096)]
+    buckets = [(16, 64), (64, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048), (2048, 4096)]
     head = " | ".join(f"{low:,} to {high:,}" for low, high in buckets)
     lines = [f"| measured: NLL in nats, by position | {head} |", "|---|" + "---|" * len(buckets)]
     for arm, rows in table.groupby("arm", sort=False):
@@ -280,7 +285,8 @@ def main() -> None:
     parser.add_argument("--race", action="store_true", help="run every arm of 11_ablations and store its record")
     parser.add_argument("--workers", type=int, default=1, help="with --race: arms at a time (default: 1)")
     arguments = parser.parse_args()
-    chosen = [n for n in delivered() if arguments.only is None or n.slug.startswith(arguments.only)]
+    wanted = (arguments.only or "").zfill(2) if (arguments.only or "").isdecimal() else (arguments.only or "")
+    chosen = [n for n in delivered() if n.slug.startswith(wanted)]
     if not chosen:
         parser.error(f"no notebook {arguments.only!r}: there are {[notebook.slug for notebook in delivered()]}")
     if arguments.store and (arguments.only or arguments.p or arguments.preset != parser.get_default("preset")):
@@ -291,7 +297,10 @@ def main() -> None:
             return
         parameters = {name: yaml.safe_load(value) for name, value in arguments.p}
         run(load_preset(arguments.preset), chosen, parameters, again=arguments.again, store=arguments.store)
-    except (ValueError, RuntimeError) as error:
+    except papermill.PapermillExecutionError as error:
+        where = (REPOSITORY / "runs" / arguments.preset / "notebooks").relative_to(REPOSITORY)
+        raise SystemExit(f"error: {error.ename}: {error.evalue}\n(the notebook up to there: {where})") from None
+    except (ValueError, RuntimeError, yaml.YAMLError) as error:
         raise SystemExit(f"error: {error}") from None
     if arguments.store:
         store_outputs(load_preset(arguments.preset))

@@ -21,11 +21,18 @@ from peft import PeftModel
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from llama_long_utils.documents import TokenizedDocument
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
-from llama_long_utils.packing import SequenceDataset, TrainingSequence
+from llama_long_utils.packing import (
+    SequenceDataset,
+    TrainingSequence,
+    quote_themselves,
+    skip_positions,
+    training_sequences,
+)
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -66,6 +73,24 @@ class TrainingSettings:
                 f"sequences_per_step = {self.sequences_per_step} must be a multiple of "
                 f"sequences_at_once = {self.sequences_at_once}"
             )
+
+
+def draw_sequences(
+    documents: list[TokenizedDocument], settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase
+) -> list[TrainingSequence]:
+    """The sequences that a training run reads, in order: cut, packed, quoting themselves and skipped as set."""
+    sequences = training_sequences(
+        documents,
+        settings.window,
+        settings.steps * settings.sequences_per_step,
+        padding_id=tokenizer.eos_token_id,
+        bos_id=tokenizer.bos_token_id,
+        seed=settings.seed,
+        long_document_weight=settings.long_document_weight,
+        pack=settings.pack,
+    )
+    sequences = quote_themselves(sequences, settings.self_quoting_share, seed=settings.seed)
+    return skip_positions(sequences, settings.reach, seed=settings.seed)
 
 
 class ChunkedLossTrainer(Trainer):

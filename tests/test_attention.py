@@ -46,6 +46,17 @@ def test_trap_9_s2_loads_for_training_and_differs_from_full_attention(base_folde
     assert all(layer.self_attn.k_proj.weight.grad.any() for layer in sparse.model.layers)
 
 
+def test_xpos_reads_the_same_through_a_cache():
+    model = new_llama(seed=0, attn_implementation="xpos")
+    model.config.xpos_window = 64
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits[0, -1]
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        cached = model(input_ids=ids[:, -1:], past_key_values=cache).logits[0, -1]
+    torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_s2_refuses_packed_sequences_and_odd_lengths():
     model = new_llama(seed=0, attn_implementation="s2")
     with pytest.raises(ValueError, match="whole sequences only"):

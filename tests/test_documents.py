@@ -72,11 +72,31 @@ def test_hub_data_set_goes_through_the_same_function(monkeypatch):
         load_documents("hub:owner/name")
 
 
-@pytest.mark.parametrize("content", ['{"txt": "misspelt"}', "not json", '["a list"]'])
+@pytest.mark.parametrize("content", ['{"txt": "misspelt"}', '{"text": 5}', "not json", '["a list"]'])
 def test_bad_line_is_named(tmp_path, content):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + content + "\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2"):
         load_documents(str(tmp_path))
+
+
+def test_blank_lines_are_passed_over_and_odd_separators_kept(tmp_path):
+    text = "one\u2028still one"
+    (tmp_path / "fine.jsonl").write_text(
+        "\n" + json.dumps({"text": text}, ensure_ascii=False) + "\n\n", encoding="utf-8"
+    )
+    assert [document.text for document in load_documents(f"{tmp_path}/")] == [text]
+    assert load_documents(f"{tmp_path}/")[0].source == f"{tmp_path}/"
+
+
+def test_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
+        load_documents(str(tmp_path))
+
+
+def test_split_leaves_something_to_train_on():
+    with pytest.raises(ValueError, match="none is left to train on"):
+        split_documents(some(2), {"mine": 2}, minimum_characters=1, seed=0)
 
 
 def test_empty_corpus_and_unknown_source(tmp_path):

@@ -204,6 +204,38 @@ def test_truncated_weights_stop_before_loading(base_folder, tmp_path):
         models.locate_model(str(broken))
 
 
+def test_truncated_tokenizer_stops_before_loading(base_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(base_folder, broken)
+    (broken / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is truncated or corrupt"):
+        models.locate_model(str(broken))
+
+
+@pytest.mark.parametrize(("number", "value"), [("window", 256), ("rope_base", 2e4), ("head_dim", 128)])
+def test_preset_that_describes_another_base_is_refused(number, value):
+    preset = load_preset("tiny")
+    assert models.locate_base(preset).name == "tiny-llama"
+    wrong = dataclasses.replace(preset, base=dataclasses.replace(preset.base, **{number: value}))
+    with pytest.raises(ValueError, match=rf"tiny\.toml: base\.{number} = .* was pretrained with"):
+        models.locate_base(wrong)
+
+
+def test_lora_on_a_layer_that_does_not_exist_is_refused(base_folder):
+    wrong = dataclasses.replace(LORA, target_modules=["q_proj", "k_porj"])
+    with pytest.raises(ValueError, match=r"names \['k_porj'\]: the model's linear layers are"):
+        models.add_lora(models.load_base(base_folder, RAISED, dtype="float32"), wrong, seed=0)
+
+
+def test_named_adapter_for_other_rope_settings_is_refused_before_anything_is_loaded():
+    preset = load_preset("tiny")
+    adapter = "data/adapters/tiny"
+    assert models.find_adapter(preset, adapter) == models.ADAPTERS / "tiny"
+    other = dataclasses.replace(preset, extension=dataclasses.replace(preset.extension, rope_base=1e6))
+    with pytest.raises(ValueError, match="trained with another RoPE settings: abf, base 500,000"):
+        models.find_adapter(other, adapter)
+
+
 def test_pickled_weights_are_not_loaded(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     torch.save({}, tmp_path / "pytorch_model.bin")

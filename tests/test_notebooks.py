@@ -12,7 +12,7 @@ import pytest
 
 from llama_long_utils import notebooks, run
 from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.notebooks import check, delivered
+from llama_long_utils.notebooks import check, delivered, finding
 from llama_long_utils.presets import load_preset
 
 NAMES = [notebook.slug for notebook in delivered()]
@@ -127,6 +127,8 @@ def test_check_can_fail(capsys):
     assert capsys.readouterr().out == "holds: one is one\n"
     with pytest.raises(AssertionError, match="does not hold: one is two"):
         check("one is two", False)
+    finding("one is two", False)
+    assert capsys.readouterr().out == "does not hold: one is two\n"
 
 
 def test_trap_26_runner_refuses_a_parameter_that_no_cell_receives():
@@ -134,11 +136,33 @@ def test_trap_26_runner_refuses_a_parameter_that_no_cell_receives():
         run.check_parameters(delivered()[0], {"presett": "tiny"})
 
 
+def test_runner_takes_the_preset_in_one_place_only():
+    with pytest.raises(ValueError, match="give the preset as --preset llama2-7b"):
+        run.check_parameters(delivered()[0], {"preset": "llama2-7b"})
+
+
+def test_a_failed_run_is_not_taken_for_finished(monkeypatch, tmp_path):
+    preset, notebook = load_preset("tiny"), delivered()[0]
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: None)
+    assert run.execute(notebook, preset, {}, "base", notebook.slug, "line", again=False)
+    assert not run.execute(notebook, preset, {}, "base", notebook.slug, "line", again=False)
+
+    def fail(*arguments, **options):
+        raise RuntimeError("a cell failed")
+
+    monkeypatch.setattr(papermill, "execute_notebook", fail)
+    with pytest.raises(RuntimeError, match="a cell failed"):
+        run.execute(notebook, preset, {"other": 1}, "base", notebook.slug, "line", again=False)
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: None)
+    assert run.execute(notebook, preset, {}, "base", notebook.slug, "line", again=False)
+
+
 def test_runner_stops_before_the_first_notebook_without_the_model(monkeypatch):
     def refuse(source):
         raise RuntimeError(f"cannot get the model {source!r}")
 
-    monkeypatch.setattr(run, "locate_model", refuse)
+    monkeypatch.setattr(run, "locate_base", refuse)
     monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("executed a notebook"))
     with pytest.raises(RuntimeError, match="cannot get the model"):
         run.run(load_preset("llama2-7b"), delivered(), {})

@@ -11,8 +11,10 @@ from llama_long_utils.packing import (
     SequenceDataset,
     join_pieces,
     pack_pieces,
+    quote_themselves,
     skip_positions,
     training_sequences,
+    with_excerpts,
 )
 
 EOS = 1
@@ -130,3 +132,39 @@ def test_trap_7_the_second_part_of_a_skipped_sequence_sees_the_first():
     mask = row["attention_mask"][None]
     assert not torch.allclose(last(row["input_ids"], mask), last(changed, mask), atol=1e-6)
     torch.testing.assert_close(last(row["input_ids"], None), last(changed, None))  # the trap: it is blind
+
+
+def test_bos_stands_before_every_piece_and_hides_no_label():
+    plain = training_sequences([document(size) for size in (300, 7, 40, 90, 21)], 64, 10, padding_id=1, seed=0)
+    with_bos = training_sequences(
+        [document(size) for size in (300, 7, 40, 90, 21)], 64, 10, padding_id=1, bos_id=0, seed=0
+    )
+    for before, after in zip(plain, with_bos, strict=True):
+        starts = after.position_ids == 0
+        np.testing.assert_array_equal(before.labels, after.labels)
+        assert (after.input_ids[starts & (after.input_ids != 1)] == 0).all()
+        np.testing.assert_array_equal(before.input_ids[~starts], after.input_ids[~starts])
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_excerpts_are_copied_from_what_stands_before_them(everywhere):
+    text = np.arange(1000, 1512)
+    for seed in range(30):
+        ids, source = with_excerpts(text, np.random.default_rng(seed), everywhere=everywhere)
+        copied = source >= 0
+        assert (source[copied] < np.flatnonzero(copied)).all()
+        assert (ids[copied] == ids[source[copied]]).all()
+        assert 0.1 < copied.mean() < 0.8
+        if everywhere:  # what is not copied is the text itself, in order
+            np.testing.assert_array_equal(ids[~copied], text[: (~copied).sum()])
+
+
+def test_quoting_takes_its_share_of_whole_sequences():
+    text = TokenizedDocument("mine", "long", np.arange(2, 60_002).astype(np.int32))
+    sequences = training_sequences([text], 512, 100, padding_id=1, seed=0, pack=False)
+    assert quote_themselves(sequences, 0.0, seed=0) == sequences
+    changed = quote_themselves(sequences, 0.5, seed=0)
+    differs = [bool((a.input_ids != b.input_ids).any()) for a, b in zip(sequences, changed, strict=True)]
+    assert 0.3 < np.mean(differs) < 0.7
+    for after, differ in zip(changed, differs, strict=True):
+        assert not differ or (after.labels[1:] == after.input_ids[1:]).all()

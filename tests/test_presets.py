@@ -62,6 +62,16 @@ def test_unknown_preset_names_the_known_ones():
         ('method = "abf"', 'method = "abff"', "extension.method = 'abff'"),
         ('method = "abf"', 'method = "longrope"', "takes 32 pair_factors"),
         ("1, 4, 16", "1, 16, 4", "bucket_edges must rise"),
+        ("[1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096]", "[]", "bucket_edges"),
+        ("steps = 80", "steps = 0", "training.steps = 0"),
+        ("sequences_at_once = 1", "sequences_at_once = 0", "training.sequences_at_once = 0"),
+        ("rank = 16", "rank = 0", "lora.rank = 0"),
+        ("{ sotu = 18", "{ sotuu = 18", r"held_out names \['sotuu'\]"),
+        (
+            "[extension]\nwindow = 4096",
+            "[extension]\nwindow = 256",
+            r"\[extension\]: RoPE cannot be scaled down: window 256",
+        ),
         ("sequences_per_step = 1", "sequences_per_step = 3\n", "sequences_at_once"),
     ],
 )
@@ -74,9 +84,17 @@ def test_bad_preset_is_one_clear_error(folder, old, new, message):
 
 
 def test_trap_26_misspelt_parameter_stops_the_notebook():
-    assert preset_from_parameters({"preset": "tiny", "_i": "x", "In": []}, ["preset"]).name == "tiny"
+    assert preset_from_parameters({"preset": "tiny", "_i": "x", "In": []}, {"preset": str}).name == "tiny"
     with pytest.raises(ValueError, match=r"unknown parameter 'presett'.*did you mean 'preset'"):
-        preset_from_parameters({"preset": "tiny", "presett": "llama2-7b"}, ["preset"])
+        preset_from_parameters({"preset": "tiny", "presett": "llama2-7b"}, {"preset": str})
+
+
+@pytest.mark.parametrize("steps", ["ten", 2.5])
+def test_parameter_of_the_wrong_type_stops_the_notebook(steps):
+    parameters = {"preset": str, "steps": int | None}
+    assert preset_from_parameters({"preset": "tiny", "steps": None}, parameters).name == "tiny"
+    with pytest.raises(ValueError, match=r"parameter steps = .* must be of type int \| None"):
+        preset_from_parameters({"preset": "tiny", "steps": steps}, parameters)
 
 
 def test_no_code_asks_which_preset_it_runs():

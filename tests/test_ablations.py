@@ -1,0 +1,130 @@
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from llama_long_utils import ablations, perplexity, records, rope
+from llama_long_utils.ablations import ZERO_SHOT, Arm
+from llama_long_utils.packing import TrainingSequence
+from llama_long_utils.presets import load_preset
+
+
+@pytest.fixture(scope="module")
+def preset():
+    return load_preset("tiny")
+
+
+def sequence(positions):
+    positions = np.asarray(positions)
+    return TrainingSequence(positions, positions, positions)
+
+
+def test_every_arm_has_numbers_and_equal_tokens(preset):
+    arms = ablations.race_arms(preset)
+    assert len(set(arms)) == len(arms)
+    tokens = set()
+    for arm in arms:
+        assert ablations.arm_rope(preset, arm.method).window == preset.extension.window
+        settings = ablations.arm_training(preset, arm)
+        assert (settings is None) == (arm.training == ZERO_SHOT)
+        if settings:
+            assert settings.seed == arm.seed
+            tokens.add(settings.steps * settings.sequences_per_step * settings.window)
+    assert len(tokens) == 1
+
+
+def test_base_is_raised_for_abf_only(preset):
+    raised = {method for method in rope.METHODS if method != "longrope"
+              if ablations.arm_rope(preset, method).base == preset.extension.rope_base}  # fmt: skip
+    assert raised == {"abf", "xpos_abf"}
+
+
+def test_unknown_arm_is_one_clear_error(preset):
+    with pytest.raises(ValueError, match="unknown RoPE method 'abff': use one of"):
+        ablations.arm_rope(preset, "abff")
+    with pytest.raises(ValueError, match=r"unknown training 'posee': use one of \['zero-shot', 'full-length'"):
+        ablations.arm_training(preset, Arm("abf", "posee", 0))
+
+
+def test_record_of_an_arm_is_named_by_what_it_depends_on(preset):
+    arm = Arm("abf", "pose", 0)
+    path = ablations.arm_record(preset, arm, "base")
+    assert path == ablations.arm_record(preset, arm, "base")
+    others = [
+        ablations.arm_record(preset, dataclasses.replace(arm, seed=1), "base"),
+        ablations.arm_record(preset, arm, "another base"),
+        ablations.arm_record(dataclasses.replace(preset, lora=dataclasses.replace(preset.lora, rank=8)), arm, "base"),
+    ]
+    assert path not in others
+
+
+@pytest.mark.parametrize(("attention", "farthest"), [("sdpa", 15), ("s2", 3)])
+def test_distances_seen_are_those_of_the_attention_mask(preset, attention, farthest):
+    settings = dataclasses.replace(preset.training, window=16, reach=16, pack=False, attention=attention)
+    counts = ablations.distances_seen([sequence(range(16))], settings)
+    assert np.flatnonzero(counts).max() == farthest
+    assert counts[0] == 16
+    if attention == "sdpa":
+        np.testing.assert_allclose(counts, np.arange(16, 0, -1))
+    else:  # group of 4 straight in half of the heads; shifted by 2 in the others
+        assert counts[1] == 0.5 * 4 * 3 + 0.5 * (3 * 3 + 2 * 1)
+
+
+def test_skipped_positions_show_far_distances(preset):
+    settings = dataclasses.replace(preset.training, window=4, reach=32, pack=False)
+    counts = ablations.distances_seen([sequence([0, 1, 20, 21])], settings)
+    assert {int(distance) for distance in np.flatnonzero(counts)} == {0, 1, 19, 20, 21}
+    assert counts[20] == 2
+
+
+def test_mean_is_weighted_by_tokens_and_resampled_over_documents_and_seeds():
+    generator = np.random.default_rng(0)
+    tokens = np.array([10.0, 20.0, 30.0])
+    values = tokens * 2.0 + generator.normal(0, 1, (4, 3))
+    results = ablations.RaceResults(pd.DataFrame(), [], {}, perplexity.Bootstrap(3, 500, seed=0))
+    found = results.mean(values, tokens)
+    assert found["value"] == pytest.approx(values.sum() / tokens.sum() / 4)
+    assert found["low"] < found["value"] < found["high"]
+    exact = results.mean(np.stack([tokens * 2.0] * 4), tokens)
+    assert exact["low"] == pytest.approx(2.0) == exact["high"]
+
+
+def test_race_that_was_not_run_says_so(preset, monkeypatch, tmp_path):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match="run its notebook first"):
+        ablations.race_results(preset)
+
+
+def test_an_arm_is_measured_once(preset, monkeypatch, tmp_path):
+    small = dataclasses.replace(
+        preset,
+        evaluation=dataclasses.replace(preset.evaluation, tokens=256, bucket_edges=[1, 64, 256]),
+        retrieval=dataclasses.replace(preset.retrieval, lengths=[256], documents=2, answer_tokens=16),
+    )
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    path = ablations.run_arm(small, Arm("abf", ZERO_SHOT, 0))
+    nll, found = records.read_table(path, "nll"), records.read_table(path, "retrieval")
+    assert set(nll.method) == {"abf"}
+    assert nll.groupby("document").tokens.sum().eq(255).all()
+    assert len(found) == 2
+    assert found.rouge_l.between(0, 100).all()
+    command = json.loads(path.read_text())["provenance"]["command"]
+    assert command.endswith("-p preset tiny -p method abf -p training zero-shot -p seed 0")
+    monkeypatch.setattr(ablations, "measure", lambda *a: pytest.fail("measured again"))
+    assert ablations.run_arm(small, Arm("abf", ZERO_SHOT, 0)) == path
+
+
+def test_search_finds_cheaper_factors_that_never_fall():
+    wanted = np.array([1.0, 1.0, 2.0, 4.0, 8.0])
+    factors, costs = rope.search_pair_factors(
+        lambda tried: float(np.abs(np.log(np.array(tried) / wanted)).sum()),
+        [(8.0,) * 5, (1.0,) * 5],
+        largest=16.0,
+        rounds=300,
+        seed=0,
+    )
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 0.2 * costs[0]
+    assert list(factors) == sorted(factors)
