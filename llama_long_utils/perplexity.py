@@ -164,19 +164,6 @@ def paired_difference(
     return float(difference.sum() / tokens.sum()), float(below[0]), float(above[0])
 
 
-def change(
-    nll: Sequence[np.ndarray], near: tuple[int, int], far: tuple[int, int], *, bootstrap_samples: int, seed: int
-) -> dict[str, float]:
-    """Mean NLL at positions [far) minus that at [near): nats, low, high (95% over documents)."""
-    sums = [bucket_sums(nll, list(positions)) for positions in (near, far)]
-    weights = Bootstrap(len(nll), bootstrap_samples, seed).weights()
-    means = [(weights @ nats) / (weights @ tokens) for nats, tokens in sums]
-    low, high = np.percentile(means[1] - means[0], [2.5, 97.5])
-    (near_nats, near_tokens), (far_nats, far_tokens) = sums
-    nats = far_nats.sum() / far_tokens.sum() - near_nats.sum() / near_tokens.sum()
-    return {"nats": float(nats), "low": float(low), "high": float(high)}
-
-
 @dataclass(frozen=True)
 class PowerLaw:
     """L(c) = (alpha / c) ** beta + gamma (arXiv:2309.16039, section 3.1), L in nats, c in tokens."""

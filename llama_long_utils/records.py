@@ -35,7 +35,7 @@ def write_record(
     preset: str,
     question: str,
     tables: dict[str, pd.DataFrame],
-    seeds: dict[str, int],
+    seeds: dict[str, int | list[int]],
     seconds: float,
     parameters: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,

@@ -14,10 +14,13 @@ COLUMNS = {
         "merging": {"quantity", "value", "low", "high"},
     },
     "06_perplexity_by_position": {
-        "nll_by_position": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
+        "nll_by_position": {
+            *("arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens", "stretches")
+        },
         "control": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
-        "far_minus_near": {"quantity", "nats", "low", "high"},
+        "comparison": {"quantity", "nats", "low", "high"},
         "context_worth": {"quantity", "nats", "low", "high"},
+        "copying": {"arm", "place", "tokens_between", "nats"},
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
     },
 }
