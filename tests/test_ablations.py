@@ -128,3 +128,36 @@ def test_search_finds_cheaper_factors_that_never_fall():
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.2 * costs[0]
     assert list(factors) == sorted(factors)
+
+
+def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_path):
+    arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
+    monkeypatch.setattr(ablations, "race_arms", lambda _preset: arms)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    with pytest.raises(ValueError, match="run its notebook first"):
+        ablations.collect(preset, "base", tmp_path / "results" / "tiny")
+    for number, arm in enumerate(arms):
+        common = {**dataclasses.asdict(arm), "document": ["one", "one", "two", "two"]}
+        nll = {"position_low": [1, 64] * 2, "position_high": [64, 256] * 2, "tokens": [63, 192] * 2}
+        nll["nats"] = [63.0 * (number + 1), 192.0, 63.0 * (number + 3), 192.0]
+        found = {"length": 256, "rouge_l": 10.0 * number, "answer": "a", "written": "b"}
+        path = ablations.arm_record(preset, arm, "base")
+        records.write_record(
+            path.parent,
+            path.stem,
+            preset="tiny",
+            question="?",
+            tables={"nll": pd.DataFrame({**common, **nll}), "retrieval": pd.DataFrame({**common, **found})},
+            seeds={"training": arm.seed},
+            seconds=1.0,
+        )
+    written = ablations.collect(preset, "base", tmp_path / "results" / "tiny")
+    by_position = records.read_table(written, "nll_by_position")
+    assert list(by_position[by_position.position_low == 1].value) == [2.0, 3.0, 4.0]
+    results = ablations.race_results(preset)
+    nats, tokens = results.nll("abf", "pose", 1, 64)
+    assert nats.tolist() == [[126.0, 252.0], [189.0, 315.0]]
+    assert results.mean(nats, tokens)["value"] == pytest.approx(3.5)
+    scores, ones = results.rouge_l("abf", "pose", 256)
+    assert results.mean(scores, ones)["value"] == pytest.approx(15.0)
