@@ -168,9 +168,12 @@ def test_adapter_is_found_by_how_it_was_trained(base_folder, tmp_path, monkeypat
     data = dataclasses.asdict(preset.data)
     for name, steps in (("quick", 3), ("whole", preset.training.steps)):
         folder = tmp_path / "training" / name / "adapter"
-        models.save_adapter(
-            with_lora(base_folder), card(base_folder, data=data, training={**as_preset, "steps": steps}), folder
+        of_preset = dataclasses.replace(
+            card(base_folder, data=data, training={**as_preset, "steps": steps}),
+            base=preset.base.source,
+            rope=preset.extended_rope,
         )
+        models.save_adapter(with_lora(base_folder), of_preset, folder)
     assert models.find_adapter(preset).parent.name == "whole"
     assert models.find_adapter(preset, str(folder.parent.parent / "quick" / "adapter")).parent.name == "quick"
     with pytest.raises(ValueError, match="is not an adapter of this collection"):
