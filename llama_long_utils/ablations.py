@@ -1,8 +1,8 @@
 """The race: every way to scale RoPE and to train it, on equal terms, one arm at a time.
 
 An arm is a RoPE method, a way of training and a seed. All arms share the base, the documents, the LoRA
-settings and, unless their name says otherwise, the number of trained tokens; what differs is in the
-preset's [race]. An arm is measured by its NLL at every position and by first-sentence retrieval.
+settings and the number of trained tokens; what differs is in the preset's [race]. An arm is measured
+by its NLL at every position and by first-sentence retrieval.
 """
 
 import dataclasses

@@ -274,12 +274,12 @@ def find_adapter(preset: Preset, folder: str = "") -> Path:
     if folder:
         card = read_card(REPOSITORY / folder)
         for name, found, wanted in (
-            ("RoPE settings", card.rope, preset.extended_rope),
-            ("base", card.base, preset.base.source),
+            ("other RoPE settings", card.rope, preset.extended_rope),
+            ("another base", card.base, preset.base.source),
         ):
             if found != wanted:
                 raise ValueError(
-                    f"the adapter in {folder} was trained with another {name}: {found}, while preset "
+                    f"the adapter in {folder} was trained with {name}: {found}, while preset "
                     f"{preset.name!r} has {wanted}; use the preset it was trained with"
                 )
         return REPOSITORY / folder

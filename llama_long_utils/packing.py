@@ -145,30 +145,25 @@ def training_sequences(
     return sequences
 
 
-def with_excerpts(
-    ids: np.ndarray, generator: np.random.Generator, *, everywhere: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Let a text quote itself: excerpts of 12 to 64 tokens from what stands before them.
+def with_excerpts(ids: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Let a text quote itself: half of its stretches become excerpts of 12 to 64 tokens from what stands before them.
 
-    Args:
-        everywhere: after the first hundred tokens or so, every other stretch is an excerpt, so that only the content
-            tells an excerpt from new text. Else the whole second half (or more) is excerpts from the first.
+    Only the content tells an excerpt from new text, neither its place nor a marker.
 
     Returns:
         The changed ids, and for each token the place that it is copied from, or -1.
     """
     window = len(ids)
-    start = place = used = int(generator.integers(*((48, 129) if everywhere else (window // 4, window // 2 + 1))))
+    place = used = int(generator.integers(48, 129))
     changed, source = ids.copy(), np.full(window, -1)
     while place < window:
         length = min(int(generator.integers(12, 65)), window - place)
-        if everywhere and generator.random() >= 0.5:
+        if generator.random() >= 0.5:
             changed[place : place + length] = ids[used : used + length]
             used += length
         else:
-            before = place if everywhere else start
-            length = min(length, before - 1)
-            first = int(generator.integers(1, before - length + 1))
+            length = min(length, place - 1)
+            first = int(generator.integers(1, place - length + 1))
             changed[place : place + length] = changed[first : first + length]
             source[place : place + length] = np.arange(first, first + length)
         place += length

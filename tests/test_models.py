@@ -235,7 +235,7 @@ def test_named_adapter_for_other_rope_settings_is_refused_before_anything_is_loa
     adapter = "data/adapters/tiny"
     assert models.find_adapter(preset, adapter) == models.ADAPTERS / "tiny"
     other = dataclasses.replace(preset, extension=dataclasses.replace(preset.extension, rope_base=1e6))
-    with pytest.raises(ValueError, match="trained with another RoPE settings: abf, base 500,000"):
+    with pytest.raises(ValueError, match="trained with other RoPE settings: abf, base 500,000"):
         models.find_adapter(other, adapter)
 
 
