@@ -50,6 +50,19 @@ METHOD_LABELS = {
     "proportional": "proportional",
 }
 
+TRAINING_COLOURS = {
+    "full-length": _PALETTE[0],
+    "short": _PALETTE[3],
+    "pose": _PALETTE[2],
+    "s2": _PALETTE[1],
+}
+TRAINING_LABELS = {
+    "full-length": "full length",
+    "short": "short",
+    "pose": "PoSE",
+    "s2": "S2-Attn",
+}
+
 
 def use_style() -> None:
     """Set the one style of all figures."""

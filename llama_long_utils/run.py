@@ -5,11 +5,14 @@ code, preset and parameters, so an interrupted run goes on where it stopped.
 """
 
 import argparse
+import concurrent.futures
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import pandas as pd
 import papermill
 import yaml
 
-from llama_long_utils import notebooks
+from llama_long_utils import ablations, notebooks
 from llama_long_utils.documents import REPOSITORY
 from llama_long_utils.figures import LABELS
 from llama_long_utils.models import ADAPTERS, find_adapter, locate_base, weights_sha256
@@ -99,6 +102,49 @@ def execute(
     write_atomically(done_file, json.dumps(done, indent=1).encode())
     print(f"{line}: {time.perf_counter() - started:.0f} s", flush=True)
     return True
+
+
+def race(preset: Preset, *, workers: int) -> None:
+    """Measure every arm of the race that has no record yet, then join all of them in the committed record.
+
+    Each arm is a papermill execution of the first part of 11_ablations, up to the cell tagged "arm".
+
+    Args:
+        workers: arms at a time; with several, each computes on one thread.
+    """
+    notebook = next(notebook for notebook in delivered() if notebook.slug == "11_ablations")
+    base_sha256 = weights_sha256(locate_base(preset))
+    arms = ablations.race_arms(preset)
+    waiting = [arm for arm in arms if not ablations.arm_record(preset, arm, base_sha256).is_file()]
+    print(f"{len(arms)} arms, {len(arms) - len(waiting)} of them measured before", flush=True)
+    first_part = nbformat.read(notebook.path, as_version=4)
+    last = next(n for n, cell in enumerate(first_part.cells) if "arm" in cell.metadata.get("tags", []))
+    first_part.cells = first_part.cells[: last + 1]
+    folder = preset.run_folder / "race"
+    write_notebook(first_part, folder / "arm.ipynb")
+    threads = {"OMP_NUM_THREADS": "1"} if workers > 1 else {}
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=os.environ.update, initargs=(threads,)) as pool:
+        running = {
+            pool.submit(
+                papermill.execute_notebook,
+                folder / "arm.ipynb",
+                folder / "arms" / f"{arm.method}-{arm.training}-{arm.seed}.ipynb",
+                parameters={"preset": preset.name, **asdict(arm)},
+                cwd=notebook.path.parent,
+                progress_bar=False,
+                extra_arguments=["--IPKernelApp.log_level=40"],
+            ): arm
+            for arm in waiting
+        }
+        for number, done in enumerate(concurrent.futures.as_completed(running), start=len(arms) - len(waiting) + 1):
+            try:
+                done.result()
+            except papermill.PapermillExecutionError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            print(f"[{number}/{len(arms)}] {running[done]}", flush=True)
+    collected = ablations.collect(preset, base_sha256, preset.run_folder / "records")
+    store_record(collected, RESULTS / preset.name)
 
 
 def check_parameters(notebook: Notebook, parameters: dict[str, Any]) -> None:
@@ -240,6 +286,8 @@ def main() -> None:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--again", action="store_true", help="run notebooks anew that finished before")
     parser.add_argument("--store", action="store_true", help="store outputs, figures and records in the repository")
+    parser.add_argument("--race", action="store_true", help="measure every arm of 11_ablations and store its record")
+    parser.add_argument("--workers", type=int, default=1, help="with --race: arms at a time (default: 1)")
     arguments = parser.parse_args()
     wanted = (arguments.only or "").zfill(2) if (arguments.only or "").isdecimal() else (arguments.only or "")
     chosen = [n for n in delivered() if n.slug.startswith(wanted)]
@@ -248,6 +296,9 @@ def main() -> None:
     if arguments.store and (arguments.only or arguments.p or arguments.preset != parser.get_default("preset")):
         parser.error("--store stores a run of all notebooks at their defaults: leave out --only, --preset and -p")
     try:
+        if arguments.race:
+            race(load_preset(arguments.preset), workers=arguments.workers)
+            return
         parameters = {name: yaml.safe_load(value) for name, value in arguments.p}
         run(load_preset(arguments.preset), chosen, parameters, again=arguments.again, store=arguments.store)
     except papermill.PapermillExecutionError as error:

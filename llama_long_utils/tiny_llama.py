@@ -4,10 +4,11 @@ A real LlamaForCausalLM of 4.3M parameters with Llama 2's proportions (untied em
 queries, RoPE base 10,000) and a window of 512 tokens, so that 512 -> 4,096 is the paper's factor 8.
 Interrupted, the command goes on from its last checkpoint.
 
-Three stages, because a model that has read 18M tokens does not copy from its context (measured: a
+Four stages, because a model that has read 18M tokens does not copy from its context (measured: a
 passage read a second time costs as much as the first time), and one that does not copy gains nothing
 from a longer context. Larger models grow induction heads by themselves (Olsson et al.,
-arXiv:2209.11895); here stage 2 shows three heads where to look, and stage 3 trains everything on.
+arXiv:2209.11895); here stage 2 shows three heads where to look, stage 3 trains everything on, and
+stage 4 reads text that quotes itself until the model continues a quotation.
 """
 
 import json
@@ -38,7 +39,7 @@ from llama_long_utils.figures import use_style
 from llama_long_utils.models import library_versions
 from llama_long_utils.packing import IGNORED_LABEL, TrainingSequence, training_sequences
 from llama_long_utils.records import device_name, write_atomically
-from llama_long_utils.training import TrainingSettings, run_fingerprint, train
+from llama_long_utils.training import TrainingSettings, draw_sequences, run_fingerprint, train
 
 FOLDER = REPOSITORY / "data" / "tiny-llama"
 HELD_OUT = {"sotu": 18, "shakespeare": 6}
@@ -89,6 +90,8 @@ TEACHING = CopyTeaching()
 
 SETTLING = replace(PRETRAINING, steps=500, learning_rate=1.5e-3, warmup_steps=20, checkpoint_every=100, seed=2)
 SETTLING_SHARE_WITH_REPEAT = 0.25
+
+QUOTING = replace(SETTLING, steps=1200, self_quoting_share=0.6, seed=3)
 
 
 def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
@@ -294,7 +297,9 @@ AdamW throughout. Losses are nats per token; the last is a mean of 50 steps, eve
 pretraining the model did not copy: a passage read a second time cost as much as the first time. The second stage trains
 three heads only (a previous-token head and two induction heads), on sequences in which a passage of text or of random
 tokens occurs twice, with a loss on where these heads look. The third trains everything on; a quarter of its sequences
-hold a repeated passage of text. `make tiny-llama` computes every stage in fp32.
+hold a repeated passage of text. In the fourth, {QUOTING.self_quoting_share:.0%} of the sequences quote themselves: half of their stretches are excerpts of 12
+to 64 tokens from what stands before them. `make tiny-llama` computes every stage in fp32; the fourth stage of these
+weights began from the third's rounded to bf16.
 
 ![Training loss of every step](loss.png)
 
@@ -354,26 +359,35 @@ def main(folder: Path = FOLDER, run_folder: Path = REPOSITORY / "runs" / "tiny-l
     tokenizer = train_tokenizer(training)
     tokenized = tokenize_documents(training, tokenizer)
 
-    def on_text(settings: TrainingSettings, share_with_repeat: float) -> Callable:
+    def on_text(settings: TrainingSettings) -> list[TrainingSequence]:
+        count = settings.steps * settings.sequences_per_step
+        return training_sequences(tokenized, WINDOW, count, padding_id=tokenizer.eos_token_id, seed=settings.seed)
+
+    def on_sequences(settings: TrainingSettings, draw: Callable[[], list[TrainingSequence]]) -> Callable:
         def work(model: LlamaForCausalLM) -> list[dict[str, float]]:
-            count = settings.steps * settings.sequences_per_step
-            sequences = training_sequences(
-                tokenized, WINDOW, count, padding_id=tokenizer.eos_token_id, seed=settings.seed
-            )
-            sequences = repeat_passages(sequences, share_with_repeat, seed=settings.seed)
+            sequences = draw()
             checkpoints = run_folder / run_fingerprint(settings, sequences, config=model.config.to_dict())
             model.model.compile()  # 1.25 times the tokens per second on 2 cores; needs a C++ compiler
             return train(model, sequences, settings, checkpoints, report_every=50)
 
         return work
 
+    def settling_sequences() -> list[TrainingSequence]:
+        return repeat_passages(on_text(SETTLING), SETTLING_SHARE_WITH_REPEAT, seed=SETTLING.seed)
+
     set_seed(PRETRAINING.seed)
     model = new_model(tokenizer)
     stages = []
     for name, trained, settings, work in (
-        ("pretraining", "everything", PRETRAINING, on_text(PRETRAINING, 0.0)),
+        ("pretraining", "everything", PRETRAINING, on_sequences(PRETRAINING, lambda: on_text(PRETRAINING))),
         ("copying", "three heads", TEACHING, lambda model: teach_copying(model, tokenized, TEACHING)),
-        ("settling", "everything", SETTLING, on_text(SETTLING, SETTLING_SHARE_WITH_REPEAT)),
+        ("settling", "everything", SETTLING, on_sequences(SETTLING, settling_sequences)),
+        (
+            "quoting",
+            "everything",
+            QUOTING,
+            on_sequences(QUOTING, lambda: draw_sequences(tokenized, QUOTING, tokenizer)),
+        ),
     ):
         model, stage = run_stage(name, trained, settings, work, model, run_folder / name)
         stages.append(stage)
