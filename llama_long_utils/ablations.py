@@ -83,9 +83,9 @@ def arm_training(preset: Preset, arm: Arm) -> TrainingSettings | None:
         raise ValueError(f"unknown training {arm.training!r}: use one of {[ZERO_SHOT, *preset.race.trainings]}")
     changes = asdict(preset.race.trainings[arm.training])
     del changes["methods"]
-    return dataclasses.replace(
-        preset.training, **changes, pack=False, warmup_steps=preset.race.warmup_steps, seed=arm.seed
-    )
+    race = preset.race
+    shared = {"warmup_steps": race.warmup_steps, "self_quoting_share": race.self_quoting_share}
+    return dataclasses.replace(preset.training, **changes, **shared, pack=False, seed=arm.seed)
 
 
 def distances_seen(sequences: Sequence[TrainingSequence], settings: TrainingSettings) -> np.ndarray:

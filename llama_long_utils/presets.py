@@ -99,10 +99,14 @@ class RaceTraining:
 
 @dataclass(frozen=True, config=STRICT)
 class Race:
-    """Notebook 11: seeds, ways of training by name, and the numbers that LongRoPE and proportional RoPE need."""
+    """Notebook 11: seeds, ways of training by name, and the numbers that LongRoPE and proportional RoPE need.
+
+    `self_quoting_share` stands in for that of [training]: retrieval is measured, so all arms practise it.
+    """
 
     seeds: list[int]
     warmup_steps: int
+    self_quoting_share: Annotated[float, Field(ge=0, le=1)]
     pair_factors: tuple[float, ...]
     rotated_share: float
     trainings: dict[str, RaceTraining]
