@@ -122,6 +122,7 @@ def race(preset: Preset, *, workers: int) -> None:
     first_part.cells = first_part.cells[: last + 1]
     folder = preset.run_folder / "race"
     write_notebook(first_part, folder / "arm.ipynb")
+    (folder / "arms").mkdir(exist_ok=True)
     threads = {"OMP_NUM_THREADS": "1"} if workers > 1 else {}
     with concurrent.futures.ProcessPoolExecutor(workers, initializer=os.environ.update, initargs=(threads,)) as pool:
         running = {
@@ -139,7 +140,7 @@ def race(preset: Preset, *, workers: int) -> None:
         for number, done in enumerate(concurrent.futures.as_completed(running), start=len(arms) - len(waiting) + 1):
             try:
                 done.result()
-            except papermill.PapermillExecutionError:
+            except Exception:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
             print(f"[{number}/{len(arms)}] {running[done]}", flush=True)
