@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PRESET ?= tiny
 
-.PHONY: run test lab data notebooks race tiny-llama lock help
+.PHONY: run test lab data notebooks longrope race tiny-llama lock help
 
 help:
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
@@ -11,6 +11,7 @@ help:
 	@echo "make lab         install, then open the notebooks in JupyterLab"
 	@echo "make data        fetch the corpora into data/cache (part of the installation)"
 	@echo "make notebooks   execute the notebooks and store their outputs, figures and records"
+	@echo "make longrope    search LongRoPE's factors for the preset's [race] and store their record (10 minutes)"
 	@echo "make race        measure every arm of notebook 11 and store its record (about an hour; goes on if stopped)"
 	@echo "make tiny-llama  train data/tiny-llama again (one to two hours; needs a C++ compiler)"
 	@echo "make lock        write environment.yml and requirements.lock from pyproject.toml"
@@ -36,6 +37,9 @@ data: $(INSTALLED)
 
 notebooks: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.run --store
+
+longrope: $(INSTALLED)
+	$(BIN)/python -m llama_long_utils.run --longrope --preset $(PRESET)
 
 race: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.run --race --workers 2 --preset $(PRESET)

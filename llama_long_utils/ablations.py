@@ -206,13 +206,17 @@ def measure(
     return {"nll": pd.DataFrame(rows), "retrieval": pd.DataFrame(found)}
 
 
-def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> tuple[tuple[float, ...], list[float]]:
+def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> Path:
     """Search LongRoPE's factors for a preset's base on its training documents (never on held-out ones).
 
     Args:
         rounds: mutations to try.
         texts: stretches of the new window's length that each of them reads.
+
+    Returns:
+        The record, 11_longrope_search: the factors, and the lowest NLL after each round.
     """
+    started = time.perf_counter()
     folder, data, evaluation = models.locate_base(preset), preset.data, preset.evaluation
     tokenizer = models.load_tokenizer(folder)
     training_documents, _ = read_split(
@@ -237,7 +241,20 @@ def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> tu
     for method in ("ntk", "yarn"):
         frequencies, _ = arm_rope(preset, method).rotation()
         starts.append(tuple((plain.cpu() / frequencies).double().numpy().round(3).tolist()))
-    return rope.search_pair_factors(cost, starts, largest=2 * scaling.factor, rounds=rounds, seed=seed)
+    factors, costs = rope.search_pair_factors(cost, starts, largest=2 * scaling.factor, rounds=rounds, seed=seed)
+    return records.write_record(
+        records.RESULTS / preset.name,
+        "11_longrope_search",
+        preset=preset.name,
+        question="Which factors does LongRoPE's search find?",
+        tables={
+            "factors": pd.DataFrame({"pair": range(pairs), "factor": factors}),
+            "search": pd.DataFrame({"round": range(len(costs)), "nll": costs}),
+        },
+        seeds={"search": seed, "split": data.split_seed},
+        seconds=time.perf_counter() - started,
+        provenance={"command": f"make longrope PRESET={preset.name}"},
+    )
 
 
 def arm_record(preset: Preset, arm: Arm, base_sha256: str) -> Path:

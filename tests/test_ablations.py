@@ -31,7 +31,8 @@ def test_every_arm_has_numbers_and_equal_tokens(preset):
         assert (settings is None) == (arm.training == ZERO_SHOT)
         if settings:
             assert settings.seed == arm.seed
-            tokens.add(settings.steps * settings.sequences_per_step * settings.window)
+            if not arm.training.endswith("equal-seconds"):
+                tokens.add(settings.steps * settings.sequences_per_step * settings.window)
     assert len(tokens) == 1
 
 
@@ -89,6 +90,14 @@ def test_mean_is_weighted_by_tokens_and_resampled_over_documents_and_seeds():
     assert found["low"] < found["value"] < found["high"]
     exact = results.mean(np.stack([tokens * 2.0] * 4), tokens)
     assert exact["low"] == pytest.approx(2.0) == exact["high"]
+
+
+def test_factors_of_the_preset_are_those_that_the_search_found(preset):
+    path = records.RESULTS / "tiny" / "11_longrope_search.json"
+    assert tuple(records.read_table(path, "factors").factor) == preset.race.pair_factors
+    nll = records.read_table(path, "search").nll
+    assert nll.is_monotonic_decreasing
+    assert nll.iloc[-1] < nll.iloc[0]
 
 
 def test_race_that_was_not_run_says_so(preset, monkeypatch, tmp_path):

@@ -23,6 +23,12 @@ COLUMNS = {
         "copying": {"arm", "place", "tokens_between", "nats"},
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
     },
+    "11_ablations": {
+        "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
+        "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
+        "cost": {"method", "training", "seed", "tokens", "seconds"},
+    },
+    "11_longrope_search": {"factors": {"pair", "factor"}, "search": {"round", "nll"}},
 }
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
 

@@ -15,6 +15,7 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.tiny_llama import (
     FOLDER,
     PRETRAINING,
+    QUOTING,
     SETTLING,
     TEACHING,
     CopyTeaching,
@@ -83,7 +84,8 @@ def test_held_out_documents_share_no_text_with_training(split):
 
 def test_every_step_s_loss_is_recorded():
     steps = {stage["name"]: len(stage["loss"]) for stage in CARD["stages"]}
-    assert steps == {"pretraining": PRETRAINING.steps, "copying": TEACHING.steps, "settling": SETTLING.steps}
+    settings = {"pretraining": PRETRAINING, "copying": TEACHING, "settling": SETTLING, "quoting": QUOTING}
+    assert steps == {name: stage.steps for name, stage in settings.items()}
     losses = CARD["stages"][0]["loss"]
     assert np.mean(losses[-50:]) < 0.6 * losses[0]
     assert CARD["stages"][0]["tokens"] > 15_000_000
@@ -145,7 +147,7 @@ def test_it_copies(split):
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     with torch.no_grad():
         nll = next_token_nll(hidden_states(model, twice), model.lm_head, twice, reduction="none")
-    assert nll[:, 220:].mean() < nll[:, 20:200].mean() - 0.5
+    assert nll[:, 220:].mean() < nll[:, 20:200].mean() - 1.5
 
 
 def test_shipped_adapter_belongs_to_it():
