@@ -51,9 +51,8 @@ class Arm:
 def race_arms(preset: Preset) -> list[Arm]:
     """Every arm of the race, those without training first: they have nothing random and one seed."""
     arms = [Arm(method, ZERO_SHOT, preset.race.seeds[0]) for method in METHODS]
-    for seed in preset.race.seeds:
-        for name, entry in preset.race.trainings.items():
-            arms += [Arm(method, name, seed) for method in entry.methods]
+    for name, entry in preset.race.trainings.items():
+        arms += [Arm(method, name, seed) for seed in preset.race.seeds for method in entry.methods]
     if not preset.race.pair_factors:  # LongRoPE was not searched for this base
         arms = [arm for arm in arms if arm.method != "longrope"]
     return arms
