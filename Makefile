@@ -48,4 +48,4 @@ tiny-llama: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.tiny_llama
 
 lock: $(INSTALLED)
-	$(BIN)/python -m llama_long_utils.environment
+	$(BIN)/python tests/lock.py

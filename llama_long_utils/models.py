@@ -19,6 +19,7 @@ from bitsandbytes.nn import Linear4bit
 from huggingface_hub import auth_check, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -233,7 +234,13 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
         target_modules=settings.target_modules,
         modules_to_save=saved or None,
     )
-    return _keep_residual_stream(get_peft_model(model, config))
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            # bf16 runs under autocast, which casts LoRA's matrices. PEFT looks for CUDA's autocast only and would
+            # turn each input to fp32 on a CPU: more memory than any other part of a layer.
+            module.cast_input_dtype_enabled = False
+    return _keep_residual_stream(adapted)
 
 
 def _keep_residual_stream(model: PeftModel) -> PeftModel:

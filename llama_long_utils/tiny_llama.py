@@ -63,6 +63,8 @@ PRETRAINING = TrainingSettings(
     weight_decay=0.1,
     gradient_clipping=1.0,
     gradient_checkpointing=False,
+    tile=0,
+    offload_checkpoints=False,
     long_document_weight=1.0,
     self_quoting_share=0.0,
     checkpoint_every=200,
@@ -297,9 +299,9 @@ AdamW throughout. Losses are nats per token; the last is a mean of 50 steps, eve
 pretraining the model did not copy: a passage read a second time cost as much as the first time. The second stage trains
 three heads only (a previous-token head and two induction heads), on sequences in which a passage of text or of random
 tokens occurs twice, with a loss on where these heads look. The third trains everything on; a quarter of its sequences
-hold a repeated passage of text. In the fourth, {QUOTING.self_quoting_share:.0%} of the sequences quote themselves: half of their stretches are excerpts of 12
-to 64 tokens from what stands before them. `make tiny-llama` computes every stage in fp32; the fourth stage of these
-weights began from the third's rounded to bf16.
+hold a repeated passage of text. In the fourth, {QUOTING.self_quoting_share:.0%} of the sequences quote themselves: half
+of their stretches are excerpts of 12 to 64 tokens from what stands before them. `make tiny-llama` computes every
+stage in fp32; the fourth stage of these weights began from the third's rounded to bf16.
 
 ![Training loss of every step](loss.png)
 

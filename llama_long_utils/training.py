@@ -12,6 +12,7 @@ import platform
 import resource
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ from llama_long_utils.packing import (
     skip_positions,
     training_sequences,
 )
+from llama_long_utils.techniques import OffloadedCheckpoints, tile_over_sequence
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -43,7 +45,8 @@ class TrainingSettings:
 
     `reach` is the highest position, in tokens: above `window` positions are skipped (PoSE). `attention` is
     full ("sdpa") or shifted sparse ("s2"). Both need whole sequences: pack = false. `self_quoting_share` is the
-    share of the whole sequences that quote themselves, at any distance (`packing.quote_themselves`).
+    share of the whole sequences that quote themselves, at any distance (`packing.quote_themselves`). `tile` (tokens,
+    0 for none) and `offload_checkpoints` take less memory and change no gradient (`techniques.py`).
     """
 
     window: PositiveInt
@@ -58,6 +61,8 @@ class TrainingSettings:
     weight_decay: NonNegativeFloat
     gradient_clipping: PositiveFloat
     gradient_checkpointing: bool
+    tile: NonNegativeInt
+    offload_checkpoints: bool
     long_document_weight: PositiveFloat
     self_quoting_share: Annotated[float, Field(ge=0, le=1)]
     checkpoint_every: PositiveInt
@@ -100,6 +105,7 @@ class ChunkedLossTrainer(Trainer):
     step_started = 0.0
     tokens_in_step = 0
     report_every: int | None = None
+    offload_checkpoints = False
 
     def compute_loss(
         self,
@@ -109,7 +115,9 @@ class ChunkedLossTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         labels = inputs.pop("labels")
-        hidden = hidden_states(model, **inputs)
+        offload = OffloadedCheckpoints(causal_lm(model).config.hidden_size)
+        with offload if self.offload_checkpoints else nullcontext():
+            hidden = hidden_states(model, **inputs)
         self.tokens_in_step = int(num_items_in_batch)
         return next_token_nll(hidden, causal_lm(model).get_output_embeddings(), labels) / num_items_in_batch
 
@@ -158,6 +166,7 @@ def train(
         )
     keep_freed_memory()
     set_seed(settings.seed)
+    tile_over_sequence(model, settings.tile)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -186,7 +195,7 @@ def train(
     )
     trainer = ChunkedLossTrainer(model=model, args=arguments, train_dataset=SequenceDataset(sequences))
     trainer.remove_callback(PrinterCallback)
-    trainer.report_every = report_every
+    trainer.report_every, trainer.offload_checkpoints = report_every, settings.offload_checkpoints
     trainer.step_started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     columns = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_gib")
@@ -223,7 +232,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 def run_fingerprint(settings: TrainingSettings, sequences: list[TrainingSequence], **other: Any) -> str:
     """Eight hexadecimal digits that name a run: the same code, settings, data and `other` give the same."""
     key = hashlib.sha256(json.dumps({"settings": asdict(settings), **other}, sort_keys=True).encode())
-    for module in ("training", "loss"):
+    for module in ("training", "loss", "techniques"):
         key.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     for sequence in sequences:
         for array in (sequence.input_ids, sequence.labels, sequence.position_ids):
