@@ -309,7 +309,7 @@ def collect(preset: Preset, base_sha256: str, folder: Path) -> Path:
         seeds={"training": preset.race.seeds, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
         seconds=sum(number["seconds"] for number in provenance),
         provenance={
-            "command": f"papermill notebooks/11_ablations.ipynb -p preset {preset.name}, for every arm",
+            "command": f"make race PRESET={preset.name}",
             **{name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")},
         },
     )

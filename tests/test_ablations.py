@@ -31,8 +31,7 @@ def test_every_arm_has_numbers_and_equal_tokens(preset):
         assert (settings is None) == (arm.training == ZERO_SHOT)
         if settings:
             assert settings.seed == arm.seed
-            if not arm.training.endswith("equal-seconds"):
-                tokens.add(settings.steps * settings.sequences_per_step * settings.window)
+            tokens.add(settings.steps * settings.sequences_per_step * settings.window)
     assert len(tokens) == 1
 
 
