@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.models import add_lora
 from llama_long_utils.presets import Lora
-from llama_long_utils.techniques import OffloadedCheckpoints, tile_over_sequence
+from llama_long_utils.training import OffloadedCheckpoints, tile_over_sequence
 
 # Where the bytes of a step are: frozen weights; trainable weights; their gradients; what the optimizer keeps; what the
 # forward pass leaves for the backward pass (with checkpointing: one hidden state per layer); the loss; and what the
@@ -45,7 +45,7 @@ BLOCK = 64  # weights that share a scale in bitsandbytes' NF4
 class StepShape:
     """A training step: `length` tokens in each of `sequences` rows, computed in `dtype` ("bfloat16" or "float32").
 
-    `tile` and `offload` are `techniques.tile_over_sequence` and `techniques.OffloadedCheckpoints`.
+    `tile` and `offload` are `training.tile_over_sequence` and `training.OffloadedCheckpoints`.
     """
 
     length: int

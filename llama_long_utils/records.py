@@ -142,7 +142,9 @@ def device_name() -> str:
     """The GPU's name, or what matters of the CPU: threads and instruction set."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads()
+    count = f"{threads} thread{'s' * (threads > 1)}"
+    return f"CPU, {count}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str:

@@ -4,7 +4,7 @@ import torch
 from conftest import LORA, new_llama
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.models import add_lora
-from llama_long_utils.techniques import OffloadedCheckpoints, tile_over_sequence
+from llama_long_utils.training import OffloadedCheckpoints, tile_over_sequence
 
 IDS = torch.randint(2, 100, (2, 64), generator=torch.Generator().manual_seed(0))
 
