@@ -1,11 +1,13 @@
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
-from llama_long_utils import ablations, perplexity, records, rope
+from llama_long_utils import ablations, models, perplexity, records, rope, run
 from llama_long_utils.ablations import ZERO_SHOT, Arm
 from llama_long_utils.packing import TrainingSequence
 from llama_long_utils.presets import load_preset
@@ -138,6 +140,64 @@ def test_search_finds_cheaper_factors_that_never_fall():
     assert list(factors) == sorted(factors)
 
 
+def write_arm(preset, arm, base_sha256, number):
+    """The record of an arm, as if it had been measured."""
+    common = {**dataclasses.asdict(arm), "document": ["one", "one", "two", "two"]}
+    nll = {"position_low": [1, 64] * 2, "position_high": [64, 256] * 2, "tokens": [63, 192] * 2}
+    nll["nats"] = [63.0 * (number + 1), 192.0, 63.0 * (number + 3), 192.0]
+    found = {"length": 256, "rouge_l": 10.0 * number, "answer": "a", "written": "b"}
+    path = ablations.arm_record(preset, arm, base_sha256)
+    records.write_record(
+        path.parent,
+        path.stem,
+        preset="tiny",
+        question="?",
+        tables={"nll": pd.DataFrame({**common, **nll}), "retrieval": pd.DataFrame({**common, **found})},
+        seeds={"training": arm.seed},
+        seconds=1.0,
+    )
+
+
+def test_race_executes_the_first_part_of_the_notebook_for_the_arms_without_a_record(preset, monkeypatch, tmp_path):
+    arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
+    base_sha256 = models.weights_sha256(models.locate_base(preset))
+    executed, kills = [], [Arm("abf", "pose", 1)]
+
+    def execute(notebook, _output, parameters, **_options):
+        cells = nbformat.read(notebook, as_version=4).cells
+        assert "run_arm(" in cells[-1].source
+        del parameters["preset"]
+        arm = Arm(**parameters)
+        if arm in kills:
+            kills.remove(arm)
+            raise RuntimeError("killed")
+        executed.append(arm)
+        write_arm(preset, arm, base_sha256, len(executed))
+
+    monkeypatch.setattr(ablations, "race_arms", lambda _preset: arms)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(run.concurrent.futures, "ProcessPoolExecutor", ThreadPoolExecutor)
+    write_arm(preset, arms[0], base_sha256, 0)
+    with pytest.raises(RuntimeError, match="killed"):
+        run.race(preset, workers=1)
+    assert executed == arms[1:2]
+    assert not (tmp_path / "results").exists()
+    run.race(preset, workers=1)
+    assert executed == arms[1:]
+    stored = tmp_path / "results" / "tiny" / "11_ablations.json"
+    assert len(records.read_table(stored, "cost")) == len(arms)
+
+
+def test_search_for_longrope_reads_training_documents_and_writes_a_record(preset, monkeypatch, tmp_path):
+    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, bucket_edges=[1, 1024])
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    path = ablations.search_longrope(dataclasses.replace(preset, evaluation=evaluation), rounds=2, texts=1, seed=0)
+    assert len(records.read_table(path, "factors")) == preset.base.head_dim // 2
+    assert len(records.read_table(path, "search")) == 3
+
+
 def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_path):
     arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
     monkeypatch.setattr(ablations, "race_arms", lambda _preset: arms)
@@ -146,20 +206,7 @@ def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_
     with pytest.raises(ValueError, match="run its notebook first"):
         ablations.collect(preset, "base", tmp_path / "results" / "tiny")
     for number, arm in enumerate(arms):
-        common = {**dataclasses.asdict(arm), "document": ["one", "one", "two", "two"]}
-        nll = {"position_low": [1, 64] * 2, "position_high": [64, 256] * 2, "tokens": [63, 192] * 2}
-        nll["nats"] = [63.0 * (number + 1), 192.0, 63.0 * (number + 3), 192.0]
-        found = {"length": 256, "rouge_l": 10.0 * number, "answer": "a", "written": "b"}
-        path = ablations.arm_record(preset, arm, "base")
-        records.write_record(
-            path.parent,
-            path.stem,
-            preset="tiny",
-            question="?",
-            tables={"nll": pd.DataFrame({**common, **nll}), "retrieval": pd.DataFrame({**common, **found})},
-            seeds={"training": arm.seed},
-            seconds=1.0,
-        )
+        write_arm(preset, arm, "base", number)
     written = ablations.collect(preset, "base", tmp_path / "results" / "tiny")
     by_position = records.read_table(written, "nll_by_position")
     assert list(by_position[by_position.position_low == 1].value) == [2.0, 3.0, 4.0]
