@@ -238,7 +238,7 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             # bf16 runs under autocast, which casts LoRA's matrices. PEFT looks for CUDA's autocast only and would
-            # turn each input to fp32 on a CPU: more memory than any other part of a layer.
+            # turn each input to fp32 on a CPU.
             module.cast_input_dtype_enabled = False
     return _keep_residual_stream(adapted)
 
