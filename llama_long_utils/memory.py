@@ -3,20 +3,23 @@
 The ledger runs the real model class, PEFT's adapters, bitsandbytes' 4-bit operators and our loss under
 torch's fake tensors, which have shapes and no data, and notes every storage that is allocated and freed.
 torch's own `MemTracker` does not take frozen parameters (it hooks every gradient), hence `StorageTracker`.
+The same steps run with real tensors and random weights (`random_llama`, `training_steps`), to compare.
 """
 
 import weakref
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from bitsandbytes.optim import AdamW8bit
 from peft import PeftModel
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -26,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.models import add_lora
 from llama_long_utils.presets import Lora
-from llama_long_utils.training import OffloadedCheckpoints, tile_over_sequence
+from llama_long_utils.training import OffloadedCheckpoints, Techniques, apply_techniques
 
 # Where the bytes of a step are: frozen weights; trainable weights; their gradients; what the optimizer keeps; what the
 # forward pass leaves for the backward pass (with checkpointing: one hidden state per layer); the loss; and what the
@@ -37,22 +40,17 @@ HOST = "host"  # what offloading keeps in host memory
 UNMASKED = "sdpa_unmasked"
 AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 AttentionMaskInterface.register(UNMASKED, lambda *_arguments, **_options: None)
-LAYERS_RUN = 3
+LAYERS_RUN = 3  # of each kind, recomputed or not
 BLOCK = 64  # weights that share a scale in bitsandbytes' NF4
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """A training step: `length` tokens in each of `sequences` rows, computed in `dtype` ("bfloat16" or "float32").
-
-    `tile` and `offload` are `training.tile_over_sequence` and `training.OffloadedCheckpoints`.
-    """
+    """A training step: `length` tokens in each of `sequences` rows, computed in `dtype` ("bfloat16" or "float32")."""
 
     length: int
     dtype: str
-    gradient_checkpointing: bool
-    tile: int = 0
-    offload: bool = False
+    techniques: Techniques
     sequences: int = 1
 
 
@@ -66,6 +64,12 @@ class StorageTracker(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         self.highest = self.host = 0
         self._live: dict[int, tuple[int, str]] = {}
+
+    def enter(self, component: str) -> None:
+        """What is allocated from now on belongs to this component; a new step starts with "saved"."""
+        self.component = component
+        if component == "saved":
+            self.highest = 0
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -105,7 +109,7 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     """Bytes of each component at the moment when one training step needs most memory.
 
     The step is a second one: the optimizer's state exists. A few seconds for any model, on any machine: beyond three
-    layers every further one adds what the third added to two.
+    layers of a kind, recomputed or not, every further one adds what the third added to two.
 
     Args:
         config: of the model; its linear layers are taken as NF4 with double quantisation, but for the head.
@@ -113,42 +117,74 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     Returns:
         Bytes by name: those of COMPONENTS, whose sum is the peak, and the most that offloading keeps on the "host".
     """
-    layers = config.num_hidden_layers
-    if layers <= LAYERS_RUN:
-        return _run(config, lora, shape)
-    less, more = (
-        _run(type(config)(**{**config.to_dict(), "num_hidden_layers": count}), lora, shape)
-        for count in (LAYERS_RUN - 1, LAYERS_RUN)
-    )
-    return {name: more[name] + (layers - LAYERS_RUN) * (more[name] - less[name]) for name in more}
+    recomputed = min(shape.techniques.recomputed_layers, config.num_hidden_layers)
+    wanted = [recomputed, config.num_hidden_layers - recomputed]
+    run = [min(count, LAYERS_RUN) for count in wanted]
+    most = _run(config, lora, shape, *run)
+    total = dict(most)
+    for kind, left_out in enumerate(count - LAYERS_RUN for count in wanted):
+        if left_out > 0:
+            less = _run(config, lora, shape, *(count - (index == kind) for index, count in enumerate(run)))
+            total = {name: total[name] + left_out * (most[name] - less[name]) for name in total}
+    return total
 
 
-def _run(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
-    model = _outline(config, lora, shape)
+def _run(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int, plain: int) -> dict[str, int]:
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": recomputed + plain})
+    shape = replace(shape, techniques=replace(shape.techniques, recomputed_layers=recomputed))
     tracker = StorageTracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _give_fake_weights(model, tracker)
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        for weight in trained:
-            weight.register_post_accumulate_grad_hook(lambda weight: tracker.add(weight.grad, "gradients"))
-        optimizer = torch.optim.AdamW(trained, fused=True)
+        model = random_llama(config, lora, shape.dtype, made=tracker.add)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(lambda weight: tracker.add(weight.grad, "gradients"))
         with tracker:
-            for _first_then_second in range(2):
-                tracker.highest = 0
-                tracker.component = "saved"
-                ids = torch.zeros(shape.sequences, shape.length, dtype=torch.long)
-                with _CountedOffload(config.hidden_size, tracker) if shape.offload else nullcontext():
-                    hidden = hidden_states(model, ids)
-                tracker.component = "loss"
-                nll = next_token_nll(hidden, causal_lm(model).get_output_embeddings(), ids)
-                tracker.component = "backward"
-                nll.backward()
-                del hidden, nll
-                tracker.component = "optimizer"
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+            offloading = _CountedOffload(config.hidden_size, tracker)
+            for _loss in training_steps(model, shape, 2, entering=tracker.enter, offloading=offloading):
+                pass
     return {**{name: tracker.peak.get(name, 0) for name in COMPONENTS}, HOST: tracker.host}
+
+
+def training_steps(
+    model: PeftModel,
+    shape: StepShape,
+    steps: int,
+    *,
+    entering: Callable[[str], None] = lambda _component: None,
+    offloading: AbstractContextManager | None = None,
+) -> Iterator[torch.Tensor]:
+    """Steps of the training loop on random tokens, without the `Trainer` around them.
+
+    Args:
+        model: from `random_llama`.
+        entering: called with the name of each component whose turn it is.
+        offloading: what offloads checkpoints if the techniques ask for it.
+
+    Yields:
+        After each step its loss in nats per token, a scalar.
+    """
+    apply_techniques(model.train(), shape.techniques)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    in_8_bits = "8bit" in shape.techniques.optimizer
+    optimizer = AdamW8bit(trained) if in_8_bits else torch.optim.AdamW(trained, fused=True)
+    head = causal_lm(model).get_output_embeddings()
+    offloading = offloading or OffloadedCheckpoints(head.weight.shape[1])
+    for _ in range(steps):
+        entering("saved")
+        ids = torch.randint(len(head.weight), (shape.sequences, shape.length))
+        with offloading if shape.techniques.offload_checkpoints else nullcontext():
+            hidden = hidden_states(model, ids)
+        entering("loss")
+        nll = next_token_nll(hidden, head, ids) / ids.numel()
+        entering("backward")
+        nll.backward()
+        loss = nll.detach()
+        del hidden, nll
+        entering("optimizer")
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss
 
 
 class _CountedOffload(OffloadedCheckpoints):
@@ -170,20 +206,32 @@ class _CountedOffload(OffloadedCheckpoints):
         return saved[1].clone() if self.is_checkpoint(saved[1]) else saved[1]
 
 
-def _outline(config: LlamaConfig, lora: Lora, shape: StepShape) -> PeftModel:
-    """The model with its adapters as transformers, bitsandbytes and PEFT build it, on the meta device."""
-    dtype = getattr(torch, shape.dtype)
-    config = type(config)(**{**config.to_dict(), "dtype": shape.dtype})
+Made = Callable[[torch.Tensor, str], None]
+
+
+def random_llama(
+    config: LlamaConfig, lora: Lora, dtype: str, *, made: Made = lambda _tensor, _component: None
+) -> PeftModel:
+    """A Llama with random weights in NF4 and adapters on it, as transformers, bitsandbytes and PEFT build it.
+
+    It is built without weights; then each gets its own and is packed to 4 bits before the next, so that no more than
+    one weight exists in 16 bits at a time.
+
+    Args:
+        dtype: "bfloat16" or "float32", as in `models.load_base`.
+        made: called with each tensor and its component.
+    """
+    config = type(config)(**{**config.to_dict(), "dtype": dtype})
     config._attn_implementation = UNMASKED
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
     before = torch.get_default_dtype()
-    with torch.device("meta"):
-        torch.set_default_dtype(dtype)
+    with unset_fake_temporarily(), torch.device("meta"):
+        torch.set_default_dtype(getattr(torch, dtype))
         try:
             model = LlamaForCausalLM(config)
         finally:
@@ -191,31 +239,38 @@ def _outline(config: LlamaConfig, lora: Lora, shape: StepShape) -> PeftModel:
         model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
         model.is_loaded_in_4bit = True
         adapted = add_lora(model, lora, seed=0)
-    if shape.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    tile_over_sequence(adapted, shape.tile)
-    return adapted.train()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    _fill(adapted, made)
+    model.tie_weights()
+    return adapted
 
 
-def _give_fake_weights(model: PeftModel, tracker: StorageTracker) -> None:
-    """Put fake tensors in place of meta ones, packed to 4 bits by bitsandbytes where a layer is quantised."""
-    with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        quantize_4bit(torch.ones(BLOCK), compress_statistics=True, quant_type="nf4")  # makes its tables, with real data
-    for module in model.modules():
+def _fill(model: PeftModel, made: Made) -> None:
+    with unset_fake_temporarily():  # makes its tables, with real data
+        quantize_4bit(torch.ones(BLOCK), compress_statistics=True, quant_type="nf4")
+    tied = causal_lm(model).config.tie_word_embeddings
+    for module_name, module in model.named_modules():
+        if tied and module_name.endswith("lm_head"):
+            continue
         for name, weight in list(module._parameters.items()):
             if weight is None:
                 continue
-            tracker.component = "adapters" if weight.requires_grad else "weights"
-            fake = torch.empty(weight.shape, dtype=weight.dtype)
+            full_name = f"{module_name}.{name}"
+            values = torch.empty(weight.shape, dtype=weight.dtype)
+            if "norm" in full_name:
+                values.fill_(1.0)
+            elif "lora_B" in full_name:
+                values.zero_()
+            else:
+                values.normal_(std=0.02)
+            component = "adapters" if weight.requires_grad else "weights"
             if isinstance(module, Linear4bit) and name == "weight":
-                fake, state = quantize_4bit(fake, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+                values, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
                 module.support_avx512bf16_for_cpu = False  # as models.load_base sets it
                 for scales in (state.absmax, state.state2.absmax, state.state2.code, state.code):
-                    tracker.add(scales)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=False)
-                vars(module._parameters[name]).update(quant_state=state, bnb_quantized=True)
-            else:
-                module._parameters[name] = nn.Parameter(fake, requires_grad=weight.requires_grad)
-            tracker.add(module._parameters[name])
-        for name, buffer in list(module._buffers.items()):
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                    made(scales, component)
+            new = nn.Parameter(values, requires_grad=weight.requires_grad)
+            if isinstance(module, Linear4bit) and name == "weight":
+                vars(new).update(quant_state=state, bnb_quantized=True)
+            module._parameters[name] = new
+            made(new, component)

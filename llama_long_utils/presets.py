@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from llama_long_utils.documents import REPOSITORY
 from llama_long_utils.rope import Method, Scaling
-from llama_long_utils.training import STRICT, TrainingSettings
+from llama_long_utils.training import STRICT, Techniques, TrainingSettings
 
 FOLDER = REPOSITORY / "presets"
 
@@ -114,8 +114,11 @@ class Race:
 
 @dataclass(frozen=True, config=STRICT)
 class Preset:
+    """`memory_gib`: of the device that trains; the planner (`budget.plan`) keeps a step below it."""
+
     name: str
     needs: str
+    memory_gib: PositiveFloat
     base: BaseModel
     extension: Extension
     data: Data
@@ -229,8 +232,8 @@ def _check_consistency(preset: Preset) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    parts = (Preset, BaseModel, Extension, Data, Lora, TrainingSettings, Evaluation, Retrieval, Race, RaceTraining)
-    known = [field for part in parts for field in part.__dataclass_fields__]
+    parts = [Preset, BaseModel, Extension, Data, Lora, TrainingSettings, Techniques, Evaluation, Retrieval, Race]
+    known = [field for part in [*parts, RaceTraining] for field in part.__dataclass_fields__]
     messages = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])

@@ -39,7 +39,7 @@ from llama_long_utils.figures import use_style
 from llama_long_utils.models import library_versions
 from llama_long_utils.packing import IGNORED_LABEL, TrainingSequence, training_sequences
 from llama_long_utils.records import device_name, write_atomically
-from llama_long_utils.training import TrainingSettings, draw_sequences, run_fingerprint, train
+from llama_long_utils.training import Techniques, TrainingSettings, draw_sequences, run_fingerprint, train
 
 FOLDER = REPOSITORY / "data" / "tiny-llama"
 HELD_OUT = {"sotu": 18, "shakespeare": 6}
@@ -62,9 +62,7 @@ PRETRAINING = TrainingSettings(
     warmup_steps=100,
     weight_decay=0.1,
     gradient_clipping=1.0,
-    gradient_checkpointing=False,
-    tile=0,
-    offload_checkpoints=False,
+    techniques=Techniques(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused"),
     long_document_weight=1.0,
     self_quoting_share=0.0,
     checkpoint_every=200,

@@ -41,13 +41,28 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True, config=STRICT)
+class Techniques:
+    """Ways to take less memory. None of them changes the loss or a gradient; 0 and false switch them off.
+
+    `recomputed_layers`: the first so many layers keep only their input and are computed again in the backward pass
+    (gradient checkpointing); a number above the model's means all. `tile`: tokens at a time in MLPs and norms.
+    `offload_checkpoints`: what recomputed layers keep waits in host memory. `optimizer`: the name in transformers;
+    "adamw_8bit" keeps its two numbers per weight in 8 bits, "paged_adamw_8bit" in memory that can move to the host.
+    """
+
+    recomputed_layers: NonNegativeInt
+    tile: NonNegativeInt
+    offload_checkpoints: bool
+    optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainingSettings:
     """Numbers of a training run. Tokens per step = window x sequences_per_step.
 
     `reach` is the highest position, in tokens: above `window` positions are skipped (PoSE). `attention` is
     full ("sdpa") or shifted sparse ("s2"). Both need whole sequences: pack = false. `self_quoting_share` is the
-    share of the whole sequences that quote themselves, at any distance (`packing.quote_themselves`). `tile` (tokens,
-    0 for none) and `offload_checkpoints` take less memory and change no gradient.
+    share of the whole sequences that quote themselves, at any distance (`packing.quote_themselves`).
     """
 
     window: PositiveInt
@@ -61,9 +76,7 @@ class TrainingSettings:
     warmup_steps: NonNegativeInt
     weight_decay: NonNegativeFloat
     gradient_clipping: PositiveFloat
-    gradient_checkpointing: bool
-    tile: NonNegativeInt
-    offload_checkpoints: bool
+    techniques: Techniques
     long_document_weight: PositiveFloat
     self_quoting_share: Annotated[float, Field(ge=0, le=1)]
     checkpoint_every: PositiveInt
@@ -146,6 +159,16 @@ class _Compute(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient, None, None
+
+
+def apply_techniques(model: PreTrainedModel | PeftModel, techniques: Techniques) -> None:
+    """Switch recomputation and tiling on in a model; the optimizer and offloading are the training loop's."""
+    if techniques.recomputed_layers:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The last layers are the ones to spare: their activations are freed first in the backward pass.
+        for layer in causal_lm(model).model.layers[techniques.recomputed_layers :]:
+            layer.gradient_checkpointing = False
+    tile_over_sequence(model, techniques.tile)
 
 
 def tile_over_sequence(model: PreTrainedModel | PeftModel, tile: int) -> None:
@@ -273,7 +296,7 @@ def train(
         )
     keep_freed_memory()
     set_seed(settings.seed)
-    tile_over_sequence(model, settings.tile)
+    apply_techniques(model, settings.techniques)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -284,10 +307,8 @@ def train(
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
-        optim="adamw_torch_fused",
+        optim=settings.techniques.optimizer,
         max_grad_norm=settings.gradient_clipping,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         train_sampling_strategy="sequential",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -302,7 +323,7 @@ def train(
     )
     trainer = ChunkedLossTrainer(model=model, args=arguments, train_dataset=SequenceDataset(sequences))
     trainer.remove_callback(PrinterCallback)
-    trainer.report_every, trainer.offload_checkpoints = report_every, settings.offload_checkpoints
+    trainer.report_every, trainer.offload_checkpoints = report_every, settings.techniques.offload_checkpoints
     trainer.step_started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     columns = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_gib")

@@ -1,4 +1,4 @@
-import dataclasses
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
@@ -6,8 +6,11 @@ from transformers import LlamaConfig
 from conftest import LORA
 from llama_long_utils import memory
 from llama_long_utils.memory import COMPONENTS, HOST, StepShape, ledger
+from llama_long_utils.training import Techniques
 
-SHAPE = StepShape(length=2048, dtype="bfloat16", gradient_checkpointing=True)
+PLAIN = Techniques(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
+CHECKPOINTED = replace(PLAIN, recomputed_layers=99)
+SHAPE = StepShape(length=2048, dtype="bfloat16", techniques=CHECKPOINTED)
 
 
 def config(layers=2):
@@ -48,22 +51,28 @@ def test_checkpoints_are_one_hidden_state_per_layer():
 
 
 def test_every_technique_takes_less_memory():
-    plain = dataclasses.replace(SHAPE, gradient_checkpointing=False)
-    tiled = dataclasses.replace(SHAPE, tile=256)
-    offloaded = dataclasses.replace(tiled, offload=True)
-    peaks = [peak(shape, layers=4) for shape in (plain, SHAPE, tiled, offloaded)]
+    half = replace(PLAIN, recomputed_layers=2)
+    tiled = replace(CHECKPOINTED, tile=256)
+    offloaded = replace(tiled, offload_checkpoints=True)
+    shapes = [replace(SHAPE, techniques=techniques) for techniques in (PLAIN, half, CHECKPOINTED, tiled, offloaded)]
+    peaks = [peak(shape, layers=4) for shape in shapes]
     assert peaks == sorted(peaks, reverse=True)
-    assert peaks[1] < 0.6 * peaks[0]
-    assert ledger(config(4), LORA, offloaded)[HOST] >= 4 * 2048 * 512 * 2
+    assert peaks[2] < 0.6 * peaks[0]
+    assert ledger(config(4), LORA, shapes[-1])[HOST] >= 4 * 2048 * 512 * 2
 
 
 def test_memory_grows_linearly_with_the_length():
-    peaks = [peak(dataclasses.replace(SHAPE, length=length, tile=4096)) for length in (32_768, 65_536, 131_072)]
+    tiled = replace(SHAPE, techniques=replace(CHECKPOINTED, tile=4096))
+    peaks = [peak(replace(tiled, length=length)) for length in (32_768, 65_536, 131_072)]
     assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.001)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, dataclasses.replace(SHAPE, tile=1024, offload=True)])
-def test_layers_that_were_not_run_add_what_the_third_one_added(shape, monkeypatch):
-    extrapolated = ledger(config(6), LORA, shape)
-    monkeypatch.setattr(memory, "LAYERS_RUN", 6)
-    assert extrapolated == ledger(config(6), LORA, shape)
+@pytest.mark.parametrize(
+    "techniques",
+    [CHECKPOINTED, replace(CHECKPOINTED, tile=1024, offload_checkpoints=True), replace(PLAIN, recomputed_layers=5)],
+)
+def test_layers_that_were_not_run_add_what_the_third_one_added(techniques, monkeypatch):
+    shape = replace(SHAPE, techniques=techniques)
+    extrapolated = ledger(config(9), LORA, shape)
+    monkeypatch.setattr(memory, "LAYERS_RUN", 9)
+    assert extrapolated == ledger(config(9), LORA, shape)

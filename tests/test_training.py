@@ -12,6 +12,7 @@ from llama_long_utils.packing import skip_positions, training_sequences
 from llama_long_utils.perplexity import token_nll
 from llama_long_utils.rope import METHODS
 from llama_long_utils.training import (
+    Techniques,
     ChunkedLossTrainer,
     TrainingSettings,
     last_whole_checkpoint,
@@ -31,9 +32,7 @@ SETTINGS = TrainingSettings(
     warmup_steps=2,
     weight_decay=0.0,
     gradient_clipping=1.0,
-    gradient_checkpointing=True,
-    tile=0,
-    offload_checkpoints=False,
+    techniques=Techniques(recomputed_layers=9, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused"),
     long_document_weight=1.0,
     self_quoting_share=0.0,
     checkpoint_every=2,
@@ -60,9 +59,11 @@ def trained_weights(model):
 
 
 def test_tiles_and_offloading_change_no_step(base_folder, tmp_path):
-    lean = dataclasses.replace(SETTINGS, tile=24, offload_checkpoints=True)
-    runs = [train(lora_model(base_folder), sequences(), settings, tmp_path / str(settings.tile))
-            for settings in (SETTINGS, lean)]  # fmt: skip
+    plain = SETTINGS.techniques
+    runs = []
+    for techniques in (plain, dataclasses.replace(plain, recomputed_layers=1, tile=24, offload_checkpoints=True)):
+        settings = dataclasses.replace(SETTINGS, techniques=techniques)
+        runs.append(train(lora_model(base_folder), sequences(), settings, tmp_path / str(techniques.tile)))
     for plain, tiled in zip(*runs, strict=True):
         assert tiled["loss"] == pytest.approx(plain["loss"], rel=2e-3)  # bf16
 
@@ -71,7 +72,7 @@ def test_trap_11_accumulation_does_not_change_the_step(tmp_path):
     logs, weights = [], []
     for at_once in (4, 1):
         model = new_llama(seed=0)
-        settings = dataclasses.replace(SETTINGS, sequences_at_once=at_once, steps=2, gradient_checkpointing=False)
+        settings = dataclasses.replace(SETTINGS, sequences_at_once=at_once, steps=2)
         logs.append(train(model, sequences(8), settings, tmp_path / str(at_once)))
         weights.append(trained_weights(model))
     for whole, accumulated in zip(*logs, strict=True):
