@@ -166,7 +166,8 @@ def training_steps(
     apply_techniques(model.train(), shape.techniques)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     in_8_bits = "8bit" in shape.techniques.optimizer
-    optimizer = AdamW8bit(trained) if in_8_bits else torch.optim.AdamW(trained, fused=True)
+    with unset_fake_temporarily():  # 8 bits need a table of real numbers
+        optimizer = AdamW8bit(trained) if in_8_bits else torch.optim.AdamW(trained, fused=True)
     head = causal_lm(model).get_output_embeddings()
     offloading = offloading or OffloadedCheckpoints(head.weight.shape[1])
     for _ in range(steps):

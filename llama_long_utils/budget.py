@@ -1,0 +1,168 @@
+"""What a training step costs before it is run: floating-point operations, seconds, and the plan that fits.
+
+A step of LoRA on frozen weights has no weight gradients but the adapters': its backward pass costs as much as
+its forward pass, not twice as much. Attention is counted causal (half of the square), as the kernels compute it.
+"""
+
+from dataclasses import dataclass, replace
+
+from transformers import LlamaConfig
+
+from llama_long_utils.memory import COMPONENTS, HOST, StepShape, ledger
+from llama_long_utils.presets import Lora
+from llama_long_utils.records import read_published
+from llama_long_utils.training import Techniques
+
+GIB = 2**30
+USABLE = 0.92  # share of a device's memory that tensors can have: the driver takes some, and gaps between blocks
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def model_shape(name: str) -> LlamaConfig:
+    """The configuration of a model in data/published/model_shapes.json; ValueError if it has no such name."""
+    models = read_published("model_shapes")["models"]
+    if name not in models:
+        raise ValueError(f"unknown model {name!r}: use one of {sorted(models)}")
+    return LlamaConfig(**models[name])
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers in one decoder layer."""
+    hidden, middle = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, middle),
+        "up_proj": (hidden, middle),
+        "down_proj": (middle, hidden),
+    }
+
+
+def step_flops(config: LlamaConfig, lora: Lora, length: int, techniques: Techniques) -> dict[str, int]:
+    """Floating-point operations of one training step on one sequence of `length` tokens.
+
+    Returns:
+        By kind, for forward pass, recomputation and backward pass together: "linear" (frozen linear layers),
+        "adapters", "attention" and "head".
+    """
+    shapes, layers = linear_shapes(config), config.num_hidden_layers
+    linear = {name: 2 * inputs * outputs * length for name, (inputs, outputs) in shapes.items()}
+    adapters = {name: 2 * lora.rank * sum(shapes[name]) * length for name in lora.target_modules}
+    attention = 2 * shapes["o_proj"][0] * length**2  # two products of a length x length triangle
+    recomputed = min(techniques.recomputed_layers, layers)
+    # The MLP's tiles are computed again in the backward pass, in recomputed layers and in the others.
+    passes = {name: layers if name in MLP and techniques.tile else recomputed for name in shapes}
+    return {
+        "linear": sum((2 * layers + passes[name]) * cost for name, cost in linear.items()),
+        "adapters": sum((3 * layers + passes[name]) * cost for name, cost in adapters.items()),
+        "attention": (7 * layers + 2 * recomputed) * attention // 2,  # backward: five products for two
+        "head": 4 * config.hidden_size * config.vocab_size * length,
+    }
+
+
+def attention_crossover(config: LlamaConfig) -> int:
+    """The length in tokens from which causal attention costs more than all linear layers of a decoder layer.
+
+    The paper counts the whole square, and an MLP of 4h: its 6h (section 4.4) is our 12h.
+    """
+    shapes = linear_shapes(config)
+    return sum(inputs * outputs for inputs, outputs in shapes.values()) // shapes["o_proj"][0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Techniques, the predicted peak on the device and on the host in GiB, and a step's floating-point operations."""
+
+    techniques: Techniques
+    device_gib: float
+    host_gib: float
+    flops: int
+
+    def __str__(self) -> str:
+        used = self.techniques
+        parts = [f"{used.recomputed_layers} layers recomputed" if used.recomputed_layers else "nothing recomputed"]
+        parts += [f"tiles of {used.tile:,} tokens"] * bool(used.tile)
+        parts += ["checkpoints on the host"] * used.offload_checkpoints
+        parts += [used.optimizer] * ("8bit" in used.optimizer)
+        memory = f"predicted {self.device_gib:.2f} GiB" + f" and {self.host_gib:.2f} on the host" * (self.host_gib > 0)
+        return f"{', '.join(parts)}: {memory}, {self.flops:.3g} FLOP per step and sequence"
+
+
+def plan(config: LlamaConfig, lora: Lora, length: int, dtype: str, gib: float, least: Techniques) -> Plan:
+    """The fastest techniques with which a step fits.
+
+    Fewest operations first: as few recomputed layers as fit, then tiles, then checkpoints on the host, then 8 bits for
+    the optimizer.
+
+    Args:
+        length: tokens of one sequence.
+        gib: memory of the device; a share of `USABLE` is planned for.
+        least: techniques to use in any case.
+
+    Raises:
+        ValueError: nothing fits; it names the longest context that does.
+    """
+    tiled = replace(least, tile=least.tile or _tile(length))
+    rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, tiled)]]
+    for rung in rungs:
+        fitting = [_fewest_recomputed(config, lora, StepShape(length, dtype, way), gib * USABLE) for way in rung]
+        found = [choice for choice in fitting if choice]
+        if found:
+            return min(found, key=lambda choice: choice.flops)
+    longest = longest_context(config, lora, dtype, gib, leanest(config, least))
+    raise ValueError(
+        f"a step of {length:,} tokens does not fit in {gib:g} GiB with any plan: the longest context that would is "
+        f"{longest:,}; choose a shorter training.window, or set memory_gib if the device has more"
+    )
+
+
+def leanest(config: LlamaConfig, least: Techniques) -> Techniques:
+    """Every technique at once; tiles as `least` has them, or of 2,048 tokens."""
+    return Techniques(config.num_hidden_layers, least.tile or 2048, True, "paged_adamw_8bit")
+
+
+def _tile(length: int) -> int:
+    """A sixteenth of the sequence: by then the activations of a tile are small beside one hidden state."""
+    return max(256, length // 16)
+
+
+def _fewest_recomputed(config: LlamaConfig, lora: Lora, shape: StepShape, most_gib: float) -> Plan | None:
+    """Memory falls by the same amount with every layer that is recomputed: two ledgers tell how many are needed."""
+    layers, fewest = config.num_hidden_layers, shape.techniques.recomputed_layers
+    least = predict(config, lora, shape, layers)
+    if least.device_gib > most_gib:
+        return None
+    most = predict(config, lora, shape, fewest)
+    if most.device_gib <= most_gib:
+        return most
+    per_layer = (most.device_gib - least.device_gib) / (layers - fewest)
+    for recomputed in range(fewest + int((most.device_gib - most_gib) / per_layer), layers):
+        chosen = predict(config, lora, shape, recomputed)
+        if chosen.device_gib <= most_gib:
+            return chosen
+    return least
+
+
+def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int | None = None) -> Plan:
+    """What a step needs; with `recomputed` so many layers are recomputed, whatever the shape says."""
+    if recomputed is not None:
+        shape = replace(shape, techniques=replace(shape.techniques, recomputed_layers=recomputed))
+    found = ledger(config, lora, shape)
+    flops = step_flops(config, lora, shape.length, shape.techniques)
+    device = sum(found[name] for name in COMPONENTS) / GIB
+    return Plan(shape.techniques, device, found[HOST] / GIB, shape.sequences * sum(flops.values()))
+
+
+def longest_context(config: LlamaConfig, lora: Lora, dtype: str, gib: float, techniques: Techniques) -> int:
+    """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib`; 0 if none.
+
+    Memory is linear in the length once it is a few thousand tokens (tested), so two ledgers give the answer.
+    """
+    lengths = (16_384, 32_768)
+    short, long = (predict(config, lora, StepShape(length, dtype, techniques)).device_gib for length in lengths)
+    per_token = (long - short) / (lengths[1] - lengths[0])
+    return max(0, int((gib * USABLE - short) / per_token + lengths[0]) // 1024 * 1024)
