@@ -55,12 +55,18 @@ TRAINING_COLOURS = {
     "short": _PALETTE[3],
     "pose": _PALETTE[2],
     "s2": _PALETTE[1],
+    "short-equal-seconds": _PALETTE[3],
+    "pose-equal-seconds": _PALETTE[2],
+    "s2-equal-seconds": _PALETTE[1],
 }
 TRAINING_LABELS = {
     "full-length": "full length",
     "short": "short",
     "pose": "PoSE",
     "s2": "S2-Attn",
+    "short-equal-seconds": "short, equal seconds",
+    "pose-equal-seconds": "PoSE, equal seconds",
+    "s2-equal-seconds": "S2-Attn, equal seconds",
 }
 
 
