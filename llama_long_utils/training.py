@@ -38,6 +38,7 @@ from llama_long_utils.packing import (
 )
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+GAPS_GIB = 0.5
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -297,6 +298,7 @@ def train(
     keep_freed_memory()
     set_seed(settings.seed)
     apply_techniques(model, settings.techniques)
+    give_back_gaps(model)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -388,7 +390,54 @@ def keep_freed_memory() -> None:
     another C library, or on a GPU (where torch has its own allocator).
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
-    if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
+    if _glibc():
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_threshold, 2**30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def give_back_gaps(model: PreTrainedModel | PeftModel, limit_gib: float = GAPS_GIB) -> None:
+    """After each decoder layer, give free memory back to the kernel if more than `limit_gib` of it is resident.
+
+    glibc aligns torch's blocks and rarely finds the old place again for a new one: without this, gaps of several times
+    what a step needs stay resident. Each return costs page faults, a lower limit more of them.
+    """
+    if not _glibc():
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _MallocInfo
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def gaps() -> int:
+        """Resident bytes that are not in allocated blocks: those of libraries, and free ones."""
+        allocated = libc.mallinfo2()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        return resident - allocated.uordblks - allocated.hblkhd
+
+    most = gaps() + limit_gib * 2**30
+
+    def check(*_arguments: Any) -> None:
+        if gaps() > most:
+            libc.malloc_trim(0)
+
+    def after(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        check()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(check)  # before the layer's backward pass
+
+    for layer in causal_lm(model).model.layers:
+        layer.register_forward_hook(after)
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
+
+
+def _glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available()

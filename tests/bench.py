@@ -1,8 +1,8 @@
 """What a training step costs, measured: `make bench` writes the record of 04_one_gpu_budget.
 
-Every measurement runs in a process of its own and leaves a JSON file in runs/bench; a second call goes on where the
-first was stopped. Parts: the ledger against measured peaks, a model of Llama 2 7B's shape, and the contenders:
-transformers' `Trainer` with PEFT as its documentation shows, TRL's `SFTTrainer`, and ours.
+Every measurement runs in a process of its own and leaves a JSON file in runs/bench, so that a second call goes on where
+the first was stopped. Contenders: transformers' `Trainer` with PEFT as its documentation shows, TRL's `SFTTrainer` with
+its defaults for long context, and ours with the plans that the planner finds for given memory.
 """
 
 import argparse
@@ -14,23 +14,374 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from llama_long_utils import budget, models, records
 from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.memory import StepShape, ledger, random_llama, training_steps
+from llama_long_utils.memory import COMPONENTS, StepShape, ledger, random_llama, training_steps
 from llama_long_utils.packing import TrainingSequence
 from llama_long_utils.presets import Lora, load_preset
 from llama_long_utils.rope import Scaling
-from llama_long_utils.training import Techniques, TrainingSettings, keep_freed_memory, train
+from llama_long_utils.training import GAPS_GIB, Techniques, train
 
 FOLDER = REPOSITORY / "runs" / "bench"
-RANK = 16
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA = Lora(rank=RANK, alpha=2 * RANK, target_modules=MODULES, train_norms=False, train_embeddings=False)
+LORA = Lora(rank=16, alpha=32, target_modules=MODULES, train_norms=False, train_embeddings=False)
 PLAIN = Techniques(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
+ALL = 10_000  # layers: more than any model has
+SHAPE, TINY = "SmolLM2-135M", "tiny"
+# What a process has to say about itself, in KiB.
+RESIDENT, HIGHEST = "VmRSS", "VmHWM"
+
+
+def own_memory(entry: str) -> float:
+    """RESIDENT now or HIGHEST since `forget_highest`, in GiB."""
+    return int(re.search(rf"{entry}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def forget_highest() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def fast_dtype() -> tuple[str, float]:
+    """The dtype in which this machine multiplies faster, and how fast, in FLOP/s."""
+    rates = {}
+    for name in ("float32", "bfloat16"):
+        one = torch.randn(2048, 2048).to(getattr(torch, name))
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            one @ one
+            times.append(time.perf_counter() - started)
+        rates[name] = 2 * 2048**3 / min(times)
+    return max(rates.items(), key=lambda item: item[1])
+
+
+def bandwidth() -> float:
+    """Bytes per second that an addition of two large tensors reads and writes."""
+    one, other = torch.ones(2, 2**26).unbind()
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.add(one, 1.0, out=other)
+        times.append(time.perf_counter() - started)
+    return 2 * one.nbytes / min(times)
+
+
+def attention_rate(length: int = 4096) -> float:
+    """FLOP/s of causal attention forward and backward, heads as in SHAPE; counted as in `budget.step_flops`."""
+    config = budget.model_shape(SHAPE)
+    shape = (1, config.num_attention_heads, length, config.head_dim)
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+        times.append(time.perf_counter() - started)
+    return 7 * config.num_attention_heads * config.head_dim * length**2 / min(times)
+
+
+# --- one measurement, in a process of its own -------------------------------------------------------------------------
+
+
+def measured_peak(model: str, length: int, dtype: str, techniques: dict[str, Any], layers: int | None) -> dict:
+    """Peak of real steps above what was resident before them, and their seconds; blocks are given back when freed."""
+    config = budget.model_shape(model)
+    if layers:
+        config.num_hidden_layers = layers
+    started = time.perf_counter()
+    forget_highest()
+    llama = random_llama(config, LORA, dtype)
+    built = {"build_seconds": time.perf_counter() - started, "build_peak_gib": own_memory(HIGHEST)}
+    ways = Techniques(**techniques)
+    for _loss in training_steps(llama, StepShape(256, dtype, PLAIN), 1):  # loads kernels and makes their buffers
+        pass
+    before = own_memory(RESIDENT)
+    seconds, losses = [], []
+    forget_highest()
+    last = time.perf_counter()
+    for loss in training_steps(llama, StepShape(length, dtype, ways), 2):
+        seconds.append(time.perf_counter() - last)
+        losses.append(loss.item())
+        last = time.perf_counter()
+    return {
+        **built,
+        "resident_gib": before,
+        "peak_gib_above_weights": own_memory(HIGHEST) - before,
+        "seconds": seconds,
+        "losses": losses,
+    }
+
+
+def bench_base() -> Path:
+    """A folder with random weights of SHAPE in bf16: what all contenders load."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    folder = FOLDER / "base"
+    if not (folder / "model.safetensors").is_file():
+        torch.manual_seed(0)
+        LlamaForCausalLM(budget.model_shape(SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(REPOSITORY / "data" / "tiny-llama").save_pretrained(folder)
+    return folder
+
+
+def contender(name: str, length: int, dtype: str, steps: int, techniques: dict[str, Any] | None) -> dict:
+    """Seconds of each step, peak above the weights, loss of the first step."""
+    folder = bench_base()
+    config = budget.model_shape(SHAPE)
+    window = config.max_position_embeddings
+    rope = Scaling("none", config.rope_parameters["rope_theta"], config.head_dim, window, window)
+    model = models.load_base(folder, rope, dtype=dtype)
+    ids = np.random.default_rng(0).integers(2, config.vocab_size, (steps, length)).astype(np.int32)
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        before = own_memory(RESIDENT)
+        forget_highest()
+        if name == "ours":
+            log = run_ours(model, ids, Techniques(**techniques), dtype, Path(scratch))
+        else:
+            log = {"Trainer + PEFT": run_trainer, "TRL SFTTrainer": run_trl}[name](model, ids, dtype, scratch)
+        return {**log, "peak_gib_above_weights": own_memory(HIGHEST) - before}
+
+
+def run_ours(model: Any, ids: np.ndarray, techniques: Techniques, dtype: str, folder: Path) -> dict:
+    settings = replace(
+        load_preset("tiny").training,
+        **{"window": ids.shape[1], "reach": ids.shape[1], "pack": False, "steps": len(ids), "learning_rate": 1e-4},
+        **{"warmup_steps": 0, "checkpoint_every": 1000, "techniques": techniques},
+    )
+    positions = np.arange(ids.shape[1], dtype=np.int32)
+    sequences = [TrainingSequence(row, row, positions) for row in ids]
+    log = train(models.add_lora(model, LORA, seed=0), sequences, settings, folder)
+    return {"seconds": [ids.shape[1] / row["tokens_per_second"] for row in log], "losses": [row["loss"] for row in log]}
+
+
+def common_arguments(dtype: str, steps: int, folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "cosine",
+        "gradient_checkpointing": True,
+        "bf16": dtype == "bfloat16",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "train_sampling_strategy": "sequential",
+    }
+
+
+def run_trainer(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
+    """As PEFT's guide to quantisation and transformers' guide to its `Trainer` show it."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    model = prepare_model_for_kbit_training(model)
+    settings = LoraConfig(task_type="CAUSAL_LM", r=LORA.rank, lora_alpha=LORA.alpha, target_modules=MODULES)
+    model = get_peft_model(model, settings)
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    timer = step_timer()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**common_arguments(dtype, len(ids), folder)),
+        train_dataset=data,
+        data_collator=default_data_collator,
+        callbacks=[timer],
+    )
+    trainer.train()
+    return {"seconds": timer.seconds, "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
+
+
+def run_trl(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
+    """TRL's trainer with its defaults: chunked loss and gradient checkpointing."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    timer = step_timer()
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**common_arguments(dtype, len(ids), folder), max_length=ids.shape[1], packing=False),
+        train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+        processing_class=AutoTokenizer.from_pretrained(FOLDER / "base"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=LORA.rank, lora_alpha=LORA.alpha, target_modules=MODULES),
+        callbacks=[timer],
+    )
+    if dtype == "float32":  # it makes adapters bf16, which this machine would multiply in software
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+    trainer.train()
+    return {"seconds": timer.seconds, "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
+
+
+def step_timer() -> Any:
+    from transformers import TrainerCallback
+
+    class StepTimer(TrainerCallback):
+        seconds: list[float] = []  # noqa: RUF012
+
+        def on_step_begin(self, *_arguments: Any, **_options: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_arguments: Any, **_options: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.started)
+
+    return StepTimer()
+
+
+def worker(task: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    kind = task.pop("kind")
+    print("RESULT " + json.dumps({"peak": measured_peak, "contender": contender}[kind](**task)), flush=True)
+
+
+# --- the parts of the benchmark ---------------------------------------------------------------------------------------
+
+
+def measured(**task: Any) -> dict[str, Any]:
+    """The result of a task, from its file or from a new process."""
+    name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(value)) for value in task.values())
+    path = FOLDER / f"{name[:180]}.json"
+    if not path.is_file():
+        # To compare with what is allocated, freed blocks must not stay resident.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"} if task["kind"] == "peak" else None
+        task = {name: value for name, value in task.items() if name != "round"}
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", json.dumps(task)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"error in {task}:\n{done.stderr[-3000:]}")
+        result = json.loads(done.stdout.rpartition("RESULT ")[2])
+        records.write_atomically(path, json.dumps({"task": task, **result}, indent=1).encode())
+        print(f"{name}: {done.stdout.rpartition('RESULT ')[2]}", flush=True)
+    return json.loads(path.read_text())
+
+
+def ledger_check(dtype: str) -> list[dict[str, Any]]:
+    """Predicted and measured peaks above the weights, with everything that changes them."""
+    rows = []
+    for model, length, layers, techniques in CHECKED:
+        config = budget.model_shape(model)
+        config.num_hidden_layers = layers or config.num_hidden_layers
+        found = ledger(config, LORA, StepShape(length, dtype, techniques))
+        task = {"model": model, "length": length, "dtype": dtype, "techniques": asdict(techniques), "layers": layers}
+        result = measured(kind="peak", **task)
+        above = sum(found[name] for name in COMPONENTS) - found["weights"] - found["adapters"]
+        rows.append(
+            {
+                "model": model,
+                "layers": config.num_hidden_layers,
+                "context": length,
+                "plan": name_plan(techniques),
+                "predicted_gib": above / budget.GIB,
+                "measured_gib": result["peak_gib_above_weights"],
+                "seconds": result["seconds"][-1],
+                "flops": sum(budget.step_flops(config, LORA, length, techniques).values()),
+            }
+        )
+    return rows
+
+
+def name_plan(techniques: Techniques) -> str:
+    parts = []
+    if techniques.recomputed_layers:
+        some = "all" if techniques.recomputed_layers >= ALL else techniques.recomputed_layers
+        parts.append(f"{some} layers recomputed")
+    parts += [f"tiles of {techniques.tile}"] * bool(techniques.tile)
+    parts += ["checkpoints on the host"] * techniques.offload_checkpoints
+    parts += [techniques.optimizer] * ("8bit" in techniques.optimizer)
+    return ", ".join(parts) or "plain"
+
+
+def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) -> list[dict[str, Any]]:
+    """Every contender once a round, in an order that turns around."""
+    config = budget.model_shape(SHAPE)
+    task = {"length": length, "dtype": dtype, "steps": steps}
+    bar = measured(kind="contender", round=0, name="Trainer + PEFT", techniques=None, **task)["peak_gib_above_weights"]
+    found = ledger(config, LORA, StepShape(length, dtype, PLAIN))
+    weights = (found["weights"] + found["adapters"]) / budget.GIB
+    entries = [("Trainer + PEFT", None), ("TRL SFTTrainer", None)]
+    for share in (0.95, 0.38):
+        room = max(share * bar - GAPS_GIB, 0.05) + weights
+        chosen = budget.plan(config, LORA, length, dtype, room / budget.USABLE, PLAIN)
+        entries.append((f"ours, {'fast' if share > 0.5 else 'lean'}", asdict(chosen.techniques)))
+    rows = []
+    for number in range(rounds):
+        for name, techniques in entries if number % 2 == 0 else entries[::-1]:
+            task_name = name.split(",")[0]
+            result = measured(kind="contender", round=number, name=task_name, techniques=techniques, **task)
+            seconds = result["seconds"][-1]
+            ways = Techniques(**techniques) if techniques else replace(PLAIN, recomputed_layers=ALL)
+            flops = sum(budget.step_flops(config, LORA, length, ways).values())
+            rows.append(
+                {
+                    "contender": name,
+                    "plan": name_plan(ways) if techniques else "its own",
+                    "context": length,
+                    "round": number,
+                    "tokens_per_second": length / seconds,
+                    "peak_gib_above_weights": result["peak_gib_above_weights"],
+                    "fraction_of_matmul_peak": flops / seconds / matmul,
+                    "loss": result["losses"][0],
+                }
+            )
+    return rows
+
+
+CHECKED = [
+    (SHAPE, 2048, None, PLAIN),
+    (SHAPE, 2048, None, replace(PLAIN, recomputed_layers=ALL)),
+    (SHAPE, 2048, None, replace(PLAIN, recomputed_layers=15)),
+    (SHAPE, 2048, None, replace(PLAIN, tile=256)),
+    (SHAPE, 4096, None, replace(PLAIN, recomputed_layers=ALL, tile=256)),
+    (SHAPE, 8192, 6, replace(PLAIN, recomputed_layers=3, tile=512, optimizer="adamw_8bit")),
+    (TINY, 8192, None, PLAIN),
+    (TINY, 16_384, None, replace(PLAIN, recomputed_layers=ALL)),
+    (TINY, 16_384, None, replace(PLAIN, recomputed_layers=2, tile=1024)),
+    (TINY, 32_768, None, replace(PLAIN, recomputed_layers=ALL, tile=1024)),
+]
+
+
+def main() -> None:
+    """All parts, then the record."""
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(json.loads(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", default=["check", "seven_billion", "contenders"])
+    arguments = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    rates = FOLDER / "machine.json"
+    if not rates.is_file():
+        dtype, matmul = fast_dtype()
+        machine = {"dtype": dtype, "matmul": matmul, "bandwidth": bandwidth(), "attention": attention_rate()}
+        records.write_atomically(rates, json.dumps(machine).encode())
+    machine = json.loads(rates.read_text())
+    print(machine, flush=True)
+    if "check" in arguments.parts:
+        for row in ledger_check(machine["dtype"]):
+            print(row, flush=True)
+    if "seven_billion" in arguments.parts:
+        layers = budget.model_shape("Llama 2 7B").num_hidden_layers
+        ways = asdict(replace(PLAIN, recomputed_layers=layers))
+        task = {"model": "Llama 2 7B", "length": 256, "dtype": machine["dtype"], "techniques": ways, "layers": None}
+        print(measured(kind="peak", **task), flush=True)
+    if "contenders" in arguments.parts:
+        for length, rounds, steps in ((2048, 3, 2), (4096, 1, 2), (8192, 1, 1)):
+            for row in contenders(machine["dtype"], length, rounds, steps, machine["matmul"]):
+                print(row, flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
