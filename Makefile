@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PRESET ?= tiny
 
-.PHONY: run test lab data notebooks longrope race tiny-llama lock help
+.PHONY: run test lab data notebooks longrope race bench tiny-llama lock help
 
 help:
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
@@ -12,7 +12,8 @@ help:
 	@echo "make data        fetch the corpora into data/cache (part of the installation)"
 	@echo "make notebooks   execute the notebooks and store their outputs, figures and records"
 	@echo "make longrope    search LongRoPE's factors for the preset's [race] and store their record (10 minutes)"
-	@echo "make race        measure every arm of notebook 11 and store its record (about an hour; goes on if stopped)"
+	@echo "make race        measure every arm of notebook 11 and store its record (one to two hours; goes on if stopped)"
+	@echo "make bench       measure training steps against other trainers, for notebook 4 (an hour; goes on if stopped)"
 	@echo "make tiny-llama  train data/tiny-llama again (one to two hours; needs a C++ compiler)"
 	@echo "make lock        write environment.yml and requirements.lock from pyproject.toml"
 
@@ -43,6 +44,10 @@ longrope: $(INSTALLED)
 
 race: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.run --race --workers 2 --preset $(PRESET)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock ".[bench]"
+	$(BIN)/python -W ignore tests/bench.py
 
 tiny-llama: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.tiny_llama

@@ -20,7 +20,7 @@ from peft import PeftModel
 from scipy.signal import correlate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_long_utils import attention, loss, models, packing, perplexity, records, retrieval, rope, training
+from llama_long_utils import attention, budget, loss, models, packing, perplexity, records, retrieval, rope, training
 from llama_long_utils.documents import TokenizedDocument, read_split
 from llama_long_utils.packing import TrainingSequence
 from llama_long_utils.presets import Preset
@@ -136,6 +136,7 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
     if settings is None:
         model: PreTrainedModel | PeftModel = models.load_base(folder, scaling, dtype=preset.base.dtype)
     else:
+        settings = dataclasses.replace(settings, techniques=budget.plan_training(preset, settings).techniques)
         model = models.load_base(folder, scaling, dtype=preset.base.dtype, attention=settings.attention)
         model = models.add_lora(model, preset.lora, seed=arm.seed)
         sequences = training.draw_sequences(training_documents, settings, tokenizer)

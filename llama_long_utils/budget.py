@@ -4,14 +4,16 @@ A step of LoRA on frozen weights has no weight gradients but the adapters': its 
 its forward pass, not twice as much. Attention is counted causal (half of the square), as the kernels compute it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
+from llama_long_utils import models
 from llama_long_utils.memory import COMPONENTS, HOST, StepShape, ledger
-from llama_long_utils.presets import Lora
+from llama_long_utils.presets import Lora, Preset
 from llama_long_utils.records import read_published
-from llama_long_utils.training import Techniques
+from llama_long_utils.training import Techniques, TrainingSettings
 
 GIB = 2**30
 USABLE = 0.92  # share of a device's memory that tensors can have: the driver takes some, and gaps between blocks
@@ -82,24 +84,39 @@ class Plan:
     host_gib: float
     flops: int
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """The techniques in words."""
         used = self.techniques
         parts = [f"{used.recomputed_layers} layers recomputed" if used.recomputed_layers else "nothing recomputed"]
         parts += [f"tiles of {used.tile:,} tokens"] * bool(used.tile)
         parts += ["checkpoints on the host"] * used.offload_checkpoints
         parts += [used.optimizer] * ("8bit" in used.optimizer)
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
         memory = f"predicted {self.device_gib:.2f} GiB" + f" and {self.host_gib:.2f} on the host" * (self.host_gib > 0)
-        return f"{', '.join(parts)}: {memory}, {self.flops:.3g} FLOP per step and sequence"
+        return f"{self.text()}: {memory}, {self.flops:.3g} FLOP per step and sequence"
 
 
-def plan(config: LlamaConfig, lora: Lora, length: int, dtype: str, gib: float, least: Techniques) -> Plan:
+def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
+    """The plan for a training run with a preset's base, LoRA settings and memory; see `plan`."""
+    config, least = models.base_config(preset), settings.techniques
+    return plan(
+        *(config, preset.lora, settings.window, preset.base.dtype, preset.memory_gib, least),
+        sequences=settings.sequences_at_once,
+    )
+
+
+def plan(
+    config: LlamaConfig, lora: Lora, length: int, dtype: str, gib: float, least: Techniques, *, sequences: int = 1
+) -> Plan:
     """The fastest techniques with which a step fits.
 
-    Fewest operations first: as few recomputed layers as fit, then tiles, then checkpoints on the host, then 8 bits for
-    the optimizer.
+    Fewest operations first: as few recomputed layers as fit, with tiles or without. Only if all layers are not enough,
+    checkpoints go to the host, and then the optimizer to 8 bits.
 
     Args:
-        length: tokens of one sequence.
+        length: tokens of one sequence; `sequences` of them are computed at once.
         gib: memory of the device; a share of `USABLE` is planned for.
         least: techniques to use in any case.
 
@@ -109,7 +126,8 @@ def plan(config: LlamaConfig, lora: Lora, length: int, dtype: str, gib: float, l
     tiled = replace(least, tile=least.tile or _tile(length))
     rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, tiled)]]
     for rung in rungs:
-        fitting = [_fewest_recomputed(config, lora, StepShape(length, dtype, way), gib * USABLE) for way in rung]
+        shapes = [StepShape(length, dtype, way, sequences) for way in rung]
+        fitting = [_fewest_recomputed(config, lora, shape, gib * USABLE) for shape in shapes]
         found = [choice for choice in fitting if choice]
         if found:
             return min(found, key=lambda choice: choice.flops)
@@ -158,11 +176,13 @@ def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int |
 
 
 def longest_context(config: LlamaConfig, lora: Lora, dtype: str, gib: float, techniques: Techniques) -> int:
-    """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib`; 0 if none.
-
-    Memory is linear in the length once it is a few thousand tokens (tested), so two ledgers give the answer.
-    """
+    """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib`; 0 if none."""
     lengths = (16_384, 32_768)
-    short, long = (predict(config, lora, StepShape(length, dtype, techniques)).device_gib for length in lengths)
-    per_token = (long - short) / (lengths[1] - lengths[0])
-    return max(0, int((gib * USABLE - short) / per_token + lengths[0]) // 1024 * 1024)
+    peaks = [predict(config, lora, StepShape(length, dtype, techniques)).device_gib for length in lengths]
+    return longest(lengths, peaks, gib)
+
+
+def longest(lengths: Sequence[int], peaks_gib: Sequence[float], gib: float) -> int:
+    """The longest context by the line through two peaks: memory is linear from some thousand tokens on."""
+    per_token = (peaks_gib[1] - peaks_gib[0]) / (lengths[1] - lengths[0])
+    return max(0, int((gib * USABLE - peaks_gib[0]) / per_token + lengths[0]) // 1024 * 1024)

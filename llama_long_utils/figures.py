@@ -69,6 +69,17 @@ TRAINING_LABELS = {
     "s2-equal-seconds": "S2-Attn, equal seconds",
 }
 
+# Components of a step's memory (memory.COMPONENTS).
+COMPONENT_COLOURS = {
+    "weights": (0.55, 0.55, 0.55),
+    "adapters": _PALETTE[9],
+    "gradients": _PALETTE[2],
+    "optimizer": _PALETTE[8],
+    "saved": _PALETTE[0],
+    "loss": _PALETTE[3],
+    "backward": _PALETTE[1],
+}
+
 
 def use_style() -> None:
     """Set the one style of all figures."""

@@ -6,11 +6,13 @@ torch's own `MemTracker` does not take frozen parameters (it hooks every gradien
 The same steps run with real tensors and random weights (`random_llama`, `training_steps`), to compare.
 """
 
+import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ HOST = "host"  # what offloading keeps in host memory
 UNMASKED = "sdpa_unmasked"
 AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 AttentionMaskInterface.register(UNMASKED, lambda *_arguments, **_options: None)
-LAYERS_RUN = 3  # of each kind, recomputed or not
+LAYERS_RUN = 2  # of each kind, recomputed or not
+WARM_UP = 16  # tokens
 BLOCK = 64  # weights that share a scale in bitsandbytes' NF4
 
 
@@ -108,8 +111,8 @@ class StorageTracker(TorchDispatchMode):
 def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     """Bytes of each component at the moment when one training step needs most memory.
 
-    The step is a second one: the optimizer's state exists. A few seconds for any model, on any machine: beyond three
-    layers of a kind, recomputed or not, every further one adds what the third added to two.
+    The step is a second one: the optimizer's state exists. A few seconds for any model, on any machine: beyond two
+    layers of a kind, recomputed or not, every further one adds what the second added to one.
 
     Args:
         config: of the model; its linear layers are taken as NF4 with double quantisation, but for the head.
@@ -120,17 +123,22 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     recomputed = min(shape.techniques.recomputed_layers, config.num_hidden_layers)
     wanted = [recomputed, config.num_hidden_layers - recomputed]
     run = [min(count, LAYERS_RUN) for count in wanted]
-    most = _run(config, lora, shape, *run)
+    any_count = replace(shape, techniques=replace(shape.techniques, recomputed_layers=0))
+    counted = partial(_run, config.to_json_string(use_diff=False), json.dumps(asdict(lora)), any_count)
+    most = counted(*run)
     total = dict(most)
     for kind, left_out in enumerate(count - LAYERS_RUN for count in wanted):
         if left_out > 0:
-            less = _run(config, lora, shape, *(count - (index == kind) for index, count in enumerate(run)))
+            less = counted(*(count - (index == kind) for index, count in enumerate(run)))
             total = {name: total[name] + left_out * (most[name] - less[name]) for name in total}
     return total
 
 
-def _run(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int, plain: int) -> dict[str, int]:
-    config = type(config)(**{**config.to_dict(), "num_hidden_layers": recomputed + plain})
+@cache
+def _run(config_json: str, lora_json: str, shape: StepShape, recomputed: int, plain: int) -> dict[str, int]:
+    """The counts of a model with so many layers; kept, because a planner asks for the same ones again."""
+    config = LlamaConfig(**{**json.loads(config_json), "num_hidden_layers": recomputed + plain})
+    lora = Lora(**json.loads(lora_json))
     shape = replace(shape, techniques=replace(shape.techniques, recomputed_layers=recomputed))
     tracker = StorageTracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -140,7 +148,10 @@ def _run(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int, pla
                 weight.register_post_accumulate_grad_hook(lambda weight: tracker.add(weight.grad, "gradients"))
         with tracker:
             offloading = _CountedOffload(config.hidden_size, tracker)
-            for _loss in training_steps(model, shape, 2, entering=tracker.enter, offloading=offloading):
+            # A short step first: it makes the optimizer's state.
+            for _loss in training_steps(
+                model, shape, [WARM_UP, shape.length], entering=tracker.enter, offloading=offloading
+            ):
                 pass
     return {**{name: tracker.peak.get(name, 0) for name in COMPONENTS}, HOST: tracker.host}
 
@@ -148,7 +159,7 @@ def _run(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int, pla
 def training_steps(
     model: PeftModel,
     shape: StepShape,
-    steps: int,
+    lengths: Sequence[int],
     *,
     entering: Callable[[str], None] = lambda _component: None,
     offloading: AbstractContextManager | None = None,
@@ -157,6 +168,8 @@ def training_steps(
 
     Args:
         model: from `random_llama`.
+        shape: everything about the steps but their length.
+        lengths: tokens per sequence of each step.
         entering: called with the name of each component whose turn it is.
         offloading: what offloads checkpoints if the techniques ask for it.
 
@@ -170,9 +183,9 @@ def training_steps(
         optimizer = AdamW8bit(trained) if in_8_bits else torch.optim.AdamW(trained, fused=True)
     head = causal_lm(model).get_output_embeddings()
     offloading = offloading or OffloadedCheckpoints(head.weight.shape[1])
-    for _ in range(steps):
+    for length in lengths:
         entering("saved")
-        ids = torch.randint(len(head.weight), (shape.sequences, shape.length))
+        ids = torch.randint(len(head.weight), (shape.sequences, length))
         with offloading if shape.techniques.offload_checkpoints else nullcontext():
             hidden = hidden_states(model, ids)
         entering("loss")

@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -108,6 +109,15 @@ def locate_base(preset: Preset) -> Path:
     return folder
 
 
+def base_config(preset: Preset) -> LlamaConfig:
+    """The configuration of a preset's base, without its weights; RuntimeError if the hub does not give it."""
+    folder, source = REPOSITORY / preset.base.source, preset.base.source
+    try:
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else source)
+    except OSError as error:
+        raise _unavailable(source, error) from None
+
+
 def _download(source: str) -> Path:
     wanted = {"allow_patterns": ["*.safetensors", "*.json", "tokenizer*"]}
     try:
@@ -120,11 +130,15 @@ def _download(source: str) -> Path:
         auth_check(source)  # one small request without retries: no network or no access ends here
         return Path(snapshot_download(source, **wanted))
     except Exception as error:
-        raise RuntimeError(
-            f"cannot get the model {source!r}: it is neither a folder of this repository nor to be had from the hub "
-            f"({type(error).__name__}). With a network: accept the licence on the model's page if it has one, then "
-            "log in with `hf auth login` or set HF_TOKEN. Without: run the preset 'tiny', which needs neither."
-        ) from None
+        raise _unavailable(source, error) from None
+
+
+def _unavailable(source: str, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"cannot get the model {source!r}: it is neither a folder of this repository nor to be had from the hub "
+        f"({type(error).__name__}). With a network: accept the licence on the model's page if it has one, then "
+        "log in with `hf auth login` or set HF_TOKEN. Without: run the preset 'tiny', which needs neither."
+    )
 
 
 def _whole(folder: Path) -> bool:
@@ -301,6 +315,7 @@ def find_adapter(preset: Preset, folder: str = "") -> Path:
 
 def _trained_as(preset: Preset, card: AdapterCard) -> bool:
     numbers = {**asdict(preset.training), "lora": asdict(preset.lora)}
+    del numbers["techniques"]  # they change no gradient
     same_numbers = all(card.training.get(name) == value for name, value in numbers.items())
     return same_numbers and card.data == asdict(preset.data) and card.rope == preset.extended_rope
 

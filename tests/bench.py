@@ -5,18 +5,19 @@ the first was stopped. Contenders: transformers' `Trainer` with PEFT as its docu
 its defaults for long context, and ours with the plans that the planner finds for given memory.
 """
 
-import argparse
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from llama_long_utils import budget, models, records
@@ -84,6 +85,12 @@ def attention_rate(length: int = 4096) -> float:
     return 7 * config.num_attention_heads * config.head_dim * length**2 / min(times)
 
 
+def rates() -> dict[str, Any]:
+    """What this machine does per second."""
+    dtype, matmul = fast_dtype()
+    return {"dtype": dtype, "matmul": matmul, "bandwidth": bandwidth(), "attention": attention_rate()}
+
+
 # --- one measurement, in a process of its own -------------------------------------------------------------------------
 
 
@@ -97,13 +104,13 @@ def measured_peak(model: str, length: int, dtype: str, techniques: dict[str, Any
     llama = random_llama(config, LORA, dtype)
     built = {"build_seconds": time.perf_counter() - started, "build_peak_gib": own_memory(HIGHEST)}
     ways = Techniques(**techniques)
-    for _loss in training_steps(llama, StepShape(256, dtype, PLAIN), 1):  # loads kernels and makes their buffers
+    for _loss in training_steps(llama, StepShape(256, dtype, PLAIN), [256]):  # loads kernels and makes their buffers
         pass
     before = own_memory(RESIDENT)
     seconds, losses = [], []
     forget_highest()
     last = time.perf_counter()
-    for loss in training_steps(llama, StepShape(length, dtype, ways), 2):
+    for loss in training_steps(llama, StepShape(length, dtype, ways), [length] * 2):
         seconds.append(time.perf_counter() - last)
         losses.append(loss.item())
         last = time.perf_counter()
@@ -286,8 +293,6 @@ def ledger_check(dtype: str) -> list[dict[str, Any]]:
                 "plan": name_plan(techniques),
                 "predicted_gib": above / budget.GIB,
                 "measured_gib": result["peak_gib_above_weights"],
-                "seconds": result["seconds"][-1],
-                "flops": sum(budget.step_flops(config, LORA, length, techniques).values()),
             }
         )
     return rows
@@ -353,33 +358,126 @@ CHECKED = [
 ]
 
 
+def kept(name: str, make: Callable[[], Any]) -> Any:
+    """The result of a part, from its file or made now."""
+    path = FOLDER / f"{name}.json"
+    if not path.is_file():
+        records.write_atomically(path, json.dumps(make()).encode())
+    return json.loads(path.read_text())
+
+
+PREDICTED = {
+    "Llama 2 7B": "bfloat16",
+    "Llama 2 13B": "bfloat16",
+    "Llama 2 70B": "bfloat16",
+    SHAPE: "bfloat16",
+    TINY: "float32",
+}
+CONTEXTS = (4096, 16_384, 32_768, 65_536, 131_072)
+DEVICES = (16, 24, 40, 80)
+WITH_NORMS = replace(LORA, train_norms=True)  # as the presets have it
+
+
+def predicted_peaks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The ledger of every model, context and plan by component, and the longest context on each device."""
+    rows, longest = [], []
+    for model, dtype in PREDICTED.items():
+        config = budget.model_shape(model)
+        for plan in ("plain", "checkpointing", "lean"):
+            totals = []
+            for context in CONTEXTS:
+                tile = max(256, context // 16)
+                ways = {
+                    "plain": PLAIN,
+                    "checkpointing": replace(PLAIN, recomputed_layers=ALL),
+                    "lean": Techniques(ALL, tile, True, "adamw_8bit"),
+                }[plan]
+                found = ledger(config, WITH_NORMS, StepShape(context, dtype, ways))
+                about = {"model": model, "context": context, "plan": plan}
+                rows += [{**about, "component": name, "predicted_gib": found[name] / budget.GIB} for name in found]
+                totals.append(sum(found[name] for name in COMPONENTS) / budget.GIB)
+                print(model, plan, context, f"{totals[-1]:.2f} GiB", flush=True)
+            for gib in DEVICES:
+                tokens = budget.longest(CONTEXTS[-2:], totals[-2:], gib)
+                longest.append({"model": model, "device_gib": gib, "plan": plan, "tokens": tokens})
+    return rows, longest
+
+
+def plans() -> list[dict[str, Any]]:
+    """What the planner chooses for Llama 2 7B."""
+    rows = []
+    for gib in DEVICES:
+        for context in (8192, 32_768, 131_072):
+            about = {"model": "Llama 2 7B", "device_gib": gib, "context": context}
+            try:
+                plan = budget.plan(budget.model_shape("Llama 2 7B"), WITH_NORMS, context, "bfloat16", gib, PLAIN)
+                rows.append({**about, "plan": plan.text(), "predicted_gib": plan.device_gib, "host_gib": plan.host_gib})
+            except ValueError:
+                rows.append({**about, "plan": "does not fit", "predicted_gib": None, "host_gib": None})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def seven_billion(dtype: str) -> list[dict[str, Any]]:
+    """A model of Llama 2 7B's shape built in NF4 and trained for two short steps."""
+    config = budget.model_shape("Llama 2 7B")
+    ways = replace(PLAIN, recomputed_layers=config.num_hidden_layers)
+    task = {"model": "Llama 2 7B", "length": 256, "dtype": dtype, "techniques": asdict(ways), "layers": None}
+    result = measured(kind="peak", **task)
+    found = ledger(config, LORA, StepShape(256, dtype, ways))
+    weights = found["weights"] + found["adapters"]
+    above = sum(found[name] for name in COMPONENTS) - weights
+    largest = config.vocab_size * config.hidden_size * 4  # the embeddings, while they are made
+    return [
+        {
+            "quantity": "peak while building, GiB",
+            "predicted": (weights + largest) / budget.GIB,
+            "measured": result["build_peak_gib"],
+        },
+        {
+            "quantity": "peak of a step above the weights, GiB",
+            "predicted": above / budget.GIB,
+            "measured": result["peak_gib_above_weights"],
+        },
+        {"quantity": "seconds to build", "predicted": None, "measured": result["build_seconds"]},
+        {"quantity": "seconds of a step of 256 tokens", "predicted": None, "measured": result["seconds"][-1]},
+    ]
+
+
+ROUNDS = ((2048, 3, 2), (4096, 1, 2), (8192, 1, 1))  # context, rounds, steps
+
+
 def main() -> None:
     """All parts, then the record."""
     if sys.argv[1:2] == ["--worker"]:
         return worker(json.loads(sys.argv[2]))
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=["check", "seven_billion", "contenders"])
-    arguments = parser.parse_args()
+    started = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rates = FOLDER / "machine.json"
-    if not rates.is_file():
-        dtype, matmul = fast_dtype()
-        machine = {"dtype": dtype, "matmul": matmul, "bandwidth": bandwidth(), "attention": attention_rate()}
-        records.write_atomically(rates, json.dumps(machine).encode())
-    machine = json.loads(rates.read_text())
-    print(machine, flush=True)
-    if "check" in arguments.parts:
-        for row in ledger_check(machine["dtype"]):
-            print(row, flush=True)
-    if "seven_billion" in arguments.parts:
-        layers = budget.model_shape("Llama 2 7B").num_hidden_layers
-        ways = asdict(replace(PLAIN, recomputed_layers=layers))
-        task = {"model": "Llama 2 7B", "length": 256, "dtype": machine["dtype"], "techniques": ways, "layers": None}
-        print(measured(kind="peak", **task), flush=True)
-    if "contenders" in arguments.parts:
-        for length, rounds, steps in ((2048, 3, 2), (4096, 1, 2), (8192, 1, 1)):
-            for row in contenders(machine["dtype"], length, rounds, steps, machine["matmul"]):
-                print(row, flush=True)
+    machine = kept("machine", rates)
+    dtype = machine["dtype"]
+    check = ledger_check(dtype)
+    built = seven_billion(dtype)
+    bench = [row for sizes in ROUNDS for row in contenders(dtype, *sizes, machine["matmul"])]
+    peaks, longest = kept("predicted", predicted_peaks)
+    tables = {
+        "ledger": peaks,
+        "ledger_check": check,
+        "longest_context": longest,
+        "plans": kept("plans", plans),
+        "bench": bench,
+        "seven_billion": built,
+        "machine": [{"quantity": name, "value": str(value)} for name, value in machine.items()],
+    }
+    records.write_record(
+        records.RESULTS / "tiny",
+        "04_one_gpu_budget",
+        preset="tiny",
+        question="What fits on one GPU, and how long does it take?",
+        tables={name: pd.DataFrame(rows) for name, rows in tables.items()},
+        seeds={"weights and tokens": 0},
+        seconds=time.perf_counter() - started,
+        provenance={"command": "make bench"},
+    )
     return None
 
 

@@ -1,51 +1,101 @@
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from conftest import LORA, new_llama
+from llama_long_utils import training
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.models import add_lora
-from llama_long_utils.training import OffloadedCheckpoints, tile_over_sequence
+from llama_long_utils.training import OffloadedCheckpoints, Techniques, apply_techniques
 
 IDS = torch.randint(2, 100, (2, 64), generator=torch.Generator().manual_seed(0))
 
 
-def step(tile, checkpointing, dtype=torch.float32):
+PLAIN = Techniques(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
+
+
+def step(techniques, dtype=torch.float32):
     """Loss and gradients of one step with LoRA-B not at zero."""
     model = add_lora(new_llama(seed=0).to(dtype), LORA, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    tile_over_sequence(model.train(), tile)
-    nll = next_token_nll(hidden_states(model, IDS), causal_lm(model).get_output_embeddings(), IDS)
+    apply_techniques(model.train(), techniques)
+    with OffloadedCheckpoints(64) if techniques.offload_checkpoints else nullcontext():
+        hidden = hidden_states(model, IDS)
+    nll = next_token_nll(hidden, causal_lm(model).get_output_embeddings(), IDS)
     nll.backward()
     return nll.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("tile", [16, 24, 64])  # 24 does not divide 64
-def test_tiling_changes_neither_loss_nor_gradients(tile, checkpointing):
-    loss, gradients = step(0, False)
-    tiled_loss, tiled = step(tile, checkpointing)
-    assert tiled_loss == pytest.approx(loss, rel=1e-6)
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+@pytest.mark.parametrize("tile", [0, 16, 24, 64])  # 24 does not divide 64
+def test_recomputing_and_tiling_change_neither_loss_nor_gradients(tile, recomputed):
+    loss, gradients = step(PLAIN)
+    lean = replace(PLAIN, recomputed_layers=recomputed, tile=tile, offload_checkpoints=True)
+    lean_loss, lean_gradients = step(lean)
+    assert lean_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
-        assert (tiled[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (lean_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_tiling_in_bf16_stays_within_the_rounding_of_bf16():
-    loss, gradients = step(0, True, torch.bfloat16)
-    tiled_loss, tiled = step(16, True, torch.bfloat16)
+    loss, gradients = step(replace(PLAIN, recomputed_layers=2), torch.bfloat16)
+    tiled_loss, tiled = step(replace(PLAIN, recomputed_layers=2, tile=16), torch.bfloat16)
     assert tiled_loss == pytest.approx(loss, rel=1e-3)
     for name, gradient in gradients.items():
         assert (tiled[name] - gradient).norm() <= 0.05 * gradient.norm(), name
 
 
+def test_only_the_first_layers_are_recomputed():
+    model = add_lora(new_llama(seed=0), LORA, seed=0)
+    apply_techniques(model.train(), replace(PLAIN, recomputed_layers=1))
+    passes = Counter()
+    for number, layer in enumerate(causal_lm(model).model.layers):
+        layer.mlp.act_fn = CountedActivation(layer.mlp.act_fn, passes, number)
+    hidden_states(model, IDS).sum().backward()
+    assert passes == {0: 2, 1: 1}
+
+
+class CountedActivation(torch.nn.Module):
+    def __init__(self, inner, passes, number):
+        super().__init__()
+        self.inner, self.passes, self.number = inner, passes, number
+
+    def forward(self, hidden):
+        self.passes[self.number] += 1
+        return self.inner(hidden)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc, as the function does")
+@pytest.mark.parametrize(("limit", "returns"), [(-1.0, 4), (1e6, 0)])
+def test_gaps_are_given_back_before_and_after_each_layer_if_they_are_large(limit, returns, monkeypatch):
+    calls = []
+
+    class Libc:
+        def __init__(self, _name):
+            self.malloc_trim = calls.append
+
+        @staticmethod
+        def mallinfo2():
+            return training._MallocInfo()
+
+    monkeypatch.setattr(training.ctypes, "CDLL", Libc)
+    monkeypatch.setattr(training, "_glibc", lambda: True)
+    model = add_lora(new_llama(seed=0), LORA, seed=0)
+    training.give_back_gaps(model, limit)
+    hidden_states(model.train(), IDS).sum().backward()
+    assert len(calls) == returns
+
+
 def test_a_tile_is_computed_forward_twice_not_three_times():
     model = add_lora(new_llama(seed=0), LORA, seed=0)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    tile_over_sequence(model.train(), 16)
+    apply_techniques(model.train(), replace(PLAIN, recomputed_layers=2, tile=16))
     mlp, tokens = causal_lm(model).model.layers[0].mlp, []
     mlp.act_fn.register_forward_hook(lambda _module, inputs, _output: tokens.append(inputs[0].shape[1]))
     hidden_states(model, IDS).sum().backward()

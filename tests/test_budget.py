@@ -1,0 +1,128 @@
+import dataclasses
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import LORA
+from llama_long_utils import budget, records
+from llama_long_utils.budget import plan, predict, step_flops
+from llama_long_utils.loss import hidden_states
+from llama_long_utils.memory import StepShape
+from llama_long_utils.models import add_lora
+from llama_long_utils.presets import load_preset
+from llama_long_utils.training import Techniques, apply_techniques
+
+NOTHING = Techniques(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
+SMALL = LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=8192,
+)
+
+
+def eager_llama() -> LlamaForCausalLM:
+    """torch's counter knows matrix products, but not the CPU's fused attention."""
+    model = LlamaForCausalLM(SMALL)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def test_torch_counts_the_same_operations_on_frozen_weights():
+    frozen = eager_llama().requires_grad_(False)
+    embedded = torch.randn(1, 256, 128, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        frozen(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    flops = step_flops(SMALL, LORA, 256, NOTHING)
+    # Unfused, attention has the whole square, and its backward pass four products: it need not compute one again.
+    attention = 2 * flops["attention"] * 6 // 7
+    assert counter.get_total_flops() == flops["linear"] + flops["head"] + attention
+
+
+class Operations(TorchDispatchMode):
+    """As `FlopCounterMode`, which does not follow a backward pass inside another one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if function._overloadpacket in flop_registry:
+            self.count += flop_registry[function._overloadpacket](*arguments, **(options or {}), out_val=output)
+        return output
+
+
+@pytest.mark.parametrize(("recomputed", "tile"), [(4, 0), (2, 0), (0, 64), (2, 64)])
+def test_recomputed_products_are_those_that_torch_does_again(recomputed, tile):
+    techniques = replace(NOTHING, recomputed_layers=recomputed, tile=tile)
+    seen, ours = [], []
+    for ways in (NOTHING, techniques):
+        model = add_lora(eager_llama(), LORA, seed=0).train()
+        apply_techniques(model, ways)
+        with Operations() as operations:
+            hidden_states(model, torch.zeros(1, 256, dtype=torch.long)).sum().backward()
+        seen.append(operations.count)
+        flops = step_flops(SMALL, LORA, 256, ways)
+        ours.append(flops["linear"] + flops["adapters"] + 2 * flops["attention"])  # the whole square
+    assert seen[1] - seen[0] == pytest.approx(ours[1] - ours[0], rel=0.01)
+
+
+def test_attention_takes_over_at_twelve_hidden_sizes_of_the_papers_model():
+    classic = LlamaConfig(hidden_size=512, intermediate_size=512 * 8 // 3, num_attention_heads=8, vocab_size=128)
+    assert budget.attention_crossover(classic) == pytest.approx(12 * 512, rel=0.001)
+
+
+def test_the_planner_recomputes_nothing_if_it_need_not():
+    assert plan(SMALL, LORA, 4096, "float32", 40.0, NOTHING).techniques == NOTHING
+
+
+def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
+    shape = StepShape(8192, "float32", NOTHING)
+    most, least = (predict(SMALL, LORA, shape, recomputed).device_gib for recomputed in (0, 4))
+    rooms = [most * 1.01, (most + least) / 2, least * 1.01, least * 0.8]
+    plans = [plan(SMALL, LORA, 8192, "float32", room / budget.USABLE, NOTHING) for room in rooms]
+    for room, chosen in zip(rooms, plans, strict=True):
+        assert chosen.device_gib <= room
+    assert plans[0].techniques == NOTHING
+    flops = [chosen.flops for chosen in plans]
+    assert flops[0] < flops[1] <= flops[2]
+    assert plans[3].techniques.tile
+
+
+def test_what_does_not_fit_is_refused_with_the_longest_context_that_would():
+    with pytest.raises(
+        ValueError, match=r"131,072 tokens does not fit in 0\.2 GiB.*longest context that would is "
+    ) as error:
+        plan(SMALL, LORA, 131_072, "float32", 0.2, NOTHING)
+    longest = int(str(error.value).split("would is ")[1].split(";")[0].replace(",", ""))
+    assert 1024 <= longest < 131_072
+    fits = plan(SMALL, LORA, longest, "float32", 0.2, NOTHING)
+    assert fits.device_gib <= 0.2 * budget.USABLE
+
+
+def test_techniques_of_the_preset_are_kept():
+    chosen = plan(SMALL, LORA, 4096, "float32", 40.0, replace(NOTHING, recomputed_layers=3, tile=512))
+    assert chosen.techniques.recomputed_layers == 3
+    assert chosen.techniques.tile == 512
+
+
+def test_preset_tiny_trains_without_any_technique():
+    preset = load_preset("tiny")
+    assert budget.plan_training(preset, preset.training).techniques == NOTHING
+    with pytest.raises(ValueError, match="does not fit"):
+        budget.plan_training(dataclasses.replace(preset, memory_gib=0.05), preset.training)
+
+
+def test_shapes_of_models_are_known_by_name():
+    tiny = LlamaConfig.from_pretrained(records.REPOSITORY / "data" / "tiny-llama")
+    ours = budget.model_shape("tiny")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        assert getattr(ours, name) == getattr(tiny, name)
+    with pytest.raises(ValueError, match="unknown model 'Llama 3'"):
+        budget.model_shape("Llama 3")
