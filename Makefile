@@ -50,7 +50,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -W ignore tests/bench.py
 
 tiny-llama: $(INSTALLED)
-	$(BIN)/python -m llama_long_utils.tiny_llama
+	$(BIN)/python data/tiny-llama/recipe.py
 
 lock: $(INSTALLED)
 	$(BIN)/python tests/lock.py

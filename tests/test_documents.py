@@ -3,11 +3,11 @@ import subprocess
 
 import numpy as np
 import pytest
+from recipe import FOLDER
 
 from llama_long_utils import documents
 from llama_long_utils.documents import CORPORA, Document, load_documents, split_documents, tokenize_documents
 from llama_long_utils.models import load_tokenizer
-from llama_long_utils.tiny_llama import FOLDER
 
 
 def some(count, characters=100):

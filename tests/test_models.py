@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from recipe import train_tokenizer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -11,7 +12,6 @@ from conftest import LORA, RAISED, new_llama
 from llama_long_utils import models
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.presets import load_preset
-from llama_long_utils.tiny_llama import train_tokenizer
 from llama_long_utils.training import check_lora_gradients
 
 IDS = torch.arange(64)[None] % 100

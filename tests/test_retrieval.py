@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from recipe import FOLDER
 
 from conftest import new_llama
 from llama_long_utils.documents import Document, TokenizedDocument, tokenize_documents
 from llama_long_utils.models import load_tokenizer
 from llama_long_utils.presets import load_preset
 from llama_long_utils.retrieval import answers, first_sentence_items, rouge_l
-from llama_long_utils.tiny_llama import FOLDER
 
 SETTINGS = dataclasses.replace(load_preset("tiny").retrieval, answer_tokens=24, documents=3)
 

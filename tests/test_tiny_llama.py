@@ -3,16 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from conftest import new_llama
-from llama_long_utils import documents, models
-from llama_long_utils.loss import hidden_states, next_token_nll
-from llama_long_utils.packing import training_sequences
-from llama_long_utils.perplexity import token_nll
-from llama_long_utils.presets import load_preset
-from llama_long_utils.tiny_llama import (
+from recipe import (
     FOLDER,
     PRETRAINING,
     QUOTING,
@@ -25,6 +16,15 @@ from llama_long_utils.tiny_llama import (
     repeat_passages,
     with_repeat,
 )
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import new_llama
+from llama_long_utils import documents, models
+from llama_long_utils.loss import hidden_states, next_token_nll
+from llama_long_utils.packing import training_sequences
+from llama_long_utils.perplexity import token_nll
+from llama_long_utils.presets import load_preset
 
 CARD = json.loads((FOLDER / "training.json").read_text())
 
