@@ -69,7 +69,7 @@ def step_flops(config: LlamaConfig, lora: Lora, length: int, techniques: Techniq
 def attention_crossover(config: LlamaConfig) -> int:
     """The length in tokens from which causal attention costs more than all linear layers of a decoder layer.
 
-    The paper counts the whole square, and an MLP of 4h: its 6h (section 4.4) is our 12h.
+    The paper counts the whole square, and an MLP of 4h: its 6h is our 12h.
     """
     shapes = linear_shapes(config)
     return sum(inputs * outputs for inputs, outputs in shapes.values()) // shapes["o_proj"][0]
