@@ -131,10 +131,11 @@ def plan(
         found = [choice for choice in fitting if choice]
         if found:
             return min(found, key=lambda choice: choice.flops)
-    longest = longest_context(config, lora, dtype, gib, leanest(config, least))
+    most = longest_context(config, lora, dtype, gib, leanest(config, least))
+    advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
     raise ValueError(
-        f"a step of {length:,} tokens does not fit in {gib:g} GiB with any plan: the longest context that would is "
-        f"{longest:,}; choose a shorter training.window, or set memory_gib if the device has more"
+        f"a step of {length:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
+        f"choose a shorter training.window, or set memory_gib if the device has more"
     )
 
 
@@ -177,9 +178,12 @@ def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int |
 
 def longest_context(config: LlamaConfig, lora: Lora, dtype: str, gib: float, techniques: Techniques) -> int:
     """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib`; 0 if none."""
-    lengths = (16_384, 32_768)
-    peaks = [predict(config, lora, StepShape(length, dtype, techniques)).device_gib for length in lengths]
-    return longest(lengths, peaks, gib)
+    for lengths in ((16_384, 32_768), (1024, 2048)):  # below a few thousand tokens the line is another one
+        peaks = [predict(config, lora, StepShape(length, dtype, techniques)).device_gib for length in lengths]
+        found = longest(lengths, peaks, gib)
+        if found >= lengths[0]:
+            return found
+    return 0
 
 
 def longest(lengths: Sequence[int], peaks_gib: Sequence[float], gib: float) -> int:
