@@ -1,16 +1,17 @@
-"""What a training step costs before it is run: floating-point operations, seconds, and the plan that fits.
+"""What a training step costs before it is run: floating-point operations, memory, and the plan that fits.
 
 A step of LoRA on frozen weights has no weight gradients but the adapters': its backward pass costs as much as
 its forward pass, not twice as much. Attention is counted causal (half of the square), as the kernels compute it.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
 from llama_long_utils import models
-from llama_long_utils.memory import COMPONENTS, HOST, StepShape, ledger
+from llama_long_utils.memory import COMPONENTS, HOST, MOVED, StepShape, ledger
 from llama_long_utils.presets import Lora, Preset
 from llama_long_utils.records import read_published
 from llama_long_utils.training import Techniques, TrainingSettings
@@ -66,6 +67,28 @@ def step_flops(config: LlamaConfig, lora: Lora, length: int, techniques: Techniq
     }
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does per second: operations in large matrix products and in attention, bytes read and written."""
+
+    products: float
+    attention: float
+    bandwidth: float
+
+
+def step_seconds(config: LlamaConfig, lora: Lora, shape: StepShape, rates: Rates) -> dict[str, float]:
+    """Predicted seconds of a training step, by what they go to: a roofline, operation by operation.
+
+    The adapters' products are too thin to compute much: their time is in "memory", with that of all other operations.
+    """
+    flops = step_flops(config, lora, shape.length, shape.techniques)
+    return {
+        "products": shape.sequences * (flops["linear"] + flops["head"]) / rates.products,
+        "attention": shape.sequences * flops["attention"] / rates.attention,
+        "memory": ledger(config, lora, shape)[MOVED] / rates.bandwidth,
+    }
+
+
 def attention_crossover(config: LlamaConfig) -> int:
     """The length in tokens from which causal attention costs more than all linear layers of a decoder layer.
 
@@ -77,25 +100,16 @@ def attention_crossover(config: LlamaConfig) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Techniques, the predicted peak on the device and on the host in GiB, and a step's floating-point operations."""
+    """Techniques, the predicted peak on the device and on the host in GiB, and a step's operations."""
 
     techniques: Techniques
     device_gib: float
     host_gib: float
     flops: int
 
-    def text(self) -> str:
-        """The techniques in words."""
-        used = self.techniques
-        parts = [f"{used.recomputed_layers} layers recomputed" if used.recomputed_layers else "nothing recomputed"]
-        parts += [f"tiles of {used.tile:,} tokens"] * bool(used.tile)
-        parts += ["checkpoints on the host"] * used.offload_checkpoints
-        parts += [used.optimizer] * ("8bit" in used.optimizer)
-        return ", ".join(parts)
-
     def __str__(self) -> str:
         memory = f"predicted {self.device_gib:.2f} GiB" + f" and {self.host_gib:.2f} on the host" * (self.host_gib > 0)
-        return f"{self.text()}: {memory}, {self.flops:.3g} FLOP per step and sequence"
+        return f"{self.techniques}: {memory}, {self.flops:.3g} FLOP for a forward and backward pass"
 
 
 def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
@@ -123,15 +137,15 @@ def plan(
     Raises:
         ValueError: nothing fits; it names the longest context that does.
     """
-    tiled = replace(least, tile=least.tile or _tile(length))
-    rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, tiled)]]
+    tiled = replace(least, tile=least.tile or tile_for(length))
+    rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, length, least)]]
     for rung in rungs:
         shapes = [StepShape(length, dtype, way, sequences) for way in rung]
         fitting = [_fewest_recomputed(config, lora, shape, gib * USABLE) for shape in shapes]
         found = [choice for choice in fitting if choice]
         if found:
             return min(found, key=lambda choice: choice.flops)
-    most = longest_context(config, lora, dtype, gib, leanest(config, least))
+    most = longest_context(config, lora, dtype, gib, least, sequences=sequences)
     advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
     raise ValueError(
         f"a step of {length:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
@@ -139,12 +153,12 @@ def plan(
     )
 
 
-def leanest(config: LlamaConfig, least: Techniques) -> Techniques:
-    """Every technique at once; tiles as `least` has them, or of 2,048 tokens."""
-    return Techniques(config.num_hidden_layers, least.tile or 2048, True, "paged_adamw_8bit")
+def leanest(config: LlamaConfig, length: int, least: Techniques) -> Techniques:
+    """Every technique at once; tiles as `least` has them, if it has any."""
+    return Techniques(config.num_hidden_layers, least.tile or tile_for(length), True, "paged_adamw_8bit")
 
 
-def _tile(length: int) -> int:
+def tile_for(length: int) -> int:
     """A sixteenth of the sequence: by then the activations of a tile are small beside one hidden state."""
     return max(256, length // 16)
 
@@ -176,14 +190,29 @@ def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int |
     return Plan(shape.techniques, device, found[HOST] / GIB, shape.sequences * sum(flops.values()))
 
 
-def longest_context(config: LlamaConfig, lora: Lora, dtype: str, gib: float, techniques: Techniques) -> int:
-    """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib`; 0 if none."""
+def longest_context(
+    config: LlamaConfig, lora: Lora, dtype: str, gib: float, least: Techniques, *, sequences: int = 1
+) -> int:
+    """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib` by the leanest plan.
+
+    Returns:
+        0 if not even 1,024 tokens fit.
+    """
+
+    def peak(length: int) -> float:
+        return predict(config, lora, StepShape(length, dtype, leanest(config, length, least), sequences)).device_gib
+
     for lengths in ((16_384, 32_768), (1024, 2048)):  # below a few thousand tokens the line is another one
-        peaks = [predict(config, lora, StepShape(length, dtype, techniques)).device_gib for length in lengths]
-        found = longest(lengths, peaks, gib)
+        found = longest(lengths, [peak(length) for length in lengths], gib)
         if found >= lengths[0]:
-            return found
-    return 0
+            break
+    if not found or peak(found) <= gib * USABLE:
+        return found
+    # The line runs too low where tiles begin to grow: halve what is left.
+    return (
+        1024 * bisect.bisect_right(range(found // 1024), gib * USABLE, lo=1, key=lambda steps: peak(1024 * steps))
+        - 1024
+    )
 
 
 def longest(lengths: Sequence[int], peaks_gib: Sequence[float], gib: float) -> int:

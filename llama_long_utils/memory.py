@@ -24,6 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,6 +39,8 @@ from llama_long_utils.training import OffloadedCheckpoints, Techniques, apply_te
 # backward pass makes: recomputed activations and their gradients.
 COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "saved", "loss", "backward")
 HOST = "host"  # what offloading keeps in host memory
+MOVED = "moved"  # what operations read and write that compute little: their time is that of the memory
+INTENSITY = 20  # operations per byte, above which a matrix product counts as computing
 # Whole sequences need no mask. transformers sees that in the data, and fake tensors have none.
 UNMASKED = "sdpa_unmasked"
 AttentionInterface.register(UNMASKED, sdpa_attention_forward)
@@ -65,22 +68,33 @@ class StorageTracker(TorchDispatchMode):
         self.component = "weights"
         self.now: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
-        self.highest = self.host = 0
+        self.highest = self.host = self.moved = 0
         self._live: dict[int, tuple[int, str]] = {}
 
     def enter(self, component: str) -> None:
         """What is allocated from now on belongs to this component; a new step starts with "saved"."""
         self.component = component
         if component == "saved":
-            self.highest = 0
+            self.highest = self.moved = 0
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        output = operator(*arguments, **(options or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor)
+        options = options or {}
+        output = operator(*arguments, **options)
+        made, read = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+            for tree in (output, (arguments, options))
+        )
+        for tensor in made:
+            self.add(tensor)
+        known = {tensor.untyped_storage()._cdata for tensor in read}
+        is_new = any(tensor.untyped_storage()._cdata not in known for tensor in made)
+        if (is_new or operator._schema.is_mutable) and "scaled_dot_product" not in operator.name():
+            moved = sum(tensor.nbytes for tensor in read + made)
+            count = flop_registry.get(operator.overloadpacket)
+            if not count or count(*arguments, **options, out_val=output) < INTENSITY * moved:
+                self.moved += moved
         return output
 
     def add(self, tensor: torch.Tensor, component: str | None = None) -> None:
@@ -118,7 +132,8 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
         config: of the model; its linear layers are taken as NF4 with double quantisation, but for the head.
 
     Returns:
-        Bytes by name: those of COMPONENTS, whose sum is the peak, and the most that offloading keeps on the "host".
+        Bytes by name: those of COMPONENTS, whose sum is the peak; the most that offloading keeps on the "host"; and
+        what the step's operations read and write, but for attention and large matrix products, as "moved".
     """
     recomputed = min(shape.techniques.recomputed_layers, config.num_hidden_layers)
     wanted = [recomputed, config.num_hidden_layers - recomputed]
@@ -132,6 +147,11 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
             less = counted(*(count - (index == kind) for index, count in enumerate(run)))
             total = {name: total[name] + left_out * (most[name] - less[name]) for name in total}
     return total
+
+
+def above_weights(counts: dict[str, int]) -> int:
+    """Bytes of a ledger's peak that are not there before the step: all but weights and adapters."""
+    return sum(counts[name] for name in COMPONENTS) - counts["weights"] - counts["adapters"]
 
 
 @cache
@@ -153,7 +173,7 @@ def _run(config_json: str, lora_json: str, shape: StepShape, recomputed: int, pl
                 model, shape, [WARM_UP, shape.length], entering=tracker.enter, offloading=offloading
             ):
                 pass
-    return {**{name: tracker.peak.get(name, 0) for name in COMPONENTS}, HOST: tracker.host}
+    return {**{name: tracker.peak.get(name, 0) for name in COMPONENTS}, HOST: tracker.host, MOVED: tracker.moved}
 
 
 def training_steps(

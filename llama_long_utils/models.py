@@ -388,7 +388,7 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Pat
     return folder
 
 
-def library_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of the libraries that a result can depend on."""
     return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
 

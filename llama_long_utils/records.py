@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.models import library_versions
+from llama_long_utils.models import package_versions
 
 SCHEMA = 1
 RESULTS = REPOSITORY / "data" / "results"
@@ -58,7 +58,7 @@ def write_record(
             "commit": _commit(),
             "date": datetime.date.today().isoformat(),
             "device": device_name(),
-            "versions": {"python": platform.python_version(), **library_versions()},
+            "versions": {"python": platform.python_version(), **package_versions()},
             "seeds": seeds,
             "seconds": round(seconds, 1),
             **(provenance or {}),

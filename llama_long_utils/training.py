@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
@@ -38,7 +39,7 @@ from llama_long_utils.packing import (
 )
 
 STRICT = ConfigDict(extra="forbid", strict=True)
-GAPS_GIB = 0.5
+GAPS_GIB = 0.5  # free memory that may stay resident: less costs page faults
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -55,6 +56,13 @@ class Techniques:
     tile: NonNegativeInt
     offload_checkpoints: bool
     optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+
+    def __str__(self) -> str:
+        parts = [f"{self.recomputed_layers} layers recomputed" if self.recomputed_layers else "nothing recomputed"]
+        parts += [f"tiles of {self.tile:,} tokens"] * bool(self.tile)
+        parts += ["checkpoints on the host"] * self.offload_checkpoints
+        parts += [self.optimizer] * ("8bit" in self.optimizer)
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -298,7 +306,7 @@ def train(
     keep_freed_memory()
     set_seed(settings.seed)
     apply_techniques(model, settings.techniques)
-    give_back_gaps(model)
+    hooks = give_back_gaps(model)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -328,6 +336,8 @@ def train(
     trainer.report_every, trainer.offload_checkpoints = report_every, settings.techniques.offload_checkpoints
     trainer.step_started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    for hook in hooks:
+        hook.remove()
     columns = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_gib")
     return [{name: row[name] for name in columns} for row in trainer.state.log_history if "loss" in row]
 
@@ -396,14 +406,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def give_back_gaps(model: PreTrainedModel | PeftModel, limit_gib: float = GAPS_GIB) -> None:
+def give_back_gaps(model: PreTrainedModel | PeftModel, limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
     """After each decoder layer, give free memory back to the kernel if more than `limit_gib` of it is resident.
 
     glibc aligns torch's blocks and rarely finds the old place again for a new one: without this, gaps of several times
     what a step needs stay resident. Each return costs page faults, a lower limit more of them.
+
+    Returns:
+        The hooks that do it, to be removed when training is over; none with another C library or on a GPU.
     """
     if not _glibc():
-        return
+        return []
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = _MallocInfo
     page = os.sysconf("SC_PAGE_SIZE")
@@ -426,8 +439,7 @@ def give_back_gaps(model: PreTrainedModel | PeftModel, limit_gib: float = GAPS_G
         if hidden.requires_grad:
             hidden.register_hook(check)  # before the layer's backward pass
 
-    for layer in causal_lm(model).model.layers:
-        layer.register_forward_hook(after)
+    return [layer.register_forward_hook(after) for layer in causal_lm(model).model.layers]
 
 
 class _MallocInfo(ctypes.Structure):

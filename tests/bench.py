@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,14 +20,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from llama_long_utils import budget, models, records
 from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.memory import COMPONENTS, StepShape, ledger, random_llama, training_steps
+from llama_long_utils.memory import COMPONENTS, HOST, StepShape, above_weights, ledger, random_llama, training_steps
 from llama_long_utils.packing import TrainingSequence
 from llama_long_utils.presets import Lora, load_preset
 from llama_long_utils.rope import Scaling
-from llama_long_utils.training import GAPS_GIB, Techniques, train
+from llama_long_utils.training import GAPS_GIB, Techniques, keep_freed_memory, train
 
 FOLDER = REPOSITORY / "runs" / "bench"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -125,8 +136,6 @@ def measured_peak(model: str, length: int, dtype: str, techniques: dict[str, Any
 
 def bench_base() -> Path:
     """A folder with random weights of SHAPE in bf16: what all contenders load."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
     folder = FOLDER / "base"
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(0)
@@ -143,19 +152,17 @@ def contender(name: str, length: int, dtype: str, steps: int, techniques: dict[s
     rope = Scaling("none", config.rope_parameters["rope_theta"], config.head_dim, window, window)
     model = models.load_base(folder, rope, dtype=dtype)
     ids = np.random.default_rng(0).integers(2, config.vocab_size, (steps, length)).astype(np.int32)
-    import tempfile
-
     with tempfile.TemporaryDirectory() as scratch:
         before = own_memory(RESIDENT)
         forget_highest()
         if name == "ours":
-            log = run_ours(model, ids, Techniques(**techniques), dtype, Path(scratch))
+            log = run_ours(model, ids, Techniques(**techniques), Path(scratch))
         else:
             log = {"Trainer + PEFT": run_trainer, "TRL SFTTrainer": run_trl}[name](model, ids, dtype, scratch)
         return {**log, "peak_gib_above_weights": own_memory(HIGHEST) - before}
 
 
-def run_ours(model: Any, ids: np.ndarray, techniques: Techniques, dtype: str, folder: Path) -> dict:
+def run_ours(model: Any, ids: np.ndarray, techniques: Techniques, folder: Path) -> dict:
     settings = replace(
         load_preset("tiny").training,
         **{"window": ids.shape[1], "reach": ids.shape[1], "pack": False, "steps": len(ids), "learning_rate": 1e-4},
@@ -189,15 +196,11 @@ def common_arguments(dtype: str, steps: int, folder: str) -> dict[str, Any]:
 
 def run_trainer(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
     """As PEFT's guide to quantisation and transformers' guide to its `Trainer` show it."""
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import Trainer, TrainingArguments, default_data_collator
-
     model = prepare_model_for_kbit_training(model)
     settings = LoraConfig(task_type="CAUSAL_LM", r=LORA.rank, lora_alpha=LORA.alpha, target_modules=MODULES)
     model = get_peft_model(model, settings)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-    timer = step_timer()
+    timer = StepTimer()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**common_arguments(dtype, len(ids), folder)),
@@ -211,12 +214,9 @@ def run_trainer(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
 
 def run_trl(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
     """TRL's trainer with its defaults: chunked loss and gradient checkpointing."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # needed here only, and not installed for the tests
 
-    timer = step_timer()
+    timer = StepTimer()
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**common_arguments(dtype, len(ids), folder), max_length=ids.shape[1], packing=False),
@@ -233,25 +233,38 @@ def run_trl(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
     return {"seconds": timer.seconds, "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
 
 
-def step_timer() -> Any:
-    from transformers import TrainerCallback
+class StepTimer(TrainerCallback):
+    """Seconds of each optimizer step."""
 
-    class StepTimer(TrainerCallback):
-        seconds: list[float] = []  # noqa: RUF012
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
 
-        def on_step_begin(self, *_arguments: Any, **_options: Any) -> None:
-            self.started = time.perf_counter()
+    def on_step_begin(self, *_arguments: Any, **_options: Any) -> None:
+        self.started = time.perf_counter()
 
-        def on_step_end(self, *_arguments: Any, **_options: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.started)
+    def on_step_end(self, *_arguments: Any, **_options: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
 
-    return StepTimer()
+
+def profiled(length: int, dtype: str, techniques: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step by operator, and between operators, where Python is."""
+    llama = random_llama(budget.model_shape(SHAPE), LORA, dtype)
+    keep_freed_memory()
+    steps = training_steps(llama, StepShape(length, dtype, Techniques(**techniques)), [length] * 2)
+    next(steps)
+    started = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        next(steps)
+        whole = time.perf_counter() - started
+    seconds = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+    largest = dict(sorted(seconds.items(), key=lambda item: -item[1])[:12])
+    return {**largest, "other operators": sum(seconds.values()) - sum(largest.values()), "whole step": whole}
 
 
 def worker(task: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    kind = task.pop("kind")
-    print("RESULT " + json.dumps({"peak": measured_peak, "contender": contender}[kind](**task)), flush=True)
+    kinds = {"peak": measured_peak, "contender": contender, "profile": profiled}
+    print("RESULT " + json.dumps(kinds[task.pop("kind")](**task)), flush=True)
 
 
 # --- the parts of the benchmark ---------------------------------------------------------------------------------------
@@ -284,29 +297,21 @@ def ledger_check(dtype: str) -> list[dict[str, Any]]:
         found = ledger(config, LORA, StepShape(length, dtype, techniques))
         task = {"model": model, "length": length, "dtype": dtype, "techniques": asdict(techniques), "layers": layers}
         result = measured(kind="peak", **task)
-        above = sum(found[name] for name in COMPONENTS) - found["weights"] - found["adapters"]
         rows.append(
             {
                 "model": model,
                 "layers": config.num_hidden_layers,
                 "context": length,
-                "plan": name_plan(techniques),
-                "predicted_gib": above / budget.GIB,
+                "plan": in_words(techniques, config.num_hidden_layers),
+                "predicted_gib": above_weights(found) / budget.GIB,
                 "measured_gib": result["peak_gib_above_weights"],
             }
         )
     return rows
 
 
-def name_plan(techniques: Techniques) -> str:
-    parts = []
-    if techniques.recomputed_layers:
-        some = "all" if techniques.recomputed_layers >= ALL else techniques.recomputed_layers
-        parts.append(f"{some} layers recomputed")
-    parts += [f"tiles of {techniques.tile}"] * bool(techniques.tile)
-    parts += ["checkpoints on the host"] * techniques.offload_checkpoints
-    parts += [techniques.optimizer] * ("8bit" in techniques.optimizer)
-    return ", ".join(parts) or "plain"
+def in_words(techniques: Techniques, layers: int) -> str:
+    return str(replace(techniques, recomputed_layers=min(techniques.recomputed_layers, layers)))
 
 
 def planned(length: int, dtype: str, bar: float) -> list[tuple[str, dict[str, Any]]]:
@@ -340,7 +345,7 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
             rows.append(
                 {
                     "contender": name,
-                    "plan": name_plan(ways) if techniques else "its own",
+                    "plan": in_words(ways, config.num_hidden_layers) if techniques else "its own",
                     "context": length,
                     "round": number,
                     "tokens_per_second": length / seconds,
@@ -350,6 +355,28 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
                 }
             )
     return rows
+
+
+def step_times(machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Predicted and measured seconds of our step, all layers recomputed, as the context grows."""
+    rates = budget.Rates(machine["matmul"], machine["attention"], machine["bandwidth"])
+    config, dtype = budget.model_shape(SHAPE), machine["dtype"]
+    ways = replace(PLAIN, recomputed_layers=ALL, tile=512)
+    rows = []
+    for length, steps in ((1024, 3), (2048, 3), (4096, 2), (8192, 2), (16_384, 1)):
+        task = {"length": length, "dtype": dtype, "steps": steps}
+        result = measured(kind="contender", round=0, name="ours", techniques=asdict(ways), **task)
+        predicted = budget.step_seconds(config, LORA, StepShape(length, dtype, ways), rates)
+        rows.append({"context": length, **predicted, "measured": min(result["seconds"])})
+    return rows
+
+
+def profile(dtype: str) -> list[dict[str, Any]]:
+    """Shares of the operators in a step of 2,048 tokens with all layers recomputed."""
+    ways = asdict(replace(PLAIN, recomputed_layers=ALL))
+    seconds = measured(kind="profile", length=2048, dtype=dtype, techniques=ways)
+    del seconds["task"]
+    return [{"operator": name, "seconds": value} for name, value in seconds.items()]
 
 
 CHECKED = [
@@ -394,15 +421,17 @@ def predicted_peaks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         for plan in ("plain", "checkpointing", "lean"):
             totals = []
             for context in CONTEXTS:
-                tile = max(256, context // 16)
                 ways = {
                     "plain": PLAIN,
                     "checkpointing": replace(PLAIN, recomputed_layers=ALL),
-                    "lean": Techniques(ALL, tile, True, "adamw_8bit"),
+                    "lean": budget.leanest(config, context, PLAIN),
                 }[plan]
                 found = ledger(config, WITH_NORMS, StepShape(context, dtype, ways))
                 about = {"model": model, "context": context, "plan": plan}
-                rows += [{**about, "component": name, "predicted_gib": found[name] / budget.GIB} for name in found]
+                rows += [
+                    {**about, "component": name, "predicted_gib": found[name] / budget.GIB}
+                    for name in (*COMPONENTS, HOST)
+                ]
                 totals.append(sum(found[name] for name in COMPONENTS) / budget.GIB)
                 print(model, plan, context, f"{totals[-1]:.2f} GiB", flush=True)
             for gib in DEVICES:
@@ -419,7 +448,9 @@ def plans() -> list[dict[str, Any]]:
             about = {"model": "Llama 2 7B", "device_gib": gib, "context": context}
             try:
                 plan = budget.plan(budget.model_shape("Llama 2 7B"), WITH_NORMS, context, "bfloat16", gib, PLAIN)
-                rows.append({**about, "plan": plan.text(), "predicted_gib": plan.device_gib, "host_gib": plan.host_gib})
+                rows.append(
+                    {**about, "plan": str(plan.techniques), "predicted_gib": plan.device_gib, "host_gib": plan.host_gib}
+                )
             except ValueError:
                 rows.append({**about, "plan": "does not fit", "predicted_gib": None, "host_gib": None})
             print(rows[-1], flush=True)
@@ -432,27 +463,23 @@ def seven_billion(dtype: str) -> list[dict[str, Any]]:
     ways = replace(PLAIN, recomputed_layers=config.num_hidden_layers)
     task = {"model": "Llama 2 7B", "length": 256, "dtype": dtype, "techniques": asdict(ways), "layers": None}
     result = measured(kind="peak", **task)
+    # A process that builds the tiny model holds little more than the libraries.
+    libraries = measured(kind="peak", **{**task, "model": TINY, "length": 8192, "techniques": asdict(PLAIN)})
     found = ledger(config, LORA, StepShape(256, dtype, ways))
-    weights = found["weights"] + found["adapters"]
-    above = sum(found[name] for name in COMPONENTS) - weights
-    largest = config.vocab_size * config.hidden_size * 4  # the embeddings, while they are made
-    return [
-        {
-            "quantity": "peak while building, GiB",
-            "predicted": (weights + largest) / budget.GIB,
-            "measured": result["build_peak_gib"],
-        },
-        {
-            "quantity": "peak of a step above the weights, GiB",
-            "predicted": above / budget.GIB,
-            "measured": result["peak_gib_above_weights"],
-        },
-        {"quantity": "seconds to build", "predicted": None, "measured": result["build_seconds"]},
-        {"quantity": "seconds of a step of 256 tokens", "predicted": None, "measured": result["seconds"][-1]},
-    ]
+    weights = (found["weights"] + found["adapters"]) / budget.GIB
+    rows = {
+        "peak while building, GiB": (weights, result["build_peak_gib"] - libraries["build_peak_gib"]),
+        "peak of a step above the weights, GiB": (
+            above_weights(found) / budget.GIB,
+            result["peak_gib_above_weights"],
+        ),
+        "seconds to build": (None, result["build_seconds"]),
+        "seconds of a step of 256 tokens": (None, result["seconds"][-1]),
+    }
+    return [{"quantity": name, "predicted": one, "measured": other} for name, (one, other) in rows.items()]
 
 
-ROUNDS = ((2048, 2, 2), (8192, 1, 1))  # context, rounds, steps
+ROUNDS = ((2048, 3, 2), (4096, 2, 2), (8192, 2, 1))  # context, rounds, steps
 
 
 def main() -> None:
@@ -473,6 +500,8 @@ def main() -> None:
         "longest_context": longest,
         "plans": kept("plans", plans),
         "bench": bench,
+        "step_times": step_times(machine),
+        "profile": profile(dtype),
         "seven_billion": built,
         "machine": [{"quantity": name, "value": str(value)} for name, value in machine.items()],
     }

@@ -1,4 +1,3 @@
-import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -26,6 +25,7 @@ SMALL = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=8192,
 )
+SHALLOW = LlamaConfig(**{**SMALL.to_dict(), "num_hidden_layers": 2})  # the planner asks for many ledgers
 
 
 def eager_llama() -> LlamaForCausalLM:
@@ -79,14 +79,14 @@ def test_attention_takes_over_at_twelve_hidden_sizes_of_the_papers_model():
 
 
 def test_the_planner_recomputes_nothing_if_it_need_not():
-    assert plan(SMALL, LORA, 4096, "float32", 40.0, NOTHING).techniques == NOTHING
+    assert plan(SHALLOW, LORA, 4096, "float32", 40.0, NOTHING).techniques == NOTHING
 
 
 def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
-    shape = StepShape(8192, "float32", NOTHING)
-    most, least = (predict(SMALL, LORA, shape, recomputed).device_gib for recomputed in (0, 4))
+    shape = StepShape(4096, "float32", NOTHING)
+    most, least = (predict(SHALLOW, LORA, shape, recomputed).device_gib for recomputed in (0, 2))
     rooms = [most * 1.01, (most + least) / 2, least * 1.01, least * 0.8]
-    plans = [plan(SMALL, LORA, 8192, "float32", room / budget.USABLE, NOTHING) for room in rooms]
+    plans = [plan(SHALLOW, LORA, 4096, "float32", room / budget.USABLE, NOTHING) for room in rooms]
     for room, chosen in zip(rooms, plans, strict=True):
         assert chosen.device_gib <= room
     assert plans[0].techniques == NOTHING
@@ -96,27 +96,39 @@ def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
 
 
 def test_what_does_not_fit_is_refused_with_the_longest_context_that_would():
-    with pytest.raises(
-        ValueError, match=r"131,072 tokens does not fit in 0\.2 GiB.*longest context that would is "
-    ) as error:
-        plan(SMALL, LORA, 131_072, "float32", 0.2, NOTHING)
+    gib, sequences = 0.05, 2
+    with pytest.raises(ValueError, match=r"32,768 tokens does not fit in .*longest context that would is ") as error:
+        plan(SHALLOW, LORA, 32_768, "float32", gib, NOTHING, sequences=sequences)
     longest = int(str(error.value).split("would is ")[1].split(";")[0].replace(",", ""))
-    assert 1024 <= longest < 131_072
-    fits = plan(SMALL, LORA, longest, "float32", 0.2, NOTHING)
-    assert fits.device_gib <= 0.2 * budget.USABLE
+    assert 1024 <= longest < 32_768
+    fits = plan(SHALLOW, LORA, longest, "float32", gib, NOTHING, sequences=sequences)
+    assert fits.device_gib <= gib * budget.USABLE
+
+
+def test_a_model_that_does_not_fit_at_all_is_refused():
+    with pytest.raises(ValueError, match="not even 1,024 tokens would"):
+        plan(SHALLOW, LORA, 4096, "float32", 0.004, NOTHING)
 
 
 def test_techniques_of_the_preset_are_kept():
-    chosen = plan(SMALL, LORA, 4096, "float32", 40.0, replace(NOTHING, recomputed_layers=3, tile=512))
-    assert chosen.techniques.recomputed_layers == 3
+    chosen = plan(SHALLOW, LORA, 4096, "float32", 40.0, replace(NOTHING, recomputed_layers=1, tile=512))
+    assert chosen.techniques.recomputed_layers == 1
     assert chosen.techniques.tile == 512
 
 
 def test_preset_tiny_trains_without_any_technique():
     preset = load_preset("tiny")
     assert budget.plan_training(preset, preset.training).techniques == NOTHING
-    with pytest.raises(ValueError, match="does not fit"):
-        budget.plan_training(dataclasses.replace(preset, memory_gib=0.05), preset.training)
+
+
+def test_seconds_are_those_of_products_attention_and_memory_traffic():
+    shape = StepShape(1024, "float32", NOTHING)
+    found = budget.step_seconds(SMALL, LORA, shape, budget.Rates(1e9, 1e9, 1e9))
+    flops = step_flops(SMALL, LORA, 1024, NOTHING)
+    assert found["products"] == (flops["linear"] + flops["head"]) / 1e9
+    assert found["attention"] == flops["attention"] / 1e9
+    twice = budget.step_seconds(SMALL, LORA, replace(shape, length=2048), budget.Rates(1e9, 1e9, 2e9))
+    assert twice["memory"] == pytest.approx(found["memory"], rel=0.05)
 
 
 def test_shapes_of_models_are_known_by_name():

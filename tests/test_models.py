@@ -24,7 +24,7 @@ def card(base_folder, **changes):
         "rope": RAISED,
         "data": {},
         "training": {},
-        "versions": models.library_versions(),
+        "versions": models.package_versions(),
     }
     return models.AdapterCard(**{**values, **changes})
 

@@ -88,8 +88,12 @@ def test_gaps_are_given_back_before_and_after_each_layer_if_they_are_large(limit
     monkeypatch.setattr(training.ctypes, "CDLL", Libc)
     monkeypatch.setattr(training, "_glibc", lambda: True)
     model = add_lora(new_llama(seed=0), LORA, seed=0)
-    training.give_back_gaps(model, limit)
+    hooks = training.give_back_gaps(model, limit)
     hidden_states(model.train(), IDS).sum().backward()
+    assert len(calls) == returns
+    for hook in hooks:
+        hook.remove()
+    hidden_states(model, IDS).sum().backward()
     assert len(calls) == returns
 
 

@@ -36,7 +36,7 @@ from llama_long_utils.documents import (
     tokenize_documents,
 )
 from llama_long_utils.figures import use_style
-from llama_long_utils.models import library_versions
+from llama_long_utils.models import package_versions
 from llama_long_utils.packing import IGNORED_LABEL, TrainingSequence, training_sequences
 from llama_long_utils.records import device_name, write_atomically
 from llama_long_utils.training import Techniques, TrainingSettings, draw_sequences, run_fingerprint, train
@@ -342,7 +342,7 @@ def run_stage(
             "seconds": round(time.perf_counter() - started),
             "device": device_name(),
             "arithmetic": "fp32",
-            "versions": library_versions(),
+            "versions": package_versions(),
             "loss": [round(row["loss"], 4) for row in rows],
         }
         write_atomically(result, (json.dumps(stage) + "\n").encode())
