@@ -217,14 +217,7 @@ def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> Pa
         The record, 11_longrope_search: the factors, and the lowest NLL after each round.
     """
     started = time.perf_counter()
-    folder, data, evaluation = models.locate_base(preset), preset.data, preset.evaluation
-    tokenizer = models.load_tokenizer(folder)
-    training_documents, _ = read_split(
-        data.sources, data.held_out, tokenizer, minimum_characters=data.minimum_characters, split_seed=data.split_seed
-    )
-    cuts = perplexity.random_stretches(training_documents, evaluation.tokens, at_most=1, seed=seed)
-    chosen = np.random.default_rng(seed).choice(len(cuts), texts, replace=False)
-    model = models.load_base(folder, preset.base_rope, dtype=preset.base.dtype)
+    model, cuts = _base_and_texts(preset, texts, seed)
     rotary = loss.causal_lm(model).model.rotary_emb
     scaling = arm_rope(preset, "yarn")
     plain, pairs = rotary.inv_freq.clone(), len(rotary.inv_freq)
@@ -234,8 +227,7 @@ def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> Pa
             plain.cpu(), factors, scaling.factor, scaling.original_window
         )
         rotary.inv_freq = rotary.inv_freq.to(plain.device)
-        rows = [perplexity.token_nll(model, cuts[index][0], evaluation.tokens) for index in chosen]
-        return float(np.mean(rows))
+        return float(np.mean([perplexity.token_nll(model, cut, cut.tokens) for cut in cuts]))
 
     starts = [(scaling.factor,) * pairs]
     for method in ("ntk", "yarn"):
@@ -251,10 +243,63 @@ def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> Pa
             "factors": pd.DataFrame({"pair": range(pairs), "factor": factors}),
             "search": pd.DataFrame({"round": range(len(costs)), "nll": costs}),
         },
-        seeds={"search": seed, "split": data.split_seed},
+        seeds={"search": seed, "split": preset.data.split_seed},
         seconds=time.perf_counter() - started,
         provenance={"command": f"make longrope PRESET={preset.name}"},
     )
+
+
+def search_rope_base(preset: Preset, bases: Sequence[float], *, texts: int, seed: int) -> Path:
+    """NLL of a preset's base at several RoPE bases, untrained, on its training documents (never on held-out ones).
+
+    Args:
+        bases: RoPE bases to try beside the pretrained one.
+        texts: stretches of the evaluation's length that each of them reads.
+
+    Returns:
+        The record, 11_rope_base_search: mean NLL in each of the evaluation's position buckets.
+    """
+    started = time.perf_counter()
+    model, cuts = _base_and_texts(preset, texts, seed)
+    rotary = loss.causal_lm(model).model.rotary_emb
+    tables = []
+    for base in [preset.base.rope_base, *bases]:
+        rotary.inv_freq = rope.inverse_frequencies(preset.base.head_dim, base).to(rotary.inv_freq.device)
+        nll = [perplexity.token_nll(model, cut, cut.tokens)[None] for cut in cuts]
+        options = {"bootstrap_samples": preset.evaluation.bootstrap_samples, "seed": preset.evaluation.seed}
+        table = perplexity.nll_table("rope_base_only", nll, preset.evaluation.bucket_edges, **options)
+        table.insert(0, "rope_base", base)
+        tables.append(table)
+        print(f"base {base:,.0f}:", table.set_index("position_low").nll.round(3).to_dict(), flush=True)
+    return records.write_record(
+        records.RESULTS / preset.name,
+        "11_rope_base_search",
+        preset=preset.name,
+        question="Which RoPE base costs an untrained model least, near and far?",
+        tables={"search": pd.concat(tables)},
+        seeds={"texts": seed, "split": preset.data.split_seed},
+        seconds=time.perf_counter() - started,
+        provenance={
+            "command": f"python -m llama_long_utils.run --preset {preset.name} --rope-bases "
+            + " ".join(f"{base:g}" for base in bases)
+        },
+    )
+
+
+def _base_and_texts(preset: Preset, texts: int, seed: int) -> tuple[PreTrainedModel, list[TokenizedDocument]]:
+    """The base as pretrained, and stretches of training documents of the evaluation's length, one of each."""
+    folder, data = models.locate_base(preset), preset.data
+    documents, _ = read_split(
+        data.sources,
+        data.held_out,
+        models.load_tokenizer(folder),
+        minimum_characters=data.minimum_characters,
+        split_seed=data.split_seed,
+    )
+    cuts = perplexity.random_stretches(documents, preset.evaluation.tokens, at_most=1, seed=seed)
+    chosen = np.random.default_rng(seed).choice(len(cuts), texts, replace=False)
+    model = models.load_base(folder, preset.base_rope, dtype=preset.base.dtype)
+    return model, [cuts[index][0] for index in chosen]
 
 
 def arm_record(preset: Preset, arm: Arm, base_sha256: str) -> Path:

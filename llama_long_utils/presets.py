@@ -149,6 +149,12 @@ class Preset:
         )
 
     @property
+    def control_rope(self) -> Scaling:
+        """RoPE unscaled over the new window: what the same training does without the extension."""
+        base = self.base
+        return Scaling("none", base.rope_base, base.head_dim, base.window, self.extension.window)
+
+    @property
     def run_folder(self) -> Path:
         """Where runs of this preset write; nothing else is written by a notebook."""
         return REPOSITORY / "runs" / self.name

@@ -215,6 +215,15 @@ def test_search_for_longrope_reads_training_documents_and_writes_a_record(preset
     assert len(records.read_table(path, "search")) == 3
 
 
+def test_search_for_a_rope_base_measures_the_pretrained_one_beside_it(preset, monkeypatch, tmp_path):
+    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, bucket_edges=[1, 512, 1024])
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    path = ablations.search_rope_base(dataclasses.replace(preset, evaluation=evaluation), [5e5], texts=2, seed=0)
+    nll = records.read_table(path, "search").set_index(["rope_base", "position_low"]).nll
+    assert nll[10_000.0, 1] < nll[500_000.0, 1]
+    assert nll[500_000.0, 512] < nll[10_000.0, 512]
+
+
 def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_path):
     arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
     monkeypatch.setattr(ablations, "race_arms", lambda _preset: arms)

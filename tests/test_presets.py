@@ -3,6 +3,7 @@ import pytest
 from llama_long_utils import presets
 from llama_long_utils.documents import REPOSITORY
 from llama_long_utils.presets import load_preset, preset_from_parameters, preset_names
+from llama_long_utils.rope import wavelengths
 
 
 @pytest.fixture
@@ -36,6 +37,16 @@ def test_tiny_has_the_paper_s_ratios():
     preset = load_preset("tiny")
     assert preset.extension.window / preset.base.window == 8
     assert preset.extension.rope_base / preset.base.rope_base == 50
+
+
+def test_smollm2_is_extended_with_the_base_that_the_wavelengths_ask_for():
+    preset = load_preset("smollm2")
+    pretrained = preset.base_rope.rotation()[0]
+    critical = int((preset.base.window / wavelengths(pretrained) < 1).nonzero()[0])  # turns less than once
+    least = preset.base.rope_base * preset.extended_rope.factor ** (preset.base.head_dim / (2 * critical))
+    assert least < preset.extension.rope_base < 2.7 * least  # the paper: 2.6 times what its window asks for
+    assert preset.control_rope.rotation()[0].equal(pretrained)
+    assert preset.control_rope.window == preset.extension.window
 
 
 def test_unknown_preset_names_the_known_ones():

@@ -18,6 +18,8 @@ COLUMNS = {
             *("contender", "plan", "context", "round", "tokens_per_second", "peak_gib_above_weights"),
             *("fraction_of_matmul_peak", "loss"),
         },
+        "step_times": {"context", "products", "attention", "memory", "measured"},
+        "profile": {"operator", "seconds"},
         "seven_billion": {"quantity", "predicted", "measured"},
         "machine": {"quantity", "value"},
     },
@@ -39,6 +41,9 @@ COLUMNS = {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
         "cost": {"method", "training", "seed", "tokens", "seconds"},
+    },
+    "11_rope_base_search": {
+        "search": {*("rope_base", "arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens")}
     },
     "11_longrope_search": {"factors": {"pair", "factor"}, "search": {"round", "nll"}},
 }

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from conftest import LORA, new_llama
 from llama_long_utils import training
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.memory import StepShape, random_llama, training_steps
 from llama_long_utils.models import add_lora
 from llama_long_utils.training import OffloadedCheckpoints, Techniques, apply_techniques
 
@@ -42,6 +44,43 @@ def test_recomputing_and_tiling_change_neither_loss_nor_gradients(tile, recomput
     assert lean_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         assert (lean_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_checkpoints_that_were_copied_away_and_back_give_the_same_gradients(monkeypatch):
+    """As offloading does on a GPU: here the copies stay on the CPU, and every checkpoint is replaced by its copy."""
+    techniques = replace(PLAIN, recomputed_layers=2, tile=16, offload_checkpoints=True)
+    loss, gradients = step(techniques)
+    copied = []
+
+    def to_host(self, tensor):
+        if self.is_checkpoint(tensor):
+            copied.append(tensor.shape)
+        return tensor.device, tensor.clone()
+
+    monkeypatch.setattr(OffloadedCheckpoints, "to_host", to_host)
+    copied_loss, copied_gradients = step(techniques)
+    assert copied_loss == loss
+    assert len(copied) >= 2
+    assert all(torch.equal(copied_gradients[name], gradient) for name, gradient in gradients.items())
+
+
+def test_optimizer_in_8_bits_moves_weights_almost_as_the_one_in_32():
+    config = LlamaConfig(vocab_size=128, hidden_size=512, intermediate_size=512, num_hidden_layers=1)
+    lora, moved = replace(LORA, rank=16), []  # smaller matrices than 4,096 numbers stay in 32 bits
+    for optimizer in ("adamw_torch_fused", "adamw_8bit"):
+        torch.manual_seed(0)
+        model = random_llama(config, lora, "float32")
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+        shape = StepShape(64, "float32", replace(PLAIN, optimizer=optimizer))
+        for _loss in training_steps(model, shape, [64] * 10):
+            pass
+        moved.append(
+            {name: weight.detach() - before[name] for name, weight in model.named_parameters() if name in before}
+        )
+    large = [name for name, step in moved[0].items() if step.numel() >= 4096]
+    assert len(large) == 14
+    for name in large:
+        assert 0 < (moved[1][name] - moved[0][name]).norm() < 0.2 * moved[0][name].norm(), name
 
 
 def test_tiling_in_bf16_stays_within_the_rounding_of_bf16():
