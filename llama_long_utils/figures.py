@@ -15,13 +15,17 @@ _PALETTE = sns.color_palette("colorblind")
 COLOURS = {
     "base": _PALETTE[3],
     "rope_base_only": _PALETTE[2],
+    "yarn": _PALETTE[5],
     "extended": _PALETTE[0],
+    "rope_unchanged": _PALETTE[1],
     "sliding_window": (0.35, 0.35, 0.35),
 }
 LABELS = {
     "base": "base",
     "rope_base_only": "base, only RoPE base raised",
+    "yarn": "base, YaRN",
     "extended": "extended (LoRA)",
+    "rope_unchanged": "trained, RoPE unchanged",
     "sliding_window": "base, sliding window",
 }
 

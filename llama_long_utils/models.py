@@ -325,11 +325,12 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def find_adapter(preset: Preset, folder: str = "") -> Path:
+def find_adapter(preset: Preset, folder: str = "", rope: Scaling | None = None) -> Path:
     """The adapter folder named; else the newest trained with the preset's numbers and data; else the stored one.
 
     Args:
         folder: absolute, or seen from the repository.
+        rope: RoPE that the adapter named must have been trained with, if not the preset's extended one.
 
     Raises:
         ValueError: there is none, or the one named is not whole or not for this preset.
@@ -337,7 +338,7 @@ def find_adapter(preset: Preset, folder: str = "") -> Path:
     if folder:
         card = read_card(REPOSITORY / folder)
         for name, found, wanted in (
-            ("other RoPE settings", card.rope, preset.extended_rope),
+            ("other RoPE settings", card.rope, rope or preset.extended_rope),
             ("another base", card.base, preset.base.source),
         ):
             if found != wanted:

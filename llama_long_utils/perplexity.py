@@ -31,7 +31,6 @@ def token_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, t
     return next_token_nll(hidden, causal_lm(model).get_output_embeddings(), ids, reduction="none")[0].cpu().numpy()
 
 
-@torch.no_grad()
 def sliding_window_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, window: int) -> np.ndarray:
     """NLL of the same tokens as `token_nll`, read through a window that slides by half its length.
 
@@ -43,17 +42,37 @@ def sliding_window_nll(model: PreTrainedModel | PeftModel, document: TokenizedDo
         ValueError: the length is not a multiple of half a window.
     """
     half = window // 2
-    if document.tokens < window or document.tokens % half:
-        raise ValueError(f"a text of {document.tokens} tokens cannot be read in windows of {window} sliding by {half}")
+    nll = _nll_in_windows(model, document, window, half)
+    return np.concatenate([nll[0, : half - 1], nll[:, half - 1 :].flatten()])
+
+
+def separate_windows_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, window: int) -> np.ndarray:
+    """NLL of tokens read in windows side by side, which know nothing of each other: shape (windows x (window - 1),).
+
+    BOS stands in place of the first token of each window, which is not scored.
+
+    Raises:
+        ValueError: the length is not a multiple of the window.
+    """
+    return _nll_in_windows(model, document, window, window).flatten()
+
+
+@torch.no_grad()
+def _nll_in_windows(
+    model: PreTrainedModel | PeftModel, document: TokenizedDocument, window: int, stride: int
+) -> np.ndarray:
+    if document.tokens < window or document.tokens % stride:
+        raise ValueError(
+            f"a text of {document.tokens} tokens cannot be read in windows of {window} sliding by {stride}"
+        )
     ids = torch.from_numpy(document.token_ids).long().to(model.device)
-    windows = ids.unfold(0, window, half).clone()
+    windows = ids.unfold(0, window, stride).clone()
     windows[:, 0] = ids[0]
-    rows = []
-    for batch in windows.split(16):
-        head = causal_lm(model).get_output_embeddings()
-        rows.append(next_token_nll(hidden_states(model, batch), head, batch, reduction="none").cpu())
-    nll = torch.cat(rows)
-    return torch.cat([nll[0, : half - 1], nll[:, half - 1 :].flatten()]).numpy()
+    head = causal_lm(model).get_output_embeddings()
+    rows = [
+        next_token_nll(hidden_states(model, batch), head, batch, reduction="none").cpu() for batch in windows.split(16)
+    ]
+    return torch.cat(rows).numpy()
 
 
 def random_stretches(
@@ -162,6 +181,59 @@ def paired_difference(
     difference = nats_first - nats_second
     below, above = Bootstrap(len(first), bootstrap_samples, seed).interval(difference, tokens)
     return float(difference.sum() / tokens.sum()), float(below[0]), float(above[0])
+
+
+KEY_GAIN, KEY_LOSS = 2.0, 2.0  # nats; alpha and -beta in LongPPL (arXiv:2410.23771)
+
+
+def perplexity_by_definition(
+    full: Sequence[np.ndarray],
+    sliding: Sequence[np.ndarray],
+    separate: Sequence[np.ndarray],
+    words: Sequence[int],
+    utf8_bytes: Sequence[int],
+    *,
+    last: int,
+    bootstrap_samples: int,
+    seed: int,
+) -> pd.DataFrame:
+    """The perplexity of one model on the same texts by each definition in use, with 95% intervals over documents.
+
+    Args:
+        full: NLL of each document's stretches with full context, from `token_nll`.
+        sliding: the same tokens through a sliding window, from `sliding_window_nll`: the short context of LongPPL,
+            which scores only tokens that the long context makes KEY_GAIN nats cheaper and cheaper than KEY_LOSS.
+        separate: from `separate_windows_nll`.
+        words: white-space words of each document's stretches.
+        utf8_bytes: bytes of each document's stretches.
+        last: how many tokens at the end the definition "last tokens" scores.
+
+    Returns:
+        Columns: definition, perplexity, low, high, units (tokens, words or bytes); perplexity is NaN without units.
+    """
+    key = [(short - long > KEY_GAIN) & (long < KEY_LOSS) for long, short in zip(full, sliding, strict=True)]
+    nats, tokens = _sums(full)
+    ratios = {
+        "whole text": (nats, tokens),
+        "sliding window": _sums(sliding),
+        "separate windows": _sums(separate),
+        "last tokens": _sums([rows[..., -last:] for rows in full]),
+        "key tokens (LongPPL)": _sums([rows[chosen] for rows, chosen in zip(full, key, strict=True)]),
+        "per word": (nats, words),
+        "per byte": (nats, utf8_bytes),
+    }
+    bootstrap = Bootstrap(len(full), bootstrap_samples, seed)
+    rows = []
+    for definition, (costs, units) in ratios.items():
+        units = np.asarray(units)
+        total = int(units.sum())
+        low, high = bootstrap.interval(costs[:, None], units[:, None]) if total else ([np.nan], [np.nan])
+        rows.append((definition, *np.exp([costs.sum() / total if total else np.nan, low[0], high[0]]), total))
+    return pd.DataFrame(rows, columns=["definition", "perplexity", "low", "high", "units"])
+
+
+def _sums(nll: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([rows.sum(dtype=np.float64) for rows in nll]), np.array([rows.size for rows in nll])
 
 
 @dataclass(frozen=True)

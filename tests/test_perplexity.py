@@ -10,7 +10,9 @@ from llama_long_utils.perplexity import (
     fit_power_law,
     nll_table,
     paired_difference,
+    perplexity_by_definition,
     random_stretches,
+    separate_windows_nll,
     sliding_window_nll,
     token_nll,
 )
@@ -134,3 +136,41 @@ def test_sliding_window_scores_the_same_tokens_with_a_bounded_context():
     np.testing.assert_allclose(slid[23:31], alone[7:], atol=0.02)
     with pytest.raises(ValueError, match="a text of 50 tokens cannot be read in windows of 16"):
         sliding_window_nll(model, text(50), 16)
+
+
+def test_separate_windows_are_texts_of_their_own():
+    model, document = new_llama(seed=0), text(64)
+    nll = separate_windows_nll(model, document, 16).reshape(4, 15)
+    for number in range(4):
+        ids = document.token_ids[16 * number : 16 * (number + 1)].copy()
+        ids[0] = document.token_ids[0]
+        alone = token_nll(model, TokenizedDocument("mine", "a", ids), 16)
+        np.testing.assert_allclose(nll[number], alone, atol=1e-4)
+    with pytest.raises(ValueError, match="64 tokens cannot be read in windows of 24"):
+        separate_windows_nll(model, document, 24)
+
+
+def test_definitions_of_perplexity_differ_as_they_should():
+    full = [np.full((1, 8), 3.0), np.full((2, 8), 3.0)]
+    full[0][0, 2] = 1.0  # cheap, and dear without the far context: a key token
+    full[1][0, 5] = 2.5  # not cheap enough
+    sliding = [rows.copy() for rows in full]
+    sliding[0][0, 2] = sliding[1][0, 5] = 5.0
+    separate = [np.full((1, 6), 4.0), np.full((2, 6), 4.0)]
+    table = perplexity_by_definition(full, sliding, separate, [4, 8], [32, 64], last=2, **OPTIONS)
+    table = table.set_index("definition")
+    nats = np.log(table.perplexity)
+    total = 24 * 3.0 - 2.0 - 0.5
+    assert nats["whole text"] == pytest.approx(total / 24)
+    assert nats["per word"] == pytest.approx(total / 12)
+    assert nats["per byte"] == pytest.approx(total / 96)
+    assert nats["last tokens"] == pytest.approx(3.0)
+    assert nats["separate windows"] == pytest.approx(4.0)
+    assert nats["key tokens (LongPPL)"] == pytest.approx(1.0)
+    assert dict(table.units) == {
+        **{"whole text": 24, "sliding window": 24, "separate windows": 18, "last tokens": 6},
+        **{"key tokens (LongPPL)": 1, "per word": 12, "per byte": 96},
+    }
+    assert (table.low <= table.perplexity + 1e-9).all()
+    nothing = perplexity_by_definition(full, full, separate, [4, 8], [32, 64], last=2, **OPTIONS)
+    assert np.isnan(nothing.set_index("definition").perplexity["key tokens (LongPPL)"])

@@ -36,6 +36,7 @@ COLUMNS = {
         "context_worth": {"quantity", "nats", "low", "high"},
         "copying": {"arm", "place", "tokens_between", "nats"},
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
+        "definitions": {"arm", "definition", "perplexity", "low", "high", "units"},
     },
     "11_ablations": {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
