@@ -72,34 +72,34 @@ def fast_dtype() -> tuple[str, float]:
     return max(rates.items(), key=lambda item: item[1])
 
 
-def bandwidth() -> float:
-    """Bytes per second that an addition of two large tensors reads and writes."""
-    one, other = torch.ones(2, 2**26).unbind()
+def median_seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Of a piece of work, after one that warms up."""
     times = []
-    for _ in range(6):
+    for _ in range(repeats + 1):
         started = time.perf_counter()
-        torch.add(one, 1.0, out=other)
+        work()
         times.append(time.perf_counter() - started)
-    return 2 * one.nbytes / min(times)
+    return float(np.median(times[1:]))
 
 
-def attention_rate(length: int = 4096) -> float:
-    """FLOP/s of causal attention forward and backward, heads as in SHAPE; counted as in `budget.step_flops`."""
+def rates(dtype: str, length: int) -> dict[str, float]:
+    """What this machine does per second at the moment, in the sizes of SHAPE's layers (`budget.Rates`)."""
     config = budget.model_shape(SHAPE)
-    shape = (1, config.num_attention_heads, length, config.head_dim)
+    hidden = torch.randn(2048, config.hidden_size).to(getattr(torch, dtype))
+    weight = torch.randn(config.hidden_size, config.intermediate_size).to(hidden.dtype)
+    shape = (1, config.num_attention_heads, min(length, 4096), config.head_dim)
     query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
+    one, other = torch.ones(2, 2**26).unbind()
+
+    def attend() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
-        times.append(time.perf_counter() - started)
-    return 7 * config.num_attention_heads * config.head_dim * length**2 / min(times)
 
-
-def rates() -> dict[str, Any]:
-    """What this machine does per second."""
-    dtype, matmul = fast_dtype()
-    return {"dtype": dtype, "matmul": matmul, "bandwidth": bandwidth(), "attention": attention_rate()}
+    flops = 7 * config.num_attention_heads * config.head_dim * shape[2] ** 2  # counted as in `budget.step_flops`
+    return {
+        "products": 2 * hidden.numel() * config.intermediate_size / median_seconds(lambda: hidden @ weight, 50),
+        "attention": flops / median_seconds(attend, 4),
+        "bandwidth": 2 * one.nbytes / median_seconds(lambda: torch.add(one, 1.0, out=other), 6),
+    }
 
 
 # --- one measurement, in a process of its own -------------------------------------------------------------------------
@@ -258,6 +258,14 @@ def trained(model: str, length: int, dtype: str, techniques: dict[str, Any], ste
     return {**log, "peak_gib_above_weights": own_memory(HIGHEST) - before}
 
 
+def timed(length: int, dtype: str, techniques: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Seconds of our steps, and what the machine did per second right before and after them."""
+    before = rates(dtype, length)
+    result = contender("ours", length, dtype, steps, techniques)
+    after = rates(dtype, length)
+    return {**result, "rates": {name: (before[name] + after[name]) / 2 for name in before}}
+
+
 def profiled(length: int, dtype: str, techniques: dict[str, Any]) -> dict[str, float]:
     """Seconds of a step by operator, and between operators, where Python is."""
     llama = random_llama(budget.model_shape(SHAPE), LORA, dtype)
@@ -275,7 +283,7 @@ def profiled(length: int, dtype: str, techniques: dict[str, Any]) -> dict[str, f
 
 def worker(task: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    kinds = {"peak": measured_peak, "contender": contender, "profile": profiled, "trained": trained}
+    kinds = {"peak": measured_peak, "contender": contender, "profile": profiled, "timed": timed, "trained": trained}
     print("RESULT " + json.dumps(kinds[task.pop("kind")](**task)), flush=True)
 
 
@@ -369,17 +377,16 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
     return rows
 
 
-def step_times(machine: dict[str, Any]) -> list[dict[str, Any]]:
+def step_times(dtype: str) -> list[dict[str, Any]]:
     """Predicted and measured seconds of our step, all layers recomputed, as the context grows."""
-    rates = budget.Rates(machine["matmul"], machine["attention"], machine["bandwidth"])
-    config, dtype = budget.model_shape(SHAPE), machine["dtype"]
-    ways = replace(PLAIN, recomputed_layers=ALL, tile=512)
+    config, ways = budget.model_shape(SHAPE), replace(PLAIN, recomputed_layers=ALL, tile=512)
     rows = []
-    for length, steps in ((1024, 3), (2048, 3), (4096, 2), (8192, 2), (16_384, 1)):
-        task = {"length": length, "dtype": dtype, "steps": steps}
-        result = measured(kind="contender", round=0, name="ours", techniques=asdict(ways), **task)
+    for length, steps in ((1024, 4), (2048, 4), (4096, 3), (8192, 2), (16_384, 1)):
+        result = measured(kind="timed", length=length, dtype=dtype, techniques=asdict(ways), steps=steps)
+        rates = budget.Rates(**result["rates"])
         predicted = budget.step_seconds(config, LORA, StepShape(length, dtype, ways), rates)
-        rows.append({"context": length, **predicted, "measured": min(result["seconds"])})
+        # The first step of several also makes the optimizer's state and loads kernels.
+        rows.append({"context": length, **predicted, "measured": float(np.median(result["seconds"][-3:]))})
     return rows
 
 
@@ -501,7 +508,7 @@ def main() -> None:
         return worker(json.loads(sys.argv[2]))
     started = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    machine = kept("machine", rates)
+    machine = kept("machine", lambda: dict(zip(("dtype", "matmul"), fast_dtype(), strict=True)))
     dtype = machine["dtype"]
     check = ledger_check(dtype)
     built = seven_billion(dtype)
@@ -513,7 +520,7 @@ def main() -> None:
         "longest_context": longest,
         "plans": kept("plans", plans),
         "bench": bench,
-        "step_times": step_times(machine),
+        "step_times": step_times(dtype),
         "profile": profile(dtype),
         "seven_billion": built,
         "machine": [{"quantity": name, "value": str(value)} for name, value in machine.items()],
