@@ -79,7 +79,8 @@ class Rates:
 def step_seconds(config: LlamaConfig, lora: Lora, shape: StepShape, rates: Rates) -> dict[str, float]:
     """Predicted seconds of a training step, by what they go to: a roofline, operation by operation.
 
-    The adapters' products are too thin to compute much: their time is in "memory", with that of all other operations.
+    The adapters' products are too thin to compute much, up to rank 20 or so: their time is in "memory", with that of
+    all other operations.
     """
     flops = step_flops(config, lora, shape.length, shape.techniques)
     return {
@@ -118,19 +119,29 @@ def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
     return plan(
         *(config, preset.lora, settings.window, preset.base.dtype, preset.memory_gib, least),
         sequences=settings.sequences_at_once,
+        accumulated=settings.sequences_per_step > settings.sequences_at_once,
     )
 
 
 def plan(
-    config: LlamaConfig, lora: Lora, length: int, dtype: str, gib: float, least: Techniques, *, sequences: int = 1
+    config: LlamaConfig,
+    lora: Lora,
+    length: int,
+    dtype: str,
+    gib: float,
+    least: Techniques,
+    *,
+    sequences: int = 1,
+    accumulated: bool = False,
 ) -> Plan:
-    """The fastest techniques with which a step fits.
+    """The techniques with the fewest operations with which a step fits.
 
-    Fewest operations first: as few recomputed layers as fit, with tiles or without. Only if all layers are not enough,
+    In this order: as few recomputed layers as fit, with tiles or without. Only if all layers are not enough,
     checkpoints go to the host, and then the optimizer to 8 bits.
 
     Args:
         length: tokens of one sequence; `sequences` of them are computed at once.
+        accumulated: a step takes several such batches, whose gradients add up.
         gib: memory of the device; a share of `USABLE` is planned for.
         least: techniques to use in any case.
 
@@ -140,12 +151,12 @@ def plan(
     tiled = replace(least, tile=least.tile or tile_for(length))
     rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, length, least)]]
     for rung in rungs:
-        shapes = [StepShape(length, dtype, way, sequences) for way in rung]
+        shapes = [StepShape(length, dtype, way, sequences, accumulated) for way in rung]
         fitting = [_fewest_recomputed(config, lora, shape, gib * USABLE) for shape in shapes]
         found = [choice for choice in fitting if choice]
         if found:
             return min(found, key=lambda choice: choice.flops)
-    most = longest_context(config, lora, dtype, gib, least, sequences=sequences)
+    most = longest_context(config, lora, dtype, gib, least, sequences=sequences, accumulated=accumulated)
     advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
     raise ValueError(
         f"a step of {length:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
@@ -191,7 +202,14 @@ def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int |
 
 
 def longest_context(
-    config: LlamaConfig, lora: Lora, dtype: str, gib: float, least: Techniques, *, sequences: int = 1
+    config: LlamaConfig,
+    lora: Lora,
+    dtype: str,
+    gib: float,
+    least: Techniques,
+    *,
+    sequences: int = 1,
+    accumulated: bool = False,
 ) -> int:
     """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib` by the leanest plan.
 
@@ -200,7 +218,8 @@ def longest_context(
     """
 
     def peak(length: int) -> float:
-        return predict(config, lora, StepShape(length, dtype, leanest(config, length, least), sequences)).device_gib
+        shape = StepShape(length, dtype, leanest(config, length, least), sequences, accumulated)
+        return predict(config, lora, shape).device_gib
 
     for lengths in ((16_384, 32_768), (1024, 2048)):  # below a few thousand tokens the line is another one
         found = longest(lengths, [peak(length) for length in lengths], gib)

@@ -52,12 +52,17 @@ BLOCK = 64  # weights that share a scale in bitsandbytes' NF4
 
 @dataclass(frozen=True)
 class StepShape:
-    """A training step: `length` tokens in each of `sequences` rows, computed in `dtype` ("bfloat16" or "float32")."""
+    """A training step: `length` tokens in each of `sequences` rows, computed in `dtype` ("bfloat16" or "float32").
+
+    Whole sequences: packed ones need a mask of length x length as well. `accumulated`: gradients of an earlier batch
+    are there already.
+    """
 
     length: int
     dtype: str
     techniques: Techniques
     sequences: int = 1
+    accumulated: bool = False
 
 
 class StorageTracker(TorchDispatchMode):
@@ -90,7 +95,11 @@ class StorageTracker(TorchDispatchMode):
             self.add(tensor)
         known = {tensor.untyped_storage()._cdata for tensor in read}
         is_new = any(tensor.untyped_storage()._cdata not in known for tensor in made)
-        if (is_new or operator._schema.is_mutable) and "scaled_dot_product" not in operator.name():
+        # Attention and the products with 4-bit weights are counted by their operations, and `empty` moves nothing.
+        counted = any(name in operator.name() for name in ("scaled_dot_product", "gemm_4bit", "aten::empty"))
+        if (is_new or operator._schema.is_mutable) and not counted:
+            if "aten::copy_" in operator.name():
+                read = read[1:]  # what is overwritten is not read
             moved = sum(tensor.nbytes for tensor in read + made)
             count = flop_registry.get(operator.overloadpacket)
             if not count or count(*arguments, **options, out_val=output) < INTENSITY * moved:
@@ -146,6 +155,8 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
         if left_out > 0:
             less = counted(*(count - (index == kind) for index, count in enumerate(run)))
             total = {name: total[name] + left_out * (most[name] - less[name]) for name in total}
+    if shape.accumulated:
+        total["gradients"] = total["adapters"]  # as many, in the same type
     return total
 
 

@@ -58,7 +58,8 @@ class Techniques:
     optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
 
     def __str__(self) -> str:
-        parts = [f"{self.recomputed_layers} layers recomputed" if self.recomputed_layers else "nothing recomputed"]
+        none = "no whole layer recomputed" if self.tile else "nothing recomputed"
+        parts = [f"{self.recomputed_layers} layers recomputed" if self.recomputed_layers else none]
         parts += [f"tiles of {self.tile:,} tokens"] * bool(self.tile)
         parts += ["checkpoints on the host"] * self.offload_checkpoints
         parts += [self.optimizer] * ("8bit" in self.optimizer)
@@ -211,9 +212,9 @@ def _tiled(forward: Forward, tile: int) -> Forward:
 class OffloadedCheckpoints(saved_tensors_hooks):
     """Inside it, the hidden states that checkpointing keeps wait in pinned host memory instead of on the GPU.
 
-    Copies are queued behind the layer that made them and do not wait. torch's `save_on_cpu` moves everything that is
-    saved, the rotary tables once per layer too. On a CPU there is nowhere to go, and nothing is copied; on a GPU it
-    was not run yet.
+    Copies are queued behind the layer that made them, on the same stream: the host does not wait for them, the next
+    layer does. torch's `save_on_cpu` moves everything that is saved, the rotary tables once per layer too. On a CPU
+    there is nowhere to go, and nothing is copied; on a GPU it was not run yet.
     """
 
     def __init__(self, hidden_size: int) -> None:

@@ -31,7 +31,7 @@ from transformers import (
     default_data_collator,
 )
 
-from llama_long_utils import budget, models, records
+from llama_long_utils import budget, models, records, training
 from llama_long_utils.documents import REPOSITORY
 from llama_long_utils.memory import COMPONENTS, HOST, StepShape, above_weights, ledger, random_llama, training_steps
 from llama_long_utils.packing import TrainingSequence
@@ -258,6 +258,13 @@ def trained(model: str, length: int, dtype: str, techniques: dict[str, Any], ste
     return {**log, "peak_gib_above_weights": own_memory(HIGHEST) - before}
 
 
+def allocated(**task: Any) -> dict[str, Any]:
+    """As `contender`, where no allocator keeps freed memory: what is resident is what a step holds."""
+    training.keep_freed_memory = lambda: None
+    training.give_back_gaps = lambda _model: []
+    return contender(**task)
+
+
 def timed(length: int, dtype: str, techniques: dict[str, Any], steps: int) -> dict[str, Any]:
     """Seconds of our steps, and what the machine did per second right before and after them."""
     before = rates(dtype, length)
@@ -283,7 +290,14 @@ def profiled(length: int, dtype: str, techniques: dict[str, Any]) -> dict[str, f
 
 def worker(task: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    kinds = {"peak": measured_peak, "contender": contender, "profile": profiled, "timed": timed, "trained": trained}
+    kinds = {
+        "peak": measured_peak,
+        "allocated": allocated,
+        "contender": contender,
+        "profile": profiled,
+        "timed": timed,
+        "trained": trained,
+    }
     print("RESULT " + json.dumps(kinds[task.pop("kind")](**task)), flush=True)
 
 
@@ -296,7 +310,8 @@ def measured(**task: Any) -> dict[str, Any]:
     path = FOLDER / f"{name[:180]}.json"
     if not path.is_file():
         # To compare with what is allocated, freed blocks must not stay resident.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"} if task["kind"] == "peak" else None
+        exact = task["kind"] in ("peak", "allocated")
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"} if exact else None
         task = {name: value for name, value in task.items() if name != "round"}
         command = [sys.executable, "-W", "ignore", __file__, "--worker", json.dumps(task)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -308,10 +323,10 @@ def measured(**task: Any) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def ledger_check(dtype: str) -> list[dict[str, Any]]:
+def ledger_check() -> list[dict[str, Any]]:
     """Predicted and measured peaks above the weights, with everything that changes them."""
     rows = []
-    for model, length, layers, techniques in CHECKED:
+    for model, length, layers, techniques, dtype in CHECKED:
         config = budget.model_shape(model)
         config.num_hidden_layers = layers or config.num_hidden_layers
         found = ledger(config, LORA, StepShape(length, dtype, techniques))
@@ -322,6 +337,7 @@ def ledger_check(dtype: str) -> list[dict[str, Any]]:
                 "model": model,
                 "layers": config.num_hidden_layers,
                 "context": length,
+                "dtype": dtype,
                 "plan": in_words(techniques, config.num_hidden_layers),
                 "predicted_gib": above_weights(found) / budget.GIB,
                 "measured_gib": result["peak_gib_above_weights"],
@@ -354,6 +370,11 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
     bar = measured(kind="contender", round=0, name="Trainer + PEFT", techniques=None, **task)["peak_gib_above_weights"]
     entries = [("Trainer + PEFT", None), ("TRL SFTTrainer", None)]
     entries += kept(f"planned-{length}-{dtype}", lambda: planned(length, dtype, bar))
+    held = {
+        name: measured(kind="allocated", name=name.split(",")[0], techniques=ways, **{**task, "steps": 1})
+        for name, ways in entries
+    }
+    held = {name: result["peak_gib_above_weights"] for name, result in held.items()}
     rows = []
     for number in range(rounds):
         for name, techniques in entries if number % 2 == 0 else entries[::-1]:
@@ -370,8 +391,9 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
                     "round": number,
                     "tokens_per_second": length / seconds,
                     "peak_gib_above_weights": result["peak_gib_above_weights"],
+                    "allocated_gib": held[name],
                     "fraction_of_matmul_peak": flops / seconds / matmul,
-                    "loss": result["losses"][0],
+                    "loss": result["losses"][-1],
                 }
             )
     return rows
@@ -381,12 +403,12 @@ def step_times(dtype: str) -> list[dict[str, Any]]:
     """Predicted and measured seconds of our step, all layers recomputed, as the context grows."""
     config, ways = budget.model_shape(SHAPE), replace(PLAIN, recomputed_layers=ALL, tile=512)
     rows = []
-    for length, steps in ((1024, 4), (2048, 4), (4096, 3), (8192, 2), (16_384, 1)):
+    for length, steps in ((1024, 4), (2048, 4), (4096, 3), (8192, 3), (16_384, 2)):
         result = measured(kind="timed", length=length, dtype=dtype, techniques=asdict(ways), steps=steps)
         rates = budget.Rates(**result["rates"])
         predicted = budget.step_seconds(config, LORA, StepShape(length, dtype, ways), rates)
-        # The first step of several also makes the optimizer's state and loads kernels.
-        rows.append({"context": length, **predicted, "measured": float(np.median(result["seconds"][-3:]))})
+        # The first step also makes the optimizer's state and loads kernels.
+        rows.append({"context": length, **predicted, "measured": float(np.median(result["seconds"][1:]))})
     return rows
 
 
@@ -399,16 +421,18 @@ def profile(dtype: str) -> list[dict[str, Any]]:
 
 
 CHECKED = [
-    (SHAPE, 2048, None, PLAIN),
-    (SHAPE, 2048, None, replace(PLAIN, recomputed_layers=ALL)),
-    (SHAPE, 2048, None, replace(PLAIN, recomputed_layers=15)),
-    (SHAPE, 2048, None, replace(PLAIN, tile=256)),
-    (SHAPE, 4096, None, replace(PLAIN, recomputed_layers=ALL, tile=256)),
-    (SHAPE, 8192, 6, replace(PLAIN, recomputed_layers=3, tile=512, optimizer="adamw_8bit")),
-    (TINY, 8192, None, PLAIN),
-    (TINY, 16_384, None, replace(PLAIN, recomputed_layers=ALL)),
-    (TINY, 16_384, None, replace(PLAIN, recomputed_layers=2, tile=1024)),
-    (TINY, 32_768, None, replace(PLAIN, recomputed_layers=ALL, tile=1024)),
+    (SHAPE, 2048, None, PLAIN, "float32"),
+    (SHAPE, 2048, None, replace(PLAIN, recomputed_layers=ALL), "float32"),
+    (SHAPE, 2048, None, replace(PLAIN, recomputed_layers=15), "float32"),
+    (SHAPE, 2048, None, replace(PLAIN, tile=256), "float32"),
+    (SHAPE, 4096, None, replace(PLAIN, recomputed_layers=ALL, tile=256), "float32"),
+    (SHAPE, 8192, 6, replace(PLAIN, recomputed_layers=3, tile=512, optimizer="adamw_8bit"), "float32"),
+    (TINY, 8192, None, PLAIN, "float32"),
+    (TINY, 16_384, None, replace(PLAIN, recomputed_layers=ALL), "float32"),
+    (TINY, 16_384, None, replace(PLAIN, recomputed_layers=2, tile=1024), "float32"),
+    (TINY, 32_768, None, replace(PLAIN, recomputed_layers=ALL, tile=1024), "float32"),
+    (TINY, 8192, None, PLAIN, "bfloat16"),
+    (TINY, 8192, None, replace(PLAIN, recomputed_layers=ALL, tile=1024), "bfloat16"),
 ]
 
 
@@ -510,7 +534,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     machine = kept("machine", lambda: dict(zip(("dtype", "matmul"), fast_dtype(), strict=True)))
     dtype = machine["dtype"]
-    check = ledger_check(dtype)
+    check = ledger_check()
     built = seven_billion(dtype)
     bench = [row for sizes in ROUNDS for row in contenders(dtype, *sizes, machine["matmul"])]
     peaks, longest = kept("predicted", predicted_peaks)

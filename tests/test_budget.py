@@ -10,7 +10,7 @@ from conftest import LORA
 from llama_long_utils import budget, records
 from llama_long_utils.budget import plan, predict, step_flops
 from llama_long_utils.loss import hidden_states
-from llama_long_utils.memory import StepShape
+from llama_long_utils.memory import StepShape, ledger
 from llama_long_utils.models import add_lora
 from llama_long_utils.presets import load_preset
 from llama_long_utils.training import Techniques, apply_techniques
@@ -108,6 +108,15 @@ def test_what_does_not_fit_is_refused_with_the_longest_context_that_would():
 def test_a_model_that_does_not_fit_at_all_is_refused():
     with pytest.raises(ValueError, match="not even 1,024 tokens would"):
         plan(SHALLOW, LORA, 4096, "float32", 0.004, NOTHING)
+
+
+def test_gradients_that_add_up_over_batches_are_there_at_the_peak():
+    shape = StepShape(1024, "float32", replace(NOTHING, recomputed_layers=2))
+    adapters, first, later = (
+        ledger(SHALLOW, LORA, shape)["adapters"],
+        *(predict(SHALLOW, LORA, replace(shape, accumulated=flag)).device_gib for flag in (False, True)),
+    )
+    assert 0 < later - first <= adapters / budget.GIB
 
 
 def test_techniques_of_the_preset_are_kept():

@@ -11,12 +11,12 @@ from llama_long_utils.run import results, store_record
 COLUMNS = {
     "04_one_gpu_budget": {
         "ledger": {"model", "context", "plan", "component", "predicted_gib"},
-        "ledger_check": {"model", "layers", "context", "plan", "predicted_gib", "measured_gib"},
+        "ledger_check": {"model", "layers", "context", "dtype", "plan", "predicted_gib", "measured_gib"},
         "longest_context": {"model", "device_gib", "plan", "tokens"},
         "plans": {"model", "device_gib", "context", "plan", "predicted_gib", "host_gib"},
         "bench": {
             *("contender", "plan", "context", "round", "tokens_per_second", "peak_gib_above_weights"),
-            *("fraction_of_matmul_peak", "loss"),
+            *("allocated_gib", "fraction_of_matmul_peak", "loss"),
         },
         "step_times": {"context", "products", "attention", "memory", "measured"},
         "profile": {"operator", "seconds"},
