@@ -71,7 +71,7 @@ def test_every_technique_takes_less_memory():
 
 def test_memory_grows_linearly_with_the_length():
     tiled = replace(SHAPE, techniques=replace(CHECKPOINTED, tile=4096))
-    peaks = [peak(replace(tiled, length=length)) for length in (32_768, 65_536, 131_072)]
+    peaks = [peak(replace(tiled, length=length)) for length in (16_384, 32_768, 65_536)]
     assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.001)
 
 
@@ -102,9 +102,9 @@ def test_what_computes_little_is_counted_by_the_bytes_that_it_moves():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells how much a process held")
-@pytest.mark.parametrize("techniques", [PLAIN, replace(CHECKPOINTED, tile=1024)])
-def test_a_real_step_needs_what_the_ledger_says(techniques):
-    """With real tensors, in a process of its own, as far as the kernel can tell."""
+def test_a_real_step_needs_what_the_ledger_says():
+    """With real tensors, in a process of its own, as far as the kernel can tell; the record holds more such steps."""
+    techniques = replace(PLAIN, recomputed_layers=2, tile=1024)
     task = {"kind": "peak", "model": "tiny", "length": 8192, "dtype": "float32"}
     task |= {"techniques": asdict(techniques), "layers": None}
     done = subprocess.run(
