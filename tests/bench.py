@@ -432,8 +432,8 @@ CHECKED = [
     (TINY, 16_384, None, replace(PLAIN, recomputed_layers=ALL), "float32"),
     (TINY, 16_384, None, replace(PLAIN, recomputed_layers=2, tile=1024), "float32"),
     (TINY, 32_768, None, replace(PLAIN, recomputed_layers=ALL, tile=1024), "float32"),
-    (TINY, 8192, None, PLAIN, "bfloat16"),
-    (TINY, 8192, None, replace(PLAIN, recomputed_layers=ALL, tile=1024), "bfloat16"),
+    (TINY, 4096, None, PLAIN, "bfloat16"),
+    (TINY, 4096, None, replace(PLAIN, recomputed_layers=ALL, tile=512), "bfloat16"),
 ]
 
 
