@@ -38,6 +38,13 @@ COLUMNS = {
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
         "definitions": {"arm", "definition", "perplexity", "low", "high", "units"},
     },
+    "08_benchmark_deltas": {
+        "deltas": {
+            *("task", "length", "pair", "metric", "items", "before", "after", "difference", "low", "high"),
+            *("discordant", "p"),
+        },
+        "scores": {"task", "length", "arm", "metric", "items", "value", "low", "high"},
+    },
     "11_ablations": {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
