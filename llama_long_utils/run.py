@@ -23,9 +23,8 @@ import yaml
 
 from llama_long_utils import ablations, notebooks
 from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.figures import LABELS
 from llama_long_utils.models import ADAPTERS, find_adapter, locate_base, weights_sha256
-from llama_long_utils.notebooks import Notebook, delivered
+from llama_long_utils.notebooks import LABELS, Notebook, delivered
 from llama_long_utils.presets import Preset, load_preset
 from llama_long_utils.records import RESULTS, read_published, read_record, read_table, write_atomically
 

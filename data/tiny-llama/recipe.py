@@ -35,8 +35,8 @@ from llama_long_utils.documents import (
     split_documents,
     tokenize_documents,
 )
-from llama_long_utils.figures import use_style
 from llama_long_utils.models import package_versions
+from llama_long_utils.notebooks import use_style
 from llama_long_utils.packing import IGNORED_LABEL, TrainingSequence, training_sequences
 from llama_long_utils.records import device_name, write_atomically
 from llama_long_utils.training import Techniques, TrainingSettings, draw_sequences, run_fingerprint, train
