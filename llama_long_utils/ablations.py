@@ -31,8 +31,9 @@ ZERO_SHOT = "zero-shot"
 QUESTION = "Which way to scale RoPE, and which way to train it, wins on equal terms?"
 # What an arm's numbers depend on; an arm that was measured with other code is measured again.
 CODE = (
-    *(attention, loss, packing, retrieval, rope, training),
+    *(attention, loss, packing, rope, training),
     *(perplexity.token_nll, perplexity.random_stretches, perplexity.bucket_sums),
+    *(retrieval.first_sentence_items, retrieval.answers, retrieval.rouge_l),
 )
 
 
@@ -261,7 +262,9 @@ def arm_record(preset: Preset, arm: Arm, base_sha256: str) -> Path:
     """Where the record of an arm is once it is measured, named by a hash of everything that its numbers depend on."""
     settings = arm_training(preset, arm)
     parts = [asdict(part) for part in (arm_rope(preset, arm.method), preset.data, preset.lora, preset.evaluation)]
-    parts += [asdict(preset.retrieval), asdict(settings) if settings else ZERO_SHOT, preset.base.dtype, base_sha256]
+    questions = asdict(preset.retrieval)
+    del questions["tasks"]  # notebook 7's
+    parts += [questions, asdict(settings) if settings else ZERO_SHOT, preset.base.dtype, base_sha256]
     key = hashlib.sha256(json.dumps(parts).encode())
     for code in CODE:
         key.update(inspect.getsource(code).encode())

@@ -73,8 +73,30 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class RetrievalTasks:
+    """What only notebook 7 needs: its questions and how they are scored.
+
+    Attributes:
+        questions: of each task and length (`documents` says how many of the first sentence there are at most).
+        depths: of the needle, as a share of the text before it, rising from 0 to 1 at most.
+        keys: statements of the multi-key task, one of which is asked for.
+        hops: references from the variable that is asked for to the one that is a number.
+        generate_up_to: longest prompt, in tokens, after which answers are also generated, which takes the keys and
+            values of the whole prompt; probabilities take none.
+        threshold: score from 0 to 1 that counts as retrieved, for the effective length.
+    """
+
+    questions: PositiveInt
+    depths: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    keys: Annotated[int, Field(ge=2, le=100)]
+    hops: Annotated[int, Field(ge=0, le=20)]
+    generate_up_to: NonNegativeInt
+    threshold: Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Retrieval:
-    """First-sentence retrieval (`retrieval.py`): lengths in tokens, prompt and answer together."""
+    """First-sentence retrieval (`retrieval.py`): lengths in tokens, prompt and answer together; other `tasks`."""
 
     lengths: Annotated[list[PositiveInt], Field(min_length=1)]
     cue_words: PositiveInt
@@ -82,6 +104,7 @@ class Retrieval:
     answer_tokens: PositiveInt
     documents: PositiveInt
     prompts_at_once: PositiveInt
+    tasks: RetrievalTasks
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -229,11 +252,16 @@ def _check_consistency(preset: Preset) -> None:
             f"presets/{preset.name}.toml: evaluation.bucket_edges must rise from at least 1 to evaluation.tokens = "
             f"{preset.evaluation.tokens}, got {edges}"
         )
+    for name, values in (("lengths", preset.retrieval.lengths), ("tasks.depths", preset.retrieval.tasks.depths)):
+        if sorted(set(values)) != values:
+            raise ValueError(
+                f"presets/{preset.name}.toml: retrieval.{name} must rise, got {values}: use {sorted(set(values))}"
+            )
 
 
 def _explain(error: ValidationError) -> str:
     parts = [Preset, BaseModel, Extension, Data, Lora, TrainingSettings, Techniques, Evaluation, Retrieval, Race]
-    known = [field for part in [*parts, RaceTraining] for field in part.__dataclass_fields__]
+    known = [field for part in [*parts, RetrievalTasks, RaceTraining] for field in part.__dataclass_fields__]
     messages = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])

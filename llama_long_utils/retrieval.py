@@ -1,33 +1,76 @@
-"""First-sentence retrieval: can the model repeat how a long text began?
+"""Retrieval from long texts: questions that a base model answers by going on, and how they are scored.
 
-The task of Llama 2 Long's Figure 5b (arXiv:2309.16039, section 4.1), whose prompt is not printed. A passage
-starts with a sentence and goes on for thousands of tokens; then the first words of that sentence stand
-there once more, and the model continues them. That needs no instruction tuning, only copying over a distance.
+A statement stands somewhere in a long text; at its end the statement's first words stand once more, and the model
+continues them. That needs no instruction tuning, only copying over a distance. Five tasks: `first_sentence`, that of
+Llama 2 Long's Figure 5b (arXiv:2309.16039, section 4.1; its prompt is not printed), where the statement is how the text
+began, and four whose statements are made up and planted: `passkey` (after arXiv:2305.16300), `needle` (one at each
+asked depth), and `multi_key` and `variables` in the manner of RULER (arXiv:2404.06654), with wordings of our own.
 """
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_long_utils.documents import TokenizedDocument
-from llama_long_utils.loss import in_compute_dtype
+from llama_long_utils.loss import causal_lm, in_compute_dtype
+from llama_long_utils.perplexity import Bootstrap
 from llama_long_utils.presets import Retrieval
 
 SENTENCE = re.compile(r"(?<=[.!?]\s)[A-Z][^.!?]*[.!?](?=\s)")
+TRADES = ("ferryman", "miller", "baker", "weaver", "shepherd", "smith", "gardener", "tailor")
+ADJECTIVES = ("silver", "wooden", "broken", "yellow", "heavy", "narrow", "painted", "hollow", "rusty", "little")
+NOUNS = ("lantern", "drum", "ladder", "kettle", "mirror", "basket", "whistle", "saddle", "candle", "bell")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLACES = ("stairs", "bridge", "floor", "oak", "table", "roof", "chapel", "well")
 
 
 @dataclass(frozen=True)
 class RetrievalItem:
-    """A question: `prompt`, int64 of shape (length - answer tokens,), ends in the cue; `answer` should follow."""
+    """A question: `prompt`, int64 of shape (tokens,), ends in the cue; `answer` should follow.
+
+    Attributes:
+        answer_ids: the answer's tokens as they follow the cue, int64 of shape (answer tokens,).
+        number: of the question within its task; the same one at every length asks for the same answer.
+        depth: asked place of the statement, as a share of the text before it, from 0 to 1.
+        place: the share it got, at the end of a sentence.
+        others: answers to other questions: other keys' numbers; the example's number, and the chain's other variables.
+    """
 
     document: str
     prompt: np.ndarray
     answer: str
+    answer_ids: np.ndarray
+    task: str = "first_sentence"
+    number: int = 0
+    depth: float = 0.0
+    place: float = 0.0
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """Statements to plant, each at a depth, and the question about one of them.
+
+    Attributes:
+        statements: each with its depth, in the order of the text where depths agree; the first is the one asked for.
+        example: stands before the cue, worked out; may be empty.
+        new: words that the text must not hold.
+        others: answers to other questions: other keys' numbers; the example's number, and the chain's other variables.
+    """
+
+    statements: tuple[tuple[str, float], ...]
+    example: str
+    cue: str
+    answer: str
+    new: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
 
 def first_sentence_items(
@@ -37,6 +80,7 @@ def first_sentence_items(
     settings: Retrieval,
     *,
     seed: int,
+    exact: bool = False,
 ) -> list[RetrievalItem]:
     """Questions about as many documents as the settings say, prompt and answer `length` tokens together.
 
@@ -47,6 +91,8 @@ def first_sentence_items(
         settings: how many words of the sentence are given again after the passage (`cue_words`), and the
             least and largest number of words that are then asked for (`answer_words`).
         seed: of the places; a document shows the same sentence at every length of the settings.
+        exact: leave room for exactly the answer's tokens, and keep the text's line breaks in cue and answer, so that
+            the answer's tokens are those of the passage; else leave room for `answer_tokens`, and part words by spaces.
 
     Raises:
         ValueError: no document has a fitting sentence with enough text after it.
@@ -67,19 +113,384 @@ def first_sentence_items(
         if sentence is None:
             continue
         words = sentence[0].split()
-        cue, answer = " ".join(words[: settings.cue_words]), " ".join(words[settings.cue_words :])
-        ending = _ids(tokenizer, f"\n\n{cue}")
-        room = length - settings.answer_tokens - len(ending) - 1
-        passage = _ids(tokenizer, text[sentence.start() : sentence.start() + 12 * length])[:room]
+        whole = sentence[0] if exact else " ".join(words)
+        cue = re.match(rf"(?:\S+\s+){{{settings.cue_words - 1}}}\S+", whole)[0]
+        ending, answer_ids = _question_and_answer(tokenizer, f"\n\n{cue}", whole[len(cue) :])
+        after = len(answer_ids) if exact else settings.answer_tokens
+        room = length - after - len(ending) - 1
+        passage = _ids(tokenizer, text[sentence.start() : sentence.start() + 12 * length])[: max(room, 0)]
         prompt = np.concatenate([[tokenizer.bos_token_id], passage, ending]).astype(np.int64)
-        if len(prompt) == length - settings.answer_tokens:
-            items.append(RetrievalItem(f"{document.source}/{document.name}", prompt, answer))
+        if len(prompt) == length - after:
+            name, answer = f"{document.source}/{document.name}", " ".join(words[settings.cue_words :])
+            items.append(RetrievalItem(name, prompt, answer, answer_ids, number=int(number)))
     if not items:
         raise ValueError(
             f"no document holds a sentence of {fewest} to {most} words with {length:,} tokens from there on: "
             "ask at shorter lengths or hold out longer documents"
         )
     return items
+
+
+def planted_items(
+    task: str,
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    settings: Retrieval,
+    *,
+    questions: int,
+    seed: int,
+) -> list[RetrievalItem]:
+    """Questions about statements planted in stretches of the documents, prompt and answer `length` tokens together.
+
+    Made-up names and numbers that the stretch happens to hold are drawn again. A statement is a paragraph of its own
+    at the end of the sentence nearest to its depth. Question `number` has the same stretch (its beginning where less
+    is asked for), statements and depths at every length of the settings.
+
+    Args:
+        task: one of `PLANTED`.
+        length: tokens of BOS, text, statements, question and answer.
+        settings: `lengths` say how long the stretches must be at most, `tasks` how many keys and hops there are.
+        questions: how many; `needle` rounds up to as many at each of `tasks.depths`, the other tasks spread them.
+        seed: of stretches, names, numbers and depths.
+
+    Raises:
+        ValueError: the task is unknown, no document is long enough, or the statements do not fit into the length.
+    """
+    if task not in PLANTED:
+        raise ValueError(f"unknown task {task!r}: use one of {list(PLANTED)}")
+    if questions < 1:
+        raise ValueError(f"questions = {questions}: ask at least one, or None for as many as the preset says")
+    longest = max((document.tokens - 2 for document in documents), default=0)
+    if longest < length:
+        raise ValueError(
+            f"no document has {length:,} tokens for task {task!r}, the longest has {longest:,}: "
+            "ask at shorter lengths (retrieval.lengths) or hold out longer documents"
+        )
+    reach = max([length, *(other for other in settings.lengths if other <= longest)])
+    readable = [document for document in documents if document.tokens - 2 >= reach]
+    order = np.random.default_rng(seed).permutation(len(readable))
+    depths = settings.tasks.depths
+    if task == "needle":
+        asked = [*depths] * -(-questions // len(depths))
+    else:
+        asked = [(number + 0.5) / questions for number in range(questions)]
+    items = []
+    for number, depth in enumerate(asked):
+        document = readable[order[number % len(order)]]
+        generator = np.random.default_rng([seed, list(PLANTED).index(task), number])
+        start = 1 + int(generator.integers(0, document.tokens - 1 - reach))
+        stretch = document.token_ids[start : start + reach].astype(np.int64)
+        text = tokenizer.decode(stretch)
+        question = PLANTED[task](generator, depth, settings)
+        while any(word in text for word in question.new):
+            question = PLANTED[task](generator, depth, settings)
+        prompt, answer_ids, place = _plant(tokenizer, stretch, question, length, task)
+        name = f"{document.source}/{document.name}"
+        items.append(
+            RetrievalItem(name, prompt, question.answer, answer_ids, task, number, depth, place, question.others)
+        )
+    return items
+
+
+def _passkey(generator: np.random.Generator, depth: float, settings: Retrieval) -> Question:
+    cue, number = "The pass key that opens the north gate is", _number(generator)
+    return Question(((f"{cue} {number}.", depth),), "", cue, f"{number}.", (number,))
+
+
+def _needle(generator: np.random.Generator, depth: float, settings: Retrieval) -> Question:
+    name = _name(generator)
+    cue = f"The {generator.choice(TRADES)} of {name} keeps a"
+    (one, other), (thing, second) = generator.choice(ADJECTIVES, 2, False), generator.choice(NOUNS, 2, False)
+    answer = f"{one} {thing} and a {other} {second} under the {generator.choice(PLACES)}."
+    return Question(((f"{cue} {answer}", depth),), "", cue, answer, (name, answer))
+
+
+def _multi_key(generator: np.random.Generator, depth: float, settings: Retrieval) -> Question:
+    keys = settings.tasks.keys
+    names, numbers = _different(_name, generator, keys), _different(_number, generator, keys)
+    cues = [f"The key to the gate of {name} is" for name in names]
+    depths = [depth, *generator.random(keys - 1)]
+    statements = tuple((f"{cue} {number}.", where) for cue, number, where in zip(cues, numbers, depths, strict=True))
+    others = tuple(f"{number}." for number in numbers[1:])
+    return Question(statements, "", cues[0], f"{numbers[0]}.", (*names, *numbers), others)
+
+
+def _variables(generator: np.random.Generator, depth: float, settings: Retrieval) -> Question:
+    hops = settings.tasks.hops
+    names = _different(_name, generator, 2 * (hops + 1))
+    number, of_example = _different(_number, generator, 2)
+    asked, shown = names[: hops + 1], names[hops + 1 :]
+    example = " ".join([*_chain(shown, of_example), f"So {shown[-1]} is {of_example}."])
+    depths = [depth, *np.sort(depth + (1 - depth) * generator.random(hops))]
+    statements = tuple(zip(_chain(asked, number), depths, strict=True))
+    cue, others = f"So {asked[-1]} is", (f"{of_example}.", *(f"{name}." for name in asked[:-1]))
+    return Question(statements, example, cue, f"{number}.", (*names, number, of_example), others)
+
+
+def _chain(names: Sequence[str], number: str) -> list[str]:
+    first = f"Let {names[0]} be {number}."
+    return [first, *(f"Let {name} be {before}." for before, name in itertools.pairwise(names))]
+
+
+PLANTED: dict[str, Callable[[np.random.Generator, float, Retrieval], Question]] = {
+    "passkey": _passkey,
+    "needle": _needle,
+    "multi_key": _multi_key,
+    "variables": _variables,
+}
+TASKS = ("first_sentence", *PLANTED)
+
+
+def _different(draw: Callable[[np.random.Generator], str], generator: np.random.Generator, count: int) -> list[str]:
+    found: dict[str, None] = {}  # keeps the order of drawing, which a set would not
+    while len(found) < count:
+        found[draw(generator)] = None
+    return list(found)
+
+
+def _number(generator: np.random.Generator) -> str:
+    """Five different digits in words.
+
+    Where a digit stood twice, a copying model would not know after which of them it is. In words, because a model may
+    hardly have read any figures: the tiny one copies "four one" and not "41".
+    """
+    return " ".join(generator.choice(DIGITS, 5, replace=False))
+
+
+def _name(generator: np.random.Generator) -> str:
+    syllables = zip(generator.choice([*"bdfgklmnprtvz"], 3), generator.choice([*"aeiou"], 3), strict=True)
+    return "".join(f"{consonant}{vowel}" for consonant, vowel in syllables).capitalize()
+
+
+def _plant(
+    tokenizer: PreTrainedTokenizerBase, stretch: np.ndarray, question: Question, length: int, task: str
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(prompt, answer ids, share of the text before the first statement): statements in as much text as fits."""
+    example = f"\n\n{question.example}" if question.example else ""
+    ending, answer_ids = _question_and_answer(tokenizer, f"{example}\n\n{question.cue}", f" {question.answer}")
+    statements = [_ids(tokenizer, f"\n\n{statement}\n\n") for statement, _depth in question.statements]
+    fixed = 1 + sum(map(len, statements)) + len(ending) + len(answer_ids)
+    if fixed >= length:
+        raise ValueError(
+            f"length = {length} is too short for task {task!r}, whose statements, question and answer take {fixed} "
+            f"tokens without any text between them: ask at {2 * fixed} tokens or more (retrieval.lengths)"
+        )
+    text = stretch[: length - fixed]
+    places = sentence_ends(tokenizer, text)
+    nearest = [places[np.abs(places - depth * len(text)).argmin()] for _statement, depth in question.statements]
+    parts, done = [[tokenizer.bos_token_id]], 0
+    for number in np.argsort(nearest, kind="stable"):
+        parts += [text[done : nearest[number]], statements[number]]
+        done = nearest[number]
+    prompt = np.concatenate([*parts, text[done:], ending]).astype(np.int64)
+    return prompt, answer_ids, float(nearest[0] / len(text))
+
+
+def sentence_ends(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> np.ndarray:
+    """Places between tokens where a sentence ends, and both ends of the text: rising, from 0 to len(token_ids)."""
+    kinds, where = np.unique(token_ids, return_inverse=True)
+    ends = np.array([token.endswith((".", "!", "?")) for token in tokenizer.convert_ids_to_tokens(kinds.tolist())])
+    return np.unique([0, *(np.flatnonzero(ends[where]) + 1), len(token_ids)])
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model makes of a question.
+
+    Attributes:
+        log_probabilities: of the answer's tokens, each given the prompt and the answer up to there, in nats:
+            float32 of shape (answer tokens,).
+        likeliest: whether each of them is the likeliest token there: bool of the same shape.
+        written: the tokens of greedy decoding, as many as the answer has; None if nothing was generated.
+    """
+
+    log_probabilities: np.ndarray
+    likeliest: np.ndarray
+    written: np.ndarray | None
+
+
+@torch.no_grad()
+def replies(model: PreTrainedModel | PeftModel, items: Sequence[RetrievalItem], *, generate: bool) -> list[Reply]:
+    """Score items of one prompt length and one answer length in ONE forward pass over prompt and answer.
+
+    Logits exist at the answer's tokens only. Generation goes on from the keys and values of the same pass, after
+    those of the answer are removed: no prompt is read twice. They take 16 GiB for 32,768 tokens of Llama 2 7B, so
+    without generation none are kept.
+
+    Raises:
+        ValueError: prompts or answers differ in length.
+    """
+    if len({(len(item.prompt), len(item.answer_ids)) for item in items}) != 1:
+        raise ValueError("items scored together need prompts of one length and answers of one length: group them")
+    model.eval()
+    inner, count = causal_lm(model), len(items[0].answer_ids)
+    head = inner.get_output_embeddings()
+    rows = np.stack([np.concatenate([item.prompt, item.answer_ids]) for item in items])
+    ids = torch.from_numpy(rows).to(model.device)
+    cache = DynamicCache(config=inner.config) if generate else None
+
+    def logits(ids: torch.Tensor, last: int) -> torch.Tensor:
+        """After the last tokens: fp32 of shape (items, last, vocabulary)."""
+        with in_compute_dtype(model):
+            hidden = inner.model(input_ids=ids, past_key_values=cache, use_cache=generate).last_hidden_state
+        return head(hidden[:, -last:].to(head.weight.dtype)).float()
+
+    of_answers = logits(ids, count + 1)[:, :-1].log_softmax(-1)  # the last token has nothing after it
+    answers = ids[:, -count:]
+    log_probabilities = of_answers.gather(-1, answers[..., None])[..., 0].cpu().numpy()
+    likeliest = of_answers.argmax(-1)
+    written = None
+    if generate:
+        cache.crop(-count)
+        tokens = [likeliest[:, :1]]
+        while len(tokens) < count:
+            tokens.append(logits(tokens[-1], 1).argmax(-1))
+        written = torch.cat(tokens, dim=1).cpu().numpy()
+    right = (likeliest == answers).cpu().numpy()
+    return [Reply(log_probabilities[n], right[n], None if written is None else written[n]) for n in range(len(items))]
+
+
+def score(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[RetrievalItem],
+    settings: Retrieval,
+) -> pd.DataFrame:
+    """Both scores of every item, one row each.
+
+    Columns: task, length, number, depth, place, document, log_probability (nats, mean over the answer's tokens),
+    probability (its exponential: the geometric mean over tokens), all_likeliest, same_tokens (whether greedy decoding
+    writes the answer's tokens), rouge_l (0 to 100), exact (the answer's words), wrote ("answer", "other": what
+    answers another question of `RetrievalItem.others`, or "else"), answer, written. What concerns generation is missing
+    at lengths beyond `tasks.generate_up_to`.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault((len(item.prompt), len(item.answer_ids)), []).append(index)
+    rows: dict[int, dict] = {}
+    for (prompt, answer), members in groups.items():
+        length, at_once = prompt + answer, settings.prompts_at_once
+        for start in range(0, len(members), at_once):
+            part = members[start : start + at_once]
+            generate = length <= settings.tasks.generate_up_to
+            found = replies(model, [items[index] for index in part], generate=generate)
+            rows |= {index: _row(tokenizer, items[index], one) for index, one in zip(part, found, strict=True)}
+    return pd.DataFrame([rows[index] for index in range(len(items))])
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, item: RetrievalItem, reply: Reply) -> dict:
+    log_probability = float(reply.log_probabilities.mean(dtype=np.float64))
+    row = {
+        "task": item.task,
+        "length": len(item.prompt) + len(item.answer_ids),
+        "number": item.number,
+        "depth": item.depth,
+        "place": item.place,
+        "document": item.document,
+        "log_probability": log_probability,
+        "probability": float(np.exp(log_probability)),
+        "all_likeliest": float(reply.likeliest.all()),
+        "same_tokens": np.nan,
+        "rouge_l": np.nan,
+        "exact": np.nan,
+        "wrote": None,
+        "answer": item.answer,
+        "written": None,
+    }
+    if reply.written is not None:
+        written = tokenizer.decode(reply.written, skip_special_tokens=True)
+        found = rouge_l(item.answer, written)
+        row |= {"same_tokens": float((reply.written == item.answer_ids).all()), "rouge_l": found}
+        row |= {"exact": float(found == 100), "wrote": _wrote(item, written), "written": written}
+    return row
+
+
+def _wrote(item: RetrievalItem, written: str) -> str:
+    of_answer = rouge_l(item.answer, written)
+    of_others = max((rouge_l(other, written) for other in item.others), default=0.0)
+    if of_answer == 100:
+        return "answer"
+    return "other" if of_others >= 60 and of_others > of_answer else "else"  # three of a number's five digits
+
+
+def summary(rows: pd.DataFrame, by: Sequence[str], *, bootstrap_samples: int, seed: int) -> pd.DataFrame:
+    """Means over items with 95% intervals from resampling them.
+
+    Args:
+        rows: from `score`, with a column `arm`.
+        by: columns to group by, for example arm, task and length.
+
+    Returns:
+        Columns of `by`, items, log_probability, probability, probability_low, probability_high, all_likeliest,
+        exact, rouge_l, rouge_l_low, rouge_l_high.
+    """
+    table = []
+    for names, group in rows.groupby([*by], sort=False):
+        weights = Bootstrap(len(group), bootstrap_samples, seed).weights() / len(group)
+        row = {**dict(zip(by, names, strict=True)), "items": len(group)}
+        for column in ("log_probability", "probability", "all_likeliest", "exact", "rouge_l"):
+            row[column] = float(group[column].mean())
+            if column in ("probability", "rouge_l"):
+                low, high = np.percentile(weights @ group[column].to_numpy(dtype=float), [2.5, 97.5])
+                row |= {f"{column}_low": float(low), f"{column}_high": float(high)}
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def paired_difference(
+    rows: pd.DataFrame, first: str, second: str, measure: str, *, bootstrap_samples: int, seed: int
+) -> tuple[float, float, float]:
+    """Mean of a measure for arm `first` minus that for arm `second` on the same questions, with its 95% interval.
+
+    The interval resamples questions; one asked at several lengths is one question.
+    """
+    by_arm = rows.pivot_table(index=["task", "number", "length"], columns="arm", values=measure)
+    difference = (by_arm[first] - by_arm[second]).groupby(["task", "number"]).mean().to_numpy()[:, None]
+    low, high = Bootstrap(len(difference), bootstrap_samples, seed).interval(difference, np.ones_like(difference))
+    return float(difference.mean()), float(low[0]), float(high[0])
+
+
+def effective_length(scores: np.ndarray, lengths: Sequence[int], threshold: float) -> np.ndarray:
+    """The longest length at which the score is at least the threshold there and at all shorter lengths asked at.
+
+    Args:
+        scores: shape (..., lengths).
+        lengths: rising, in tokens.
+
+    Returns:
+        Tokens, int of shape (...); 0 where the score is below the threshold at the shortest length already.
+    """
+    held = np.cumprod(np.asarray(scores) > threshold - 1e-9, axis=-1).sum(axis=-1)
+    return np.array([0, *lengths])[held]
+
+
+def effective_lengths(rows: pd.DataFrame, *, threshold: float, bootstrap_samples: int, seed: int) -> pd.DataFrame:
+    """Effective length of every arm and task by both scores, with its 95% interval over items.
+
+    A resampled item takes its scores at all lengths along. Lengths without generation count for probability only.
+
+    Args:
+        rows: from `score`, with a column `arm`.
+        threshold: for the mean of probability, and of ROUGE-L / 100.
+
+    Returns:
+        Columns arm, task, measure (probability, rouge_l), threshold, tokens, low, high, items.
+    """
+    table = []
+    for (arm, task), group in rows.groupby(["arm", "task"], sort=False):
+        for measure, unit in (("probability", 1.0), ("rouge_l", 100.0)):
+            scores = group.pivot_table(index="number", columns="length", values=measure).dropna() / unit
+            if scores.empty:  # nothing was generated
+                continue
+            weights = Bootstrap(len(scores), bootstrap_samples, seed).weights() / len(scores)
+            lengths = list(scores.columns)
+            reached = effective_length(weights @ scores.to_numpy(), lengths, threshold)
+            low, high = np.percentile(reached, [2.5, 97.5], method="nearest")
+            found = {"tokens": int(effective_length(scores.mean().to_numpy(), lengths, threshold))}
+            found |= {"low": int(low), "high": int(high), "items": len(scores)}
+            table.append({"arm": arm, "task": task, "measure": measure, "threshold": threshold, **found})
+    return pd.DataFrame(table)
 
 
 @torch.no_grad()
@@ -119,6 +530,23 @@ def rouge_l(answer: str, written: str) -> float:
                 longest[row, column] + 1 if word == other else max(longest[row, column + 1], longest[row + 1, column])
             )
     return 200 * float(longest[-1, -1]) / max(len(wanted) + len(found), 1)
+
+
+def _question_and_answer(
+    tokenizer: PreTrainedTokenizerBase, question: str, answer: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a question, and those of the answer as they follow it.
+
+    Raises:
+        ValueError: the tokenizer joins the end of the one with the beginning of the other in one token.
+    """
+    ending, both = _ids(tokenizer, question), _ids(tokenizer, question + answer)
+    if not np.array_equal(both[: len(ending)], ending):
+        raise ValueError(
+            f"the tokenizer has one token for the end of {question[-20:]!r} and the beginning of {answer[:20]!r}: "
+            "end cues where a word ends"
+        )
+    return ending, both[len(ending) :]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:

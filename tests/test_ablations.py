@@ -77,6 +77,9 @@ def test_record_of_an_arm_is_named_by_what_it_depends_on(preset):
         ablations.arm_record(dataclasses.replace(preset, lora=dataclasses.replace(preset.lora, rank=8)), arm, "base"),
     ]
     assert path not in others
+    tasks = dataclasses.replace(preset.retrieval.tasks, questions=1)
+    unrelated = dataclasses.replace(preset, retrieval=dataclasses.replace(preset.retrieval, tasks=tasks))
+    assert path == ablations.arm_record(unrelated, arm, "base")
 
 
 @pytest.mark.parametrize(("attention", "farthest"), [("sdpa", 15), ("s2", 3)])

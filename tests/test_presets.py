@@ -66,6 +66,12 @@ def test_unknown_preset_names_the_known_ones():
         ("steps = 80", "steps = 0", "training.steps = 0"),
         ("sequences_at_once = 1", "sequences_at_once = 0", "training.sequences_at_once = 0"),
         ("rank = 16", "rank = 0", "lora.rank = 0"),
+        ("keys = 4", "keys = 1", r"retrieval\.tasks\.keys = 1: Input should be greater than or equal to 2"),
+        ("keys = 4", "kes = 4", r"unknown key 'retrieval\.tasks\.kes' \(did you mean 'keys'\?\)"),
+        ("threshold = 0.5", "threshold = 50", r"retrieval\.tasks\.threshold = 50"),
+        ("depths = [0.0, 0.25", "depths = [0.25, 0.0", r"retrieval\.tasks\.depths must rise, got \[0\.25, 0\.0"),
+        ("depths = [0.0, 0.25", "depths = [0.0, 1.25", r"retrieval\.tasks\.depths\.1 = 1\.25"),
+        ("lengths = [256, 512", "lengths = [512, 256", r"retrieval\.lengths must rise, got \[512, 256"),
         ("{ sotu = 18", "{ sotuu = 18", r"held_out names \['sotuu'\]"),
         (
             "[extension]\nwindow = 4096",

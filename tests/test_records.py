@@ -35,6 +35,15 @@ COLUMNS = {
         "copying": {"arm", "place", "tokens_between", "nats"},
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
     },
+    "07_long_range_retrieval": {
+        "scores": {
+            *("arm", "task", "length", "depth", "items", "log_probability", "probability", "probability_low"),
+            *("probability_high", "all_likeliest", "exact", "rouge_l", "rouge_l_low", "rouge_l_high"),
+        },
+        "effective_length": {"arm", "task", "measure", "threshold", "tokens", "low", "high", "items"},
+        "agreement": {"arm", "task", "items", "all_likeliest", "exact", "same_verdict", "rank_correlation"},
+        "mistakes": {"arm", "task", "setting", "length", "items", "answer", "other", "anything_else"},
+    },
     "11_ablations": {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
@@ -131,3 +140,15 @@ def test_storing_the_same_results_twice_changes_nothing(tmp_path):
 def test_published_numbers_name_their_source():
     for path in (REPOSITORY / "data" / "published").glob("*.json"):
         assert json.loads(path.read_text())["source"]
+
+
+def test_digitised_retrieval_curves_have_a_score_at_every_length_and_share_a_model():
+    figures = {name: records.read_published("llama2_long")[name] for name in ("figure_5b", "figure_7", "figure_9b")}
+    for figure in figures.values():
+        assert "digitised" in figure["how"]
+        assert figure["length"] == sorted(set(figure["length"]))
+        for scores in figure["rouge_l"].values():
+            assert len(scores) == len(figure["length"])
+            assert all(0 <= score <= 100 for score in scores)
+    # The paper's RoPE ablation was trained on the mix with more long texts: one model, drawn in two figures.
+    assert figures["figure_7"]["rouge_l"]["llama2_mix_more_long"] == figures["figure_5b"]["rouge_l"]["abf"]

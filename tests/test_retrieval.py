@@ -1,6 +1,8 @@
 import dataclasses
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from recipe import FOLDER
@@ -9,9 +11,27 @@ from conftest import new_llama
 from llama_long_utils.documents import Document, TokenizedDocument, tokenize_documents
 from llama_long_utils.models import load_tokenizer
 from llama_long_utils.presets import load_preset
-from llama_long_utils.retrieval import answers, first_sentence_items, rouge_l
+from llama_long_utils.retrieval import (
+    PLANTED,
+    _wrote,
+    answers,
+    effective_length,
+    effective_lengths,
+    first_sentence_items,
+    paired_difference,
+    planted_items,
+    replies,
+    rouge_l,
+    score,
+    sentence_ends,
+    summary,
+)
 
 SETTINGS = dataclasses.replace(load_preset("tiny").retrieval, answer_tokens=24, documents=3)
+
+
+def with_tasks(**changes):
+    return dataclasses.replace(SETTINGS, tasks=dataclasses.replace(SETTINGS.tasks, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +102,217 @@ def test_rouge_l_is_lin_s(written, score):
 
 def test_documents_are_token_ids(texts):
     assert all(isinstance(text, TokenizedDocument) and text.token_ids.dtype == np.int32 for text in texts)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return new_llama(seed=0, vocab_size=2048, max_position_embeddings=512).eval()
+
+
+def planted(task, texts, tokenizer, length=256, settings=SETTINGS, questions=5, seed=0):
+    return planted_items(task, texts, tokenizer, length, settings, questions=questions, seed=seed)
+
+
+@pytest.mark.parametrize("length", [256, 512])
+def test_first_sentence_fills_the_length_exactly_with_the_answer_as_it_stands_in_the_text(texts, tokenizer, length):
+    items = first_sentence_items(texts, tokenizer, length, SETTINGS, seed=0, exact=True)
+    for item in items:
+        assert len(item.prompt) + len(item.answer_ids) == length
+        assert tokenizer.decode(item.answer_ids).split() == item.answer.split()
+        windows = np.lib.stride_tricks.sliding_window_view(item.prompt, len(item.answer_ids))
+        assert (windows == item.answer_ids).all(axis=1).sum() == 1
+    with_room = first_sentence_items(texts, tokenizer, length, SETTINGS, seed=0)
+    assert [item.answer for item in items] == [item.answer for item in with_room]
+
+
+@pytest.mark.parametrize("task", PLANTED)
+@pytest.mark.parametrize("length", [256, 512])
+def test_prompt_and_answer_have_exactly_the_length_asked_for(texts, tokenizer, task, length):
+    items = planted(task, texts, tokenizer, length)
+    assert len(items) == 5
+    for item in items:
+        assert len(item.prompt) + len(item.answer_ids) == length
+        assert item.prompt[0] == tokenizer.bos_token_id
+        assert tokenizer.bos_token_id not in item.prompt[1:]
+        assert tokenizer.decode(item.answer_ids) == f" {item.answer}"
+
+
+@pytest.mark.parametrize("task", PLANTED)
+def test_answer_stands_in_its_statement_and_nowhere_else(texts, tokenizer, task):
+    for item in planted(task, texts, tokenizer, 512):
+        text = tokenizer.decode(item.prompt[1:])
+        assert text.count(item.answer.rstrip(".")) == 1
+        before, _, cue = text.rpartition("\n\n")
+        if task == "variables":  # the cue asks for the last variable, the number is the first one's
+            assert re.search(rf"Let \w+ be {re.escape(item.answer)}", before)
+        else:
+            assert before.count(f"{cue} {item.answer}") == 1
+
+
+@pytest.mark.parametrize("task", PLANTED)
+def test_questions_are_the_same_at_every_length_and_for_a_seed(texts, tokenizer, task):
+    short, again, long = (planted(task, texts, tokenizer, length) for length in (256, 256, 512))
+    assert all((one.prompt == two.prompt).all() for one, two in zip(short, again, strict=True))
+    assert [item.answer for item in short] == [item.answer for item in long]
+    assert [item.document for item in short] == [item.document for item in long]
+    assert [item.answer for item in planted(task, texts, tokenizer, seed=1)] != [item.answer for item in short]
+
+
+def test_needle_stands_at_the_end_of_the_sentence_nearest_to_its_depth(texts, tokenizer):
+    items = planted("needle", texts, tokenizer, 512, questions=10)
+    assert [item.depth for item in items] == SETTINGS.tasks.depths * 2
+    for item in items:
+        cue = tokenizer.decode(item.prompt).rpartition("\n\n")[2]
+        needle = np.array(tokenizer(f"\n\n{cue} {item.answer}\n\n", add_special_tokens=False)["input_ids"])
+        windows = np.lib.stride_tricks.sliding_window_view(item.prompt, len(needle))
+        (first,) = np.flatnonzero((windows == needle).all(axis=1))
+        ending = len(tokenizer(f"\n\n{cue}", add_special_tokens=False)["input_ids"])
+        text = np.concatenate([item.prompt[1:first], item.prompt[first + len(needle) : len(item.prompt) - ending]])
+        assert (first - 1) / len(text) == pytest.approx(item.place)
+        ends = sentence_ends(tokenizer, text)
+        assert first - 1 in ends
+        assert abs(first - 1 - item.depth * len(text)) == np.abs(ends - item.depth * len(text)).min()
+    assert {item.place for item in items if item.depth in (0, 1)} == {0, 1}
+
+
+def test_depths_of_the_other_tasks_are_spread(texts, tokenizer):
+    assert [item.depth for item in planted("passkey", texts, tokenizer, questions=4)] == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_distractors_have_other_keys_and_other_values(texts, tokenizer):
+    for item in planted("multi_key", texts, tokenizer, 512):
+        text = tokenizer.decode(item.prompt[1:])
+        found = dict(re.findall(r"The key to the gate of (\w+) is ([\w ]+)\.", text))
+        assert len(found) == len(set(found.values())) == SETTINGS.tasks.keys
+        asked = re.search(r"The key to the gate of (\w+) is$", text)[1]
+        assert f"{found.pop(asked)}." == item.answer
+        assert sorted(item.others) == sorted(f"{number}." for number in found.values())
+
+
+@pytest.mark.parametrize("hops", [0, 1, 3])
+def test_chains_of_variables_resolve_to_the_answer(texts, tokenizer, hops):
+    for item in planted("variables", texts, tokenizer, 512, with_tasks(hops=hops)):
+        *lines, example, question = tokenizer.decode(item.prompt[1:]).split("\n\n")
+        values = dict(
+            re.fullmatch(r"Let (\w+) be ([\w ]+)\.", line).groups() for line in lines if line.startswith("Let ")
+        )
+        assert len(values) == hops + 1
+        value = re.fullmatch(r"So (\w+) is", question)[1]
+        for _ in range(hops + 1):
+            value = values[value]
+        assert f"{value}." == item.answer
+        assert len(set(item.answer[:-1].split())) == 5
+        assert example.endswith(item.others[0])
+        assert len(re.findall("Let ", example)) == hops + 1
+
+
+@pytest.mark.parametrize("task", PLANTED)
+def test_one_pass_equals_full_logits_and_plain_greedy_decoding(texts, tokenizer, model, task):
+    items = planted(task, texts, tokenizer)
+    for item in items[:2]:
+        (reply,) = replies(model, [item], generate=True)
+        count = len(item.answer_ids)
+        ids = torch.from_numpy(np.concatenate([item.prompt, item.answer_ids]))[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, -count - 1 : -1]
+        expected = logits.log_softmax(-1)[torch.arange(count), torch.from_numpy(item.answer_ids)]
+        np.testing.assert_allclose(reply.log_probabilities, expected.numpy(), atol=1e-5)
+        assert reply.likeliest.tolist() == (logits.argmax(-1).numpy() == item.answer_ids).tolist()
+        ids = torch.from_numpy(item.prompt)[None]
+        for _ in range(count):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+        assert reply.written.tolist() == ids[0, -count:].tolist()
+
+
+def test_items_scored_together_score_as_alone(texts, tokenizer, model):
+    items = planted("passkey", texts, tokenizer, questions=8)
+    together = score(model, tokenizer, items, SETTINGS)
+    alone = score(model, tokenizer, items, dataclasses.replace(SETTINGS, prompts_at_once=1))
+    np.testing.assert_allclose(together.log_probability, alone.log_probability, atol=1e-5)
+    assert together.written.tolist() == alone.written.tolist()
+    assert together.answer.tolist() == [item.answer for item in items]
+
+
+def test_trap_23_logits_exist_at_the_answer_only_and_no_cache_without_generation(texts, tokenizer, model):
+    (item,) = planted("passkey", texts, tokenizer, questions=1)
+    seen = []
+    hooks = [
+        model.lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[1])),
+        model.model.register_forward_hook(
+            lambda _module, _arguments, options, output: seen.append(output.past_key_values), with_kwargs=True
+        ),
+    ]
+    replies(model, [item], generate=False)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [None, len(item.answer_ids) + 1]
+
+
+def test_beyond_generate_up_to_only_probabilities_are_scored(texts, tokenizer, model):
+    settings = with_tasks(generate_up_to=255)
+    rows = score(model, tokenizer, planted("passkey", texts, tokenizer), settings).assign(arm="base")
+    assert rows.rouge_l.isna().all()
+    assert rows.probability.between(0, 1).all()
+    table = effective_lengths(rows, threshold=0.5, bootstrap_samples=10, seed=0)
+    assert table.measure.tolist() == ["probability"]
+
+
+def test_effective_length_ends_where_the_score_first_falls_below_the_threshold():
+    lengths = [256, 512, 1024]
+    assert effective_length([0.9, 0.6, 0.5], lengths, 0.5) == 1024
+    assert effective_length([0.9, 0.4, 0.9], lengths, 0.5) == 256
+    assert effective_length([0.4, 0.9, 0.9], lengths, 0.5) == 0
+    assert effective_length([[1, 1, 0], [1, 0, 0]], lengths, 0.5).tolist() == [512, 256]
+
+
+def rows_of(scores):
+    """Rows as of `score`: items x lengths."""
+    return pd.DataFrame(
+        [
+            {"arm": "base", "task": "needle", "number": number, "length": 256 * 2**column, "probability": value}
+            | {"rouge_l": 100 * value, "log_probability": -1.0, "all_likeliest": value, "exact": value}
+            for number, values in enumerate(scores)
+            for column, value in enumerate(values)
+        ]
+    )
+
+
+def test_effective_length_has_an_interval_over_items():
+    same = effective_lengths(rows_of([[1, 1, 0]] * 6), threshold=0.5, bootstrap_samples=50, seed=0)
+    assert same[["tokens", "low", "high"]].to_numpy().tolist() == [[512, 512, 512]] * 2
+    mixed = effective_lengths(rows_of([[1, 1, 1], [1, 0, 0]] * 3), threshold=0.5, bootstrap_samples=500, seed=0)
+    assert mixed[["tokens", "low", "high"]].to_numpy().tolist() == [[1024, 256, 1024]] * 2
+
+
+def test_summary_is_the_mean_over_items_with_its_interval():
+    table = summary(rows_of([[1, 0]] * 3 + [[0, 0]]), ["arm", "length"], bootstrap_samples=200, seed=0)
+    assert table["items"].tolist() == [4, 4]
+    assert table.rouge_l.tolist() == [75, 0]
+    assert table.rouge_l_low[0] < 75 < table.rouge_l_high[0] <= 100
+    assert table.rouge_l_high[1] == 0
+
+
+def test_paired_difference_is_over_questions():
+    rows = pd.concat([rows_of([[1, 0], [1, 1]]).assign(arm="one"), rows_of([[0, 0], [0.5, 0.5]]).assign(arm="other")])
+    value, low, high = paired_difference(rows, "one", "other", "probability", bootstrap_samples=100, seed=0)
+    assert value == low == high == 0.5
+
+
+def test_what_was_written_instead_is_told_apart(texts, tokenizer, model):
+    (item,) = planted("multi_key", texts, tokenizer, questions=1)
+    for text, kind in ((item.answer, "answer"), (item.others[1], "other"), ("the people", "else"), ("", "else")):
+        assert _wrote(item, f" {text}") == kind
+
+
+def test_bad_settings_are_one_clear_error(texts, tokenizer, model):
+    with pytest.raises(ValueError, match=r"unknown task 'pass': use one of \['passkey', 'needle'"):
+        planted("pass", texts, tokenizer)
+    with pytest.raises(ValueError, match="questions = 0: ask at least one"):
+        planted("passkey", texts, tokenizer, questions=0)
+    with pytest.raises(ValueError, match=r"length = 64 is too short for task 'multi_key'.*ask at \d+ tokens or more"):
+        planted("multi_key", texts, tokenizer, 64)
+    with pytest.raises(ValueError, match=r"no document has 100,000 tokens for task 'needle'.*ask at shorter lengths"):
+        planted("needle", texts, tokenizer, 100_000)
+    one, other = planted("passkey", texts, tokenizer, 256, questions=1), planted("passkey", texts, tokenizer, 512)
+    with pytest.raises(ValueError, match="group them"):
+        replies(model, [*one, other[0]], generate=False)
