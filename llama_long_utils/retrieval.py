@@ -28,6 +28,7 @@ TRADES = ("ferryman", "miller", "baker", "weaver", "shepherd", "smith", "gardene
 ADJECTIVES = ("silver", "wooden", "broken", "yellow", "heavy", "narrow", "painted", "hollow", "rusty", "little")
 NOUNS = ("lantern", "drum", "ladder", "kettle", "mirror", "basket", "whistle", "saddle", "candle", "bell")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+GOLDEN = (5**0.5 - 1) / 2
 PLACES = ("stairs", "bridge", "floor", "oak", "table", "roof", "chapel", "well")
 
 
@@ -145,7 +146,7 @@ def planted_items(
 
     Made-up names and numbers that the stretch happens to hold are drawn again. A statement is a paragraph of its own
     at the end of the sentence nearest to its depth. Question `number` has the same stretch (its beginning where less
-    is asked for), statements and depths at every length of the settings.
+    is asked for), statements and depths at every length of the settings and however many questions there are.
 
     Args:
         task: one of `PLANTED`.
@@ -174,7 +175,7 @@ def planted_items(
     if task == "needle":
         asked = [*depths] * -(-questions // len(depths))
     else:
-        asked = [(number + 0.5) / questions for number in range(questions)]
+        asked = [(0.5 + number * GOLDEN) % 1 for number in range(questions)]  # spread evenly, however many
     items = []
     for number, depth in enumerate(asked):
         document = readable[order[number % len(order)]]
@@ -434,6 +435,27 @@ def summary(rows: pd.DataFrame, by: Sequence[str], *, bootstrap_samples: int, se
             if column in ("probability", "rouge_l"):
                 low, high = np.percentile(weights @ group[column].to_numpy(dtype=float), [2.5, 97.5])
                 row |= {f"{column}_low": float(low), f"{column}_high": float(high)}
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def agreement(rows: pd.DataFrame) -> pd.DataFrame:
+    """How far probabilities and generated answers agree, for every arm and task, over all lengths with both.
+
+    Args:
+        rows: from `score`, with a column `arm`.
+
+    Returns:
+        Columns arm, task, items, all_likeliest and exact (shares), same_verdict (share of items where all tokens are
+        likeliest if and only if greedy decoding writes them), rank_correlation (Spearman, of probability and ROUGE-L;
+        missing where one of them does not vary).
+    """
+    table = []
+    for (arm, task), group in rows.dropna(subset="rouge_l").groupby(["arm", "task"], sort=False):
+        row = {"arm": arm, "task": task, "items": len(group), **group[["all_likeliest", "exact"]].mean().to_dict()}
+        row["same_verdict"] = float((group.all_likeliest == group.same_tokens).mean())
+        varied = min(np.ptp(group.probability), np.ptp(group.rouge_l)) > 0
+        row["rank_correlation"] = group.probability.corr(group.rouge_l, "spearman") if varied else np.nan
         table.append(row)
     return pd.DataFrame(table)
 

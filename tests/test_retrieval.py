@@ -14,6 +14,7 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.retrieval import (
     PLANTED,
     _wrote,
+    agreement,
     answers,
     effective_length,
     effective_lengths,
@@ -176,7 +177,10 @@ def test_needle_stands_at_the_end_of_the_sentence_nearest_to_its_depth(texts, to
 
 
 def test_depths_of_the_other_tasks_are_spread(texts, tokenizer):
-    assert [item.depth for item in planted("passkey", texts, tokenizer, questions=4)] == [0.125, 0.375, 0.625, 0.875]
+    few, many = (planted("passkey", texts, tokenizer, questions=questions) for questions in (3, 8))
+    assert all((one.prompt == two.prompt).all() for one, two in zip(few, many[:3], strict=True))
+    depths = np.sort([0, *(item.depth for item in many), 1])
+    assert np.diff(depths).max() < 0.25
 
 
 def test_distractors_have_other_keys_and_other_values(texts, tokenizer):
@@ -290,6 +294,16 @@ def test_summary_is_the_mean_over_items_with_its_interval():
     assert table.rouge_l.tolist() == [75, 0]
     assert table.rouge_l_low[0] < 75 < table.rouge_l_high[0] <= 100
     assert table.rouge_l_high[1] == 0
+
+
+def test_agreement_counts_verdicts_and_ranks():
+    rows = rows_of([[0.9, 0.5], [0.4, 0.1]]).assign(
+        all_likeliest=[1.0, 1.0, 0.0, 0.0], same_tokens=[1.0, 0.0, 0.0, 0.0]
+    )
+    (row,) = agreement(rows).to_dict("records")
+    assert (row["same_verdict"], row["rank_correlation"], row["items"]) == (0.75, pytest.approx(1.0), 4)
+    (row,) = agreement(rows.assign(rouge_l=0.0)).to_dict("records")
+    assert np.isnan(row["rank_correlation"])
 
 
 def test_paired_difference_is_over_questions():
