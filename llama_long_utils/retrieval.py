@@ -230,8 +230,8 @@ def _variables(generator: np.random.Generator, depth: float, settings: Retrieval
 
 
 def _chain(names: Sequence[str], number: str) -> list[str]:
-    first = f"Let {names[0]} be {number}."
-    return [first, *(f"Let {name} be {before}." for before, name in itertools.pairwise(names))]
+    first = f"Here {names[0]} is {number}."
+    return [first, *(f"Here {name} is {before}." for before, name in itertools.pairwise(names))]
 
 
 PLANTED: dict[str, Callable[[np.random.Generator, float, Retrieval], Question]] = {

@@ -145,7 +145,7 @@ def test_answer_stands_in_its_statement_and_nowhere_else(texts, tokenizer, task)
         assert text.count(item.answer.rstrip(".")) == 1
         before, _, cue = text.rpartition("\n\n")
         if task == "variables":  # the cue asks for the last variable, the number is the first one's
-            assert re.search(rf"Let \w+ be {re.escape(item.answer)}", before)
+            assert re.search(rf"Here \w+ is {re.escape(item.answer)}", before)
         else:
             assert before.count(f"{cue} {item.answer}") == 1
 
@@ -198,7 +198,7 @@ def test_chains_of_variables_resolve_to_the_answer(texts, tokenizer, hops):
     for item in planted("variables", texts, tokenizer, 512, with_tasks(hops=hops)):
         *lines, example, question = tokenizer.decode(item.prompt[1:]).split("\n\n")
         values = dict(
-            re.fullmatch(r"Let (\w+) be ([\w ]+)\.", line).groups() for line in lines if line.startswith("Let ")
+            re.fullmatch(r"Here (\w+) is ([\w ]+)\.", line).groups() for line in lines if line.startswith("Here ")
         )
         assert len(values) == hops + 1
         value = re.fullmatch(r"So (\w+) is", question)[1]
@@ -207,7 +207,7 @@ def test_chains_of_variables_resolve_to_the_answer(texts, tokenizer, hops):
         assert f"{value}." == item.answer
         assert len(set(item.answer[:-1].split())) == 5
         assert example.endswith(item.others[0])
-        assert len(re.findall("Let ", example)) == hops + 1
+        assert len(re.findall("Here ", example)) == hops + 1
 
 
 @pytest.mark.parametrize("task", PLANTED)
