@@ -342,11 +342,11 @@ def next_sentence_items(
 ) -> dict[int, list[Item]]:
     """A task from any documents: which of four sentences comes next? The wrong ones are from the same document.
 
-    They lie outside of what is shown, so copying does not help them. At every length the same sentence is asked for.
+    They lie outside of what is shown and not right behind it. At every length the same sentence is asked for.
 
     Args:
         lengths: tokens of the prompt and the longest choice, about.
-        count: questions, the same number from each document as far as it goes.
+        count: questions, from the documents in turn; fewer come back where a document has no fitting sentences.
 
     Raises:
         ValueError: no document is long enough.
@@ -365,13 +365,13 @@ def next_sentence_items(
         document = fitting[number % len(fitting)]
         generator = np.random.default_rng([seed, number])
         text = tokenizer.decode(document.token_ids[1:-1], clean_up_tokenization_spaces=False)
-        shown = int(len(text) * max(lengths) / document.tokens * 1.2)  # characters, a fifth more than the mean
+        shown = int(len(text) * max(lengths) / document.tokens * 1.5)  # characters: denser text has fewer to a token
         found = [match for match in sentences.finditer(text) if len(match[0].split()) in words]
         late = [match for match in found if match.start() > shown]
         if len(late) < 2:
             continue
         right = late[int(generator.integers(len(late)))]
-        outside = [m for m in found if not right.start() - shown <= m.start() <= right.end()]
+        outside = [m for m in found if not right.start() - shown <= m.start() <= right.end() + shown // 4]
         if len(outside) < 3:
             continue
         wrong = [outside[int(place)] for place in generator.choice(len(outside), 3, replace=False)]
@@ -381,6 +381,8 @@ def next_sentence_items(
         before = text[right.start() - shown : right.start()].rstrip()
         spans = tokenizer(before, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         room = max(len(_ids(tokenizer, choice)) for choice in choices) + 1
+        if len(spans["offset_mapping"]) < max(lengths):
+            continue
         for length in lengths:
             first = spans["offset_mapping"][-(length - room)][0]
             name = f"{document.source}/{document.name}/{right.start()}"
@@ -585,8 +587,8 @@ def run_program(source: str, *, cpu_seconds: int = 5, memory_mib: int = 512) -> 
     The child is an isolated Python (`-I`, without installed packages) in an empty folder, with an empty environment, no
     input and its output thrown away. It has `cpu_seconds` of processor and twice that of time, `memory_mib` MiB of
     address space, may write no file and start no process. An audit hook refuses sockets, processes, signals, changes to
-    files, ctypes, and opening anything but Python's own library (the parent's environment in /proc included). From
-    Python 3.12 on Linux it also gets a network of its own with nothing in it, if the kernel lets it.
+    files, ctypes, and opening anything but Python's own library (the parent's environment in /proc included); names of
+    files can be listed. From Python 3.12 on Linux it also gets a network of its own with nothing in it, if the kernel lets it.
 
     This stops what models write by accident. It does **not** stop an attack: the hook and the check run in the same
     interpreter as the program, so code made to break out of Python can (and can claim to have passed), and a bug in the

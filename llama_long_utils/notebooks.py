@@ -43,7 +43,12 @@ SEQUENCE = [
         record_with={"stretches_per_document": None},
     ),
     Notebook("07_long_range_retrieval", "Long-range retrieval", "Can it find one sentence in a long text?"),
-    Notebook("08_benchmark_deltas", "Benchmark deltas", "What does the extension do to short and long tasks?"),
+    Notebook(
+        "08_benchmark_deltas",
+        "Benchmark deltas",
+        "What does the extension do to short and long tasks?",
+        record_with={"items": 100, "tasks": "hellaswag truthfulqa_mc1 mmlu"},
+    ),
     Notebook("09_instruction_tuning", "Instruction tuning", "How does a long base model become a chat model?"),
     Notebook("10_preference_tuning", "Preference tuning", "Does preference tuning keep long context?"),
     Notebook("11_ablations", "Ablations", "Which of the choices matter?"),

@@ -37,6 +37,13 @@ COLUMNS = {
         "copying": {"arm", "place", "tokens_between", "nats"},
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
     },
+    "08_benchmark_deltas": {
+        "deltas": {
+            *("task", "length", "pair", "metric", "items", "before", "after", "difference", "low", "high"),
+            *("discordant", "p"),
+        },
+        "scores": {"task", "length", "arm", "metric", "items", "value", "low", "high"},
+    },
     "11_ablations": {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
