@@ -588,7 +588,8 @@ def run_program(source: str, *, cpu_seconds: int = 5, memory_mib: int = 512) -> 
     input and its output thrown away. It has `cpu_seconds` of processor and twice that of time, `memory_mib` MiB of
     address space, may write no file and start no process. An audit hook refuses sockets, processes, signals, changes to
     files, ctypes, and opening anything but Python's own library (the parent's environment in /proc included); names of
-    files can be listed. From Python 3.12 on Linux it also gets a network of its own with nothing in it, if the kernel lets it.
+    files can be listed. From Python 3.12 on Linux it also gets a network of its own with nothing in it, if the kernel
+    lets it.
 
     This stops what models write by accident. It does **not** stop an attack: the hook and the check run in the same
     interpreter as the program, so code made to break out of Python can (and can claim to have passed), and a bug in the
