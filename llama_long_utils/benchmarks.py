@@ -329,7 +329,7 @@ def _fill(
 
 
 def _cost(tokenizer: PreTrainedTokenizerBase, paragraph: str) -> int:
-    return len(_ids(tokenizer, paragraph + "\n\n"))
+    return len(_ids(tokenizer, "\n\n" + paragraph))  # behind it, line breaks would make other tokens
 
 
 def next_sentence_items(
