@@ -859,24 +859,24 @@ class Paired:
 def paired_accuracy(before: np.ndarray, after: np.ndarray) -> Paired:
     """Compare right (1) and wrong (0) answers to the same items.
 
-    Only discordant items tell the models apart. Their share that turned right is binomial, 1/2 if nothing changed:
-    McNemar's exact test. The interval is that share's exact one (Clopper-Pearson), times the share of discordant items:
-    exact given their number, and it leaves out 0 exactly when p < 0.05. Without any, the bounds are the largest change
-    to either side that so many items show nothing of with a probability of 2.5%: 1 - 0.025 ** (1 / items).
+    Only items that changed sides (discordant ones) tell the models apart. If nothing changed, each of them turned right
+    with probability 1/2: McNemar's exact test. The interval takes the extremes of two exact ones (Clopper-Pearson), for
+    the share of items that changed sides and for the share of those that turned right. So it is wider than need be, and
+    leaves out 0 exactly when p < 0.05.
     """
     _same_items(before, after)
     items = len(before)
     gained = int(((before == 0) & (after == 1)).sum())
     lost = int(((before == 1) & (after == 0)).sum())
     discordant = gained + lost
+    changed = binomtest(discordant, items).proportion_ci(0.95, method="exact")
+    low, high, p = -1.0, 1.0, 1.0  # of right minus wrong among the items that changed sides
     if discordant:
         test = binomtest(gained, discordant)
-        share = test.proportion_ci(0.95, method="exact")
-        low, high = ((2 * bound - 1) * discordant / items for bound in (share.low, share.high))
+        low, high = (2 * bound - 1 for bound in test.proportion_ci(0.95, method="exact"))
         p = float(test.pvalue)
-    else:
-        high = 1 - 0.025 ** (1 / items)
-        low, p = -high, 1.0
+    low *= changed.low if low > 0 else changed.high
+    high *= changed.high if high > 0 else changed.low
     return Paired(before.mean(), after.mean(), (gained - lost) / items, low, high, discordant, p)
 
 

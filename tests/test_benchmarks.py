@@ -304,8 +304,19 @@ def test_paired_accuracy_is_mcnemar_s_exact_test():
     found = benchmarks.paired_accuracy(before, after)
     assert found.p == pytest.approx(2 * (1 + 8) / 2**8)
     assert (found.discordant, found.difference) == (8, pytest.approx(6 / 21))
-    # Clopper-Pearson for 7 of 8 is [0.4735, 0.9968].
-    assert (found.low, found.high) == pytest.approx(((2 * 0.4735 - 1) * 8 / 21, (2 * 0.9968 - 1) * 8 / 21), abs=1e-4)
+    # Clopper-Pearson: 7 of 8 is [0.4735, 0.9968], 8 of 21 is [0.1811, 0.6156].
+    assert (found.low, found.high) == pytest.approx(((2 * 0.4735 - 1) * 0.6156, (2 * 0.9968 - 1) * 0.6156), abs=1e-4)
+
+
+@pytest.mark.parametrize(("gains", "losses", "items"), [(0.05, 0.05, 100), (0.1, 0.02, 100), (0.01, 0.01, 50)])
+def test_paired_interval_covers_the_truth_at_least_as_often_as_it_says(gains, losses, items):
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        kind = generator.choice(3, items, p=[gains, losses, 1 - gains - losses])
+        found = benchmarks.paired_accuracy((kind == 1).astype(float), (kind == 0).astype(float))
+        covered += found.low <= gains - losses <= found.high
+    assert covered >= 0.95 * 300
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(6, 0), (5, 0), (12, 3), (10, 3), (2, 2)])
