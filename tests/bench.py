@@ -73,34 +73,34 @@ def fast_dtype() -> tuple[str, float]:
     return max(rates.items(), key=lambda item: item[1])
 
 
-def median_seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Of a piece of work, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
-
-
-def rates(dtype: str, length: int) -> dict[str, float]:
-    """What this machine does per second at the moment, in the sizes of SHAPE's layers (`budget.Rates`)."""
-    config = budget.model_shape(SHAPE)
-    hidden = torch.randn(2048, config.hidden_size).to(getattr(torch, dtype))
-    weight = torch.randn(config.hidden_size, config.intermediate_size).to(hidden.dtype)
-    shape = (1, config.num_attention_heads, min(length, 4096), config.head_dim)
-    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+def bandwidth() -> float:
+    """Bytes per second that an addition of two large tensors reads and writes."""
     one, other = torch.ones(2, 2**26).unbind()
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.add(one, 1.0, out=other)
+        times.append(time.perf_counter() - started)
+    return 2 * one.nbytes / min(times)
 
-    def attend() -> None:
+
+def attention_rate(length: int = 4096) -> float:
+    """FLOP/s of causal attention forward and backward, heads as in SHAPE; counted as in `budget.step_flops`."""
+    config = budget.model_shape(SHAPE)
+    shape = (1, config.num_attention_heads, length, config.head_dim)
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+        times.append(time.perf_counter() - started)
+    return 7 * config.num_attention_heads * config.head_dim * length**2 / min(times)
 
-    flops = 7 * config.num_attention_heads * config.head_dim * shape[2] ** 2  # counted as in `budget.step_flops`
-    return {
-        "products": 2 * hidden.numel() * config.intermediate_size / median_seconds(lambda: hidden @ weight, 50),
-        "attention": flops / median_seconds(attend, 4),
-        "bandwidth": 2 * one.nbytes / median_seconds(lambda: torch.add(one, 1.0, out=other), 6),
-    }
+
+def rates() -> dict[str, Any]:
+    """What this machine does per second."""
+    dtype, matmul = fast_dtype()
+    return {"dtype": dtype, "matmul": matmul, "bandwidth": bandwidth(), "attention": attention_rate()}
 
 
 # --- one measurement, in a process of its own -------------------------------------------------------------------------
@@ -266,14 +266,6 @@ def allocated(**task: Any) -> dict[str, Any]:
     return contender(**task)
 
 
-def timed(length: int, dtype: str, techniques: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Seconds of our steps, and what the machine did per second right before and after them."""
-    before = rates(dtype, length)
-    result = contender("ours", length, dtype, steps, techniques)
-    after = rates(dtype, length)
-    return {**result, "rates": {name: (before[name] + after[name]) / 2 for name in before}}
-
-
 def profiled(length: int, dtype: str, techniques: dict[str, Any]) -> dict[str, float]:
     """Seconds of a step by operator, and between operators, where Python is."""
     llama = random_llama(budget.model_shape(SHAPE), LORA, dtype)
@@ -399,16 +391,17 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
     return rows
 
 
-def step_times(dtype: str) -> list[dict[str, Any]]:
+def step_times(machine: dict[str, Any]) -> list[dict[str, Any]]:
     """Predicted and measured seconds of our step, all layers recomputed, as the context grows."""
-    config, ways = budget.model_shape(SHAPE), replace(PLAIN, recomputed_layers=ALL, tile=512)
+    rates = budget.Rates(machine["matmul"], machine["attention"], machine["bandwidth"])
+    config, dtype = budget.model_shape(SHAPE), machine["dtype"]
+    ways = replace(PLAIN, recomputed_layers=ALL, tile=512)
     rows = []
-    for length, steps in ((1024, 3), (2048, 3), (4096, 2)):
-        result = measured(kind="timed", length=length, dtype=dtype, techniques=asdict(ways), steps=steps)
-        rates = budget.Rates(**result["rates"])
+    for length, steps in ((1024, 3), (2048, 3), (4096, 2), (8192, 2), (16_384, 1)):
+        task = {"length": length, "dtype": dtype, "steps": steps}
+        result = measured(kind="contender", round=0, name="ours", techniques=asdict(ways), **task)
         predicted = budget.step_seconds(config, LORA, StepShape(length, dtype, ways), rates)
-        # The first step also makes the optimizer's state and loads kernels.
-        rows.append({"context": length, **predicted, "measured": float(np.median(result["seconds"][1:]))})
+        rows.append({"context": length, **predicted, "measured": min(result["seconds"])})
     return rows
 
 
@@ -531,7 +524,7 @@ def main() -> None:
         return worker(json.loads(sys.argv[2]))
     started = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    machine = kept("machine", lambda: dict(zip(("dtype", "matmul"), fast_dtype(), strict=True)))
+    machine = kept("machine", rates)
     dtype = machine["dtype"]
     check = ledger_check()
     built = seven_billion(dtype)
@@ -543,7 +536,7 @@ def main() -> None:
         "longest_context": longest,
         "plans": kept("plans", plans),
         "bench": bench,
-        "step_times": step_times(dtype),
+        "step_times": step_times(machine),
         "profile": profile(dtype),
         "seven_billion": built,
         "machine": [{"quantity": name, "value": str(value)} for name, value in machine.items()],
