@@ -288,7 +288,6 @@ def worker(task: dict[str, Any]) -> None:
         "allocated": allocated,
         "contender": contender,
         "profile": profiled,
-        "timed": timed,
         "trained": trained,
     }
     print("RESULT " + json.dumps(kinds[task.pop("kind")](**task)), flush=True)
