@@ -1038,7 +1038,7 @@ def _harness_metrics(path: Path) -> dict[tuple[str, str], tuple[float, float, fl
 def main() -> None:
     """The command line: measure, or go on measuring, and write the preset's record to data/results."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="smollm2", help="a file in presets/ (default: smollm2)")
+    parser.add_argument("--preset", required=True, help="a file in presets/")
     parser.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS), help=f"of {list(TASKS)}")
     parser.add_argument("--arms", nargs="+", default=["base", "extended"], help=f"of {list(ARMS)}; the first is before")
     parser.add_argument("--items", type=int, help=f"of each task (default: all, of a long one {LONG_ITEMS} per length)")

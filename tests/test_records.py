@@ -59,9 +59,6 @@ COLUMNS = {
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
         "cost": {"method", "training", "seed", "tokens", "seconds"},
     },
-    "11_rope_base_search": {
-        "search": {*("rope_base", "arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens")}
-    },
     "11_longrope_search": {"factors": {"pair", "factor"}, "search": {"round", "nll"}},
 }
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
@@ -91,7 +88,7 @@ def test_delivered_records_are_there():
 def test_bucket_edges_hold_the_agreed_ones():
     table = records.read_table(records.RESULTS / "tiny" / "06_perplexity_by_position.json", "nll_by_position")
     assert {256, 512, 1024, 2048, 4096} <= {*table.position_low, *table.position_high}
-    assert set(table.arm) == {"base", "rope_base_only", "extended"}
+    assert set(table.arm) == {"base", "rope_base_only", "yarn", "extended"}
 
 
 def test_arrays_beside_the_record_need_no_pickle_and_give_its_means():
