@@ -71,7 +71,7 @@ def test_every_technique_takes_less_memory():
 
 def test_memory_grows_linearly_with_the_length():
     tiled = replace(SHAPE, techniques=replace(CHECKPOINTED, tile=4096))
-    peaks = [peak(replace(tiled, length=length)) for length in (16_384, 32_768, 65_536)]
+    peaks = [peak(replace(tiled, length=length)) for length in (32_768, 65_536, 131_072)]
     assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.001)
 
 
@@ -90,15 +90,16 @@ def test_what_computes_little_is_counted_by_the_bytes_that_it_moves():
     tracker = memory.StorageTracker()
     with FakeTensorMode(), tracker:
         one = torch.empty(512, 512)
-        assert tracker.moved == one.nbytes  # as if it were filled
         one.view(-1)[1:].t()
         one @ one
-        assert tracker.moved == one.nbytes
+        assert tracker.moved == 0
         one @ one[:, :8]  # thin
-        assert tracker.moved == pytest.approx(2 * one.nbytes, rel=0.05)
+        assert tracker.moved == pytest.approx(one.nbytes, rel=0.05)
         tracker.enter("saved")
         one + one.exp()
         assert tracker.moved == 5 * one.nbytes
+        one.copy_(one.exp())
+        assert tracker.moved == 9 * one.nbytes
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells how much a process held")
