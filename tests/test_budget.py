@@ -97,6 +97,7 @@ def quick_ledger(monkeypatch):
     monkeypatch.setattr(budget, "ledger", simple_ledger)
 
 
+@pytest.mark.usefixtures("quick_ledger")
 def test_the_planner_recomputes_nothing_if_it_need_not():
     assert plan(SHALLOW, LORA, 1024, "float32", 40.0, NOTHING).techniques == NOTHING
 
