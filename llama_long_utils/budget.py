@@ -115,51 +115,42 @@ class Plan:
 
 def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
     """The plan for a training run with a preset's base, LoRA settings and memory; see `plan`."""
-    config, least = models.base_config(preset), settings.techniques
-    return plan(
-        *(config, preset.lora, settings.window, preset.base.dtype, preset.memory_gib, least),
+    shape = StepShape(
+        settings.window,
+        preset.base.dtype,
+        settings.techniques,
         sequences=settings.sequences_at_once,
         accumulated=settings.sequences_per_step > settings.sequences_at_once,
     )
+    return plan(models.base_config(preset), preset.lora, shape, preset.memory_gib)
 
 
-def plan(
-    config: LlamaConfig,
-    lora: Lora,
-    length: int,
-    dtype: str,
-    gib: float,
-    least: Techniques,
-    *,
-    sequences: int = 1,
-    accumulated: bool = False,
-) -> Plan:
+def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
     """The techniques with the fewest operations with which a step fits.
 
     In this order: as few recomputed layers as fit, with tiles or without. Only if all layers are not enough,
     checkpoints go to the host, and then the optimizer to 8 bits.
 
     Args:
-        length: tokens of one sequence; `sequences` of them are computed at once.
-        accumulated: a step takes several such batches, whose gradients add up.
+        shape: of the step; its techniques are used in any case.
         gib: memory of the device; a share of `USABLE` is planned for.
-        least: techniques to use in any case.
 
     Raises:
         ValueError: nothing fits; it names the longest context that does.
     """
-    tiled = replace(least, tile=least.tile or tile_for(length))
-    rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, length, least)]]
+    least = shape.techniques
+    tiled = replace(least, tile=least.tile or tile_for(shape.length))
+    rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, shape.length, least)]]
     for rung in rungs:
-        shapes = [StepShape(length, dtype, way, sequences, accumulated) for way in rung]
-        fitting = [_fewest_recomputed(config, lora, shape, gib * USABLE) for shape in shapes]
+        shapes = [replace(shape, techniques=ways) for ways in rung]
+        fitting = [_fewest_recomputed(config, lora, way, gib * USABLE) for way in shapes]
         found = [choice for choice in fitting if choice]
         if found:
             return min(found, key=lambda choice: choice.flops)
-    most = longest_context(config, lora, dtype, gib, least, sequences=sequences, accumulated=accumulated)
+    most = longest_context(config, lora, shape, gib)
     advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
     raise ValueError(
-        f"a step of {length:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
+        f"a step of {shape.length:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
         f"choose a shorter training.window, or set memory_gib if the device has more"
     )
 
@@ -201,25 +192,19 @@ def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int |
     return Plan(shape.techniques, device, found[HOST] / GIB, shape.sequences * sum(flops.values()))
 
 
-def longest_context(
-    config: LlamaConfig,
-    lora: Lora,
-    dtype: str,
-    gib: float,
-    least: Techniques,
-    *,
-    sequences: int = 1,
-    accumulated: bool = False,
-) -> int:
+def longest_context(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> int:
     """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib` by the leanest plan.
+
+    Args:
+        shape: everything about the step but its length.
 
     Returns:
         0 if not even 1,024 tokens fit.
     """
 
     def peak(length: int) -> float:
-        shape = StepShape(length, dtype, leanest(config, length, least), sequences, accumulated)
-        return predict(config, lora, shape).device_gib
+        ways = leanest(config, length, shape.techniques)
+        return predict(config, lora, replace(shape, length=length, techniques=ways)).device_gib
 
     for lengths in ((16_384, 32_768), (1024, 2048)):  # below a few thousand tokens the line is another one
         found = longest(lengths, [peak(length) for length in lengths], gib)

@@ -350,7 +350,7 @@ def planned(length: int, dtype: str, bar: float) -> list[tuple[str, dict[str, An
     entries = []
     for name, share in (("ours, fast", 0.95), ("ours, lean", 0.38)):
         room = max(share * bar - GAPS_GIB, 0.05) + weights
-        chosen = budget.plan(config, LORA, length, dtype, room / budget.USABLE, PLAIN)
+        chosen = budget.plan(config, LORA, StepShape(length, dtype, PLAIN), room / budget.USABLE)
         entries.append((name, asdict(chosen.techniques)))
     return entries
 
@@ -481,7 +481,8 @@ def plans() -> list[dict[str, Any]]:
         for context in (32_768, 131_072):
             about = {"model": "Llama 2 7B", "device_gib": gib, "context": context}
             try:
-                plan = budget.plan(budget.model_shape("Llama 2 7B"), WITH_NORMS, context, "bfloat16", gib, PLAIN)
+                shape = StepShape(context, "bfloat16", PLAIN)
+                plan = budget.plan(budget.model_shape("Llama 2 7B"), WITH_NORMS, shape, gib)
                 rows.append(
                     {**about, "plan": str(plan.techniques), "predicted_gib": plan.device_gib, "host_gib": plan.host_gib}
                 )

@@ -99,7 +99,7 @@ def quick_ledger(monkeypatch):
 
 @pytest.mark.usefixtures("quick_ledger")
 def test_the_planner_recomputes_nothing_if_it_need_not():
-    assert plan(SHALLOW, LORA, 1024, "float32", 40.0, NOTHING).techniques == NOTHING
+    assert plan(SHALLOW, LORA, StepShape(1024, "float32", NOTHING), 40.0).techniques == NOTHING
 
 
 def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
@@ -107,7 +107,7 @@ def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
     shape = StepShape(1024, "float32", NOTHING)
     most, least = (predict(SHALLOW, LORA, shape, recomputed).device_gib for recomputed in (0, 2))
     rooms = [most * 1.01, (most + least) / 2, least * 1.01]
-    plans = [plan(SHALLOW, LORA, 1024, "float32", room / budget.USABLE, NOTHING) for room in rooms]
+    plans = [plan(SHALLOW, LORA, StepShape(1024, "float32", NOTHING), room / budget.USABLE) for room in rooms]
     for room, chosen in zip(rooms, plans, strict=True):
         assert chosen.device_gib <= room
     assert plans[0].techniques == NOTHING
@@ -122,7 +122,7 @@ def test_techniques_come_in_the_order_of_what_they_cost():
     ladder.append(replace(ladder[-1], optimizer="paged_adamw_8bit"))
     for ways in ladder:
         room = predict(SMALL, LORA, StepShape(4096, "float32", ways)).device_gib / budget.USABLE * 1.0001
-        assert plan(SMALL, LORA, 4096, "float32", room, NOTHING).techniques == ways
+        assert plan(SMALL, LORA, StepShape(4096, "float32", NOTHING), room).techniques == ways
 
 
 @pytest.mark.usefixtures("quick_ledger")
@@ -130,18 +130,18 @@ def test_techniques_come_in_the_order_of_what_they_cost():
 @pytest.mark.parametrize("sequences", [1, 2])
 def test_what_does_not_fit_is_refused_with_the_longest_context_that_would(gib, sequences):
     with pytest.raises(ValueError, match=r"131,072 tokens does not fit in .*longest context that would is ") as error:
-        plan(SMALL, LORA, 131_072, "float32", gib, NOTHING, sequences=sequences)
+        plan(SMALL, LORA, StepShape(131_072, "float32", NOTHING, sequences), gib)
     longest = int(str(error.value).split("would is ")[1].split(";")[0].replace(",", ""))
-    fits = plan(SMALL, LORA, longest, "float32", gib, NOTHING, sequences=sequences)
+    fits = plan(SMALL, LORA, StepShape(longest, "float32", NOTHING, sequences), gib)
     assert fits.device_gib <= gib * budget.USABLE
     with pytest.raises(ValueError, match="does not fit"):
-        plan(SMALL, LORA, 2 * longest, "float32", gib, NOTHING, sequences=sequences)
+        plan(SMALL, LORA, StepShape(2 * longest, "float32", NOTHING, sequences), gib)
 
 
 @pytest.mark.usefixtures("quick_ledger")
 def test_a_model_that_does_not_fit_at_all_is_refused():
     with pytest.raises(ValueError, match="not even 1,024 tokens would"):
-        plan(SMALL, LORA, 4096, "float32", 0.0015, NOTHING)
+        plan(SMALL, LORA, StepShape(4096, "float32", NOTHING), 0.0015)
 
 
 def test_gradients_that_add_up_over_batches_are_there_at_the_peak():
@@ -155,7 +155,8 @@ def test_gradients_that_add_up_over_batches_are_there_at_the_peak():
 
 @pytest.mark.usefixtures("quick_ledger")
 def test_techniques_of_the_preset_are_kept():
-    chosen = plan(SHALLOW, LORA, 4096, "float32", 40.0, replace(NOTHING, recomputed_layers=1, tile=512))
+    wanted = replace(NOTHING, recomputed_layers=1, tile=512)
+    chosen = plan(SHALLOW, LORA, StepShape(4096, "float32", wanted), 40.0)
     assert chosen.techniques.recomputed_layers == 1
     assert chosen.techniques.tile == 512
 
