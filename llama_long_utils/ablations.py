@@ -177,7 +177,7 @@ def measure(
     model.eval()
     evaluation = preset.evaluation
     stretches = perplexity.random_stretches(held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)
-    edges = evaluation.bucket_edges
+    edges = evaluation.near_edges
     rows = []
     for (cut,) in stretches:
         nats, tokens = perplexity.bucket_sums([perplexity.token_nll(model, cut, evaluation.tokens)[None]], edges)
@@ -268,7 +268,7 @@ def search_rope_base(preset: Preset, bases: Sequence[float], *, texts: int, seed
         rotary.inv_freq = rope.inverse_frequencies(preset.base.head_dim, base).to(rotary.inv_freq.device)
         nll = [perplexity.token_nll(model, cut, cut.tokens)[None] for cut in cuts]
         options = {"bootstrap_samples": preset.evaluation.bootstrap_samples, "seed": preset.evaluation.seed}
-        table = perplexity.nll_table("rope_base_only", nll, preset.evaluation.bucket_edges, **options)
+        table = perplexity.nll_table("rope_base_only", nll, preset.evaluation.near_edges, **options)
         table.insert(0, "rope_base", base)
         tables.append(table)
         print(f"base {base:,.0f}:", table.set_index("position_low").nll.round(3).to_dict(), flush=True)

@@ -49,6 +49,10 @@ class TokenizedDocument:
     def tokens(self) -> int:
         return len(self.token_ids)
 
+    def first(self, tokens: int) -> "TokenizedDocument":
+        """Its first tokens, as a document."""
+        return TokenizedDocument(self.source, self.name, self.token_ids[:tokens])
+
 
 @dataclass(frozen=True)
 class Package:

@@ -4,9 +4,11 @@ One uncached forward pass per text scores every token with its full context. Mea
 tokens (sum of nats / number of tokens), bands are over documents.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,11 +19,12 @@ from transformers import PreTrainedModel
 
 from llama_long_utils.documents import TokenizedDocument
 from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.records import read_arrays, write_arrays
 
 
 @torch.no_grad()
-def token_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, tokens: int) -> np.ndarray:
-    """NLL of every token but BOS in the first `tokens` of a document, in nats: float32.
+def token_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, tokens: int | None = None) -> np.ndarray:
+    """NLL of every token but BOS in a document or its first `tokens`, in nats: float32.
 
     Shape (min(tokens, length) - 1,). Entry i is the cost of the token at position i + 1, given the
     i + 1 tokens before it (BOS is one of them and is never scored itself).
@@ -31,42 +34,22 @@ def token_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, t
     return next_token_nll(hidden, causal_lm(model).get_output_embeddings(), ids, reduction="none")[0].cpu().numpy()
 
 
-def sliding_window_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, window: int) -> np.ndarray:
-    """NLL of the same tokens as `token_nll`, read through a window that slides by half its length.
+@torch.no_grad()
+def nll_in_windows(model: PreTrainedModel | PeftModel, document: TokenizedDocument, window: int) -> np.ndarray:
+    """NLL of a document read in windows that slide by half their length, in nats: shape (windows, window - 1), float32.
 
-    Every token from position window / 2 on has seen window / 2 to window - 1 tokens, whatever its
-    position: what a model with that window can do on exactly this text. Each window starts with BOS,
-    in place of a token that is not scored there.
+    Each window is a text of its own: BOS stands in place of its first token, which is not scored.
+    `sliding_window` and `separate_windows` choose from it.
 
     Raises:
         ValueError: the length is not a multiple of half a window.
     """
-    half = window // 2
-    nll = _nll_in_windows(model, document, window, half)
-    return np.concatenate([nll[0, : half - 1], nll[:, half - 1 :].flatten()])
-
-
-def separate_windows_nll(model: PreTrainedModel | PeftModel, document: TokenizedDocument, window: int) -> np.ndarray:
-    """NLL of tokens read in windows side by side, which know nothing of each other: shape (windows x (window - 1),).
-
-    BOS stands in place of the first token of each window, which is not scored.
-
-    Raises:
-        ValueError: the length is not a multiple of the window.
-    """
-    return _nll_in_windows(model, document, window, window).flatten()
-
-
-@torch.no_grad()
-def _nll_in_windows(
-    model: PreTrainedModel | PeftModel, document: TokenizedDocument, window: int, stride: int
-) -> np.ndarray:
-    if document.tokens < window or document.tokens % stride:
+    if document.tokens < window or document.tokens % (window // 2):
         raise ValueError(
-            f"a text of {document.tokens} tokens cannot be read in windows of {window} sliding by {stride}"
+            f"a text of {document.tokens} tokens cannot be read in windows of {window} sliding by {window // 2}"
         )
     ids = torch.from_numpy(document.token_ids).long().to(model.device)
-    windows = ids.unfold(0, window, stride).clone()
+    windows = ids.unfold(0, window, window // 2).clone()
     windows[:, 0] = ids[0]
     head = causal_lm(model).get_output_embeddings()
     rows = [
@@ -75,14 +58,93 @@ def _nll_in_windows(
     return torch.cat(rows).numpy()
 
 
+def sliding_window(rows: np.ndarray) -> np.ndarray:
+    """The tokens that `token_nll` scores, each from the window of `nll_in_windows` where it has seen more.
+
+    Shape (..., windows, window - 1) -> (..., tokens - 1). Every token from position window / 2 on has
+    seen window / 2 to window - 1 tokens, whatever its position: what a model with that window can do
+    on exactly this text.
+    """
+    half = (rows.shape[-1] + 1) // 2
+    later = rows[..., half - 1 :]
+    return np.concatenate([rows[..., 0, : half - 1], later.reshape(*later.shape[:-2], -1)], axis=-1)
+
+
+def separate_windows(rows: np.ndarray) -> np.ndarray:
+    """The tokens of every second window of `nll_in_windows`: side by side, they know nothing of each other.
+
+    Shape (..., windows, window - 1) -> (..., scored tokens).
+
+    Raises:
+        ValueError: the text does not end with a window.
+    """
+    if rows.shape[-2] % 2 == 0:
+        raise ValueError(f"{rows.shape[-2]} windows that overlap by half leave half a window over: cut the text")
+    apart = rows[..., ::2, :]
+    return apart.reshape(*apart.shape[:-2], -1)
+
+
+def fingerprint(*made_of: bytes) -> str:
+    """Eight hexadecimal digits that name what a measurement with this code was made of."""
+    key = hashlib.sha256()
+    for module in ("perplexity", "loss"):
+        key.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    for part in made_of:
+        key.update(part)
+    return key.hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads texts by models and keeps each result below `folder`: an interrupted run goes on.
+
+    The folder must stand for the weights and the RoPE of all models that are named; see `fingerprint`.
+    """
+
+    folder: Path
+
+    def nll(
+        self, name: str, model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[TokenizedDocument]]
+    ) -> list[np.ndarray]:
+        """`token_nll` of the stretches of each document: arrays of shape (stretches, tokens - 1)."""
+        return self._measure(name, texts, lambda text: token_nll(model, text))
+
+    def windows(
+        self, name: str, model: PreTrainedModel | PeftModel, texts: Sequence[Sequence[TokenizedDocument]], window: int
+    ) -> list[np.ndarray]:
+        """`nll_in_windows` of the stretches of each document: arrays of shape (stretches, windows, window - 1)."""
+        return self._measure(f"{name}-{window}", texts, lambda text: nll_in_windows(model, text, window))
+
+    def _measure(
+        self,
+        name: str,
+        texts: Sequence[Sequence[TokenizedDocument]],
+        measure: Callable[[TokenizedDocument], np.ndarray],
+    ) -> list[np.ndarray]:
+        measured = []
+        for cuts in texts:
+            rows = []
+            for cut in cuts:
+                path = self.folder / f"{name}-{cut.name.replace('/', '.')}-{fingerprint(cut.token_ids.tobytes())}.npz"
+                if not path.is_file():
+                    write_arrays(path, {"nll": measure(cut)})
+                rows.append(read_arrays(path)["nll"])
+            measured.append(np.stack(rows))
+        return measured
+
+
 def random_stretches(
-    documents: Sequence[TokenizedDocument], tokens: int, *, at_most: int, seed: int
+    documents: Sequence[TokenizedDocument], tokens: int, *, at_most: int, seed: int, far_tokens: int = 0
 ) -> list[list[TokenizedDocument]]:
     """Up to `at_most` stretches of `tokens` tokens from random places of each document, BOS first.
 
     Stretches of one document do not overlap; documents shorter than one stretch are left out. Read
     from their beginnings instead, documents confound position with content: the opening of a speech
     is easier to predict than its middle, in any context.
+
+    Args:
+        far_tokens: length of the stretches of one document of each source, the first that is long enough, where it is
+            more than `tokens`.
 
     Returns:
         One list of stretches for each document that is long enough.
@@ -92,13 +154,18 @@ def random_stretches(
     """
     generator = np.random.default_rng(seed)
     stretches = []
+    read_far: set[str] = set()
     for document in documents:
-        count = min(at_most, document.tokens // tokens)
-        gaps = np.sort(generator.integers(0, document.tokens - count * tokens + 1, count)) if count else []
+        length = tokens
+        if far_tokens > tokens and document.tokens >= far_tokens and document.source not in read_far:
+            length = far_tokens
+            read_far.add(document.source)
+        count = min(at_most, document.tokens // length)
+        gaps = np.sort(generator.integers(0, document.tokens - count * length + 1, count)) if count else []
         cut = []
         for number, gap in enumerate(gaps):
-            first = int(gap) + number * tokens
-            ids = document.token_ids[first : first + tokens].copy()
+            first = int(gap) + number * length
+            ids = document.token_ids[first : first + length].copy()
             ids[0] = document.token_ids[0]
             cut.append(TokenizedDocument(document.source, document.name, ids))
         stretches += [cut] if cut else []
@@ -125,6 +192,13 @@ def bucket_sums(nll: Sequence[np.ndarray], edges: Sequence[int]) -> tuple[np.nda
     nats = np.array([[rows[..., bucket].sum(dtype=np.float64) for bucket in buckets] for rows in nll])
     tokens = np.array([[rows[..., bucket].size for bucket in buckets] for rows in nll])
     return nats, tokens
+
+
+def one_array(nll: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of all documents, shorter ones filled up with NaN: float16, shape (stretches, longest)."""
+    longest = max(rows.shape[1] for rows in nll)
+    filled = [np.pad(rows, ((0, 0), (0, longest - rows.shape[1])), constant_values=np.nan) for rows in nll]
+    return np.concatenate(filled).astype(np.float16)
 
 
 @dataclass(frozen=True)
@@ -201,9 +275,9 @@ def perplexity_by_definition(
 
     Args:
         full: NLL of each document's stretches with full context, from `token_nll`.
-        sliding: the same tokens through a sliding window, from `sliding_window_nll`: the short context of LongPPL,
+        sliding: the same tokens through a sliding window, from `sliding_window`: the short context of LongPPL,
             which scores only tokens that the long context makes KEY_GAIN nats cheaper and cheaper than KEY_LOSS.
-        separate: from `separate_windows_nll`.
+        separate: from `separate_windows`.
         words: white-space words of each document's stretches.
         utf8_bytes: bytes of each document's stretches.
         last: how many tokens at the end the definition "last tokens" scores.

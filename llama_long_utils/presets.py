@@ -63,13 +63,28 @@ class Lora:
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluation:
-    """Length (tokens) and number of stretches read of each held-out document, position buckets, bootstrap."""
+    """What notebook 6 reads, and how it averages.
+
+    Attributes:
+        tokens: length of the stretches read of each held-out document.
+        far_tokens: length of the stretches of one document of each source, where it is more than `tokens`.
+        stretches: of each document, at most.
+        copied_documents: that the test of copying reads, at most.
+        bucket_edges: positions at which the buckets begin, and where the last one ends.
+    """
 
     tokens: PositiveInt
+    far_tokens: PositiveInt
     stretches: PositiveInt
+    copied_documents: PositiveInt
     bucket_edges: Annotated[list[PositiveInt], Field(min_length=2)]
     bootstrap_samples: PositiveInt
     seed: NonNegativeInt
+
+    @property
+    def near_edges(self) -> list[int]:
+        """The bucket edges up to `tokens`, between which every document was read."""
+        return [edge for edge in self.bucket_edges if edge <= self.tokens]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -253,10 +268,11 @@ def _check_consistency(preset: Preset) -> None:
             f"{preset.data.sources} does not have"
         )
     edges = preset.evaluation.bucket_edges
-    if sorted(set(edges)) != edges or edges[-1] != preset.evaluation.tokens:
+    tokens, far_tokens = preset.evaluation.tokens, preset.evaluation.far_tokens
+    if sorted(set(edges)) != edges or edges[-1] != far_tokens or tokens not in edges:
         raise ValueError(
-            f"presets/{preset.name}.toml: evaluation.bucket_edges must rise from at least 1 to evaluation.tokens = "
-            f"{preset.evaluation.tokens}, got {edges}"
+            f"presets/{preset.name}.toml: evaluation.bucket_edges must rise from at least 1 over evaluation.tokens = "
+            f"{tokens} to evaluation.far_tokens = {far_tokens}, got {edges}"
         )
     for name, values in (("lengths", preset.retrieval.lengths), ("tasks.depths", preset.retrieval.tasks.depths)):
         if sorted(set(values)) != values:

@@ -130,7 +130,7 @@ def test_race_that_was_not_run_says_so(preset, monkeypatch, tmp_path):
 def test_an_arm_is_measured_once(preset, monkeypatch, tmp_path):
     small = dataclasses.replace(
         preset,
-        evaluation=dataclasses.replace(preset.evaluation, tokens=256, bucket_edges=[1, 64, 256]),
+        evaluation=dataclasses.replace(preset.evaluation, tokens=256, far_tokens=256, bucket_edges=[1, 64, 256]),
         retrieval=dataclasses.replace(preset.retrieval, lengths=[256], documents=2, answer_tokens=16),
     )
     monkeypatch.setattr(type(preset), "run_folder", tmp_path)
@@ -211,7 +211,7 @@ def test_race_executes_the_first_part_of_the_notebook_for_the_arms_without_a_rec
 
 
 def test_search_for_longrope_reads_training_documents_and_writes_a_record(preset, monkeypatch, tmp_path):
-    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, bucket_edges=[1, 1024])
+    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, far_tokens=1024, bucket_edges=[1, 1024])
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     path = ablations.search_longrope(dataclasses.replace(preset, evaluation=evaluation), rounds=2, texts=1, seed=0)
     assert len(records.read_table(path, "factors")) == preset.base.head_dim // 2
@@ -219,7 +219,7 @@ def test_search_for_longrope_reads_training_documents_and_writes_a_record(preset
 
 
 def test_search_for_a_rope_base_measures_the_pretrained_one_beside_it(preset, monkeypatch, tmp_path):
-    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, bucket_edges=[1, 512, 1024])
+    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, far_tokens=1024, bucket_edges=[1, 512, 1024])
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     path = ablations.search_rope_base(dataclasses.replace(preset, evaluation=evaluation), [5e5], texts=2, seed=0)
     nll = records.read_table(path, "search").set_index(["rope_base", "position_low"]).nll

@@ -3,17 +3,21 @@ import pytest
 import torch
 
 from conftest import new_llama
+from llama_long_utils import perplexity
 from llama_long_utils.documents import TokenizedDocument
 from llama_long_utils.perplexity import (
     Bootstrap,
+    Reader,
     bucket_sums,
     fit_power_law,
+    nll_in_windows,
     nll_table,
+    one_array,
     paired_difference,
     perplexity_by_definition,
     random_stretches,
-    separate_windows_nll,
-    sliding_window_nll,
+    separate_windows,
+    sliding_window,
     token_nll,
 )
 from llama_long_utils.records import read_published
@@ -124,7 +128,7 @@ def test_several_stretches_of_a_document_are_one_draw_of_the_bootstrap():
 
 def test_sliding_window_scores_the_same_tokens_with_a_bounded_context():
     model, document = new_llama(seed=0), text(64)
-    slid = sliding_window_nll(model, document, 16)
+    slid = sliding_window(nll_in_windows(model, document, 16))
     full = token_nll(model, document, 64)
     assert slid.shape == full.shape
     np.testing.assert_allclose(slid[:15], full[:15], atol=0.02)
@@ -135,19 +139,19 @@ def test_sliding_window_scores_the_same_tokens_with_a_bounded_context():
     alone = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
     np.testing.assert_allclose(slid[23:31], alone[7:], atol=0.02)
     with pytest.raises(ValueError, match="a text of 50 tokens cannot be read in windows of 16"):
-        sliding_window_nll(model, text(50), 16)
+        nll_in_windows(model, text(50), 16)
 
 
 def test_separate_windows_are_texts_of_their_own():
     model, document = new_llama(seed=0), text(64)
-    nll = separate_windows_nll(model, document, 16).reshape(4, 15)
+    nll = separate_windows(nll_in_windows(model, document, 16)).reshape(4, 15)
     for number in range(4):
         ids = document.token_ids[16 * number : 16 * (number + 1)].copy()
         ids[0] = document.token_ids[0]
         alone = token_nll(model, TokenizedDocument("mine", "a", ids), 16)
         np.testing.assert_allclose(nll[number], alone, atol=1e-4)
-    with pytest.raises(ValueError, match="64 tokens cannot be read in windows of 24"):
-        separate_windows_nll(model, document, 24)
+    with pytest.raises(ValueError, match=r"6 windows .* leave half a window over"):
+        separate_windows(nll_in_windows(model, text(56), 16))
 
 
 def test_definitions_of_perplexity_differ_as_they_should():
@@ -174,3 +178,41 @@ def test_definitions_of_perplexity_differ_as_they_should():
     assert (table.low <= table.perplexity + 1e-9).all()
     nothing = perplexity_by_definition(full, full, separate, [4, 8], [32, 64], last=2, **OPTIONS)
     assert np.isnan(nothing.set_index("definition").perplexity["key tokens (LongPPL)"])
+
+
+def test_one_document_of_each_source_is_read_further():
+    named = [TokenizedDocument(source, f"{source}{n}", text(700, "", n).token_ids) for source in "ab" for n in range(3)]
+    short = TokenizedDocument("c", "c0", text(250).token_ids)
+    stretches = random_stretches([short, *named], 200, far_tokens=600, at_most=1, seed=0)
+    assert [cut.tokens for (cut,) in stretches] == [200, 600, 200, 200, 600, 200, 200]
+    nats, tokens = bucket_sums([np.ones((1, cut.tokens - 1)) for (cut,) in stretches], [100, 200, 600])
+    np.testing.assert_array_equal(tokens[:, 0], 100)
+    np.testing.assert_array_equal(tokens[:, 1], [0, 400, 0, 0, 400, 0, 0])
+    np.testing.assert_array_equal(nats, tokens)
+    array = one_array([np.full((1, cut.tokens - 1), 2.5) for (cut,) in stretches])
+    assert array.shape == (7, 599)
+    np.testing.assert_array_equal(np.isfinite(array).sum(axis=1), [cut.tokens - 1 for (cut,) in stretches])
+
+
+def test_a_reader_that_was_interrupted_does_not_read_again_what_it_has(tmp_path, monkeypatch):
+    model, texts = new_llama(seed=0), [[text(64)], [text(64, "b", 1)]]
+    expected = [token_nll(model, document)[None] for (document,) in texts]
+    read = []
+
+    def until_interrupted(model, document):
+        if read:
+            raise KeyboardInterrupt
+        read.append(document.name)
+        return token_nll(model, document)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(perplexity, "token_nll", until_interrupted)
+        Reader(tmp_path).nll("base", model, texts)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("base-a-*.npz")}
+    assert read == ["a"]
+    assert len(kept) == 1
+    np.testing.assert_array_equal(Reader(tmp_path).nll("base", model, texts), expected)
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.glob("base-a-*.npz")}
+    np.testing.assert_array_equal(
+        Reader(tmp_path).windows("base", model, texts, 32)[1][0], nll_in_windows(model, texts[1][0], 32)
+    )
