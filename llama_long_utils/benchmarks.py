@@ -443,38 +443,59 @@ def continuation_nll(
     return [found[number] for number in range(len(texts))]
 
 
-def _batches(groups: list[list[int]], lengths: list[int], tokens_at_once: int) -> Iterator[list[list[int]]]:
+def _batches(entries: Sequence[Any], lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[Any]]:
     """Neighbours in a list sorted by length, as many as fit when padded to the longest."""
-    batch: list[list[int]] = []
-    for group, length in zip(groups, lengths, strict=True):
+    batch: list[Any] = []
+    for entry, length in zip(entries, lengths, strict=True):
         if batch and (len(batch) + 1) * length > tokens_at_once:
             yield batch
             batch = []
-        batch.append(group)
+        batch.append(entry)
     if batch:
         yield batch
 
 
 @torch.no_grad()
 def write(
-    model: Model, tokenizer: PreTrainedTokenizerBase, prompt: str, *, tokens: int, stops: Sequence[str] = ()
-) -> str:
-    """What the model writes after a prompt, by greedy decoding with a cache, up to EOS or the first stop text."""
-    ids = torch.tensor([[tokenizer.bos_token_id, *_ids(tokenizer, prompt)]], device=model.device)
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    stops: Sequence[str] = (),
+    tokens_at_once: int = TOKENS_AT_ONCE,
+) -> list[str]:
+    """What the model writes after each prompt, by greedy decoding with a cache, up to EOS or the first stop text.
+
+    Prompts of about the same length run together, padded on the left, so that a 4-bit weight is unpacked once for all.
+
+    Args:
+        tokens: at most, of each answer.
+        tokens_at_once: of padded prompts in one batch; a longer prompt runs alone.
+    """
+    encoded = [[tokenizer.bos_token_id, *_ids(tokenizer, prompt)] for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
     options = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
-    with in_compute_dtype(model):
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-            **options,
-        )
-    written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    for stop in stops:
-        written = written.partition(stop)[0]
-    return written
+    written: dict[int, str] = {}
+    for numbers in _batches(order, [len(encoded[number]) for number in order], tokens_at_once):
+        rows = [torch.tensor(encoded[number]) for number in numbers]
+        padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+        ids = padded(rows, padding_value=tokenizer.eos_token_id).to(model.device)
+        with in_compute_dtype(model):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=padded([torch.ones_like(row) for row in rows]).to(model.device),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+                **options,
+            )
+        for number, row in zip(numbers, output[:, ids.shape[1] :], strict=True):
+            text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for stop in stops:
+                text = text.partition(stop)[0]
+            written[number] = text
+    return [written[number] for number in range(len(prompts))]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -704,29 +725,6 @@ def arm_key(preset: Preset, arm: str, adapter: str = "") -> str:
     return key.hexdigest()[:12]
 
 
-def item_results(
-    path: Path, items: Sequence[Item], score: Callable[[list[Item]], list[Metrics]], *, at_once: int, say: str = ""
-) -> list[Metrics]:
-    """The metrics of every item, of which those are measured that are not in the file yet.
-
-    Args:
-        path: JSON, written anew after every `at_once` items, all or nothing.
-        score: measures items.
-        say: start of the progress lines, at most one a minute; empty: none.
-    """
-    done: dict[str, Metrics] = json.loads(path.read_text()) if path.is_file() else {}
-    waiting = [item for item in items if item.key not in done]
-    said = time.monotonic()
-    for first in range(0, len(waiting), at_once):
-        part = waiting[first : first + at_once]
-        done |= {item.key: metrics for item, metrics in zip(part, score(part), strict=True)}
-        records.write_atomically(path, json.dumps(done).encode())
-        if say and time.monotonic() - said > 60:
-            said = time.monotonic()
-            print(f"{say}: {len(items) - len(waiting) + first + len(part):,} of {len(items):,}", flush=True)
-    return [done[item.key] for item in items]
-
-
 def score_items(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -739,10 +737,12 @@ def score_items(
     """The metrics of items, measured now; `score`, `writes` and `stops` as in `Task`."""
     texts = [encode(tokenizer, item.prompt, choice) for item in items for choice in item.choices]
     nll = iter(continuation_nll(model, texts))
+    answers = [""] * len(items)
+    if writes:
+        answers = write(model, tokenizer, [item.prompt for item in items], tokens=writes, stops=stops)
     measured = []
-    for item in items:
+    for item, written in zip(items, answers, strict=True):
         rows = [next(nll) for _ in item.choices]
-        written = write(model, tokenizer, item.prompt, tokens=writes, stops=stops) if writes else ""
         measured.append(score(item, rows, written))
     return measured
 
@@ -816,11 +816,11 @@ def measure(
 
         for (name, length), chosen in asked.items():
             task = TASKS[name]
-            metrics = item_results(
+            metrics = records.item_results(
                 preset.run_folder / "benchmarks" / f"{name}-{length}-{arm}-{key}.json",
                 chosen,
                 lambda part, task=task, score=score: score(part, task),
-                at_once=1 if task.writes else ITEMS_AT_ONCE,
+                at_once=1 if task.long else ITEMS_AT_ONCE,
                 say=f"{name}{f' at {length:,} tokens' if length else ''}, {arm}",
             )
             results.append(Result(name, length, arm, chosen, metrics))

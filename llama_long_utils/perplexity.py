@@ -201,6 +201,11 @@ def one_array(nll: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(filled).astype(np.float16)
 
 
+def documents_of(array: np.ndarray) -> list[np.ndarray]:
+    """The rows that `one_array` joined, one stretch of each document: float32 arrays of shape (1, tokens - 1)."""
+    return [row[np.isfinite(row)][None].astype(np.float32) for row in array]
+
+
 @dataclass(frozen=True)
 class Bootstrap:
     """Resampled documents, the same for every arm, so that differences are paired."""
@@ -246,15 +251,40 @@ def nll_table(
     )
 
 
+def paired_table(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    edges: Sequence[int],
+    *,
+    bootstrap_samples: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Mean NLL of `first` minus `second` per position bucket, with its 95% interval over documents.
+
+    Columns: position_low, position_high, nats, low, high, documents.
+    """
+    nats_first, tokens = bucket_sums(first, edges)
+    nats_second, _ = bucket_sums(second, edges)
+    difference = nats_first - nats_second
+    low, high = Bootstrap(len(first), bootstrap_samples, seed).interval(difference, tokens)
+    return pd.DataFrame(
+        {
+            "position_low": edges[:-1],
+            "position_high": edges[1:],
+            "nats": difference.sum(axis=0) / tokens.sum(axis=0),
+            "low": low,
+            "high": high,
+            "documents": (tokens > 0).sum(axis=0),
+        }
+    )
+
+
 def paired_difference(
     first: Sequence[np.ndarray], second: Sequence[np.ndarray], low: int, high: int, *, bootstrap_samples: int, seed: int
 ) -> tuple[float, float, float]:
     """Mean NLL of `first` minus `second` at positions [low, high), with its 95% interval, in nats."""
-    nats_first, tokens = bucket_sums(first, [low, high])
-    nats_second, _ = bucket_sums(second, [low, high])
-    difference = nats_first - nats_second
-    below, above = Bootstrap(len(first), bootstrap_samples, seed).interval(difference, tokens)
-    return float(difference.sum() / tokens.sum()), float(below[0]), float(above[0])
+    table = paired_table(first, second, [low, high], bootstrap_samples=bootstrap_samples, seed=seed)
+    return tuple(map(float, table.loc[0, ["nats", "low", "high"]]))
 
 
 KEY_GAIN, KEY_LOSS = 2.0, 2.0  # nats; alpha and -beta in LongPPL (arXiv:2410.23771)

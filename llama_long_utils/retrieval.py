@@ -7,10 +7,13 @@ began, and four whose statements are made up and planted: `passkey` (after arXiv
 asked depth), and `multi_key` and `variables` in the manner of RULER (arXiv:2404.06654), with wordings of our own.
 """
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,6 +25,7 @@ from llama_long_utils.documents import TokenizedDocument
 from llama_long_utils.loss import causal_lm, in_compute_dtype
 from llama_long_utils.perplexity import Bootstrap
 from llama_long_utils.presets import Retrieval
+from llama_long_utils.records import item_results
 
 SENTENCE = re.compile(r"(?<=[.!?]\s)[A-Z][^.!?]*[.!?](?=\s)")
 TRADES = ("ferryman", "miller", "baker", "weaver", "shepherd", "smith", "gardener", "tailor")
@@ -53,6 +57,12 @@ class RetrievalItem:
     depth: float = 0.0
     place: float = 0.0
     others: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A hash of everything asked: results are kept under it."""
+        asked = json.dumps([self.task, self.document, self.number, self.depth, self.place, self.answer, self.others])
+        return hashlib.sha256(asked.encode() + self.prompt.tobytes() + self.answer_ids.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -378,6 +388,24 @@ def score(
             found = replies(model, [items[index] for index in part], generate=generate)
             rows |= {index: _row(tokenizer, items[index], one) for index, one in zip(part, found, strict=True)}
     return pd.DataFrame([rows[index] for index in range(len(items))])
+
+
+def score_resumably(
+    path: Path,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[RetrievalItem],
+    settings: Retrieval,
+) -> pd.DataFrame:
+    """`score`, whose rows are kept in the JSON file `path` as they come: an interrupted run goes on.
+
+    The file must stand for the model; see `perplexity.fingerprint`.
+    """
+
+    def measure(part: list[RetrievalItem]) -> list[dict]:
+        return score(model, tokenizer, part, settings).to_dict("records")
+
+    return pd.DataFrame(item_results(path, items, measure, at_once=2 * settings.prompts_at_once))
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, item: RetrievalItem, reply: Reply) -> dict:

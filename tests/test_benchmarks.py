@@ -204,13 +204,21 @@ def test_continuation_starts_where_the_tokens_part(tokenizer):
 
 
 def test_writing_is_greedy_and_ends_at_a_stop(model, tokenizer):
-    written = benchmarks.write(model, tokenizer, "The people", tokens=12)
+    (written,) = benchmarks.write(model, tokenizer, ["The people"], tokens=12)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("The people", add_special_tokens=False)["input_ids"]]])
     for _ in range(3):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
     assert written.startswith(tokenizer.decode(ids[0, -3:])[:4])
     stop = written[5:8]
-    assert benchmarks.write(model, tokenizer, "The people", tokens=12, stops=[stop]) == written.partition(stop)[0]
+    assert benchmarks.write(model, tokenizer, ["The people"], tokens=12, stops=[stop]) == [written.partition(stop)[0]]
+
+
+def test_prompts_written_on_together_are_written_on_as_alone(model, tokenizer):
+    prompts = ["The people", "And it came to pass in those days, that", "A", "My fellow citizens, the state of the"]
+    alone = [benchmarks.write(model, tokenizer, [prompt], tokens=10, stops=["e"])[0] for prompt in prompts]
+    assert len(set(alone)) > 1
+    assert benchmarks.write(model, tokenizer, prompts, tokens=10, stops=["e"]) == alone
+    assert benchmarks.write(model, tokenizer, prompts, tokens=10, stops=["e"], tokens_at_once=16) == alone
 
 
 def nll(*sums):
@@ -357,7 +365,7 @@ def test_measured_items_are_skipped_and_a_stopped_run_goes_on(tmp_path):
         return [{"accuracy": float(item.name)} for item in part]
 
     with contextlib.suppress(KeyboardInterrupt):
-        benchmarks.item_results(path, items, score, at_once=2)
+        records.item_results(path, items, score, at_once=2)
     assert len(json.loads(path.read_text())) == 4
     rest = []
 
@@ -365,11 +373,11 @@ def test_measured_items_are_skipped_and_a_stopped_run_goes_on(tmp_path):
         rest.extend(part)
         return [{"accuracy": float(item.name)} for item in part]
 
-    found = benchmarks.item_results(path, items, score_rest, at_once=2)
+    found = records.item_results(path, items, score_rest, at_once=2)
     assert rest == items[4:]
     assert [row["accuracy"] for row in found] == list(range(7))
     changed = dataclasses.replace(items[0], prompt="!")
-    benchmarks.item_results(path, [changed, items[1]], score_rest, at_once=2)
+    records.item_results(path, [changed, items[1]], score_rest, at_once=2)
     assert rest == [*items[4:], changed]
 
 

@@ -9,11 +9,13 @@ from llama_long_utils.perplexity import (
     Bootstrap,
     Reader,
     bucket_sums,
+    documents_of,
     fit_power_law,
     nll_in_windows,
     nll_table,
     one_array,
     paired_difference,
+    paired_table,
     perplexity_by_definition,
     random_stretches,
     separate_windows,
@@ -191,7 +193,15 @@ def test_one_document_of_each_source_is_read_further():
     np.testing.assert_array_equal(nats, tokens)
     array = one_array([np.full((1, cut.tokens - 1), 2.5) for (cut,) in stretches])
     assert array.shape == (7, 599)
-    np.testing.assert_array_equal(np.isfinite(array).sum(axis=1), [cut.tokens - 1 for (cut,) in stretches])
+    apart = documents_of(array)
+    assert [rows.shape for rows in apart] == [(1, cut.tokens - 1) for (cut,) in stretches]
+    assert all((rows == 2.5).all() for rows in apart)
+    higher = [rows + 0.25 * (rows.size > 500) for rows in apart]
+    table = paired_table(higher, apart, [1, 200, 600], **OPTIONS)
+    np.testing.assert_allclose(table.nats, [0.25 * 2 / 7, 0.25], rtol=1e-6)
+    assert table.documents.tolist() == [7, 2]
+    assert table.low[0] < table.nats[0] < table.high[0]
+    np.testing.assert_allclose(table.loc[1, ["low", "high"]].astype(float), 0.25, rtol=1e-6)
 
 
 def test_a_reader_that_was_interrupted_does_not_read_again_what_it_has(tmp_path, monkeypatch):

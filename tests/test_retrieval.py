@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from recipe import FOLDER
 
 from conftest import new_llama
+from llama_long_utils import retrieval
 from llama_long_utils.documents import Document, TokenizedDocument, tokenize_documents
 from llama_long_utils.models import load_tokenizer
 from llama_long_utils.presets import load_preset
@@ -24,6 +26,7 @@ from llama_long_utils.retrieval import (
     replies,
     rouge_l,
     score,
+    score_resumably,
     sentence_ends,
     summary,
 )
@@ -235,6 +238,28 @@ def test_items_scored_together_score_as_alone(texts, tokenizer, model):
     np.testing.assert_allclose(together.log_probability, alone.log_probability, atol=1e-5)
     assert together.written.tolist() == alone.written.tolist()
     assert together.answer.tolist() == [item.answer for item in items]
+
+
+def test_scoring_that_was_interrupted_goes_on_and_gives_the_same_rows(texts, tokenizer, model, tmp_path, monkeypatch):
+    items, settings = (
+        planted("passkey", texts, tokenizer, questions=5),
+        dataclasses.replace(SETTINGS, prompts_at_once=1),
+    )
+    expected, asked = score(model, tokenizer, items, settings), []
+
+    def until_interrupted(model, part, *, generate):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(part)
+        return replies(model, part, generate=generate)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(retrieval, "replies", until_interrupted)
+        score_resumably(tmp_path / "base.json", model, tokenizer, items, settings)
+    assert len(json.loads((tmp_path / "base.json").read_text())) == 2
+    pd.testing.assert_frame_equal(
+        score_resumably(tmp_path / "base.json", model, tokenizer, items, settings), expected, check_exact=True
+    )
 
 
 def test_trap_23_logits_exist_at_the_answer_only_and_no_cache_without_generation(texts, tokenizer, model):
