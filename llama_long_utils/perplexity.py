@@ -261,7 +261,7 @@ def paired_table(
 ) -> pd.DataFrame:
     """Mean NLL of `first` minus `second` per position bucket, with its 95% interval over documents.
 
-    Columns: position_low, position_high, nats, low, high, documents.
+    Columns: position_low, position_high, nll (the difference), low, high (nats), documents.
     """
     nats_first, tokens = bucket_sums(first, edges)
     nats_second, _ = bucket_sums(second, edges)
@@ -271,7 +271,7 @@ def paired_table(
         {
             "position_low": edges[:-1],
             "position_high": edges[1:],
-            "nats": difference.sum(axis=0) / tokens.sum(axis=0),
+            "nll": difference.sum(axis=0) / tokens.sum(axis=0),
             "low": low,
             "high": high,
             "documents": (tokens > 0).sum(axis=0),
@@ -284,7 +284,7 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Mean NLL of `first` minus `second` at positions [low, high), with its 95% interval, in nats."""
     table = paired_table(first, second, [low, high], bootstrap_samples=bootstrap_samples, seed=seed)
-    return tuple(map(float, table.loc[0, ["nats", "low", "high"]]))
+    return tuple(map(float, table.loc[0, ["nll", "low", "high"]]))
 
 
 KEY_GAIN, KEY_LOSS = 2.0, 2.0  # nats; alpha and -beta in LongPPL (arXiv:2410.23771)

@@ -198,9 +198,9 @@ def test_one_document_of_each_source_is_read_further():
     assert all((rows == 2.5).all() for rows in apart)
     higher = [rows + 0.25 * (rows.size > 500) for rows in apart]
     table = paired_table(higher, apart, [1, 200, 600], **OPTIONS)
-    np.testing.assert_allclose(table.nats, [0.25 * 2 / 7, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(table.nll, [0.25 * 2 / 7, 0.25], rtol=1e-6)
     assert table.documents.tolist() == [7, 2]
-    assert table.low[0] < table.nats[0] < table.high[0]
+    assert table.low[0] < table.nll[0] < table.high[0]
     np.testing.assert_allclose(table.loc[1, ["low", "high"]].astype(float), 0.25, rtol=1e-6)
 
 
