@@ -244,24 +244,11 @@ def write_generated(check: bool = False) -> list[Path]:
 
 
 def results_summary() -> str:
-    """Markdown: NLL by position as recorded at preset tiny, beside published perplexities at 7B."""
-    path = RESULTS / "tiny" / "06_perplexity_by_position.json"
-    table = pd.concat([read_table(path, name) for name in ("nll_by_position", "control")])
-    provenance = read_record(path)["provenance"]
-    buckets = [(16, 64), (64, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048), (2048, 4096)]
-    head = " | ".join(f"{low:,} to {high:,}" for low, high in buckets)
-    lines = [f"| measured: NLL in nats, by position | {head} |", "|---|" + "---|" * len(buckets)]
-    for arm, rows in table.groupby("arm", sort=False):
-        cells = rows.set_index("position_low").loc[[low for low, _ in buckets]]
-        shown = [f"{row.nll:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in cells.itertuples()]
-        lines.append(f"| {LABELS[arm]} | {' | '.join(shown)} |")
-    lines += [
-        "",
-        f"Preset tiny, {table.documents.max()} held-out documents, 95% bootstrap over documents, {provenance['date']}, "
-        f"commit {provenance['commit']}, {provenance['device']} "
-        "([record](data/results/tiny/06_perplexity_by_position.json)).",
-        "",
-    ]
+    """Markdown: NLL by position as recorded at every preset, beside published perplexities at 7B."""
+    records = {path: read_table(path, "nll_by_position") for path in RESULTS.glob("*/06_perplexity_by_position.json")}
+    lines = []
+    for path, table in sorted(records.items(), key=lambda entry: entry[1].position_high.max()):
+        lines += _measured(path, pd.concat([table, read_table(path, "control")]))
     published = pd.DataFrame(read_published("perplexity_by_context")["rows"])
     contexts = sorted(published.context.unique())
     lines.append(f"| published: perplexity on PG19 | {' | '.join(f'{context:,}' for context in contexts)} |")
@@ -271,6 +258,29 @@ def results_summary() -> str:
         cells = " | ".join(f"{values[context]:.2f}" if context in values else "-" for context in contexts)
         lines.append(f"| {model} ({paper}) | {cells} |")
     return "\n".join(lines)
+
+
+def _measured(path: Path, table: pd.DataFrame) -> list[str]:
+    """A record's NLL in its last seven position buckets, and where it comes from."""
+    buckets = table.drop_duplicates(["position_low", "position_high"]).sort_values("position_low").tail(7)
+    head = " | ".join(
+        f"{low:,} to {high:,}" for low, high in zip(buckets.position_low, buckets.position_high, strict=True)
+    )
+    lines = [f"| measured: NLL in nats, by position | {head} |", "|---|" + "---|" * len(buckets)]
+    for arm, rows in table.groupby("arm", sort=False):
+        by_low = rows.set_index("position_low")
+        found = [by_low.loc[low] if low in by_low.index else None for low in buckets.position_low]
+        shown = [f"{row.nll:.2f} [{row.low:.2f}, {row.high:.2f}]" if row is not None else "-" for row in found]
+        lines.append(f"| {LABELS[arm]} | {' | '.join(shown)} |")
+    provenance, preset = read_record(path)["provenance"], path.parent.name
+    counts = " and ".join(f"{count}" for count in sorted(set(buckets.documents), reverse=True))
+    return [
+        *lines,
+        "",
+        f"Preset {preset}, {counts} held-out documents, 95% bootstrap over documents, {provenance['date']}, "
+        f"commit {provenance['commit']}, {provenance['device']} ([record](data/results/{preset}/{path.name})).",
+        "",
+    ]
 
 
 def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
