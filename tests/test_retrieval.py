@@ -25,6 +25,7 @@ from llama_long_utils.retrieval import (
     planted_items,
     replies,
     rouge_l,
+    rouge_l_by_chance,
     score,
     score_resumably,
     sentence_ends,
@@ -133,7 +134,7 @@ def test_first_sentence_fills_the_length_exactly_with_the_answer_as_it_stands_in
 @pytest.mark.parametrize("length", [256, 512])
 def test_prompt_and_answer_have_exactly_the_length_asked_for(texts, tokenizer, task, length):
     items = planted(task, texts, tokenizer, length)
-    assert len(items) == 5
+    assert len(items) == 5 * (len(SETTINGS.tasks.depths) if task == "needle" else 1)
     for item in items:
         assert len(item.prompt) + len(item.answer_ids) == length
         assert item.prompt[0] == tokenizer.bos_token_id
@@ -163,8 +164,13 @@ def test_questions_are_the_same_at_every_length_and_for_a_seed(texts, tokenizer,
 
 
 def test_needle_stands_at_the_end_of_the_sentence_nearest_to_its_depth(texts, tokenizer):
-    items = planted("needle", texts, tokenizer, 512, questions=10)
+    items = planted("needle", texts, tokenizer, 512, questions=2)
     assert [item.depth for item in items] == SETTINGS.tasks.depths * 2
+    for needle in (items[:5], items[5:]):  # the same needle in the same text, whatever its depth
+        assert {(item.number, item.answer, item.document) for item in needle} == {
+            (needle[0].number, needle[0].answer, needle[0].document)
+        }
+    assert items[0].answer != items[5].answer
     for item in items:
         cue = tokenizer.decode(item.prompt).rpartition("\n\n")[2]
         needle = np.array(tokenizer(f"\n\n{cue} {item.answer}\n\n", add_special_tokens=False)["input_ids"])
@@ -319,6 +325,28 @@ def test_summary_is_the_mean_over_items_with_its_interval():
     assert table.rouge_l.tolist() == [75, 0]
     assert table.rouge_l_low[0] < 75 < table.rouge_l_high[0] <= 100
     assert table.rouge_l_high[1] == 0
+
+
+def test_a_needle_at_all_its_depths_is_one_question():
+    apart = rows_of([[1, 0]] * 4 + [[0, 0]] * 4)
+    together = apart.assign(number=apart.number // 2)
+    for by in (["arm"], ["arm", "length"]):
+        one, two = (summary(rows, by, bootstrap_samples=400, seed=0) for rows in (apart, together))
+        assert one.rouge_l.tolist() == two.rouge_l.tolist()
+        assert two.rouge_l_high[0] > one.rouge_l_high[0]
+
+
+def test_rouge_l_by_chance_is_that_of_other_questions_answers():
+    same = {"arm": "base", "task": "needle", "rouge_l": 50.0}
+    rows = pd.DataFrame(
+        [
+            {**same, "length": 256, "number": 0, "answer": "a red hat", "written": "a red bell"},
+            {**same, "length": 256, "number": 1, "answer": "a new bell", "written": "the house"},
+            {**same, "length": 512, "number": 0, "answer": "a red hat", "written": "the people"},
+            {**same, "length": 512, "number": 2, "answer": "no", "written": None, "rouge_l": np.nan},
+        ]
+    )
+    assert rouge_l_by_chance(rows) == pytest.approx((200 / 3 + 0) / 2)
 
 
 def test_agreement_counts_verdicts_and_ranks():
