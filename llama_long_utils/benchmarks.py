@@ -39,7 +39,7 @@ import pandas as pd
 import torch
 from peft import PeftModel
 from scipy.stats import binomtest, norm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_long_utils import loss, models, records
 from llama_long_utils.documents import CACHE, Package, TokenizedDocument, fetch_package
@@ -477,27 +477,66 @@ def write(
     """
     encoded = [[tokenizer.bos_token_id, *_ids(tokenizer, prompt)] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
-    options = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
     written: dict[int, str] = {}
     for numbers in _batches(order, [len(encoded[number]) for number in order], tokens_at_once):
         rows = [torch.tensor(encoded[number]) for number in numbers]
         padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-        ids = padded(rows, padding_value=tokenizer.eos_token_id).to(model.device)
-        with in_compute_dtype(model):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=padded([torch.ones_like(row) for row in rows]).to(model.device),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-                **options,
-            )
-        for number, row in zip(numbers, output[:, ids.shape[1] :], strict=True):
-            text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for stop in stops:
-                text = text.partition(stop)[0]
-            written[number] = text
+        ids, mask = padded(rows, padding_value=tokenizer.eos_token_id), padded([torch.ones_like(row) for row in rows])
+        written |= dict(zip(numbers, _go_on(model, tokenizer, ids, mask, tokens, stops), strict=True))
     return [written[number] for number in range(len(prompts))]
+
+
+@torch.no_grad()
+def read_and_write(
+    model: Model, tokenizer: PreTrainedTokenizerBase, item: Item, *, tokens: int, stops: Sequence[str] = ()
+) -> tuple[np.ndarray, str]:
+    """`continuation_nll` of the item's one continuation and what `write` gives, but the prompt is read only once.
+
+    Both go on from the same keys and values: half the time for a long prompt and a short answer.
+    """
+    (continuation,), inner = item.choices, causal_lm(model)
+    whole, start = encode(tokenizer, item.prompt, continuation)
+    ids = torch.from_numpy(whole)[None].to(model.device)
+    cache, shared = DynamicCache(config=inner.config), start - 1
+    with in_compute_dtype(model):
+        inner.model(input_ids=ids[:, :shared], past_key_values=cache, use_cache=True)
+        hidden = inner.model(input_ids=ids[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
+    head = inner.get_output_embeddings()
+    nll = next_token_nll(hidden, head, ids[:, shared:], reduction="none")[0]
+    cache.crop(shared - len(whole))
+    prompt = torch.tensor([[tokenizer.bos_token_id, *_ids(tokenizer, item.prompt)]])
+    (written,) = _go_on(model, tokenizer, prompt, torch.ones_like(prompt), tokens, stops, past_key_values=cache)
+    return nll.float().cpu().numpy(), written
+
+
+def _go_on(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    tokens: int,
+    stops: Sequence[str],
+    **cached: DynamicCache,
+) -> list[str]:
+    """Greedy decoding, at most `tokens` after each row of `ids`, cut at the first stop text."""
+    if stops:
+        cached |= {"stop_strings": list(stops), "tokenizer": tokenizer}
+    with in_compute_dtype(model):
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            **cached,
+        )
+    texts = []
+    for row in output[:, ids.shape[1] :]:
+        text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for stop in stops:
+            text = text.partition(stop)[0]
+        texts.append(text)
+    return texts
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -682,7 +721,7 @@ ARMS = ("base", "rope_base_only", "extended")
 # Items of a long task that are asked at each length unless told otherwise; their packages have thousands.
 LONG_ITEMS = 50
 # What an item's result depends on beside its text and the model: with other code it is measured again.
-CODE = (encode, continuation_nll, write, run_program, loss)
+CODE = (encode, continuation_nll, write, read_and_write, run_program, loss)
 CODE += (score_letter, score_ending, score_number, score_program, score_answer)
 
 
@@ -737,6 +776,9 @@ def score_items(
     stops: Sequence[str] = (),
 ) -> list[Metrics]:
     """The metrics of items, measured now; `score`, `writes` and `stops` as in `Task`."""
+    if writes and len(items) == 1:
+        row, written = read_and_write(model, tokenizer, items[0], tokens=writes, stops=stops)
+        return [score(items[0], [row], written)]
     texts = [encode(tokenizer, item.prompt, choice) for item in items for choice in item.choices]
     nll = iter(continuation_nll(model, texts))
     answers = [""] * len(items)

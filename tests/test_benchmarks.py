@@ -221,6 +221,15 @@ def test_prompts_written_on_together_are_written_on_as_alone(model, tokenizer):
     assert benchmarks.write(model, tokenizer, prompts, tokens=10, stops=["e"], tokens_at_once=16) == alone
 
 
+@pytest.mark.parametrize("prompt", ["The people of the United States", "The people and the"])
+def test_a_prompt_read_once_gives_what_reading_it_twice_gives(model, tokenizer, prompt):
+    item = benchmarks.Item("q", prompt, (" are a great nation.",))
+    nll, written = benchmarks.read_and_write(model, tokenizer, item, tokens=12, stops=["."])
+    (apart,) = benchmarks.continuation_nll(model, [benchmarks.encode(tokenizer, prompt, item.choices[0])])
+    assert nll == pytest.approx(apart, abs=1e-4)
+    assert [written] == benchmarks.write(model, tokenizer, [prompt], tokens=12, stops=["."])
+
+
 def nll(*sums):
     return [np.array([value], dtype=np.float32) for value in sums]
 
