@@ -6,7 +6,7 @@ tokens (sum of nats / number of tokens), bands are over documents.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -114,6 +114,36 @@ class Reader:
     ) -> list[np.ndarray]:
         """`nll_in_windows` of the stretches of each document: arrays of shape (stretches, windows, window - 1)."""
         return self._measure(f"{name}-{window}", texts, lambda text: nll_in_windows(model, text, window))
+
+    def second_reading_saves(
+        self,
+        name: str,
+        model: PreTrainedModel | PeftModel,
+        texts: Sequence[TokenizedDocument],
+        gap: int,
+        *,
+        passage: int = 128,
+        skipped: int = 20,
+    ) -> np.ndarray:
+        """What having read a passage before saves, in nats per token: float64 of shape (texts,).
+
+        A passage stands at the end, after a passage and `gap` tokens of the same text. Where it stands at the beginning
+        as well, it is read a second time; in the control another one does, and all the rest is the same.
+
+        Args:
+            texts: each of at least 1 + 2 `passage` + `gap` tokens.
+            skipped: tokens of the passage not counted, until it is known which one it is.
+        """
+        nll = []
+        for first in (1 + passage + gap, 1):
+            made = []
+            for text in texts:
+                ids = text.token_ids
+                starts = ids[:1], ids[first : first + passage], ids[1 + passage : 1 + passage + gap]
+                made.append([replace(text, token_ids=np.concatenate([*starts, ids[1 : 1 + passage]]))])
+            rows = np.concatenate(self.nll(name, model, made))
+            nll.append(rows[:, skipped - passage :].mean(1, dtype=np.float64))
+        return nll[0] - nll[1]
 
     def _measure(
         self,

@@ -469,17 +469,19 @@ def summary(rows: pd.DataFrame, by: Sequence[str], *, bootstrap_samples: int, se
     return pd.DataFrame(table)
 
 
-def rouge_l_by_chance(rows: pd.DataFrame) -> float:
+def rouge_l_by_chance(rows: pd.DataFrame) -> pd.Series:
     """Mean ROUGE-L of what was written against the answers to the OTHER questions of the same arm, task and length.
 
-    What common words alone are worth ("a ... and a ... under the"), with a right answer nowhere in sight.
+    What the right form alone is worth ("a ... and a ... under the", any five digits), with the right answer nowhere in
+    sight. One value for each row with something written.
     """
-    found = []
+    found = {}
     for _, group in rows.dropna(subset="rouge_l").groupby(["arm", "task", "length"]):
         answers = group.drop_duplicates("number")
-        for number, written in zip(group.number, group.written, strict=True):
-            found += [rouge_l(answer, written) for answer in answers.answer[answers.number != number]]
-    return float(np.mean(found)) if found else float("nan")
+        for row in group.itertuples():
+            others = answers.answer[answers.number != row.number]
+            found[row.Index] = np.mean([rouge_l(answer, row.written) for answer in others]) if len(others) else np.nan
+    return pd.Series(found, index=rows.index, dtype=float)
 
 
 def agreement(rows: pd.DataFrame) -> pd.DataFrame:

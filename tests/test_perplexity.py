@@ -226,3 +226,25 @@ def test_a_reader_that_was_interrupted_does_not_read_again_what_it_has(tmp_path,
     np.testing.assert_array_equal(
         Reader(tmp_path).windows("base", model, texts, 32)[1][0], nll_in_windows(model, texts[1][0], 32)
     )
+
+
+def test_what_a_second_reading_saves(tmp_path, monkeypatch):
+    """A reader to whom every token that it has read before costs a quarter."""
+    read = []
+
+    def nll(self, name, model, texts):
+        rows = []
+        for (cut,) in texts:
+            ids = cut.token_ids.tolist()
+            read.append(ids)
+            rows.append(np.array([[0.25 if token in ids[:place] else 1.0 for place, token in enumerate(ids)][1:]]))
+        return rows
+
+    monkeypatch.setattr(Reader, "nll", nll)
+    texts = [TokenizedDocument("mine", name, np.arange(100, dtype=np.int32) + 100 * (name == "b")) for name in "ab"]
+    saved = Reader(tmp_path).second_reading_saves("any", None, texts, 30, passage=10, skipped=4)
+    assert saved.tolist() == [0.75, 0.75]
+    control, again = read[0], read[2]
+    assert control[11:] == again[11:]  # only the first passage differs
+    assert (control[1:11], again[1:11]) == ([*range(41, 51)], [*range(1, 11)])
+    assert len(again) == 1 + 10 + 30 + 10

@@ -34,7 +34,7 @@ COLUMNS = {
         "control": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
         "comparison": {"quantity", "nats", "low", "high"},
         "context_worth": {"quantity", "nats", "low", "high"},
-        "copying": {"arm", "place", "tokens_between", "nats"},
+        "copying": {"arm", "place", "tokens_between", "nats", "low", "high"},
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
         "definitions": {"arm", "definition", "perplexity", "low", "high", "units"},
     },

@@ -346,7 +346,7 @@ def test_rouge_l_by_chance_is_that_of_other_questions_answers():
             {**same, "length": 512, "number": 2, "answer": "no", "written": None, "rouge_l": np.nan},
         ]
     )
-    assert rouge_l_by_chance(rows) == pytest.approx((200 / 3 + 0) / 2)
+    assert rouge_l_by_chance(rows).tolist() == pytest.approx([200 / 3, 0, np.nan, np.nan], nan_ok=True)
 
 
 def test_agreement_counts_verdicts_and_ranks():
