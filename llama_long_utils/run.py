@@ -274,10 +274,11 @@ def _measured(path: Path, table: pd.DataFrame) -> list[str]:
         lines.append(f"| {LABELS[arm]} | {' | '.join(shown)} |")
     provenance, preset = read_record(path)["provenance"], path.parent.name
     counts = " and ".join(f"{count}" for count in sorted(set(buckets.documents), reverse=True))
+    few = ", of three no more than their range" if buckets.documents.min() == 3 else ""
     return [
         *lines,
         "",
-        f"Preset {preset}, {counts} held-out documents, 95% bootstrap over documents, {provenance['date']}, "
+        f"Preset {preset}, {counts} held-out documents, 95% bootstrap over documents{few}, {provenance['date']}, "
         f"commit {provenance['commit']}, {provenance['device']} ([record](data/results/{preset}/{path.name})).",
         "",
     ]
