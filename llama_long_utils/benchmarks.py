@@ -245,18 +245,19 @@ def _go_on(
 
 
 def score_letter(item: Item, nll: Sequence[np.ndarray], _written: str) -> Metrics:
-    """Right if the right letter is likelier than every other; and its NLL in nats."""
-    return {"accuracy": _chosen([row.sum() for row in nll], item.answer), "answer_nll": float(nll[item.answer].sum())}
+    """Right if the right letter is likelier than every other; its NLL in nats, and the contrast to the others."""
+    sums = [row.sum() for row in nll]
+    return {"accuracy": _chosen(sums, item.answer), **_nll_and_contrast(sums, item.answer)}
 
 
 def score_ending(item: Item, nll: Sequence[np.ndarray], _written: str) -> Metrics:
-    """Right by log-likelihood, by log-likelihood per character (which long endings need), and NLL per token."""
+    """Right by log-likelihood, or per character (which long endings need); NLL per token, and its contrast."""
     sums = np.array([row.sum() for row in nll])
     characters = np.array([len(choice.strip()) for choice in item.choices])
     return {
         "accuracy": _chosen(sums, item.answer),
         "accuracy_per_character": _chosen(sums / characters, item.answer),
-        "answer_nll": float(nll[item.answer].mean()),
+        **_nll_and_contrast([row.mean() for row in nll], item.answer),
     }
 
 
@@ -289,6 +290,12 @@ def score_answer(item: Item, nll: Sequence[np.ndarray], written: str) -> Metrics
 def _chosen(costs: Sequence[float] | np.ndarray, answer: int) -> float:
     others = np.delete(np.asarray(costs, dtype=float), answer)
     return float(costs[answer] < others.min())
+
+
+def _nll_and_contrast(costs: Sequence[float], answer: int) -> Metrics:
+    """The right choice's NLL, and how far below the others' mean it is: what makes all of them cheaper cancels out."""
+    right, wrong = float(costs[answer]), float(np.delete(np.asarray(costs, dtype=float), answer).mean())
+    return {"answer_nll": right, "contrast": wrong - right}
 
 
 def _words(text: str) -> list[str]:
@@ -419,8 +426,8 @@ ARMS = ("base", "rope_base_only", "extended")
 # Items of a long task that are asked at each length unless told otherwise; their packages have thousands.
 LONG_ITEMS = 50
 # What an item's result depends on beside its text and the model: with other code it is measured again.
-CODE = (encode, continuation_nll, write, read_and_write, run_program, loss)
-CODE += (score_letter, score_ending, score_number, score_program, score_answer)
+CODE = (encode, continuation_nll, write, read_and_write, _go_on, run_program, loss)
+CODE += (score_letter, score_ending, score_number, score_program, score_answer, _chosen, _nll_and_contrast, _words)
 
 
 def read_task(name: str, *, cache: Path = CACHE) -> Any:
@@ -458,6 +465,7 @@ def arm_key(preset: Preset, arm: str, adapter: str = "") -> str:
     parts = [models.weights_sha256(models.locate_base(preset)), asdict(rope), preset.base.dtype, arm]
     if arm == "extended":
         parts.append(models.weights_sha256(models.find_adapter(preset, adapter)))
+    parts += [_CHILD, _DENIED, [(name, task.writes, task.stops) for name, task in TASKS.items()]]
     key = hashlib.sha256(json.dumps(parts).encode())
     for code in CODE:
         key.update(inspect.getsource(code).encode())

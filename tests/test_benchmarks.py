@@ -241,6 +241,21 @@ def test_scores_of_choices():
     assert benchmarks.score_letter(item, nll(1, 1), "")["accuracy"] == 0  # a tie is wrong
 
 
+@pytest.mark.parametrize("score", [benchmarks.score_letter, benchmarks.score_ending])
+def test_contrast_does_not_see_what_moves_every_choice(score):
+    item = Item("one", "?", (" a", " b", " c"), 1)
+    found, cheaper = score(item, nll(5, 2, 4), ""), score(item, nll(3, 0, 2), "")
+    assert (found["answer_nll"], found["contrast"]) == (2, 2.5)
+    assert (cheaper["answer_nll"], cheaper["contrast"]) == (0, 2.5)
+
+
+def test_results_are_measured_again_when_a_stop_changes(monkeypatch):
+    preset = load_preset("tiny")
+    before = benchmarks.arm_key(preset, "base")
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], stops=("Q",)))
+    assert benchmarks.arm_key(preset, "base") != before
+
+
 @pytest.mark.parametrize(
     ("written", "right"),
     [
@@ -406,10 +421,10 @@ def test_a_run_measures_both_arms_and_leads_to_a_record(preset, tmp_path, monkey
     assert loaded == ["base", "extended"]
     path = benchmarks.write_results(preset, results, tmp_path / "results", seconds=1.0)
     deltas, scores = (records.read_table(path, name) for name in ("deltas", "scores"))
-    assert list(deltas.metric) == ["accuracy", "accuracy_per_character", "answer_nll"]
+    assert list(deltas.metric) == ["accuracy", "accuracy_per_character", "answer_nll", "contrast"]
     assert (deltas.difference == 0).all()  # one model on both arms
     assert set(deltas["items"]) == {5}
-    assert len(scores) == 6
+    assert len(scores) == 8
     arrays = records.read_arrays(path.with_suffix(".npz"))
     assert arrays["hellaswag_0_base_accuracy"].mean() == pytest.approx(deltas.before[0])
     again = benchmarks.measure(preset, ["hellaswag"], items=5, cache=tmp_path)
