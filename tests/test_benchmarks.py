@@ -487,3 +487,32 @@ def test_results_of_the_harness_become_the_same_table(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json is no results file of lm-evaluation-harness"):
         benchmarks.harness_deltas(before, tmp_path / "other.json")
+
+
+def write_samples(folder, date, right):
+    """As `--log_samples` leaves them; `right` by task."""
+    for task, values in right.items():
+        rows = [{"doc_id": n, "filter": "none", "metrics": ["acc"], "acc": value} for n, value in enumerate(values)]
+        (folder / f"samples_{task}_{date}.jsonl").write_bytes(json_lines(rows))
+
+
+def test_logged_samples_of_the_harness_are_compared_item_by_item(tmp_path):
+    before = {"mmlu_law": [0.0] * 55 + [1.0] * 45, "mmlu_physics": [1.0] * 22 + [0.0] * 28}
+    after = {"mmlu_law": [1.0] * 8 + before["mmlu_law"][8:], "mmlu_physics": before["mmlu_physics"]}
+    values = [np.concatenate([*arm.values()]) for arm in (before, after)]
+    paths = []
+    for date, arm in (("before", before), ("after", after)):
+        path = harness_file(tmp_path / f"results_{date}.json", 0.55)
+        content = json.loads(path.read_text())
+        content["results"]["mmlu"]["acc,none"] = np.concatenate([*arm.values()]).mean()
+        path.write_text(json.dumps(content))
+        write_samples(tmp_path, date, arm)
+        paths.append(path)
+    rows = benchmarks.harness_deltas(*paths).set_index("task")
+    expected = benchmarks.paired_accuracy(*values)
+    row = rows.loc["mmlu"]
+    assert (row["items"], row.discordant) == (150, 8)
+    assert (row.low, row.high, row.p) == pytest.approx((expected.low, expected.high, expected.p))
+    assert np.isnan(rows.loc["gsm8k"].discordant)  # without samples: not paired
+    write_samples(tmp_path, "after", {"mmlu_law": after["mmlu_law"][:-1]})  # half-written: not paired
+    assert np.isnan(benchmarks.harness_deltas(*paths).set_index("task").loc["mmlu"].discordant)
