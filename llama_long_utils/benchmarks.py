@@ -245,18 +245,19 @@ def _go_on(
 
 
 def score_letter(item: Item, nll: Sequence[np.ndarray], _written: str) -> Metrics:
-    """Right if the right letter is likelier than every other; and its NLL in nats."""
-    return {"accuracy": _chosen([row.sum() for row in nll], item.answer), "answer_nll": float(nll[item.answer].sum())}
+    """Right if the right letter is likelier than every other; its NLL in nats, and the contrast to the others."""
+    sums = [row.sum() for row in nll]
+    return {"accuracy": _chosen(sums, item.answer), **_nll_and_contrast(sums, item.answer)}
 
 
 def score_ending(item: Item, nll: Sequence[np.ndarray], _written: str) -> Metrics:
-    """Right by log-likelihood, by log-likelihood per character (which long endings need), and NLL per token."""
+    """Right by log-likelihood, or per character (which long endings need); NLL per token, and its contrast."""
     sums = np.array([row.sum() for row in nll])
     characters = np.array([len(choice.strip()) for choice in item.choices])
     return {
         "accuracy": _chosen(sums, item.answer),
         "accuracy_per_character": _chosen(sums / characters, item.answer),
-        "answer_nll": float(nll[item.answer].mean()),
+        **_nll_and_contrast([row.mean() for row in nll], item.answer),
     }
 
 
@@ -289,6 +290,12 @@ def score_answer(item: Item, nll: Sequence[np.ndarray], written: str) -> Metrics
 def _chosen(costs: Sequence[float] | np.ndarray, answer: int) -> float:
     others = np.delete(np.asarray(costs, dtype=float), answer)
     return float(costs[answer] < others.min())
+
+
+def _nll_and_contrast(costs: Sequence[float], answer: int) -> Metrics:
+    """The right choice's NLL, and how far below the others' mean it is: what makes all of them cheaper cancels out."""
+    right, wrong = float(costs[answer]), float(np.delete(np.asarray(costs, dtype=float), answer).mean())
+    return {"answer_nll": right, "contrast": wrong - right}
 
 
 def _words(text: str) -> list[str]:
@@ -419,8 +426,8 @@ ARMS = ("base", "rope_base_only", "extended")
 # Items of a long task that are asked at each length unless told otherwise; their packages have thousands.
 LONG_ITEMS = 50
 # What an item's result depends on beside its text and the model: with other code it is measured again.
-CODE = (encode, continuation_nll, write, read_and_write, run_program, loss)
-CODE += (score_letter, score_ending, score_number, score_program, score_answer)
+CODE = (encode, continuation_nll, write, read_and_write, _go_on, run_program, loss)
+CODE += (score_letter, score_ending, score_number, score_program, score_answer, _chosen, _nll_and_contrast, _words)
 
 
 def read_task(name: str, *, cache: Path = CACHE) -> Any:
@@ -458,6 +465,7 @@ def arm_key(preset: Preset, arm: str, adapter: str = "") -> str:
     parts = [models.weights_sha256(models.locate_base(preset)), asdict(rope), preset.base.dtype, arm]
     if arm == "extended":
         parts.append(models.weights_sha256(models.find_adapter(preset, adapter)))
+    parts += [_CHILD, _DENIED, [(name, task.writes, task.stops) for name, task in TASKS.items()]]
     key = hashlib.sha256(json.dumps(parts).encode())
     for code in CODE:
         key.update(inspect.getsource(code).encode())
@@ -727,45 +735,70 @@ def write_results(
 def harness_deltas(before: Path, after: Path) -> pd.DataFrame:
     """The columns of `delta_table` from two results files of lm-evaluation-harness (0.4: `results_<date>.json`).
 
-    The file has a mean and a standard error for each task, not its items: the interval is normal and not paired, so
-    it is wider than need be where both models miss the same items, and `p` is two-sided for that difference.
+    With `--log_samples` the harness leaves every item beside them, and the comparison is paired like ours. Without, or
+    where a task's number is no mean over its items, the interval is normal and not paired, so it is wider than need be
+    where both models miss the same items, and `p` is two-sided for that difference.
 
     Raises:
         ValueError: a file is not one of the harness, or the two have no task in common.
     """
     found = [_harness_metrics(path) for path in (before, after)]
     rows = []
-    for (task, metric), (value, error, items) in found[0].items():
+    for (task, metric), first in found[0].items():
         if (task, metric) not in found[1]:
             continue
-        other, other_error, _ = found[1][task, metric]
-        change, spread = other - value, math.hypot(error, other_error)
-        half = norm.ppf(0.975) * spread
-        p = 2 * norm.sf(abs(change) / spread) if spread > 0 else math.nan
-        entry = {"task": task, "length": 0, "pair": "base -> extended", "metric": metric, "items": items}
-        paired = Paired(value, other, change, change - half, change + half, p=float(p))
-        rows.append({**entry, **asdict(paired)})
+        second = found[1][task, metric]
+        compared = _compare_items(first, second) or _compare_means(first, second)
+        entry = {"task": task, "length": 0, "pair": "base -> extended", "metric": metric, "items": first.count}
+        rows.append({**entry, **asdict(compared)})
     if not rows:
         raise ValueError(f"{before.name} and {after.name} share no task and metric: run the same tasks on both")
     return pd.DataFrame(rows)
 
 
-def _harness_metrics(path: Path) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """(value, standard error, items; NaN if not given) by (task, metric); a filter that does something is named too."""
+@dataclass(frozen=True)
+class _HarnessScore:
+    """A task's mean, its standard error and number of items (NaN if not given), and each item's value by its name."""
+
+    value: float
+    error: float
+    count: float
+    items: dict[tuple[str, int], float]
+
+
+def _compare_items(before: _HarnessScore, after: _HarnessScore) -> Paired | None:
+    same = sorted(before.items.keys() & after.items.keys())
+    if not same or not len(same) == len(before.items) == len(after.items):
+        return None
+    first, second = (np.array([score.items[name] for name in same]) for score in (before, after))
+    if not np.allclose([first.mean(), second.mean()], [before.value, after.value], atol=1e-4):
+        return None
+    return (paired_accuracy if set(first) | set(second) <= {0.0, 1.0} else paired_mean)(first, second)
+
+
+def _compare_means(before: _HarnessScore, after: _HarnessScore) -> Paired:
+    change, spread = after.value - before.value, math.hypot(before.error, after.error)
+    half = norm.ppf(0.975) * spread
+    p = float(2 * norm.sf(abs(change) / spread)) if spread > 0 else math.nan
+    return Paired(before.value, after.value, change, change - half, change + half, p=p)
+
+
+def _harness_metrics(path: Path) -> dict[tuple[str, str], _HarnessScore]:
+    """Scores by (task, metric); a filter that does something is named too."""
     try:
         content = json.loads(path.read_text())
         results = content["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no results file of lm-evaluation-harness ({error!r}): see --output_path") from None
 
-    def items_of(task: str) -> float:  # a group's are those of its tasks
-        if task in counts:
-            return counts[task]["effective"]
-        return sum(items_of(part) for part in content.get("group_subtasks", {}).get(task, [])) or math.nan
+    def parts(task: str) -> list[str]:  # a group's are those of its tasks
+        inside = content.get("group_subtasks", {}).get(task, [])
+        return [leaf for part in inside for leaf in parts(part)] if inside else [task]
 
     counts, found = content.get("n-samples", {}), {}
     for task, entry in results.items():
-        items = items_of(task)
+        leaves = parts(task)
+        count = sum(counts[leaf]["effective"] for leaf in leaves if leaf in counts) or math.nan
         for key, value in entry.items():
             metric, comma, chosen = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -773,8 +806,20 @@ def _harness_metrics(path: Path) -> dict[tuple[str, str], tuple[float, float, fl
             error = entry.get(f"{metric}_stderr,{chosen}")
             error = float(error) if isinstance(error, int | float) else math.nan
             name = metric if chosen == "none" else f"{metric} ({chosen})"
-            found[task, name] = float(value), error, items
+            items = {(leaf, number): value for leaf in leaves
+                     for number, value in _harness_items(path, leaf, metric, chosen).items()}  # fmt: skip
+            found[task, name] = _HarnessScore(float(value), error, count, items)
     return found
+
+
+def _harness_items(path: Path, task: str, metric: str, chosen: str) -> dict[int, float]:
+    """Each item's value by `doc_id`, from the file of samples beside a results file; empty if there is none."""
+    samples = path.with_name(f"samples_{task}_{path.stem.removeprefix('results_')}.jsonl")
+    if not samples.is_file():
+        return {}
+    rows = [json.loads(line) for line in samples.read_text().splitlines() if line]
+    rows = [row for row in rows if row.get("filter", "none") == chosen and isinstance(row.get(metric), int | float)]
+    return {row["doc_id"]: float(row[metric]) for row in rows}
 
 
 def main() -> None:

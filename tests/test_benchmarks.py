@@ -241,6 +241,21 @@ def test_scores_of_choices():
     assert benchmarks.score_letter(item, nll(1, 1), "")["accuracy"] == 0  # a tie is wrong
 
 
+@pytest.mark.parametrize("score", [benchmarks.score_letter, benchmarks.score_ending])
+def test_contrast_does_not_see_what_moves_every_choice(score):
+    item = Item("one", "?", (" a", " b", " c"), 1)
+    found, cheaper = score(item, nll(5, 2, 4), ""), score(item, nll(3, 0, 2), "")
+    assert (found["answer_nll"], found["contrast"]) == (2, 2.5)
+    assert (cheaper["answer_nll"], cheaper["contrast"]) == (0, 2.5)
+
+
+def test_results_are_measured_again_when_a_stop_changes(monkeypatch):
+    preset = load_preset("tiny")
+    before = benchmarks.arm_key(preset, "base")
+    monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], stops=("Q",)))
+    assert benchmarks.arm_key(preset, "base") != before
+
+
 @pytest.mark.parametrize(
     ("written", "right"),
     [
@@ -406,10 +421,10 @@ def test_a_run_measures_both_arms_and_leads_to_a_record(preset, tmp_path, monkey
     assert loaded == ["base", "extended"]
     path = benchmarks.write_results(preset, results, tmp_path / "results", seconds=1.0)
     deltas, scores = (records.read_table(path, name) for name in ("deltas", "scores"))
-    assert list(deltas.metric) == ["accuracy", "accuracy_per_character", "answer_nll"]
+    assert list(deltas.metric) == ["accuracy", "accuracy_per_character", "answer_nll", "contrast"]
     assert (deltas.difference == 0).all()  # one model on both arms
     assert set(deltas["items"]) == {5}
-    assert len(scores) == 6
+    assert len(scores) == 8
     arrays = records.read_arrays(path.with_suffix(".npz"))
     assert arrays["hellaswag_0_base_accuracy"].mean() == pytest.approx(deltas.before[0])
     again = benchmarks.measure(preset, ["hellaswag"], items=5, cache=tmp_path)
@@ -472,3 +487,32 @@ def test_results_of_the_harness_become_the_same_table(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json is no results file of lm-evaluation-harness"):
         benchmarks.harness_deltas(before, tmp_path / "other.json")
+
+
+def write_samples(folder, date, right):
+    """As `--log_samples` leaves them; `right` by task."""
+    for task, values in right.items():
+        rows = [{"doc_id": n, "filter": "none", "metrics": ["acc"], "acc": value} for n, value in enumerate(values)]
+        (folder / f"samples_{task}_{date}.jsonl").write_bytes(json_lines(rows))
+
+
+def test_logged_samples_of_the_harness_are_compared_item_by_item(tmp_path):
+    before = {"mmlu_law": [0.0] * 55 + [1.0] * 45, "mmlu_physics": [1.0] * 22 + [0.0] * 28}
+    after = {"mmlu_law": [1.0] * 8 + before["mmlu_law"][8:], "mmlu_physics": before["mmlu_physics"]}
+    values = [np.concatenate([*arm.values()]) for arm in (before, after)]
+    paths = []
+    for date, arm in (("before", before), ("after", after)):
+        path = harness_file(tmp_path / f"results_{date}.json", 0.55)
+        content = json.loads(path.read_text())
+        content["results"]["mmlu"]["acc,none"] = np.concatenate([*arm.values()]).mean()
+        path.write_text(json.dumps(content))
+        write_samples(tmp_path, date, arm)
+        paths.append(path)
+    rows = benchmarks.harness_deltas(*paths).set_index("task")
+    expected = benchmarks.paired_accuracy(*values)
+    row = rows.loc["mmlu"]
+    assert (row["items"], row.discordant) == (150, 8)
+    assert (row.low, row.high, row.p) == pytest.approx((expected.low, expected.high, expected.p))
+    assert np.isnan(rows.loc["gsm8k"].discordant)  # without samples: not paired
+    write_samples(tmp_path, "after", {"mmlu_law": after["mmlu_law"][:-1]})  # half-written: not paired
+    assert np.isnan(benchmarks.harness_deltas(*paths).set_index("task").loc["mmlu"].discordant)
