@@ -130,21 +130,11 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
         return path
     started = time.perf_counter()
     tokenizer = models.load_tokenizer(folder)
-    data = preset.data
-    training_documents, held_out = read_split(
-        data.sources, data.held_out, tokenizer, minimum_characters=data.minimum_characters, split_seed=data.split_seed
-    )
+    training_documents, held_out = _split(preset, tokenizer)
     if settings is None:
         model: PreTrainedModel | PeftModel = models.load_base(folder, scaling, dtype=preset.base.dtype)
     else:
-        settings = dataclasses.replace(settings, techniques=budget.plan_training(preset, settings).techniques)
-        model = models.load_base(folder, scaling, dtype=preset.base.dtype, attention=settings.attention)
-        model = models.add_lora(model, preset.lora, seed=arm.seed)
-        sequences = training.draw_sequences(training_documents, settings, tokenizer)
-        run = training.run_fingerprint(settings, sequences, arm=path.stem)
-        training.train(model, sequences, settings, preset.run_folder / "training" / run)
-        if settings.attention == "s2":
-            loss.causal_lm(model).set_attn_implementation("sdpa")  # shifted sparse attention is for training only
+        model = _trained(preset, scaling, settings, training_documents, tokenizer, run=path.stem)
     trained = time.perf_counter() - started
     tables = measure(preset, model, tokenizer, held_out)
     for table in tables.values():
@@ -156,10 +146,39 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
         preset=preset.name,
         question=QUESTION,
         tables=tables,
-        seeds={"training": arm.seed, "evaluation": preset.evaluation.seed, "split": data.split_seed},
+        seeds={"training": arm.seed, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
         seconds=trained,
         provenance={"command": records.papermill_command("11_ablations", {"preset": preset.name, **asdict(arm)})},
     )
+
+
+def _split(
+    preset: Preset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:
+    data = preset.data
+    options = {"minimum_characters": data.minimum_characters, "split_seed": data.split_seed}
+    return read_split(data.sources, data.held_out, tokenizer, **options)
+
+
+def _trained(
+    preset: Preset,
+    scaling: Scaling,
+    settings: TrainingSettings,
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    run: str,
+) -> PeftModel:
+    """The base with LoRA, trained with what memory needs; interrupted, it goes on under the same name of the run."""
+    settings = dataclasses.replace(settings, techniques=budget.plan_training(preset, settings).techniques)
+    base = models.load_base(models.locate_base(preset), scaling, dtype=preset.base.dtype, attention=settings.attention)
+    model = models.add_lora(base, preset.lora, seed=settings.seed)
+    sequences = training.draw_sequences(documents, settings, tokenizer)
+    folder = preset.run_folder / "training" / training.run_fingerprint(settings, sequences, arm=run)
+    training.train(model, sequences, settings, folder)
+    if settings.attention == "s2":
+        loss.causal_lm(model).set_attn_implementation("sdpa")  # shifted sparse attention is for training only
+    return model
 
 
 def measure(
@@ -287,16 +306,58 @@ def search_rope_base(preset: Preset, bases: Sequence[float], *, texts: int, seed
     )
 
 
+def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Path:
+    """Train the preset's RoPE method in several ways, one after another, and read one held-out document of each source.
+
+    Args:
+        names: of [race.trainings]; where they are to have equal time, their numbers of steps must see to it.
+
+    Returns:
+        The record, 11_training_choice: what each took, its NLL in each of the evaluation's position buckets, and the
+        paired difference of each later one to the first.
+    """
+    started = time.perf_counter()
+    arms = [Arm(preset.extension.method, name, seed) for name in names]
+    settings = [arm_training(preset, arm) for arm in arms]  # unknown names end here
+    tokenizer = models.load_tokenizer(models.locate_base(preset))
+    documents, held_out = _split(preset, tokenizer)
+    evaluation, edges = preset.evaluation, preset.evaluation.near_edges
+    cuts = {cut.source: cut for (cut,) in perplexity.random_stretches(
+        held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)}  # fmt: skip
+    costs, read = [], {}
+    options = {"bootstrap_samples": evaluation.bootstrap_samples, "seed": evaluation.seed}
+    for arm, given in zip(arms, settings, strict=True):
+        began = time.perf_counter()
+        model = _trained(preset, preset.extended_rope, given, documents, tokenizer, run="training-choice").eval()
+        cost = {"training": arm.training, "window": given.window, "steps": given.steps, "seed": seed}
+        tokens = given.steps * given.sequences_per_step * given.window
+        costs.append({**cost, "tokens": tokens, "seconds": time.perf_counter() - began})
+        read[arm.training] = [perplexity.token_nll(model, cut, evaluation.tokens)[None] for cut in cuts.values()]
+        print(
+            costs[-1], {cut: float(nll.mean()) for cut, nll in zip(cuts, read[arm.training], strict=True)}, flush=True
+        )
+    nll = [perplexity.nll_table(name, rows, edges, **options) for name, rows in read.items()]
+    later = {name: perplexity.paired_table(read[name], read[names[0]], edges, **options) for name in names[1:]}
+    return records.write_record(
+        records.RESULTS / preset.name,
+        "11_training_choice",
+        preset=preset.name,
+        question="Which way to train gives the better model in the same time?",
+        tables={
+            "cost": pd.DataFrame(costs),
+            "nll_by_position": pd.concat(nll),
+            "difference": pd.concat([table.assign(training=name) for name, table in later.items()]),
+        },
+        seeds={"training": seed, "evaluation": evaluation.seed, "split": preset.data.split_seed},
+        seconds=time.perf_counter() - started,
+        provenance={"command": f"python -m llama_long_utils.run --preset {preset.name} --trainings {' '.join(names)}"},
+    )
+
+
 def _base_and_texts(preset: Preset, texts: int, seed: int) -> tuple[PreTrainedModel, list[TokenizedDocument]]:
     """The base as pretrained, and stretches of training documents of the evaluation's length, one of each."""
-    folder, data = models.locate_base(preset), preset.data
-    documents, _ = read_split(
-        data.sources,
-        data.held_out,
-        models.load_tokenizer(folder),
-        minimum_characters=data.minimum_characters,
-        split_seed=data.split_seed,
-    )
+    folder = models.locate_base(preset)
+    documents, _ = _split(preset, models.load_tokenizer(folder))
     cuts = perplexity.random_stretches(documents, preset.evaluation.tokens, at_most=1, seed=seed)
     chosen = np.random.default_rng(seed).choice(len(cuts), texts, replace=False)
     model = models.load_base(folder, preset.base_rope, dtype=preset.base.dtype)

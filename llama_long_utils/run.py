@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--race", action="store_true", help="measure every arm of 11_ablations and store its record")
     parser.add_argument("--longrope", action="store_true", help="search LongRoPE's factors and store their record")
     parser.add_argument("--rope-bases", type=float, nargs="+", help="measure the base at these and store the record")
+    parser.add_argument("--trainings", nargs="+", help="train in these ways of [race] and store what they are worth")
     parser.add_argument("--workers", type=int, default=1, help="with --race: arms at a time (default: 1)")
     arguments = parser.parse_args()
     wanted = (arguments.only or "").zfill(2) if (arguments.only or "").isdecimal() else (arguments.only or "")
@@ -314,6 +315,9 @@ def main() -> None:
             return
         if arguments.rope_bases:
             print(ablations.search_rope_base(load_preset(arguments.preset), arguments.rope_bases, texts=3, seed=0))
+            return
+        if arguments.trainings:
+            print(ablations.compare_trainings(load_preset(arguments.preset), arguments.trainings, seed=0))
             return
         if arguments.race:
             race(load_preset(arguments.preset), workers=arguments.workers)

@@ -227,6 +227,27 @@ def test_search_for_a_rope_base_measures_the_pretrained_one_beside_it(preset, mo
     assert nll[500_000.0, 512] < nll[10_000.0, 512]
 
 
+def test_trainings_are_compared_on_held_out_documents_of_each_source(preset, monkeypatch, tmp_path):
+    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, far_tokens=1024, bucket_edges=[1, 512, 1024])
+    names = ["short", "pose"]
+    few = {"steps": 2, "sequences_per_step": 1, "sequences_at_once": 1}
+    quick = {name: dataclasses.replace(preset.race.trainings[name], **few) for name in names}
+    race = dataclasses.replace(preset.race, trainings=quick, warmup_steps=1)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path / "runs")
+    changed = dataclasses.replace(preset, evaluation=evaluation, race=race)
+    path = ablations.compare_trainings(changed, names, seed=0)
+    cost, nll, difference = (records.read_table(path, name) for name in ("cost", "nll_by_position", "difference"))
+    short, pose = (nll[nll.arm == name].set_index("position_low").nll for name in names)
+    assert difference.set_index("position_low").nll.to_dict() == pytest.approx((pose - short).to_dict(), abs=1e-5)
+    assert list(cost.training) == names
+    assert (cost.seconds > 0).all()
+    assert set(nll.documents) == {len(preset.data.sources) - 1}  # of the Bible nothing is held out
+    assert nll.groupby("position_low").nll.nunique().min() == 2
+    with pytest.raises(ValueError, match="unknown training 'long': use one of"):
+        ablations.compare_trainings(changed, ["long"], seed=0)
+
+
 def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_path):
     arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
     monkeypatch.setattr(ablations, "race_arms", lambda _preset: arms)
