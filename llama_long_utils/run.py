@@ -274,7 +274,7 @@ def _measured(path: Path, table: pd.DataFrame) -> list[str]:
         lines.append(f"| {LABELS[arm]} | {' | '.join(shown)} |")
     provenance, preset = read_record(path)["provenance"], path.parent.name
     counts = " and ".join(f"{count}" for count in sorted(set(buckets.documents), reverse=True))
-    few = ", of three no more than their range" if buckets.documents.min() == 3 else ""
+    few = ", of three the lowest and highest" if buckets.documents.min() == 3 else ""
     return [
         *lines,
         "",
