@@ -523,6 +523,7 @@ def measure(
     *,
     arms: Sequence[str] = ("base", "extended"),
     items: int | None = None,
+    long_count: int = LONG_ITEMS,
     lengths: Sequence[int] = (),
     adapter: str = "",
     cache: Path = CACHE,
@@ -530,7 +531,7 @@ def measure(
     """Measure tasks on arms, or go on with it: results lie in runs/PRESET/benchmarks, item by item.
 
     Args:
-        items: of each task, evenly spread over it; None: all of a short task, `LONG_ITEMS` of a long one.
+        items: of each task, evenly spread over it; None: all of a short task, `long_count` of a long one.
         lengths: of the long tasks' prompts in tokens; empty: those of the preset's [retrieval].
 
     Raises:
@@ -541,16 +542,16 @@ def measure(
     for arm in arms:
         if arm not in ARMS:
             raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
-    if items is not None and items < 1:
-        raise ValueError(f"items = {items}: use at least 1, or None for all")
+    for name, count in (("items", items), ("long_count", long_count)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} = {count}: use at least 1{', or None for all' if name == 'items' else ''}")
     tokenizer = models.load_tokenizer(models.locate_base(preset))
     asked: dict[tuple[str, int], list[Item]] = {}
     for name in names:
         content, task = read_task(name, cache=cache), TASKS[name]
         if task.long:
-            count = items or LONG_ITEMS
             for length in lengths or preset.retrieval.lengths:
-                options = {"count": count, "writes": task.writes, "seed": SEED}
+                options = {"count": items or long_count, "writes": task.writes, "seed": SEED}
                 asked[name, length] = long_items(content, tokenizer, length, **options)
         else:
             asked[name, 0] = _spread(content, items)
@@ -828,15 +829,16 @@ def main() -> None:
     parser.add_argument("--preset", required=True, help="a file in presets/")
     parser.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS), help=f"of {list(TASKS)}")
     parser.add_argument("--arms", nargs="+", default=["base", "extended"], help=f"of {list(ARMS)}; the first is before")
-    parser.add_argument("--items", type=int, help=f"of each task (default: all, of a long one {LONG_ITEMS} per length)")
+    parser.add_argument("--items", type=int, help="of each task (default: all of a short one)")
+    parser.add_argument("--long-count", type=int, default=LONG_ITEMS, help=f"of a long task, per length ({LONG_ITEMS})")
     parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of long prompts (default: the preset's)")
     parser.add_argument("--adapter", default="", help="its folder (default: the newest of the preset)")
     given = parser.parse_args()
     started = time.perf_counter()
     try:
         preset = load_preset(given.preset)
-        options = {"items": given.items, "lengths": given.lengths, "adapter": given.adapter}
-        results = measure(preset, given.tasks, arms=given.arms, **options)
+        options = {"items": given.items, "long_count": given.long_count, "lengths": given.lengths}
+        results = measure(preset, given.tasks, arms=given.arms, adapter=given.adapter, **options)
         print(
             write_results(
                 preset,

@@ -438,6 +438,7 @@ def test_a_run_measures_both_arms_and_leads_to_a_record(preset, tmp_path, monkey
         ({"names": ["mmul"]}, r"unknown task 'mmul': use one of \['mmlu'"),
         ({"names": ["mmlu"], "arms": ["bases"]}, r"unknown arm 'bases': use one of \['base'"),
         ({"names": ["mmlu"], "items": 0}, "items = 0: use at least 1"),
+        ({"names": ["squad"], "long_count": 0}, "long_count = 0: use at least 1$"),
     ],
 )
 def test_bad_input_is_one_clear_error(preset, options, message):
