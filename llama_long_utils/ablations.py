@@ -20,7 +20,7 @@ from peft import PeftModel
 from scipy.signal import correlate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_long_utils import attention, budget, loss, models, packing, perplexity, records, retrieval, rope, training
+from llama_long_utils import budget, loss, models, packing, perplexity, records, retrieval, rope, training
 from llama_long_utils.documents import TokenizedDocument, read_split
 from llama_long_utils.packing import TrainingSequence
 from llama_long_utils.presets import Preset
@@ -31,7 +31,8 @@ ZERO_SHOT = "zero-shot"
 QUESTION = "Which way to scale RoPE, and which way to train it, wins on equal terms?"
 # What an arm's numbers depend on; an arm that was measured with other code is measured again.
 CODE = (
-    *(attention, loss, packing, rope, training),
+    *(loss, packing, rope, training),
+    *(models.xpos_attention, models.s2_attention),
     *(perplexity.token_nll, perplexity.random_stretches, perplexity.bucket_sums),
     *(retrieval.first_sentence_items, retrieval.answers, retrieval.rouge_l),
 )
@@ -109,7 +110,7 @@ def _attention_groups(settings: TrainingSettings) -> Iterator[tuple[slice, float
     if settings.attention == "sdpa":
         yield slice(0, window), 1.0
         return
-    group = window // attention.S2_GROUPS
+    group = window // models.S2_GROUPS
     for start in range(0, window, group):
         yield slice(start, start + group), 0.5
     for start in range(-group // 2, window, group):

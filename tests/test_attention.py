@@ -4,9 +4,8 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 from conftest import PLAIN, new_llama
-from llama_long_utils.attention import S2_GROUPS, s2_attention
 from llama_long_utils.loss import hidden_states
-from llama_long_utils.models import load_base
+from llama_long_utils.models import S2_GROUPS, load_base, s2_attention
 
 
 class Module(torch.nn.Module):

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from conftest import PLAIN, RAISED
 from llama_long_utils import rope
 from llama_long_utils.loss import hidden_states
-from llama_long_utils.models import check_rope, load_base
+from llama_long_utils.models import check_rope, load_base, xpos_attention
 
 IN_TRANSFORMERS = [name for name in rope.METHODS if name != "xpos_abf"]
 
@@ -137,7 +137,6 @@ def test_xpos_depends_on_distance_only(base_folder):
 
 
 def test_xpos_score_is_the_rotated_one_times_the_decay():
-    from llama_long_utils.attention import xpos_attention
 
     class Module(torch.nn.Module):
         is_causal, config, num_key_value_groups = False, LlamaConfig(), 1
