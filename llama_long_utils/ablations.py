@@ -135,7 +135,7 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
     if settings is None:
         model: PreTrainedModel | PeftModel = models.load_base(folder, scaling, dtype=preset.base.dtype)
     else:
-        model = _trained(preset, scaling, settings, training_documents, tokenizer, run=path.stem)
+        model, _ = _trained(preset, scaling, settings, training_documents, tokenizer, run=path.stem)
     trained = time.perf_counter() - started
     tables = measure(preset, model, tokenizer, held_out)
     for table in tables.values():
@@ -169,17 +169,17 @@ def _trained(
     tokenizer: PreTrainedTokenizerBase,
     *,
     run: str,
-) -> PeftModel:
-    """The base with LoRA, trained with what memory needs; interrupted, it goes on under the same name of the run."""
+) -> tuple[PeftModel, list[dict[str, float]]]:
+    """The base with LoRA, trained with what memory needs, and `training.train`'s rows; interrupted, it goes on."""
     settings = dataclasses.replace(settings, techniques=budget.plan_training(preset, settings).techniques)
     base = models.load_base(models.locate_base(preset), scaling, dtype=preset.base.dtype, attention=settings.attention)
     model = models.add_lora(base, preset.lora, seed=settings.seed)
     sequences = training.draw_sequences(documents, settings, tokenizer)
     folder = preset.run_folder / "training" / training.run_fingerprint(settings, sequences, arm=run)
-    training.train(model, sequences, settings, folder)
+    log = training.train(model, sequences, settings, folder)
     if settings.attention == "s2":
         loss.causal_lm(model).set_attn_implementation("sdpa")  # shifted sparse attention is for training only
-    return model
+    return model, log
 
 
 def measure(
@@ -311,12 +311,17 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
     """Train the preset's RoPE method in several ways, one after another, and read one held-out document of each source.
 
     Args:
-        names: of [race.trainings]; where they are to have equal time, their numbers of steps must see to it.
+        names: two or more of [race.trainings]; for equal time their numbers of steps must see to it.
 
     Returns:
         The record, 11_training_choice: what each took, its NLL in each of the evaluation's position buckets, and the
-        paired difference of each later one to the first.
+        paired difference of each later one to the first. Seconds are those of the steps, also of a resumed run.
+
+    Raises:
+        ValueError: fewer than two different names, or an unknown one, before anything is loaded.
     """
+    if len(set(names)) < max(2, len(names)):
+        raise ValueError(f"trainings = {list(names)}: name two or more different ones of {list(preset.race.trainings)}")
     started = time.perf_counter()
     arms = [Arm(preset.extension.method, name, seed) for name in names]
     settings = [arm_training(preset, arm) for arm in arms]  # unknown names end here
@@ -328,15 +333,14 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
     costs, read = [], {}
     options = {"bootstrap_samples": evaluation.bootstrap_samples, "seed": evaluation.seed}
     for arm, given in zip(arms, settings, strict=True):
-        began = time.perf_counter()
-        model = _trained(preset, preset.extended_rope, given, documents, tokenizer, run="training-choice").eval()
+        model, log = _trained(preset, preset.extended_rope, given, documents, tokenizer, run="training-choice")
+        model.eval()
         cost = {"training": arm.training, "window": given.window, "steps": given.steps, "seed": seed}
-        tokens = given.steps * given.sequences_per_step * given.window
-        costs.append({**cost, "tokens": tokens, "seconds": time.perf_counter() - began})
+        tokens = np.diff([0, *(row["tokens"] for row in log)])
+        seconds = sum(tokens / [row["tokens_per_second"] for row in log])
+        costs.append({**cost, "tokens": int(tokens.sum()), "seconds": float(seconds)})
         read[arm.training] = [perplexity.token_nll(model, cut, evaluation.tokens)[None] for cut in cuts.values()]
-        print(
-            costs[-1], {cut: float(nll.mean()) for cut, nll in zip(cuts, read[arm.training], strict=True)}, flush=True
-        )
+        print(costs[-1], *(f"{rows.mean():.3f}" for rows in read[arm.training]), flush=True)
     nll = [perplexity.nll_table(name, rows, edges, **options) for name, rows in read.items()]
     later = {name: perplexity.paired_table(read[name], read[names[0]], edges, **options) for name in names[1:]}
     return records.write_record(

@@ -241,11 +241,15 @@ def test_trainings_are_compared_on_held_out_documents_of_each_source(preset, mon
     short, pose = (nll[nll.arm == name].set_index("position_low").nll for name in names)
     assert difference.set_index("position_low").nll.to_dict() == pytest.approx((pose - short).to_dict(), abs=1e-5)
     assert list(cost.training) == names
-    assert (cost.seconds > 0).all()
+    resumed = records.read_table(ablations.compare_trainings(changed, names, seed=0), "cost")
+    pd.testing.assert_frame_equal(resumed, cost)  # a finished run keeps its time, and is not trained again
     assert set(nll.documents) == {len(preset.data.sources) - 1}  # of the Bible nothing is held out
     assert nll.groupby("position_low").nll.nunique().min() == 2
     with pytest.raises(ValueError, match="unknown training 'long': use one of"):
-        ablations.compare_trainings(changed, ["long"], seed=0)
+        ablations.compare_trainings(changed, ["short", "long"], seed=0)
+    for few_names in (["short"], ["short", "short"]):
+        with pytest.raises(ValueError, match="name two or more different ones of"):
+            ablations.compare_trainings(changed, few_names, seed=0)
 
 
 def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_path):
