@@ -238,7 +238,7 @@ def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> Pa
         The record, 11_longrope_search: the factors, and the lowest NLL after each round.
     """
     started = time.perf_counter()
-    model, cuts = _base_and_texts(preset, texts, seed)
+    model, cuts = _base_and_texts(preset, preset.evaluation.tokens, texts, seed)
     rotary = loss.causal_lm(model).model.rotary_emb
     scaling = arm_rope(preset, "yarn")
     plain, pairs = rotary.inv_freq.clone(), len(rotary.inv_freq)
@@ -275,20 +275,20 @@ def search_rope_base(preset: Preset, bases: Sequence[float], *, texts: int, seed
 
     Args:
         bases: RoPE bases to try beside the pretrained one.
-        texts: stretches of the evaluation's length that each of them reads.
+        texts: stretches of evaluation.far_tokens that each of them reads.
 
     Returns:
         The record, 11_rope_base_search: mean NLL in each of the evaluation's position buckets.
     """
     started = time.perf_counter()
-    model, cuts = _base_and_texts(preset, texts, seed)
+    model, cuts = _base_and_texts(preset, preset.evaluation.far_tokens, texts, seed)
     rotary = loss.causal_lm(model).model.rotary_emb
     tables = []
     for base in [preset.base.rope_base, *bases]:
         rotary.inv_freq = rope.inverse_frequencies(preset.base.head_dim, base).to(rotary.inv_freq.device)
         nll = [perplexity.token_nll(model, cut, cut.tokens)[None] for cut in cuts]
         options = {"bootstrap_samples": preset.evaluation.bootstrap_samples, "seed": preset.evaluation.seed}
-        table = perplexity.nll_table("rope_base_only", nll, preset.evaluation.near_edges, **options)
+        table = perplexity.nll_table("rope_base_only", nll, preset.evaluation.bucket_edges, **options)
         table.insert(0, "rope_base", base)
         tables.append(table)
         print(f"base {base:,.0f}:", table.set_index("position_low").nll.round(3).to_dict(), flush=True)
@@ -359,11 +359,13 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
     )
 
 
-def _base_and_texts(preset: Preset, texts: int, seed: int) -> tuple[PreTrainedModel, list[TokenizedDocument]]:
-    """The base as pretrained, and stretches of training documents of the evaluation's length, one of each."""
+def _base_and_texts(
+    preset: Preset, tokens: int, texts: int, seed: int
+) -> tuple[PreTrainedModel, list[TokenizedDocument]]:
+    """The base as pretrained, and stretches of `tokens` tokens of training documents, one of each."""
     folder = models.locate_base(preset)
     documents, _ = _split(preset, models.load_tokenizer(folder))
-    cuts = perplexity.random_stretches(documents, preset.evaluation.tokens, at_most=1, seed=seed)
+    cuts = perplexity.random_stretches(documents, tokens, at_most=1, seed=seed)
     chosen = np.random.default_rng(seed).choice(len(cuts), texts, replace=False)
     model = models.load_base(folder, preset.base_rope, dtype=preset.base.dtype)
     return model, [cuts[index][0] for index in chosen]

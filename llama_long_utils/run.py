@@ -314,7 +314,7 @@ def main() -> None:
             print(ablations.search_longrope(load_preset(arguments.preset), rounds=120, texts=6, seed=0))
             return
         if arguments.rope_bases:
-            print(ablations.search_rope_base(load_preset(arguments.preset), arguments.rope_bases, texts=3, seed=0))
+            print(ablations.search_rope_base(load_preset(arguments.preset), arguments.rope_bases, texts=2, seed=0))
             return
         if arguments.trainings:
             print(ablations.compare_trainings(load_preset(arguments.preset), arguments.trainings, seed=0))
