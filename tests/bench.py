@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import (
 
 from llama_long_utils import budget, models, records, training
 from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.loss import CHUNK
 from llama_long_utils.memory import COMPONENTS, HOST, StepShape, above_weights, ledger, random_llama, training_steps
 from llama_long_utils.packing import TrainingSequence
 from llama_long_utils.presets import Lora, load_preset
@@ -59,48 +61,62 @@ def forget_highest() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def fastest(work: Callable[[], Any], times: int = 5) -> float:
+    """Seconds of the fastest of so many calls; the first one, which loads kernels and makes buffers, not counted."""
+    seconds = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
 def fast_dtype() -> tuple[str, float]:
     """The dtype in which this machine multiplies faster, and how fast, in FLOP/s."""
     rates = {}
     for name in ("float32", "bfloat16"):
         one = torch.randn(2048, 2048).to(getattr(torch, name))
-        times = []
-        for _ in range(6):
-            started = time.perf_counter()
-            one @ one
-            times.append(time.perf_counter() - started)
-        rates[name] = 2 * 2048**3 / min(times)
+        rates[name] = 2 * 2048**3 / fastest(partial(torch.mm, one, one))
     return max(rates.items(), key=lambda item: item[1])
 
 
-def bandwidth() -> float:
-    """Bytes per second that an addition of two large tensors reads and writes."""
-    one, other = torch.ones(2, 2**26).unbind()
-    times = []
-    for _ in range(6):
-        started = time.perf_counter()
-        torch.add(one, 1.0, out=other)
-        times.append(time.perf_counter() - started)
-    return 2 * one.nbytes / min(times)
+def product_rate(length: int, dtype: str) -> float:
+    """FLOP/s of the products of SHAPE's step with `length` tokens: one layer's and a chunk of the head, both ways."""
+    config, kind = budget.model_shape(SHAPE), getattr(torch, dtype)
+    head, layers = (config.hidden_size, config.vocab_size), config.num_hidden_layers
+    products = [(length, layers, *shape) for shape in budget.linear_shapes(config).values()]
+    flops = seconds = 0.0
+    for tokens, count, inputs, outputs in [*products, (CHUNK, length / CHUNK, *head)]:
+        weight = torch.randn(outputs, inputs).to(kind)
+        hidden, gradient = torch.randn(tokens, inputs).to(kind), torch.randn(tokens, outputs).to(kind)
+        forward = fastest(partial(torch.nn.functional.linear, hidden, weight))
+        seconds += count * (forward + fastest(partial(torch.mm, gradient, weight)))
+        flops += count * 4 * tokens * inputs * outputs
+    return flops / seconds
 
 
-def attention_rate(length: int = 4096) -> float:
+def attention_rate(length: int, dtype: str) -> float:
     """FLOP/s of causal attention forward and backward, heads as in SHAPE; counted as in `budget.step_flops`."""
     config = budget.model_shape(SHAPE)
     shape = (1, config.num_attention_heads, length, config.head_dim)
-    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
+    query, key, value = (torch.randn(shape).to(getattr(torch, dtype)).requires_grad_() for _ in range(3))
+
+    def both_ways() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
-        times.append(time.perf_counter() - started)
-    return 7 * config.num_attention_heads * config.head_dim * length**2 / min(times)
+
+    flops = 7 * config.num_attention_heads * config.head_dim * length**2
+    return flops / fastest(both_ways, times=3 if length < 8192 else 1)
 
 
-def rates() -> dict[str, Any]:
-    """What this machine does per second."""
-    dtype, matmul = fast_dtype()
-    return {"dtype": dtype, "matmul": matmul, "bandwidth": bandwidth(), "attention": attention_rate()}
+def bandwidth(length: int, dtype: str) -> float:
+    """Bytes per second that an MLP's activation in SHAPE reads and writes, into new memory."""
+    gate, up = torch.randn(2, length, budget.model_shape(SHAPE).intermediate_size).to(getattr(torch, dtype)).unbind()
+    return 5 * gate.nbytes / fastest(lambda: torch.nn.functional.silu(gate) * up)
+
+
+def rates(length: int, dtype: str) -> budget.Rates:
+    """What this machine does per second with the shapes that a step of SHAPE has."""
+    return budget.Rates(product_rate(length, dtype), attention_rate(length, dtype), bandwidth(length, dtype))
 
 
 # --- one measurement, in a process of its own -------------------------------------------------------------------------
@@ -288,6 +304,7 @@ def worker(task: dict[str, Any]) -> None:
         "allocated": allocated,
         "contender": contender,
         "profile": profiled,
+        "timed": timed,
         "trained": trained,
     }
     print("RESULT " + json.dumps(kinds[task.pop("kind")](**task)), flush=True)
@@ -390,16 +407,23 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
     return rows
 
 
-def step_times(machine: dict[str, Any]) -> list[dict[str, Any]]:
+def timed(length: int, dtype: str, steps: int, techniques: dict[str, Any]) -> dict[str, Any]:
+    """Steps of ours, with the machine's rates before and after them: its speed changes by the hour."""
+    training.keep_freed_memory()
+    before = rates(length, dtype)
+    result = contender("ours", length, dtype, steps, techniques)
+    return {**result, "rates": [asdict(before), asdict(rates(length, dtype))]}
+
+
+def step_times(dtype: str) -> list[dict[str, Any]]:
     """Predicted and measured seconds of our step, all layers recomputed, as the context grows."""
-    rates = budget.Rates(machine["matmul"], machine["attention"], machine["bandwidth"])
-    config, dtype = budget.model_shape(SHAPE), machine["dtype"]
-    ways = replace(PLAIN, recomputed_layers=ALL, tile=512)
+    config, ways = budget.model_shape(SHAPE), replace(PLAIN, recomputed_layers=ALL, tile=512)
     rows = []
-    for length, steps in ((1024, 3), (2048, 3), (4096, 2), (8192, 2), (16_384, 1)):
-        task = {"length": length, "dtype": dtype, "steps": steps}
-        result = measured(kind="contender", round=0, name="ours", techniques=asdict(ways), **task)
-        predicted = budget.step_seconds(config, LORA, StepShape(length, dtype, ways), rates)
+    for length, steps in ((1024, 4), (2048, 3), (4096, 3), (8192, 2), (16_384, 2)):
+        result = measured(kind="timed", length=length, dtype=dtype, steps=steps, techniques=asdict(ways))
+        shape = StepShape(length, dtype, ways)
+        around = [budget.step_seconds(config, LORA, shape, budget.Rates(**found)) for found in result["rates"]]
+        predicted = pd.DataFrame(around).mean().to_dict()
         rows.append({"context": length, **predicted, "measured": min(result["seconds"])})
     return rows
 
@@ -524,11 +548,10 @@ def main() -> None:
         return worker(json.loads(sys.argv[2]))
     started = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    machine = kept("machine", rates)
-    dtype = machine["dtype"]
+    dtype, matmul = kept("machine", fast_dtype)
     check = ledger_check()
     built = seven_billion(dtype)
-    bench = [row for sizes in ROUNDS for row in contenders(dtype, *sizes, machine["matmul"])]
+    bench = [row for sizes in ROUNDS for row in contenders(dtype, *sizes, matmul)]
     peaks, longest = kept("predicted", predicted_peaks)
     tables = {
         "ledger": peaks,
@@ -536,10 +559,10 @@ def main() -> None:
         "longest_context": longest,
         "plans": kept("plans", plans),
         "bench": bench,
-        "step_times": step_times(machine),
+        "step_times": step_times(dtype),
         "profile": profile(dtype),
         "seven_billion": built,
-        "machine": [{"quantity": name, "value": str(value)} for name, value in machine.items()],
+        "machine": [{"quantity": "dtype", "value": dtype}, {"quantity": "matmul", "value": str(matmul)}],
     }
     records.write_record(
         records.RESULTS / "tiny",
