@@ -60,6 +60,14 @@ COLUMNS = {
         "cost": {"method", "training", "seed", "tokens", "seconds"},
     },
     "11_longrope_search": {"factors": {"pair", "factor"}, "search": {"round", "nll"}},
+    "11_rope_base_search": {
+        "search": {"rope_base", "arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
+    },
+    "11_training_choice": {
+        "cost": {"training", "window", "steps", "seed", "tokens", "seconds"},
+        "nll_by_position": {"arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
+        "difference": {"training", "position_low", "position_high", "nll", "low", "high", "documents"},
+    },
 }
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
 
