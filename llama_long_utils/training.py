@@ -143,15 +143,15 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (hidden,) = context.saved_tensors
-        of_input = torch.empty_like(hidden)
+        of_input = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         device, dtype, enabled = context.autocast
-        for start in range(0, hidden.shape[1], context.tile):
-            part = slice(start, start + context.tile)
-            tile = hidden[:, part].detach().requires_grad_()
+        rows = zip(*(_tokens(tensor).split(context.tile) for tensor in (hidden, gradient, of_input)), strict=True)
+        for tile, of_result, of_tile in rows:
+            tile = tile.detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                 result = context.forward_of_tile(tile)
-            torch.autograd.backward(result, gradient[:, part])
-            of_input[:, part] = tile.grad
+            torch.autograd.backward(result, of_result)
+            of_tile.copy_(tile.grad)
         return of_input, None, None
 
 
@@ -160,15 +160,22 @@ class _Compute(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, hidden: torch.Tensor, forward_of_tile: Forward, tile: int) -> torch.Tensor:
-        output = torch.empty_like(hidden)
-        for start in range(0, hidden.shape[1], tile):
-            part = slice(start, start + tile)
-            output[:, part] = forward_of_tile(hidden[:, part])
+        output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        for of_tile, result in zip(_tokens(hidden).split(tile), _tokens(output).split(tile), strict=True):
+            result.copy_(forward_of_tile(of_tile))
         return output
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient, None, None
+
+
+def _tokens(hidden: torch.Tensor) -> torch.Tensor:
+    """Shape (batch, length, width) -> (batch * length, width).
+
+    A tile of this is multiplied as it is; of a slice of three dimensions torch makes a batch, and copies the weight.
+    """
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def apply_techniques(model: PreTrainedModel | PeftModel, techniques: Techniques) -> None:
@@ -200,7 +207,7 @@ def tile_over_sequence(model: PreTrainedModel | PeftModel, tile: int) -> None:
 
 def _tiled(forward: Forward, tile: int) -> Forward:
     def run(hidden: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or hidden.shape[1] <= tile:
+        if not torch.is_grad_enabled() or hidden[..., 0].numel() <= tile:
             return forward(hidden)
         if not hidden.requires_grad:  # nothing before it trains, but something in it may
             hidden = hidden.detach().requires_grad_()

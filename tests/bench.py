@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,15 @@ from transformers import (
 from llama_long_utils import budget, models, records, training
 from llama_long_utils.documents import REPOSITORY
 from llama_long_utils.loss import CHUNK
-from llama_long_utils.memory import COMPONENTS, HOST, StepShape, above_weights, ledger, random_llama, training_steps
+from llama_long_utils.memory import (
+    COMPONENTS,
+    HOST,
+    StepShape,
+    above_weights,
+    ledger,
+    random_llama,
+    training_steps,
+)
 from llama_long_utils.packing import TrainingSequence
 from llama_long_utils.presets import Lora, load_preset
 from llama_long_utils.rope import Scaling
@@ -61,14 +70,14 @@ def forget_highest() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def fastest(work: Callable[[], Any], times: int = 5) -> float:
-    """Seconds of the fastest of so many calls; the first one, which loads kernels and makes buffers, not counted."""
+def usual(work: Callable[[], Any], times: int = 5) -> float:
+    """Median seconds of so many calls; the first one, which loads kernels and makes buffers, not counted."""
     seconds = []
     for _ in range(times + 1):
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+    return median(seconds[1:])
 
 
 def fast_dtype() -> tuple[str, float]:
@@ -76,7 +85,7 @@ def fast_dtype() -> tuple[str, float]:
     rates = {}
     for name in ("float32", "bfloat16"):
         one = torch.randn(2048, 2048).to(getattr(torch, name))
-        rates[name] = 2 * 2048**3 / fastest(partial(torch.mm, one, one))
+        rates[name] = 2 * 2048**3 / usual(partial(torch.mm, one, one))
     return max(rates.items(), key=lambda item: item[1])
 
 
@@ -89,29 +98,35 @@ def product_rate(length: int, dtype: str) -> float:
     for tokens, count, inputs, outputs in [*products, (CHUNK, length / CHUNK, *head)]:
         weight = torch.randn(outputs, inputs).to(kind)
         hidden, gradient = torch.randn(tokens, inputs).to(kind), torch.randn(tokens, outputs).to(kind)
-        forward = fastest(partial(torch.nn.functional.linear, hidden, weight))
-        seconds += count * (forward + fastest(partial(torch.mm, gradient, weight)))
+        forward = usual(partial(torch.nn.functional.linear, hidden, weight))
+        seconds += count * (forward + usual(partial(torch.mm, gradient, weight)))
         flops += count * 4 * tokens * inputs * outputs
     return flops / seconds
 
 
 def attention_rate(length: int, dtype: str) -> float:
-    """FLOP/s of causal attention forward and backward, heads as in SHAPE; counted as in `budget.step_flops`."""
+    """FLOP/s of a recomputed layer's attention (forward, forward again, backward), counted as `budget.step_flops` does.
+
+    Heads as in SHAPE, in the layout that the projections leave them in.
+    """
     config = budget.model_shape(SHAPE)
-    shape = (1, config.num_attention_heads, length, config.head_dim)
-    query, key, value = (torch.randn(shape).to(getattr(torch, dtype)).requires_grad_() for _ in range(3))
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    heads = [torch.randn(1, length, count, config.head_dim).transpose(1, 2) for count in (queries, keys, keys)]
+    heads = [head.to(getattr(torch, dtype)).requires_grad_() for head in heads]
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
 
-    def both_ways() -> None:
-        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+    def layer() -> None:
+        attend(*(head.detach() for head in heads))
+        attend(*heads).sum().backward()
 
-    flops = 7 * config.num_attention_heads * config.head_dim * length**2
-    return flops / fastest(both_ways, times=3 if length < 8192 else 1)
+    flops = 9 * queries * config.head_dim * length**2
+    return flops / usual(layer, times=3 if length < 8192 else 1)
 
 
 def bandwidth(length: int, dtype: str) -> float:
     """Bytes per second that an MLP's activation in SHAPE reads and writes, into new memory."""
     gate, up = torch.randn(2, length, budget.model_shape(SHAPE).intermediate_size).to(getattr(torch, dtype)).unbind()
-    return 5 * gate.nbytes / fastest(lambda: torch.nn.functional.silu(gate) * up)
+    return 5 * gate.nbytes / usual(lambda: torch.nn.functional.silu(gate) * up)
 
 
 def rates(length: int, dtype: str) -> budget.Rates:
@@ -417,14 +432,14 @@ def timed(length: int, dtype: str, steps: int, techniques: dict[str, Any]) -> di
 
 def step_times(dtype: str) -> list[dict[str, Any]]:
     """Predicted and measured seconds of our step, all layers recomputed, as the context grows."""
-    config, ways = budget.model_shape(SHAPE), replace(PLAIN, recomputed_layers=ALL, tile=512)
+    config, ways = budget.model_shape(SHAPE), replace(PLAIN, recomputed_layers=ALL)
     rows = []
     for length, steps in ((1024, 4), (2048, 3), (4096, 3), (8192, 2), (16_384, 2)):
         result = measured(kind="timed", length=length, dtype=dtype, steps=steps, techniques=asdict(ways))
         shape = StepShape(length, dtype, ways)
         around = [budget.step_seconds(config, LORA, shape, budget.Rates(**found)) for found in result["rates"]]
         predicted = pd.DataFrame(around).mean().to_dict()
-        rows.append({"context": length, **predicted, "measured": min(result["seconds"])})
+        rows.append({"context": length, **predicted, "measured": median(result["seconds"][1:])})
     return rows
 
 
