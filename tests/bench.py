@@ -463,6 +463,7 @@ CHECKED = [
     (TINY, 16_384, None, replace(PLAIN, recomputed_layers=2, tile=1024), "float32"),
     (TINY, 32_768, None, replace(PLAIN, recomputed_layers=ALL, tile=1024), "float32"),
     (TINY, 4096, None, PLAIN, "bfloat16"),
+    (TINY, 8192, None, PLAIN, "bfloat16"),
     (SHAPE, 2048, None, PLAIN, "bfloat16"),
 ]
 
