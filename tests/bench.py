@@ -147,7 +147,8 @@ def measured_peak(model: str, length: int, dtype: str, techniques: dict[str, Any
     llama = random_llama(config, LORA, dtype)
     built = {"build_seconds": time.perf_counter() - started, "build_peak_gib": own_memory(HIGHEST)}
     ways = Techniques(**techniques)
-    for _loss in training_steps(llama, StepShape(256, dtype, PLAIN), [256]):  # loads kernels and makes their buffers
+    warm_up = min(length, 1024)  # loads kernels and makes their buffers, which grow up to some hundred tokens
+    for _loss in training_steps(llama, StepShape(warm_up, dtype, PLAIN), [warm_up]):
         pass
     before = own_memory(RESIDENT)
     seconds, losses = [], []

@@ -121,7 +121,5 @@ def test_a_real_step_needs_what_the_ledger_says():
 
 def test_recorded_peaks_are_within_5_percent_of_predicted_ones():
     rows = records.read_table(records.RESULTS / "tiny" / "04_one_gpu_budget.json", "ledger_check")
-    within = (rows.predicted_gib / rows.measured_gib - 1).abs() < 0.05
-    assert within.sum() >= 11
-    kernels_buffers = 0.02  # GiB, whatever the length: of a very small step more than 5%
-    assert ((rows.predicted_gib - rows.measured_gib).abs()[~within] < kernels_buffers).all()
+    assert len(rows) >= 8
+    assert ((rows.predicted_gib / rows.measured_gib - 1).abs() < 0.05).all()
