@@ -36,15 +36,7 @@ from transformers import (
 from llama_long_utils import budget, models, records, training
 from llama_long_utils.documents import REPOSITORY
 from llama_long_utils.loss import CHUNK
-from llama_long_utils.memory import (
-    COMPONENTS,
-    HOST,
-    StepShape,
-    above_weights,
-    ledger,
-    random_llama,
-    training_steps,
-)
+from llama_long_utils.memory import COMPONENTS, HOST, StepShape, above_weights, ledger, random_llama, training_steps
 from llama_long_utils.packing import TrainingSequence
 from llama_long_utils.presets import Lora, load_preset
 from llama_long_utils.rope import Scaling
@@ -425,7 +417,7 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
 
 def timed(length: int, dtype: str, steps: int, techniques: dict[str, Any]) -> dict[str, Any]:
     """Steps of ours, with the machine's rates before and after them: its speed changes by the hour."""
-    training.keep_freed_memory()
+    keep_freed_memory()
     before = rates(length, dtype)
     result = contender("ours", length, dtype, steps, techniques)
     return {**result, "rates": [asdict(before), asdict(rates(length, dtype))]}
