@@ -21,11 +21,11 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test]"
-	$(BIN)/python -m llama_long_utils.documents
+	$(BIN)/python -m llama_long_utils.data.sources
 	@touch $@
 
 run: $(INSTALLED)
-	$(BIN)/python -m llama_long_utils.run --preset $(PRESET)
+	$(BIN)/python -m tools.run --preset $(PRESET)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
@@ -35,23 +35,23 @@ lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 data: $(INSTALLED)
-	$(BIN)/python -m llama_long_utils.documents
+	$(BIN)/python -m llama_long_utils.data.sources
 
 notebooks: $(INSTALLED)
-	$(BIN)/python -m llama_long_utils.run --store
+	$(BIN)/python -m tools.run --store
 
 longrope: $(INSTALLED)
-	$(BIN)/python -m llama_long_utils.run --longrope --preset $(PRESET)
+	$(BIN)/python -m tools.run --longrope --preset $(PRESET)
 
 race: $(INSTALLED)
-	$(BIN)/python -m llama_long_utils.run --race --workers 2 --preset $(PRESET)
+	$(BIN)/python -m tools.run --race --workers 2 --preset $(PRESET)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock ".[bench]"
-	$(BIN)/python -W ignore tests/bench.py
+	$(BIN)/python -W ignore -m experiments.bench
 
 tiny-llama: $(INSTALLED)
-	$(BIN)/python data/tiny-llama/recipe.py
+	$(BIN)/python -m experiments.tiny_llama
 
 lock: $(INSTALLED)
-	$(BIN)/python tests/lock.py
+	$(BIN)/python -m tools.lock

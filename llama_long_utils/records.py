@@ -13,6 +13,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.models import package_versions
+from llama_long_utils.paths import PUBLISHED, REPOSITORY, write_atomically
 
 SCHEMA = 1
-RESULTS = REPOSITORY / "data" / "results"
-PUBLISHED = REPOSITORY / "data" / "published"
 KEYS = {"schema", "preset", "question", "provenance", "tables"}
 PROVENANCE = {"command", "commit", "date", "device", "versions", "seeds", "seconds"}
 
@@ -161,15 +159,6 @@ def read_published(name: str) -> dict[str, Any]:
     return json.loads((PUBLISHED / f"{name}.json").read_text())
 
 
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write a file so that at every moment either the old one or the whole new one is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(content)
-    scratch.replace(path)
-    return path
-
-
 def device_name() -> str:
     """The GPU's name, or what matters of the CPU: threads and instruction set."""
     if torch.cuda.is_available():
@@ -195,3 +184,8 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the libraries that a result can depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}

@@ -5,22 +5,17 @@ inv_freq[j] = b ** (-2j / d) radians per token (RoFormer, arXiv:2104.09864, sect
 method changes these frequencies and, some of them, the temperature of the attention.
 
 Training and evaluation use transformers' own implementation of each method (`Scaling.parameters`);
-the functions here say what it computes, and `models.check_rope` compares the two on every load.
+the functions here say what it computes, and `base.check_rope` compares the two on every load.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 
-Method = Literal[
-    "none", "pi", "abf", "ntk", "dynamic_ntk", "ntk_by_parts", "yarn", "longrope", "xpos_abf", "proportional"
-]
-METHODS: tuple[str, ...] = get_args(Method)
+from llama_long_utils.settings import METHODS, Method, Scaling, ntk_base
+
+__all__ = ["METHODS", "Method", "Scaling", "ntk_base"]  # the numbers of a scaling; here is what they do
 
 
 def inverse_frequencies(head_dim: int, base: float) -> torch.Tensor:
@@ -36,14 +31,6 @@ def wavelengths(inv_freq: torch.Tensor) -> torch.Tensor:
 def position_interpolation(inv_freq: torch.Tensor, factor: float) -> torch.Tensor:
     """PI (Chen et al., arXiv:2306.15595, equation 4): every position is divided by `factor`."""
     return inv_freq / factor
-
-
-def ntk_base(head_dim: int, base: float, factor: float) -> float:
-    """The base with which NTK-aware scaling slows the slowest pair `factor` times and leaves the fastest alone.
-
-    (bloc97; as "NTK-aware" in YaRN, arXiv:2309.00071, definition 1.)
-    """
-    return base * factor ** (head_dim / (head_dim - 2))
 
 
 def dynamic_ntk_base(head_dim: int, base: float, factor: float, original_window: int, length: int) -> float:
@@ -94,43 +81,6 @@ def longrope(
     return inv_freq / torch.tensor(pair_factors, dtype=torch.float32), attention_factor
 
 
-def search_pair_factors(
-    cost: Callable[[tuple[float, ...]], float],
-    starts: Sequence[Sequence[float]],
-    *,
-    largest: float,
-    rounds: int,
-    seed: int,
-) -> tuple[tuple[float, ...], list[float]]:
-    """LongRoPE's search in small: mutate the best factors known, keep what costs less.
-
-    The paper evolves a population of 64 for 40 rounds; here each round tries one mutation, which stretches or
-    shrinks the factors of neighbouring pairs. As in the paper, factors never fall from one pair to the next.
-
-    Args:
-        cost: NLL on long text with these factors, shape (head_dim / 2,); training text, never held-out text.
-        starts: factors to start from (PI's, NTK's, YaRN's); the cheapest is the first parent.
-        largest: no factor exceeds it.
-
-    Returns:
-        The cheapest factors, and the lowest cost after the starts and after each round.
-    """
-    generator = np.random.default_rng(seed)
-    costs = [cost(tuple(start)) for start in starts]
-    best, lowest = np.array(starts[int(np.argmin(costs))]), min(costs)
-    history = [lowest]
-    for _ in range(rounds):
-        first, last = np.sort(generator.integers(0, len(best), 2))
-        stretch = np.ones(len(best))
-        stretch[first : last + 1] = np.exp(generator.normal(0, 0.35))
-        tried = np.maximum.accumulate(np.clip(best * stretch, 1.0, largest)).round(3)
-        price = cost(tuple(tried.tolist()))
-        if price < lowest:
-            best, lowest = tried, price
-        history.append(lowest)
-    return tuple(best.tolist()), history
-
-
 def proportional(inv_freq: torch.Tensor, factor: float, rotated_share: float) -> torch.Tensor:
     """Only the fastest `rotated_share` of the pairs turn, the others carry no position (p-RoPE, arXiv:2410.06205)."""
     rotated = int(rotated_share * len(inv_freq))
@@ -169,102 +119,27 @@ def attention_score(
     return terms.sum(dim=1) / math.sqrt(2 * len(inv_freq))
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class Scaling:
-    """One setting of RoPE: a method by name and its numbers.
+def rotation(scaling: Scaling, length: int = 0) -> tuple[torch.Tensor, float]:
+    """Frequencies, shape (head_dim / 2,), and the factor of cos and sin, for a text of `length` tokens.
 
-    Args:
-        method: one of METHODS; "none" and "abf" (adjusted base frequency) are plain RoPE at `base`.
-        base: the RoPE base b; for "abf" and "xpos_abf" the raised one, for the others the pretrained one.
-        head_dim: d.
-        original_window: tokens the model was pretrained with.
-        window: tokens it is scaled to.
-        pair_factors: for "longrope", head_dim / 2 factors.
-        rotated_share: for "proportional", the share of pairs that turn.
+    Only dynamic NTK depends on the length.
     """
-
-    method: Method
-    base: float
-    head_dim: int
-    original_window: int
-    window: int
-    pair_factors: tuple[float, ...] = ()
-    rotated_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.window < self.original_window:
-            raise ValueError(f"RoPE cannot be scaled down: window {self.window} < {self.original_window}")
-        wanted = self.head_dim // 2 if self.method == "longrope" else 0
-        if len(self.pair_factors) != wanted:
-            raise ValueError(
-                f"method {self.method!r} takes {wanted} pair_factors, got {len(self.pair_factors)}: "
-                "'longrope' needs one for each pair, the other methods none"
-            )
-        if not 0 < self.rotated_share <= 1:
-            raise ValueError(f"rotated_share = {self.rotated_share} must be above 0 and at most 1")
-
-    @property
-    def factor(self) -> float:
-        """How many times longer the window becomes."""
-        return self.window / self.original_window
-
-    def rotation(self, length: int = 0) -> tuple[torch.Tensor, float]:
-        """Frequencies, shape (head_dim / 2,), and the factor of cos and sin, for a text of `length` tokens.
-
-        Only dynamic NTK depends on the length.
-        """
-        plain = inverse_frequencies(self.head_dim, self.base)
-        match self.method:
-            case "pi":
-                return position_interpolation(plain, self.factor), 1.0
-            case "ntk":
-                return inverse_frequencies(self.head_dim, ntk_base(self.head_dim, self.base, self.factor)), 1.0
-            case "dynamic_ntk":
-                base = dynamic_ntk_base(self.head_dim, self.base, self.factor, self.original_window, length)
-                return inverse_frequencies(self.head_dim, base), 1.0
-            case "ntk_by_parts":
-                return ntk_by_parts(plain, self.factor, self.original_window), 1.0
-            case "yarn":
-                return yarn(plain, self.base, self.factor, self.original_window)
-            case "longrope":
-                return longrope(plain, self.pair_factors, self.factor, self.original_window)
-            case "proportional":
-                return proportional(plain, self.factor, self.rotated_share), 1.0
-            case _:  # none, abf, and xpos_abf, whose decay is not part of the rotation
-                return plain, 1.0
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """What the model's config must say; transformers starts dynamic NTK past it, so there it is the old window."""
-        return self.original_window if self.method == "dynamic_ntk" else self.window
-
-    def parameters(self) -> dict[str, Any]:
-        """The whole dictionary for `from_pretrained(rope_parameters=...)`, so that transformers does the rest.
-
-        It must be given at load: set on the config of a built model it changes nothing. YaRN and
-        Llama 3's rule need the original window spelled out, or they silently build another ramp.
-        """
-        numbers: dict[str, Any] = {"rope_theta": self.base, "factor": self.factor}
-        original = {"original_max_position_embeddings": self.original_window}
-        match self.method:
-            case "pi":
-                return {"rope_type": "linear", **numbers}
-            case "ntk":
-                return {"rope_type": "default", "rope_theta": ntk_base(self.head_dim, self.base, self.factor)}
-            case "dynamic_ntk":
-                return {"rope_type": "dynamic", **numbers}
-            case "ntk_by_parts":
-                return {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **numbers, **original}
-            case "yarn":
-                return {"rope_type": "yarn", **numbers, **original}
-            case "longrope":
-                factors = list(self.pair_factors)
-                # The same factors at every length: the model is trained and read with one rotation.
-                return {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, **numbers, **original}
-            case "proportional":
-                return {"rope_type": "proportional", "partial_rotary_factor": self.rotated_share, **numbers}
-            case _:
-                return {"rope_type": "default", "rope_theta": self.base}
-
-    def __str__(self) -> str:
-        return f"{self.method}, base {self.base:,.0f}, window {self.original_window:,} -> {self.window:,}"
+    plain = inverse_frequencies(scaling.head_dim, scaling.base)
+    match scaling.method:
+        case "pi":
+            return position_interpolation(plain, scaling.factor), 1.0
+        case "ntk":
+            return inverse_frequencies(scaling.head_dim, ntk_base(scaling.head_dim, scaling.base, scaling.factor)), 1.0
+        case "dynamic_ntk":
+            base = dynamic_ntk_base(scaling.head_dim, scaling.base, scaling.factor, scaling.original_window, length)
+            return inverse_frequencies(scaling.head_dim, base), 1.0
+        case "ntk_by_parts":
+            return ntk_by_parts(plain, scaling.factor, scaling.original_window), 1.0
+        case "yarn":
+            return yarn(plain, scaling.base, scaling.factor, scaling.original_window)
+        case "longrope":
+            return longrope(plain, scaling.pair_factors, scaling.factor, scaling.original_window)
+        case "proportional":
+            return proportional(plain, scaling.factor, scaling.rotated_share), 1.0
+        case _:  # none, abf, and xpos_abf, whose decay is not part of the rotation
+            return plain, 1.0

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_long_utils.presets import Lora
-from llama_long_utils.rope import Scaling
+from llama_long_utils.settings import Lora, Scaling
 
 LORA = Lora(
     rank=4,

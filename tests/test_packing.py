@@ -5,17 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import new_llama
-from llama_long_utils.documents import TokenizedDocument
-from llama_long_utils.packing import (
-    IGNORED_LABEL,
-    SequenceDataset,
-    join_pieces,
-    pack_pieces,
-    quote_themselves,
-    skip_positions,
-    training_sequences,
-    with_excerpts,
-)
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.data.packing import SequenceDataset, join_pieces, pack_pieces, skip_positions, training_sequences
+from llama_long_utils.data.quoting import quote_themselves, with_excerpts
+from llama_long_utils.settings import IGNORED_LABEL
 
 EOS = 1
 

@@ -3,14 +3,11 @@ import pytest
 import torch
 
 from conftest import new_llama
-from llama_long_utils import perplexity
-from llama_long_utils.documents import TokenizedDocument
-from llama_long_utils.perplexity import (
-    Bootstrap,
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.evaluation.perplexity import (
     Reader,
     bucket_sums,
     documents_of,
-    fit_power_law,
     nll_in_windows,
     nll_table,
     one_array,
@@ -22,6 +19,8 @@ from llama_long_utils.perplexity import (
     sliding_window,
     token_nll,
 )
+from llama_long_utils.evaluation.power_law import fit_power_law
+from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.records import read_published
 
 OPTIONS = {"bootstrap_samples": 300, "seed": 0}
@@ -216,7 +215,7 @@ def test_a_reader_that_was_interrupted_does_not_read_again_what_it_has(tmp_path,
         return token_nll(model, document)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(perplexity, "token_nll", until_interrupted)
+        patch.setattr("llama_long_utils.evaluation.perplexity.token_nll", until_interrupted)
         Reader(tmp_path).nll("base", model, texts)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("base-a-*.npz")}
     assert read == ["a"]

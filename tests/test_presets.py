@@ -1,15 +1,15 @@
 import pytest
 
 from llama_long_utils import presets
-from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.paths import PRESETS, REPOSITORY
 from llama_long_utils.presets import load_preset, preset_from_parameters, preset_names
-from llama_long_utils.rope import wavelengths
+from llama_long_utils.rope import rotation, wavelengths
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "tiny.toml").write_text((presets.FOLDER / "tiny.toml").read_text())
-    monkeypatch.setattr(presets, "FOLDER", tmp_path)
+    (tmp_path / "tiny.toml").write_text((PRESETS / "tiny.toml").read_text())
+    monkeypatch.setattr(presets, "PRESETS", tmp_path)
     return tmp_path
 
 
@@ -41,11 +41,11 @@ def test_tiny_has_the_paper_s_ratios():
 
 def test_smollm2_is_extended_with_the_base_that_the_wavelengths_ask_for():
     preset = load_preset("smollm2")
-    pretrained = preset.base_rope.rotation()[0]
+    pretrained = rotation(preset.base_rope)[0]
     critical = int((preset.base.window / wavelengths(pretrained) < 1).nonzero()[0])  # turns less than once
     least = preset.base.rope_base * preset.extended_rope.factor ** (preset.base.head_dim / (2 * critical))
     assert least < preset.extension.rope_base < 2.7 * least  # the paper: 2.6 times what its window asks for
-    assert preset.control_rope.rotation()[0].equal(pretrained)
+    assert rotation(preset.control_rope)[0].equal(pretrained)
     assert preset.control_rope.window == preset.extension.window
 
 

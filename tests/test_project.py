@@ -1,12 +1,14 @@
+import ast
+import graphlib
 import re
 import subprocess
 import sys
 
-import lock
 import yaml
 from packaging.version import Version
 
-from llama_long_utils.documents import REPOSITORY
+from llama_long_utils.paths import REPOSITORY
+from tools import lock
 
 
 def tracked():
@@ -47,15 +49,56 @@ def test_no_tracked_file_holds_a_path_of_this_machine():
         assert str(REPOSITORY).encode() not in path.read_bytes(), path
 
 
-def test_helper_module_is_flat_and_documented():
-    modules = sorted((REPOSITORY / "llama_long_utils").rglob("*.py"))
-    assert all(path.parent.name == "llama_long_utils" for path in modules)
-    assert len(modules) <= 18
-    for path in modules:
-        if path.name != "__init__.py":
-            assert path.read_text().startswith('"""'), path.name
+PACKAGE = REPOSITORY / "llama_long_utils"
+# Lowest first. A file imports from its own layer and those below it.
+LAYERS = (
+    ("paths", "progress"),
+    ("settings",),
+    ("presets", "rope", "records", "cache", "figures"),
+    ("data",),
+    ("model",),
+    ("training",),
+    ("evaluation",),
+    ("notebooks", "plan", "train", "benchmark"),
+)
+
+
+def imports_of(path):
+    """Modules of the package that a file imports, functions' own imports included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_long_utils"):
+            for name in node.names:
+                inside = PACKAGE.parent.joinpath(*node.module.split("."), f"{name.name}.py")
+                yield f"{node.module}.{name.name}" if inside.is_file() else node.module
+
+
+def modules():
+    """Every file of the package, by the name it is imported under."""
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in files}
+
+
+def test_imports_go_downwards_only():
+    layer = {name: number for number, names in enumerate(LAYERS) for name in names}
+    for name, path in modules().items():
+        own = layer[name.split(".")[1]]
+        above = [other for other in imports_of(path) if layer[other.split(".")[1]] > own]
+        assert not above, f"{name} imports {above} from a layer above its own"
+
+
+def test_no_two_files_need_each_other():
+    needed = {name: set(imports_of(path)) for name, path in modules().items()}
+    graphlib.TopologicalSorter(needed).prepare()  # raises CycleError
+
+
+def test_every_file_has_one_subject_that_its_docstring_names():
+    for name, path in modules().items():
+        text = path.read_text()
+        assert text.startswith('"""'), name
+        assert len(text.splitlines()) <= 600, name
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 5600
 
 
 def test_default_branch_of_the_code_trusts_no_remote_code():
-    for path in (REPOSITORY / "llama_long_utils").glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         assert not re.search(r"trust_remote_code|allow_pickle=True|torch\.load", path.read_text()), path.name

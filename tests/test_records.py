@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llama_long_utils import records
-from llama_long_utils.documents import REPOSITORY
-from llama_long_utils.run import results, store_record
+from llama_long_utils.paths import REPOSITORY, RESULTS
+from llama_long_utils.records import read_published, read_record, read_table, write_record
+from tools.store import results, store_record
 
 COLUMNS = {
     "04_one_gpu_budget": {
@@ -74,16 +74,16 @@ TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_se
 
 def write(folder, table=TABLE):
     options = {"preset": "tiny", "question": "?", "seeds": {"training": 0}, "seconds": 1.0}
-    return records.write_record(folder, "05_finetune_qlora", tables={"training": table}, **options)
+    return write_record(folder, "05_finetune_qlora", tables={"training": table}, **options)
 
 
 def committed():
-    return sorted(records.RESULTS.glob("*/*.json"))
+    return sorted(RESULTS.glob("*/*.json"))
 
 
 @pytest.mark.parametrize("path", committed(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_committed_records_follow_the_schema(path):
-    record = records.read_record(path)
+    record = read_record(path)
     assert record["preset"] == path.parent.name
     assert {name: set(rows[0]) for name, rows in record["tables"].items()} == COLUMNS[path.stem]
     assert record["provenance"]["commit"] != "unknown"
@@ -94,14 +94,14 @@ def test_delivered_records_are_there():
 
 
 def test_bucket_edges_hold_the_agreed_ones():
-    table = records.read_table(records.RESULTS / "tiny" / "06_perplexity_by_position.json", "nll_by_position")
+    table = read_table(RESULTS / "tiny" / "06_perplexity_by_position.json", "nll_by_position")
     assert {256, 512, 1024, 2048, 4096} <= {*table.position_low, *table.position_high}
     assert set(table.arm) == {"base", "rope_base_only", "yarn", "extended"}
 
 
 def test_arrays_beside_the_record_need_no_pickle_and_give_its_means():
-    path = records.RESULTS / "tiny" / "06_perplexity_by_position.json"
-    table = records.read_table(path, "nll_by_position").set_index(["arm", "position_low"])
+    path = RESULTS / "tiny" / "06_perplexity_by_position.json"
+    table = read_table(path, "nll_by_position").set_index(["arm", "position_low"])
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
         mean = arrays["nll_extended"][:, 2047:4095].astype(float).mean()
         assert len(arrays["documents"]) == len(arrays["nll_extended"])
@@ -111,7 +111,7 @@ def test_arrays_beside_the_record_need_no_pickle_and_give_its_means():
 
 def test_round_trip(tmp_path):
     path = write(tmp_path)
-    assert records.read_table(path, "training").loss.tolist() == [3.12346, 2.5]
+    assert read_table(path, "training").loss.tolist() == [3.12346, 2.5]
     assert [file.name for file in tmp_path.iterdir()] == ["05_finetune_qlora.json"]
 
 
@@ -131,16 +131,16 @@ def test_bad_record_is_one_clear_error(tmp_path, damage, message):
     damage(record)
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
-        records.read_record(path)
+        read_record(path)
 
 
 def test_half_written_and_missing_records(tmp_path):
     path = write(tmp_path)
     path.write_text(path.read_text()[:50])
     with pytest.raises(ValueError, match="half-written or corrupt"):
-        records.read_record(path)
+        read_record(path)
     with pytest.raises(ValueError, match="run its notebook first"):
-        records.read_record(tmp_path / "nothing.json")
+        read_record(tmp_path / "nothing.json")
 
 
 def test_storing_the_same_results_twice_changes_nothing(tmp_path):
@@ -161,7 +161,7 @@ def test_published_numbers_name_their_source():
 
 
 def test_digitised_retrieval_curves_have_a_score_at_every_length_and_share_a_model():
-    figures = {name: records.read_published("llama2_long")[name] for name in ("figure_5b", "figure_7", "figure_9b")}
+    figures = {name: read_published("llama2_long")[name] for name in ("figure_5b", "figure_7", "figure_9b")}
     for figure in figures.values():
         assert "digitised" in figure["how"]
         assert figure["length"] == sorted(set(figure["length"]))

@@ -6,31 +6,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from recipe import FOLDER
 
 from conftest import new_llama
-from llama_long_utils import retrieval
-from llama_long_utils.documents import Document, TokenizedDocument, tokenize_documents
-from llama_long_utils.models import load_tokenizer
-from llama_long_utils.presets import load_preset
-from llama_long_utils.retrieval import (
-    PLANTED,
+from experiments.tiny_llama import FOLDER
+from llama_long_utils.data.documents import Document, TokenizedDocument, tokenize_documents
+from llama_long_utils.evaluation.retrieval import (
     _wrote,
     agreement,
     answers,
     effective_length,
     effective_lengths,
-    first_sentence_items,
     paired_difference,
-    planted_items,
     replies,
     rouge_l,
     rouge_l_by_chance,
     score,
     score_resumably,
-    sentence_ends,
     summary,
 )
+from llama_long_utils.evaluation.retrieval_items import PLANTED, first_sentence_items, planted_items, sentence_ends
+from llama_long_utils.model.weights import load_tokenizer
+from llama_long_utils.presets import load_preset
 
 SETTINGS = dataclasses.replace(load_preset("tiny").retrieval, answer_tokens=24, documents=3)
 
@@ -260,7 +256,7 @@ def test_scoring_that_was_interrupted_goes_on_and_gives_the_same_rows(texts, tok
         return replies(model, part, generate=generate)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(retrieval, "replies", until_interrupted)
+        patch.setattr("llama_long_utils.evaluation.retrieval.replies", until_interrupted)
         score_resumably(tmp_path / "base.json", model, tokenizer, items, settings)
     assert len(json.loads((tmp_path / "base.json").read_text())) == 2
     pd.testing.assert_frame_equal(

@@ -10,15 +10,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conftest import PLAIN, RAISED
-from llama_long_utils import rope
-from llama_long_utils.loss import hidden_states
-from llama_long_utils.models import check_rope, load_base, xpos_attention
+from llama_long_utils.model.attention import xpos_attention
+from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.loss import hidden_states
+from llama_long_utils.rope import attention_score, inverse_frequencies, rotation, wavelengths, xpos_decay
+from llama_long_utils.settings import METHODS, Scaling
 
-IN_TRANSFORMERS = [name for name in rope.METHODS if name != "xpos_abf"]
+IN_TRANSFORMERS = [name for name in METHODS if name != "xpos_abf"]
 
 
 def scaling(method, half=32, base=1e4, original=512, factor=8, **changes):
-    return rope.Scaling(
+    return Scaling(
         **{
             "method": method,
             "base": base,
@@ -54,7 +56,7 @@ def test_every_method_is_that_of_transformers(method, half, base, original, fact
     share = {"rotated_share": share} if method == "proportional" else {}
     one = scaling(method, half, base, original, factor, **share)
     module = rotary_module(one)
-    inv_freq, attention_factor = one.rotation()
+    inv_freq, attention_factor = rotation(one)
     torch.testing.assert_close(inv_freq, module.inv_freq, rtol=1e-6, atol=0)
     assert attention_factor == pytest.approx(module.attention_scaling, rel=1e-6)
 
@@ -65,19 +67,19 @@ def test_dynamic_ntk_follows_the_length_as_in_transformers(half, original, lengt
     one = scaling("dynamic_ntk", half, original=original)
     module = rotary_module(one)
     module(torch.zeros(1), torch.arange(length)[None])
-    torch.testing.assert_close(one.rotation(length)[0], module.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rotation(one, length)[0], module.inv_freq, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("method", rope.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_scaling_by_one_is_the_identity(method):
     factors = {"pair_factors": (1.0,) * 32} if method == "longrope" else {}
-    inv_freq, attention_factor = scaling(method, factor=1, **factors).rotation(512)
-    torch.testing.assert_close(inv_freq, rope.inverse_frequencies(64, 1e4), rtol=1e-6, atol=0)
+    inv_freq, attention_factor = rotation(scaling(method, factor=1, **factors), 512)
+    torch.testing.assert_close(inv_freq, inverse_frequencies(64, 1e4), rtol=1e-6, atol=0)
     assert attention_factor == 1.0
 
 
 def test_ntk_leaves_the_fastest_pair_and_interpolates_the_slowest():
-    plain, scaled = rope.inverse_frequencies(64, 1e4), scaling("ntk").rotation()[0]
+    plain, scaled = inverse_frequencies(64, 1e4), rotation(scaling("ntk"))[0]
     assert scaled[0] == plain[0]
     assert (plain[-1] / scaled[-1]).item() == pytest.approx(8, rel=1e-5)
 
@@ -98,11 +100,11 @@ def test_bad_scaling_is_one_clear_error(changes, message):
 
 
 def test_wavelength_of_the_first_pair_is_one_circle():
-    assert rope.wavelengths(rope.inverse_frequencies(64, 1e4))[0].item() == pytest.approx(2 * math.pi)
+    assert wavelengths(inverse_frequencies(64, 1e4))[0].item() == pytest.approx(2 * math.pi)
 
 
 def test_attention_score_starts_at_root_d_and_decays():
-    score = rope.attention_score(rope.inverse_frequencies(128, 1e4), torch.tensor([0, 4096]))
+    score = attention_score(inverse_frequencies(128, 1e4), torch.tensor([0, 4096]))
     assert score[0].item() == pytest.approx(math.sqrt(128))
     assert abs(score[1].item()) < 2
 
@@ -148,7 +150,7 @@ def test_xpos_score_is_the_rotated_one_times_the_decay():
     value = torch.eye(40)[None, None]  # the output is then the attention itself
     output, _ = xpos_attention(Module(), query, key, value, None, position_ids=positions, scaling=1.0)
     distance = positions.T - positions
-    decay = rope.xpos_decay(32).repeat(2) ** (distance[..., None] / 64)
+    decay = xpos_decay(32).repeat(2) ** (distance[..., None] / 64)
     expected = torch.einsum("md,nd,mnd->mn", query[0, 0], key[0, 0], decay).softmax(dim=-1)
     torch.testing.assert_close(output[0, :, 0], expected, rtol=1e-3, atol=1e-5)
 
@@ -171,7 +173,7 @@ def test_trap_1_config_after_loading_changes_nothing(base_folder):
 def test_trap_2_the_whole_dictionary_is_needed(base_folder):
     with pytest.raises((TypeError, KeyError)):
         LlamaForCausalLM.from_pretrained(base_folder, rope_parameters={"rope_type": "default"})
-    for method in rope.METHODS:
+    for method in METHODS:
         assert {"rope_type", "rope_theta"} <= set(scaling(method).parameters())
 
 
@@ -185,7 +187,7 @@ def test_trap_3_yarn_without_it_silently_builds_another_ramp():
     parameters = scaling("yarn").parameters()
     del parameters["original_max_position_embeddings"]
     silent = LlamaRotaryEmbedding(LlamaConfig(rope_parameters=parameters, **shape)).inv_freq
-    assert not torch.allclose(silent, scaling("yarn").rotation()[0], rtol=1e-2)
+    assert not torch.allclose(silent, rotation(scaling("yarn"))[0], rtol=1e-2)
 
 
 def test_trap_4_casting_the_model_ruins_the_frequencies(base_folder):

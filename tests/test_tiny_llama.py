@@ -3,7 +3,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from recipe import (
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import new_llama
+from experiments.tiny_llama import (
     FOLDER,
     PRETRAINING,
     QUOTING,
@@ -16,14 +20,14 @@ from recipe import (
     repeat_passages,
     with_repeat,
 )
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from conftest import new_llama
-from llama_long_utils import documents, models
-from llama_long_utils.loss import hidden_states, next_token_nll
-from llama_long_utils.packing import training_sequences
-from llama_long_utils.perplexity import token_nll
+from llama_long_utils.data.documents import TokenizedDocument, split_documents, tokenize_documents
+from llama_long_utils.data.packing import training_sequences
+from llama_long_utils.data.sources import load_documents
+from llama_long_utils.evaluation.perplexity import token_nll
+from llama_long_utils.model.adapters import read_card
+from llama_long_utils.model.loss import hidden_states, next_token_nll
+from llama_long_utils.model.weights import load_tokenizer, weights_sha256
+from llama_long_utils.paths import ADAPTERS
 from llama_long_utils.presets import load_preset
 
 CARD = json.loads((FOLDER / "training.json").read_text())
@@ -32,16 +36,16 @@ CARD = json.loads((FOLDER / "training.json").read_text())
 @pytest.fixture(scope="module")
 def split():
     data = load_preset("tiny").data
-    texts = [document for name in data.sources for document in documents.load_documents(name)]
+    texts = [document for name in data.sources for document in load_documents(name)]
     options = {"minimum_characters": data.minimum_characters, "seed": data.split_seed}
-    return documents.split_documents(texts, data.held_out, **options)
+    return split_documents(texts, data.held_out, **options)
 
 
 def test_it_is_a_small_llama_2():
     config = AutoConfig.from_pretrained(FOLDER)
     assert (config.model_type, config.max_position_embeddings) == ("llama", 512)
     assert config.rope_parameters["rope_theta"] == 10_000
-    assert config.vocab_size == len(models.load_tokenizer(FOLDER)) == 2048
+    assert config.vocab_size == len(load_tokenizer(FOLDER)) == 2048
     weights = FOLDER / "model.safetensors"
     assert weights.stat().st_size <= 10 * 2**20
     with safe_open(weights, framework="pt") as file:
@@ -64,7 +68,7 @@ def test_nothing_held_out_was_trained_on(split):
 
 
 def test_enough_long_documents_are_held_out(split):
-    rows = documents.tokenize_documents(split[1], models.load_tokenizer(FOLDER))
+    rows = tokenize_documents(split[1], load_tokenizer(FOLDER))
     lengths = sorted(row.tokens for row in rows)
     assert sum(length >= 4096 for length in lengths) >= 12
     assert sum(length >= 16_384 for length in lengths) >= 5
@@ -103,7 +107,7 @@ def test_a_repeat_copies_tokens_and_keeps_the_rest():
 
 def test_repeats_go_into_their_share_of_whole_sequences_only():
     generator = np.random.default_rng(0)
-    texts = [documents.TokenizedDocument("a", "a", generator.integers(2, 2000, 70_000).astype(np.int32))]
+    texts = [TokenizedDocument("a", "a", generator.integers(2, 2000, 70_000).astype(np.int32))]
     sequences = training_sequences(texts, 512, 120, padding_id=1, seed=0)
     changed = repeat_passages(sequences, 0.25, seed=0)
     differs = [bool((a.input_ids != b.input_ids).any()) for a, b in zip(sequences, changed, strict=True)]
@@ -134,14 +138,14 @@ def test_only_the_taught_heads_are_trained():
 
 
 def test_it_was_trained_not_drawn(split):
-    row = documents.tokenize_documents(split[1][:1], models.load_tokenizer(FOLDER))[0]
+    row = tokenize_documents(split[1][:1], load_tokenizer(FOLDER))[0]
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     assert token_nll(model, row, 512).mean() < 4.0  # a uniform guess costs log(2048) = 7.6
 
 
 def test_it_copies(split):
-    tokenizer = models.load_tokenizer(FOLDER)
-    rows = documents.tokenize_documents(split[1], tokenizer)
+    tokenizer = load_tokenizer(FOLDER)
+    rows = tokenize_documents(split[1], tokenizer)
     once = np.stack([row.token_ids[1000:1200] for row in rows if row.tokens > 2000])
     twice = torch.from_numpy(np.concatenate([once, once], axis=1)).long()
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
@@ -151,7 +155,7 @@ def test_it_copies(split):
 
 
 def test_shipped_adapter_belongs_to_it():
-    card = models.read_card(models.ADAPTERS / "tiny")
+    card = read_card(ADAPTERS / "tiny")
     preset = load_preset("tiny")
-    assert card.base_sha256 == models.weights_sha256(FOLDER)
+    assert card.base_sha256 == weights_sha256(FOLDER)
     assert card.rope == preset.extended_rope

@@ -6,19 +6,14 @@ import torch
 from pydantic import ValidationError
 
 from conftest import LORA, RAISED, new_llama
-from llama_long_utils import models
-from llama_long_utils.documents import TokenizedDocument
-from llama_long_utils.packing import skip_positions, training_sequences
-from llama_long_utils.perplexity import token_nll
-from llama_long_utils.rope import METHODS
-from llama_long_utils.training import (
-    ChunkedLossTrainer,
-    Techniques,
-    TrainingSettings,
-    last_whole_checkpoint,
-    run_fingerprint,
-    train,
-)
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.data.packing import skip_positions, training_sequences
+from llama_long_utils.evaluation.perplexity import token_nll
+from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, save_adapter
+from llama_long_utils.model.base import load_base
+from llama_long_utils.model.weights import weights_sha256
+from llama_long_utils.settings import METHODS, MemorySavings, TrainingSettings
+from llama_long_utils.training.trainer import ChunkedLossTrainer, last_whole_checkpoint, run_fingerprint, train
 
 SETTINGS = TrainingSettings(
     window=64,
@@ -32,7 +27,7 @@ SETTINGS = TrainingSettings(
     warmup_steps=2,
     weight_decay=0.0,
     gradient_clipping=1.0,
-    techniques=Techniques(recomputed_layers=9, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused"),
+    memory_savings=MemorySavings(recomputed_layers=9, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused"),
     long_document_weight=1.0,
     self_quoting_share=0.0,
     checkpoint_every=2,
@@ -51,7 +46,7 @@ def sequences(count=24):
 
 
 def lora_model(base_folder):
-    return models.add_lora(models.load_base(base_folder, RAISED, dtype="bfloat16"), LORA, seed=0)
+    return add_lora(load_base(base_folder, RAISED, dtype="bfloat16"), LORA, seed=0)
 
 
 def trained_weights(model):
@@ -59,12 +54,12 @@ def trained_weights(model):
 
 
 def test_tiles_and_offloading_change_no_step(base_folder, tmp_path):
-    plain = SETTINGS.techniques
+    plain = SETTINGS.memory_savings
     runs = []
     lean = dataclasses.replace(plain, recomputed_layers=1, tile=24, offload_checkpoints=True, optimizer="adamw_8bit")
-    for techniques in (plain, lean):
-        settings = dataclasses.replace(SETTINGS, techniques=techniques)
-        runs.append(train(lora_model(base_folder), sequences(), settings, tmp_path / str(techniques.tile)))
+    for memory_savings in (plain, lean):
+        settings = dataclasses.replace(SETTINGS, memory_savings=memory_savings)
+        runs.append(train(lora_model(base_folder), sequences(), settings, tmp_path / str(memory_savings.tile)))
     for plain, tiled in zip(*runs, strict=True):
         assert tiled["loss"] == pytest.approx(plain["loss"], rel=2e-3)  # bf16
 
@@ -103,13 +98,13 @@ def test_schedule_is_warm_up_then_cosine(tmp_path):
 def test_every_method_trains_and_goes_back_onto_its_base(base_folder, tmp_path, method):
     factors = {"pair_factors": (2.0,) * 16} if method == "longrope" else {}
     rope = dataclasses.replace(RAISED, method=method, **factors)
-    model = models.add_lora(models.load_base(base_folder, rope, dtype="float32"), LORA, seed=0)
+    model = add_lora(load_base(base_folder, rope, dtype="float32"), LORA, seed=0)
     log = train(model, sequences(8), dataclasses.replace(SETTINGS, steps=2), tmp_path / "run")
     assert all(np.isfinite(row["loss"]) for row in log)
-    card = models.AdapterCard("a test", models.weights_sha256(base_folder), rope, {}, {}, {})
-    models.save_adapter(model, card, tmp_path / "adapter")
-    base = models.load_base(base_folder, rope, dtype="float32")
-    loaded = models.load_adapter(base, tmp_path / "adapter", base_folder)
+    card = AdapterCard("a test", weights_sha256(base_folder), rope, {}, {}, {})
+    save_adapter(model, card, tmp_path / "adapter")
+    base = load_base(base_folder, rope, dtype="float32")
+    loaded = load_adapter(base, tmp_path / "adapter", base_folder)
     text = TokenizedDocument("mine", "long", (np.arange(200) % 100).astype(np.int32))
     np.testing.assert_allclose(token_nll(loaded, text, 200), token_nll(model, text, 200), rtol=1e-4, atol=1e-4)
 
@@ -117,10 +112,10 @@ def test_every_method_trains_and_goes_back_onto_its_base(base_folder, tmp_path, 
 @pytest.mark.parametrize(("reach", "attention"), [(64, "sdpa"), (512, "sdpa"), (64, "s2"), (512, "s2")])
 def test_short_training_for_a_long_window(base_folder, tmp_path, reach, attention):
     settings = dataclasses.replace(SETTINGS, reach=reach, pack=False, attention=attention, steps=2)
-    base = models.load_base(base_folder, RAISED, dtype="float32", attention=attention)
+    base = load_base(base_folder, RAISED, dtype="float32", attention=attention)
     text = TokenizedDocument("mine", "long", (np.arange(1000) % 100).astype(np.int32))
     data = skip_positions(training_sequences([text], 64, 8, padding_id=1, seed=0, pack=False), reach, seed=0)
-    log = train(models.add_lora(base, LORA, seed=0), data, settings, tmp_path)
+    log = train(add_lora(base, LORA, seed=0), data, settings, tmp_path)
     assert log[-1]["tokens"] == 8 * 63
 
 

@@ -1,0 +1,1 @@
+"""What one experiment needs and nobody else."""

@@ -1,0 +1,344 @@
+"""The race: every way to scale RoPE and to train it, on equal terms, one arm at a time.
+
+An arm is a RoPE method, a way of training and a seed. All arms share the base, the documents, the LoRA
+settings and the number of trained tokens; what differs is in the preset's [race]. An arm is measured
+by its NLL at every position and by first-sentence retrieval.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from peft import PeftModel
+from scipy.signal import correlate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.data.packing import TrainingSequence
+from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sources import read_split
+from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches, token_nll
+from llama_long_utils.evaluation.retrieval import answers, rouge_l
+from llama_long_utils.evaluation.retrieval_items import first_sentence_items
+from llama_long_utils.evaluation.statistics import Bootstrap
+from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.model.attention import S2_GROUPS
+from llama_long_utils.model.base import load_base
+from llama_long_utils.model.loss import causal_lm
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.paths import RESULTS
+from llama_long_utils.records import papermill_command, read_arrays, read_record, read_table, write_arrays, write_record
+from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings
+from llama_long_utils.training import trainer
+from llama_long_utils.training.planner import plan_training
+from llama_long_utils.training.trainer import run_fingerprint
+
+ZERO_SHOT = "zero-shot"
+QUESTION = "Which way to scale RoPE, and which way to train it, wins on equal terms?"
+VERSION = 1  # of what an arm measures: raise it when its numbers change
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`training` is "zero-shot" or a name in the preset's [race.trainings]."""
+
+    method: str
+    training: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.training}, seed {self.seed}"
+
+
+def race_arms(preset: Preset) -> list[Arm]:
+    """Every arm of the race, those without training first: they have nothing random and one seed."""
+    arms = [Arm(method, ZERO_SHOT, preset.race.seeds[0]) for method in METHODS]
+    for name, entry in preset.race.trainings.items():
+        arms += [Arm(method, name, seed) for seed in preset.race.seeds for method in entry.methods]
+    if not preset.race.pair_factors:  # LongRoPE was not searched for this base
+        arms = [arm for arm in arms if arm.method != "longrope"]
+    return arms
+
+
+def arm_rope(preset: Preset, method: str) -> Scaling:
+    """RoPE of an arm: the preset's windows; ABF and xPos ABF at the raised base, the others at the pretrained one."""
+    if method not in METHODS:
+        raise ValueError(f"unknown RoPE method {method!r}: use one of {list(METHODS)}")
+    base, extension, race = preset.base, preset.extension, preset.race
+    return Scaling(
+        method,
+        extension.rope_base if method in ("abf", "xpos_abf") else base.rope_base,
+        base.head_dim,
+        base.window,
+        extension.window,
+        race.pair_factors if method == "longrope" else (),
+        race.rotated_share if method == "proportional" else 1.0,
+    )
+
+
+def arm_training(preset: Preset, arm: Arm) -> TrainingSettings | None:
+    """The preset's training settings with the numbers of the arm's way of training; None for zero-shot."""
+    if arm.training == ZERO_SHOT:
+        return None
+    if arm.training not in preset.race.trainings:
+        raise ValueError(f"unknown training {arm.training!r}: use one of {[ZERO_SHOT, *preset.race.trainings]}")
+    changes = asdict(preset.race.trainings[arm.training])
+    del changes["methods"]
+    race = preset.race
+    shared = {"warmup_steps": race.warmup_steps, "self_quoting_share": race.self_quoting_share}
+    return dataclasses.replace(preset.training, **changes, **shared, pack=False, seed=arm.seed)
+
+
+def distances_seen(sequences: Sequence[TrainingSequence], settings: TrainingSettings) -> np.ndarray:
+    """How often a training run shows each distance between a query and a key that it attends to.
+
+    Returns:
+        Shape (reach,): entry D is the number of such pairs D tokens apart, over all sequences, as a mean over
+        heads (half of the heads of shifted sparse attention see other groups).
+    """
+    counts = np.zeros(settings.reach)
+    for sequence in sequences:
+        for part, weight in _attention_groups(settings):
+            there = np.zeros(settings.reach)
+            there[sequence.position_ids[part]] = 1.0
+            counts += weight * correlate(there, there)[settings.reach - 1 :]
+    return counts.round(6)
+
+
+def _attention_groups(settings: TrainingSettings) -> Iterator[tuple[slice, float]]:
+    window = settings.window
+    if settings.attention == "sdpa":
+        yield slice(0, window), 1.0
+        return
+    group = window // S2_GROUPS
+    for start in range(0, window, group):
+        yield slice(start, start + group), 0.5
+    for start in range(-group // 2, window, group):
+        yield slice(max(start, 0), min(start + group, window)), 0.5
+
+
+def run_arm(preset: Preset, arm: Arm) -> Path:
+    """Train an arm, unless it is zero-shot, measure it and write its record; or only name the record of before.
+
+    Raises:
+        ValueError: the method or the training is unknown.
+    """
+    scaling, settings = arm_rope(preset, arm.method), arm_training(preset, arm)
+    folder = locate_base(preset)
+    path = arm_record(preset, arm, weights_sha256(folder))
+    if path.is_file():
+        read_record(path)
+        return path
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(folder)
+    training_documents, held_out = _split(preset, tokenizer)
+    if settings is None:
+        model: PreTrainedModel | PeftModel = load_base(folder, scaling, dtype=preset.base.dtype)
+    else:
+        model, _ = _trained(preset, scaling, settings, training_documents, tokenizer, run=path.stem)
+    trained = time.perf_counter() - started
+    tables = measure(preset, model, tokenizer, held_out)
+    for table in tables.values():
+        for column, value in reversed(list(asdict(arm).items())):
+            table.insert(0, column, value)
+    return write_record(
+        path.parent,
+        path.stem,
+        preset=preset.name,
+        question=QUESTION,
+        tables=tables,
+        seeds={"training": arm.seed, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
+        seconds=trained,
+        provenance={"command": papermill_command("11_ablations", {"preset": preset.name, **asdict(arm)})},
+    )
+
+
+def _split(
+    preset: Preset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:
+    data = preset.data
+    options = {"minimum_characters": data.minimum_characters, "split_seed": data.split_seed}
+    return read_split(data.sources, data.held_out, tokenizer, **options)
+
+
+def _trained(
+    preset: Preset,
+    scaling: Scaling,
+    settings: TrainingSettings,
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    run: str,
+) -> tuple[PeftModel, list[dict[str, float]]]:
+    """The base with LoRA, trained with what memory needs, and `trainer.train`'s rows; interrupted, it goes on."""
+    settings = dataclasses.replace(settings, memory_savings=plan_training(preset, settings).memory_savings)
+    base = load_base(locate_base(preset), scaling, dtype=preset.base.dtype, attention=settings.attention)
+    model = add_lora(base, preset.lora, seed=settings.seed)
+    sequences = draw_sequences(documents, settings, tokenizer)
+    folder = preset.run_folder / "training" / run_fingerprint(settings, sequences, arm=run)
+    log = trainer.train(model, sequences, settings, folder)
+    if settings.attention == "s2":
+        causal_lm(model).set_attn_implementation("sdpa")  # shifted sparse attention is for training only
+    return model, log
+
+
+def measure(
+    preset: Preset,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[TokenizedDocument],
+) -> dict[str, pd.DataFrame]:
+    """NLL by position and first-sentence retrieval, one row for each document.
+
+    Returns:
+        `nll`: document, position_low, position_high, nats (sum), tokens. `retrieval`: document, length, rouge_l
+        (0 to 100), answer, written.
+    """
+    model.eval()
+    evaluation = preset.evaluation
+    stretches = random_stretches(held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)
+    edges = evaluation.near_edges
+    rows = []
+    for (cut,) in stretches:
+        nats, tokens = bucket_sums([token_nll(model, cut, evaluation.tokens)[None]], edges)
+        for index, low in enumerate(edges[:-1]):
+            rows.append(
+                {
+                    "document": f"{cut.source}/{cut.name}",
+                    "position_low": low,
+                    "position_high": edges[index + 1],
+                    "nats": nats[0, index],
+                    "tokens": tokens[0, index],
+                }
+            )
+    found = []
+    for length in preset.retrieval.lengths:
+        items = first_sentence_items(held_out, tokenizer, length, preset.retrieval, seed=evaluation.seed)
+        for item, written in zip(items, answers(model, tokenizer, items, preset.retrieval), strict=True):
+            found.append(
+                {
+                    "document": item.document,
+                    "length": length,
+                    "rouge_l": rouge_l(item.answer, written),
+                    "answer": item.answer,
+                    "written": written,
+                }
+            )
+    return {"nll": pd.DataFrame(rows), "retrieval": pd.DataFrame(found)}
+
+
+def arm_record(preset: Preset, arm: Arm, base_sha256: str) -> Path:
+    """Where the record of an arm is once it is measured, named by a hash of everything that its numbers depend on."""
+    settings = arm_training(preset, arm)
+    parts = [asdict(part) for part in (arm_rope(preset, arm.method), preset.data, preset.lora, preset.evaluation)]
+    questions = asdict(preset.retrieval)
+    del questions["tasks"]  # notebook 7's
+    parts += [questions, asdict(settings) if settings else ZERO_SHOT, preset.base.dtype, base_sha256]
+    key = hashlib.sha256(json.dumps([VERSION, *parts]).encode())
+    return preset.run_folder / "race" / f"{key.hexdigest()[:12]}.json"
+
+
+def collect(preset: Preset, base_sha256: str, folder: Path) -> Path:
+    """Join the records of all arms to folder/11_ablations.json and .npz.
+
+    The tables hold means over documents; the arrays hold every document, for intervals, and every text written.
+
+    Raises:
+        ValueError: an arm was not measured.
+    """
+    arms = race_arms(preset)
+    paths = [arm_record(preset, arm, base_sha256) for arm in arms]
+    nll = pd.concat([read_table(path, "nll") for path in paths])
+    found = pd.concat([read_table(path, "retrieval") for path in paths])
+    provenance = [read_record(path)["provenance"] for path in paths]
+    names = ["method", "training", "seed"]
+    sums = nll.groupby([*names, "position_low", "position_high"], sort=False)[["nats", "tokens"]].sum()
+    by_position = (sums.nats / sums.tokens).rename("value").reset_index()
+    by_length = found.groupby([*names, "length"], sort=False).rouge_l.mean().rename("value").reset_index()
+    cost = pd.DataFrame([asdict(arm) for arm in arms])
+    settings = [arm_training(preset, arm) for arm in arms]
+    cost["tokens"] = [s.steps * s.sequences_per_step * s.window if s else 0 for s in settings]
+    cost["seconds"] = [number["seconds"] if s else 0.0 for number, s in zip(provenance, settings, strict=True)]
+    shape = (len(arms), -1, nll.position_low.nunique())
+    arrays = {
+        "nats": nll.nats.to_numpy().reshape(shape),
+        "tokens": nll.tokens.to_numpy().reshape(shape)[0],
+        "documents": nll.document.to_numpy().reshape(shape)[0, :, 0].astype(str),
+    }
+    for length, rows in found.groupby("length"):
+        arrays[f"rouge_l_{length}"] = rows.rouge_l.to_numpy().reshape(len(arms), -1)
+        arrays[f"written_{length}"] = rows.written.to_numpy().reshape(len(arms), -1).astype(str)
+        arrays[f"answer_{length}"] = rows.answer.to_numpy().reshape(len(arms), -1)[0].astype(str)
+        arrays[f"documents_{length}"] = rows.document.to_numpy().reshape(len(arms), -1)[0].astype(str)
+    write_arrays(folder / "11_ablations.npz", arrays)
+    return write_record(
+        folder,
+        "11_ablations",
+        preset=preset.name,
+        question=QUESTION,
+        tables={"nll_by_position": by_position, "first_sentence_retrieval": by_length, "cost": cost},
+        seeds={"training": preset.race.seeds, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
+        seconds=sum(number["seconds"] for number in provenance),
+        provenance={
+            "command": f"make race PRESET={preset.name}",
+            **{name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class RaceResults:
+    """The race as recorded: `arms` has a row for each arm, in the order of the arrays' first axis."""
+
+    arms: pd.DataFrame
+    edges: list[int]
+    arrays: dict[str, np.ndarray]
+    bootstrap: Bootstrap
+
+    def nll(self, method: str, training: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nats of shape (seeds, documents) and tokens of shape (documents,) at positions [low, high)."""
+        buckets = slice(self.edges.index(low), self.edges.index(high))
+        rows = self._rows(method, training)
+        return self.arrays["nats"][rows, :, buckets].sum(axis=2), self.arrays["tokens"][:, buckets].sum(axis=1)
+
+    def rouge_l(self, method: str, training: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """ROUGE-L of shape (seeds, documents) and ones of shape (documents,) at a length."""
+        scores = self.arrays[f"rouge_l_{length}"][self._rows(method, training)]
+        return scores, np.ones(scores.shape[1])
+
+    def _rows(self, method: str, training: str) -> np.ndarray:
+        chosen = (self.arms.method == method) & (self.arms.training == training)
+        if not chosen.any():
+            raise ValueError(f"the race has no arm {method!r} with training {training!r}")
+        return np.flatnonzero(chosen)
+
+    def mean(self, values: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+        """Token-weighted mean of values (seeds, documents) with its 95% interval over documents and seeds."""
+        seeds, documents = values.shape
+        of_documents = dataclasses.replace(self.bootstrap, documents=documents).weights()
+        generator = np.random.default_rng(self.bootstrap.seed)
+        of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(of_documents)) / seeds
+        means = np.einsum("bs,sd,bd->b", of_seeds, values, of_documents) / (of_documents @ tokens)
+        low, high = np.percentile(means, [2.5, 97.5])
+        return {"value": float(values.mean(axis=0).sum() / tokens.sum()), "low": float(low), "high": float(high)}
+
+
+def race_results(preset: Preset) -> RaceResults:
+    """The committed race of a preset.
+
+    Raises:
+        ValueError: it was not run, or its arrays are missing.
+    """
+    path = RESULTS / preset.name / "11_ablations.json"
+    nll = read_table(path, "nll_by_position")
+    edges = sorted({*nll.position_low, *nll.position_high})
+    arrays = read_arrays(path.with_suffix(".npz"))
+    evaluation = preset.evaluation
+    bootstrap = Bootstrap(len(arrays["documents"]), evaluation.bootstrap_samples, evaluation.seed)
+    return RaceResults(read_table(path, "cost"), edges, arrays, bootstrap)

@@ -1,0 +1,173 @@
+"""From documents to fixed-length training sequences that never mix documents.
+
+A document longer than the window is cut into whole windows, so that long text stays long; what is
+left over is packed best-fit with other left-overs. Each piece restarts its position ids at 0.
+transformers reads such restarts as a block-diagonal mask (`attention_mask=None`, `use_cache=False`),
+so no token attends across a boundary, and the first token of every piece carries no label.
+"""
+
+import bisect
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.settings import IGNORED_LABEL
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One row of a batch: int64 arrays of shape (window,).
+
+    `labels` are not shifted (labels[t] belongs to input_ids[t], as in transformers); padding and the
+    first token of each piece hold -100. Labels are masked by place, never by token id, so a padding
+    id that equals EOS does not hide the real EOS labels.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    attention_mask: np.ndarray | None = None
+
+    @property
+    def one_piece(self) -> bool:
+        """Whether all of it, without padding, is from one place of one document."""
+        return bool((np.diff(self.position_ids) > 0).all())
+
+    @property
+    def label_tokens(self) -> int:
+        return int((self.labels != IGNORED_LABEL).sum())
+
+
+class SequenceDataset(torch.utils.data.Dataset):
+    """A list of training sequences as the mapping of tensors that `transformers.Trainer` collates."""
+
+    def __init__(self, sequences: list[TrainingSequence]) -> None:
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sequence = self.sequences[index]
+        return {name: torch.from_numpy(value).long() for name, value in vars(sequence).items() if value is not None}
+
+
+def cut_document(tokens: np.ndarray, window: int, first_cut: int) -> list[np.ndarray]:
+    """Cut one document into a first piece of `first_cut` tokens and then pieces of `window` tokens."""
+    if len(tokens) <= window:
+        return [tokens]
+    return [piece for piece in np.split(tokens, range(first_cut, len(tokens), window)) if len(piece)]
+
+
+def pack_pieces(pieces: list[np.ndarray], window: int) -> list[list[np.ndarray]]:
+    """Best-fit decreasing: each piece goes to the fullest sequence that still has room for it."""
+    room: list[tuple[int, int]] = []  # (free tokens, sequence), sorted
+    packed: list[list[np.ndarray]] = []
+    for piece in sorted(pieces, key=len, reverse=True):
+        place = bisect.bisect_left(room, (len(piece), 0))
+        if place == len(room):
+            free, sequence = window, len(packed)
+            packed.append([])
+        else:
+            free, sequence = room.pop(place)
+        packed[sequence].append(piece)
+        if free > len(piece):
+            bisect.insort(room, (free - len(piece), sequence))
+    return packed
+
+
+def join_pieces(pieces: list[np.ndarray], window: int, padding_id: int, bos_id: int | None = None) -> TrainingSequence:
+    """Lay pieces side by side in one sequence of `window` tokens, padding the end.
+
+    Args:
+        bos_id: stands in place of the first token of each piece, which carries no label anyway.
+    """
+    if bos_id is not None:
+        pieces = [np.concatenate([[bos_id], piece[1:]]) for piece in pieces]
+    padding = window - sum(len(piece) for piece in pieces)
+    labels = [np.concatenate([[IGNORED_LABEL], piece[1:]]) for piece in pieces]
+    labels.append(np.full(padding, IGNORED_LABEL))
+    pieces = [*pieces, np.full(padding, padding_id)]
+    return TrainingSequence(
+        input_ids=np.concatenate(pieces).astype(np.int64),
+        labels=np.concatenate(labels).astype(np.int64),
+        position_ids=np.concatenate([np.arange(len(piece)) for piece in pieces]).astype(np.int64),
+    )
+
+
+def training_sequences(
+    documents: list[TokenizedDocument],
+    window: int,
+    count: int,
+    *,
+    padding_id: int,
+    seed: int,
+    bos_id: int | None = None,
+    long_document_weight: float = 1.0,
+    pack: bool = True,
+) -> list[TrainingSequence]:
+    """Draw `count` training sequences in the order they are to be trained on.
+
+    The documents are passed over as often as needed; every pass draws new cut points and a new order.
+
+    Args:
+        window: tokens per sequence.
+        padding_id: token id for the unused end of a sequence (it carries no label).
+        bos_id: put in front of every piece, also of those cut from the middle of a document, as in evaluation.
+        long_document_weight: expected number of times that a document of at least `window` tokens
+            is used in one pass; shorter documents are used once. Llama 2 Long up-weights long text
+            (arXiv:2309.16039, section 2.1) without giving the factor.
+        pack: use the left-overs and short documents too, several to a sequence; else only whole windows.
+
+    Raises:
+        ValueError: there are no documents, or none is as long as the window.
+    """
+    longest = max((document.tokens for document in documents), default=0)
+    if longest < window:
+        raise ValueError(
+            f"no document fills a training window of {window:,} tokens: the longest of {len(documents)} has "
+            f"{longest:,}; add longer documents or lower the window"
+        )
+    generator = np.random.default_rng(seed)
+    sequences: list[TrainingSequence] = []
+    while len(sequences) < count:
+        pieces: list[np.ndarray] = []
+        for document in documents:
+            weight = long_document_weight if document.tokens >= window else 1.0
+            for _ in range(int(weight + generator.random())):
+                pieces += cut_document(document.token_ids, window, int(generator.integers(1, window + 1)))
+        packed = pack_pieces(pieces if pack else [piece for piece in pieces if len(piece) == window], window)
+        order = generator.permutation(len(packed))[: count - len(sequences)]
+        sequences += [join_pieces(packed[index], window, padding_id, bos_id) for index in order]
+    return sequences
+
+
+def skip_positions(sequences: list[TrainingSequence], reach: int, *, seed: int) -> list[TrainingSequence]:
+    """PoSE (arXiv:2309.10400): train at a short length on distances of a long one.
+
+    Each sequence is cut in two at a random place and the second part's positions are moved on by a
+    random number of tokens, up to position `reach`. If `reach` is the length of the sequences there is nothing to
+    skip and they are returned as they are.
+
+    The result carries an all-ones attention mask: without it, transformers reads a jump in the
+    positions as the start of another document, which could not see the first part.
+
+    Raises:
+        ValueError: a sequence holds several pieces, or is longer than `reach`.
+    """
+    generator = np.random.default_rng(seed)
+    window = len(sequences[0].input_ids)
+    if reach < window:
+        raise ValueError(f"positions cannot end at {reach:,} in sequences of {window:,} tokens: raise training.reach")
+    if reach == window:
+        return sequences
+    if not all(sequence.one_piece for sequence in sequences):
+        raise ValueError("positions can only be skipped inside one document: set training.pack = false")
+    skipped = []
+    for sequence in sequences:
+        positions = sequence.position_ids.copy()
+        positions[int(generator.integers(1, window)) :] += int(generator.integers(0, reach - window + 1))
+        skipped.append(replace(sequence, position_ids=positions, attention_mask=np.ones(window, dtype=np.int64)))
+    return skipped

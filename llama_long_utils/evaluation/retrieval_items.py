@@ -1,0 +1,320 @@
+"""Retrieval from long texts: questions that a base model answers by going on, and how they are scored.
+
+A statement stands somewhere in a long text; at its end the statement's first words stand once more, and the model
+continues them. That needs no instruction tuning, only copying over a distance. Five tasks: `first_sentence`, that of
+Llama 2 Long's Figure 5b (arXiv:2309.16039, section 4.1; its prompt is not printed), where the statement is how the text
+began, and four whose statements are made up and planted: `passkey` (after arXiv:2305.16300), `needle` (one at each
+asked depth), and `multi_key` and `variables` in the manner of RULER (arXiv:2404.06654), with wordings of our own.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.settings import Retrieval
+
+SENTENCE = re.compile(r"(?<=[.!?]\s)[A-Z][^.!?]*[.!?](?=\s)")
+TRADES = ("ferryman", "miller", "baker", "weaver", "shepherd", "smith", "gardener", "tailor")
+ADJECTIVES = ("silver", "wooden", "broken", "yellow", "heavy", "narrow", "painted", "hollow", "rusty", "little")
+NOUNS = ("lantern", "drum", "ladder", "kettle", "mirror", "basket", "whistle", "saddle", "candle", "bell")
+DIGITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+GOLDEN = (5**0.5 - 1) / 2
+PLACES = ("stairs", "bridge", "floor", "oak", "table", "roof", "chapel", "well")
+
+
+@dataclass(frozen=True)
+class RetrievalItem:
+    """A question: `prompt`, int64 of shape (tokens,), ends in the cue; `answer` should follow.
+
+    Attributes:
+        answer_ids: the answer's tokens as they follow the cue, int64 of shape (answer tokens,).
+        number: of the question within its task; the same one at every length and depth asks for the same answer.
+        depth: asked place of the statement, as a share of the text before it, from 0 to 1.
+        place: the share it got, at the end of a sentence.
+        others: answers to other questions: other keys' numbers; the example's number, and the chain's other variables.
+    """
+
+    document: str
+    prompt: np.ndarray
+    answer: str
+    answer_ids: np.ndarray
+    task: str = "first_sentence"
+    number: int = 0
+    depth: float = 0.0
+    place: float = 0.0
+    others: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A hash of everything asked: results are kept under it."""
+        asked = json.dumps([self.task, self.document, self.number, self.depth, self.place, self.answer, self.others])
+        return hashlib.sha256(asked.encode() + self.prompt.tobytes() + self.answer_ids.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Statements to plant, each at a depth, and the question about one of them.
+
+    Attributes:
+        statements: each with its depth, in the order of the text where depths agree; the first is the one asked for.
+        example: stands before the cue, worked out; may be empty.
+        new: words that the text must not hold.
+        others: answers to other questions: other keys' numbers; the example's number, and the chain's other variables.
+    """
+
+    statements: tuple[tuple[str, float], ...]
+    example: str
+    cue: str
+    answer: str
+    new: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+def first_sentence_items(
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    settings: Retrieval,
+    *,
+    seed: int,
+    exact: bool = False,
+) -> list[RetrievalItem]:
+    """Questions about as many documents as the settings say, prompt and answer `length` tokens together.
+
+    The passage begins at a random sentence, since the openings of documents may be known by heart.
+
+    Args:
+        length: tokens of the passage, the cue and the room for the answer.
+        settings: how many words of the sentence are given again after the passage (`cue_words`), and the
+            least and largest number of words that are then asked for (`answer_words`).
+        seed: of the places; a document shows the same sentence at every length of the settings.
+        exact: leave room for exactly the answer's tokens, and keep the text's line breaks in cue and answer, so that
+            the answer's tokens are those of the passage; else leave room for `answer_tokens`, and part words by spaces.
+
+    Raises:
+        ValueError: no document has a fitting sentence with enough text after it.
+    """
+    items = []
+    fewest, most = (settings.cue_words + words for words in settings.answer_words)
+    for number in np.random.default_rng(seed).permutation(len(documents)):
+        if len(items) == settings.documents:
+            break
+        document = documents[number]
+        text = tokenizer.decode(document.token_ids[1:-1], clean_up_tokenization_spaces=False)
+        reach = max([length, *(other for other in settings.lengths if other < document.tokens)])
+        last_start = len(text) * (1 - reach / document.tokens)
+        generator = np.random.default_rng([seed, number])
+        sentences = [m for m in SENTENCE.finditer(text) if fewest <= len(m[0].split()) <= most]
+        sentences = [sentences[index] for index in generator.permutation(len(sentences))]
+        sentence = next((m for m in sentences if m.start() < last_start), None)
+        if sentence is None:
+            continue
+        words = sentence[0].split()
+        whole = sentence[0] if exact else " ".join(words)
+        cue = re.match(rf"(?:\S+\s+){{{settings.cue_words - 1}}}\S+", whole)[0]
+        ending, answer_ids = _question_and_answer(tokenizer, f"\n\n{cue}", whole[len(cue) :])
+        after = len(answer_ids) if exact else settings.answer_tokens
+        room = length - after - len(ending) - 1
+        passage = _ids(tokenizer, text[sentence.start() : sentence.start() + 12 * length])[: max(room, 0)]
+        prompt = np.concatenate([[tokenizer.bos_token_id], passage, ending]).astype(np.int64)
+        if len(prompt) == length - after:
+            name, answer = f"{document.source}/{document.name}", " ".join(words[settings.cue_words :])
+            items.append(RetrievalItem(name, prompt, answer, answer_ids, number=int(number)))
+    if not items:
+        raise ValueError(
+            f"no document holds a sentence of {fewest} to {most} words with {length:,} tokens from there on: "
+            "ask at shorter lengths or hold out longer documents"
+        )
+    return items
+
+
+def planted_items(
+    task: str,
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    settings: Retrieval,
+    *,
+    questions: int,
+    seed: int,
+) -> list[RetrievalItem]:
+    """Questions about statements planted in stretches of the documents, prompt and answer `length` tokens together.
+
+    Made-up names and numbers that the stretch happens to hold are drawn again. A statement is a paragraph of its own
+    at the end of the sentence nearest to its depth. Question `number` has the same stretch (its beginning where less
+    is asked for), statements and depths at every length of the settings and however many questions there are.
+
+    Args:
+        task: one of `PLANTED`.
+        length: tokens of BOS, text, statements, question and answer.
+        settings: `lengths` say how long the stretches must be at most, `tasks` how many keys and hops there are.
+        questions: how many; each needle is asked for at every one of `tasks.depths`, in the same text, the other tasks
+            spread their depths.
+        seed: of stretches, names, numbers and depths.
+
+    Raises:
+        ValueError: the task is unknown, no document is long enough, or the statements do not fit into the length.
+    """
+    if task not in PLANTED:
+        raise ValueError(f"unknown task {task!r}: use one of {list(PLANTED)}")
+    if questions < 1:
+        raise ValueError(f"questions = {questions}: ask at least one, or None for as many as the preset says")
+    longest = max((document.tokens - 2 for document in documents), default=0)
+    if longest < length:
+        raise ValueError(
+            f"no document has {length:,} tokens for task {task!r}, the longest has {longest:,}: "
+            "ask at shorter lengths (retrieval.lengths) or hold out longer documents"
+        )
+    reach = max([length, *(other for other in settings.lengths if other <= longest)])
+    readable = [document for document in documents if document.tokens - 2 >= reach]
+    order = np.random.default_rng(seed).permutation(len(readable))
+    if task == "needle":
+        asked = list(itertools.product(range(questions), settings.tasks.depths))
+    else:
+        asked = [(number, (0.5 + number * GOLDEN) % 1) for number in range(questions)]  # spread evenly, however many
+    items = []
+    for number, depth in asked:
+        document = readable[order[number % len(order)]]
+        generator = np.random.default_rng([seed, list(PLANTED).index(task), number])
+        start = 1 + int(generator.integers(0, document.tokens - 1 - reach))
+        stretch = document.token_ids[start : start + reach].astype(np.int64)
+        text = tokenizer.decode(stretch)
+        question = PLANTED[task](generator, depth, settings)
+        while any(word in text for word in question.new):
+            question = PLANTED[task](generator, depth, settings)
+        prompt, answer_ids, place = _plant(tokenizer, stretch, question, length, task)
+        name = f"{document.source}/{document.name}"
+        items.append(
+            RetrievalItem(name, prompt, question.answer, answer_ids, task, number, depth, place, question.others)
+        )
+    return items
+
+
+def _passkey(generator: np.random.Generator, depth: float, settings: Retrieval) -> Question:
+    cue, number = "The pass key that opens the north gate is", _number(generator)
+    return Question(((f"{cue} {number}.", depth),), "", cue, f"{number}.", (number,))
+
+
+def _needle(generator: np.random.Generator, depth: float, settings: Retrieval) -> Question:
+    name = _name(generator)
+    cue = f"The {generator.choice(TRADES)} of {name} keeps a"
+    (one, other), (thing, second) = generator.choice(ADJECTIVES, 2, False), generator.choice(NOUNS, 2, False)
+    answer = f"{one} {thing} and a {other} {second} under the {generator.choice(PLACES)}."
+    return Question(((f"{cue} {answer}", depth),), "", cue, answer, (name, answer))
+
+
+def _multi_key(generator: np.random.Generator, depth: float, settings: Retrieval) -> Question:
+    keys = settings.tasks.keys
+    names, numbers = _different(_name, generator, keys), _different(_number, generator, keys)
+    cues = [f"The key to the gate of {name} is" for name in names]
+    depths = [depth, *generator.random(keys - 1)]
+    statements = tuple((f"{cue} {number}.", where) for cue, number, where in zip(cues, numbers, depths, strict=True))
+    others = tuple(f"{number}." for number in numbers[1:])
+    return Question(statements, "", cues[0], f"{numbers[0]}.", (*names, *numbers), others)
+
+
+def _variables(generator: np.random.Generator, depth: float, settings: Retrieval) -> Question:
+    hops = settings.tasks.hops
+    names = _different(_name, generator, 2 * (hops + 1))
+    number, of_example = _different(_number, generator, 2)
+    asked, shown = names[: hops + 1], names[hops + 1 :]
+    example = " ".join([*_chain(shown, of_example), f"So {shown[-1]} is {of_example}."])
+    depths = [depth, *np.sort(depth + (1 - depth) * generator.random(hops))]
+    statements = tuple(zip(_chain(asked, number), depths, strict=True))
+    cue, others = f"So {asked[-1]} is", (f"{of_example}.", *(f"{name}." for name in asked[:-1]))
+    return Question(statements, example, cue, f"{number}.", (*names, number, of_example), others)
+
+
+def _chain(names: Sequence[str], number: str) -> list[str]:
+    first = f"Here {names[0]} is {number}."
+    return [first, *(f"Here {name} is {before}." for before, name in itertools.pairwise(names))]
+
+
+PLANTED: dict[str, Callable[[np.random.Generator, float, Retrieval], Question]] = {
+    "passkey": _passkey,
+    "needle": _needle,
+    "multi_key": _multi_key,
+    "variables": _variables,
+}
+TASKS = ("first_sentence", *PLANTED)
+
+
+def _different(draw: Callable[[np.random.Generator], str], generator: np.random.Generator, count: int) -> list[str]:
+    found: dict[str, None] = {}  # keeps the order of drawing, which a set would not
+    while len(found) < count:
+        found[draw(generator)] = None
+    return list(found)
+
+
+def _number(generator: np.random.Generator) -> str:
+    """Five different digits in words.
+
+    Where a digit stood twice, a copying model would not know after which of them it is. In words, because a model may
+    hardly have read any figures: the tiny one copies "four one" and not "41". Without "zero", for which the tiny
+    tokenizer has four tokens, and one or two for every other.
+    """
+    return " ".join(generator.choice(DIGITS, 5, replace=False))
+
+
+def _name(generator: np.random.Generator) -> str:
+    syllables = zip(generator.choice([*"bdfgklmnprtvz"], 3), generator.choice([*"aeiou"], 3), strict=True)
+    return "".join(f"{consonant}{vowel}" for consonant, vowel in syllables).capitalize()
+
+
+def _plant(
+    tokenizer: PreTrainedTokenizerBase, stretch: np.ndarray, question: Question, length: int, task: str
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(prompt, answer ids, share of the text before the first statement): statements in as much text as fits."""
+    example = f"\n\n{question.example}" if question.example else ""
+    ending, answer_ids = _question_and_answer(tokenizer, f"{example}\n\n{question.cue}", f" {question.answer}")
+    statements = [_ids(tokenizer, f"\n\n{statement}\n\n") for statement, _depth in question.statements]
+    fixed = 1 + sum(map(len, statements)) + len(ending) + len(answer_ids)
+    if fixed >= length:
+        raise ValueError(
+            f"length = {length} is too short for task {task!r}, whose statements, question and answer take {fixed} "
+            f"tokens without any text between them: ask at {2 * fixed} tokens or more (retrieval.lengths)"
+        )
+    text = stretch[: length - fixed]
+    places = sentence_ends(tokenizer, text)
+    nearest = [places[np.abs(places - depth * len(text)).argmin()] for _statement, depth in question.statements]
+    parts, done = [[tokenizer.bos_token_id]], 0
+    for number in np.argsort(nearest, kind="stable"):
+        parts += [text[done : nearest[number]], statements[number]]
+        done = nearest[number]
+    prompt = np.concatenate([*parts, text[done:], ending]).astype(np.int64)
+    return prompt, answer_ids, float(nearest[0] / len(text))
+
+
+def sentence_ends(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> np.ndarray:
+    """Places between tokens where a sentence ends, and both ends of the text: rising, from 0 to len(token_ids)."""
+    kinds, where = np.unique(token_ids, return_inverse=True)
+    ends = np.array([token.endswith((".", "!", "?")) for token in tokenizer.convert_ids_to_tokens(kinds.tolist())])
+    return np.unique([0, *(np.flatnonzero(ends[where]) + 1), len(token_ids)])
+
+
+def _question_and_answer(
+    tokenizer: PreTrainedTokenizerBase, question: str, answer: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a question, and those of the answer as they follow it.
+
+    Raises:
+        ValueError: the tokenizer joins the end of the one with the beginning of the other in one token.
+    """
+    ending, both = _ids(tokenizer, question), _ids(tokenizer, question + answer)
+    if not np.array_equal(both[: len(ending)], ending):
+        raise ValueError(
+            f"the tokenizer has one token for the end of {question[-20:]!r} and the beginning of {answer[:20]!r}: "
+            "end cues where a word ends"
+        )
+    return ending, both[len(ending) :]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""A base with its RoPE, adapters on it, and the loss."""

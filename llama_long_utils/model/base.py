@@ -1,0 +1,75 @@
+"""Loading a base in NF4 with its RoPE scaled, and checking that it rotates as asked."""
+
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from llama_long_utils.model.attention import XPOS
+from llama_long_utils.model.loss import causal_lm
+from llama_long_utils.rope import rotation
+from llama_long_utils.settings import Scaling
+
+
+def load_base(
+    folder: Path, rope: Scaling, *, dtype: str, quantized: bool = True, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """Load a Llama with its RoPE scaled as given, on the GPU if there is one.
+
+    Args:
+        folder: from `locate_model`.
+        rope: passed at load, where it takes effect, and verified on the built model.
+        dtype: "bfloat16" or "float32": of embeddings, head, norms, the residual stream and all arithmetic.
+        quantized: NF4 with double quantisation for the linear layers, through bitsandbytes on a CPU
+            as on a GPU; else they are in `dtype` too.
+        attention: name of the attention implementation in transformers; xPos brings its own.
+    """
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=quantization if quantized else None,
+        dtype=getattr(torch, dtype),
+        rope_parameters=rope.parameters(),
+        max_position_embeddings=rope.max_position_embeddings,
+        attn_implementation=XPOS if rope.method == "xpos_abf" else attention,
+        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+        local_files_only=True,
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # A forward without gradients in eval mode would repack the weights for inference on CPUs
+            # with AVX512-BF16, and from then on most LoRA matrices would silently get no gradient.
+            module.support_avx512bf16_for_cpu = False
+    model.config.xpos_window = rope.original_window
+    check_rope(model, rope)
+    return model
+
+
+def check_rope(model: PreTrainedModel | PeftModel, rope: Scaling) -> None:
+    """Raise ValueError unless the model rotates exactly as `rope` says, by fp32 frequencies."""
+    rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+    if rotary.inv_freq.dtype != torch.float32:
+        raise ValueError(
+            f"inv_freq is {rotary.inv_freq.dtype}, which loses radians at long range: load with dtype=, do not cast"
+        )
+    config = causal_lm(model).config
+    inv_freq, attention_factor = rotation(rope)
+    same = (
+        rotary.inv_freq.shape == inv_freq.shape
+        and torch.allclose(rotary.inv_freq.cpu(), inv_freq, rtol=1e-6, atol=0)
+        and abs(rotary.attention_scaling - attention_factor) < 1e-6
+        and config.max_position_embeddings == rope.max_position_embeddings
+        and (config._attn_implementation == XPOS) == (rope.method == "xpos_abf")
+    )
+    if not same:
+        raise ValueError(
+            f"the model does not rotate as asked ({rope}) but with {config.rope_parameters} and window "
+            f"{config.max_position_embeddings:,}: RoPE is set at load, with load_base(folder, rope)"
+        )

@@ -1,0 +1,346 @@
+"""Every number of a preset as a dataclass: checked when it is made, and cheap to import (no torch)."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from llama_long_utils.paths import REPOSITORY
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class MemorySavings:
+    """Ways to take less memory. None of them changes the loss or a gradient; 0 and false switch them off.
+
+    `recomputed_layers`: the first so many layers keep only their input and are computed again in the backward pass
+    (gradient checkpointing); a number above the model's means all. `tile`: tokens at a time in MLPs and norms.
+    `offload_checkpoints`: what recomputed layers keep waits in host memory. `optimizer`: the name in transformers;
+    "adamw_8bit" keeps its two numbers per weight in 8 bits, "paged_adamw_8bit" in memory that can move to the host.
+    """
+
+    recomputed_layers: NonNegativeInt
+    tile: NonNegativeInt
+    offload_checkpoints: bool
+    optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+
+    def __str__(self) -> str:
+        none = "no whole layer recomputed" if self.tile else "nothing recomputed"
+        parts = [f"{self.recomputed_layers} layers recomputed" if self.recomputed_layers else none]
+        parts += [f"tiles of {self.tile:,} tokens"] * bool(self.tile)
+        parts += ["checkpoints on the host"] * self.offload_checkpoints
+        parts += [self.optimizer] * ("8bit" in self.optimizer)
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainingSettings:
+    """Numbers of a training run. Tokens per step = window x sequences_per_step.
+
+    `reach` is the highest position, in tokens: above `window` positions are skipped (PoSE). `attention` is
+    full ("sdpa") or shifted sparse ("s2"). Both need whole sequences: pack = false. `self_quoting_share` is the
+    share of the whole sequences that quote themselves, at any distance (`packing.quote_themselves`).
+    """
+
+    window: PositiveInt
+    reach: PositiveInt
+    pack: bool
+    attention: Literal["sdpa", "s2"]
+    steps: PositiveInt
+    sequences_per_step: PositiveInt
+    sequences_at_once: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt
+    weight_decay: NonNegativeFloat
+    gradient_clipping: PositiveFloat
+    memory_savings: MemorySavings
+    long_document_weight: PositiveFloat
+    self_quoting_share: Annotated[float, Field(ge=0, le=1)]
+    checkpoint_every: PositiveInt
+    seed: NonNegativeInt
+
+    def __post_init__(self) -> None:
+        if self.reach < self.window:
+            raise ValueError(f"reach = {self.reach} must be at least window = {self.window}")
+        if self.pack and (self.reach > self.window or self.attention == "s2"):
+            raise ValueError("skipped positions (reach > window) and s2 attention need pack = false")
+        if self.sequences_per_step % self.sequences_at_once:
+            raise ValueError(
+                f"sequences_per_step = {self.sequences_per_step} must be a multiple of "
+                f"sequences_at_once = {self.sequences_at_once}"
+            )
+
+
+IGNORED_LABEL = -100
+Method = Literal[
+    "none", "pi", "abf", "ntk", "dynamic_ntk", "ntk_by_parts", "yarn", "longrope", "xpos_abf", "proportional"
+]
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+def ntk_base(head_dim: int, base: float, factor: float) -> float:
+    """The base with which NTK-aware scaling slows the slowest pair `factor` times and leaves the fastest alone.
+
+    (bloc97; as "NTK-aware" in YaRN, arXiv:2309.00071, definition 1.)
+    """
+    return base * factor ** (head_dim / (head_dim - 2))
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Scaling:
+    """One setting of RoPE: a method by name and its numbers.
+
+    Args:
+        method: one of METHODS; "none" and "abf" (adjusted base frequency) are plain RoPE at `base`.
+        base: the RoPE base b; for "abf" and "xpos_abf" the raised one, for the others the pretrained one.
+        head_dim: d.
+        original_window: tokens the model was pretrained with.
+        window: tokens it is scaled to.
+        pair_factors: for "longrope", head_dim / 2 factors.
+        rotated_share: for "proportional", the share of pairs that turn.
+    """
+
+    method: Method
+    base: float
+    head_dim: int
+    original_window: int
+    window: int
+    pair_factors: tuple[float, ...] = ()
+    rotated_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.window < self.original_window:
+            raise ValueError(f"RoPE cannot be scaled down: window {self.window} < {self.original_window}")
+        wanted = self.head_dim // 2 if self.method == "longrope" else 0
+        if len(self.pair_factors) != wanted:
+            raise ValueError(
+                f"method {self.method!r} takes {wanted} pair_factors, got {len(self.pair_factors)}: "
+                "'longrope' needs one for each pair, the other methods none"
+            )
+        if not 0 < self.rotated_share <= 1:
+            raise ValueError(f"rotated_share = {self.rotated_share} must be above 0 and at most 1")
+
+    @property
+    def factor(self) -> float:
+        """How many times longer the window becomes."""
+        return self.window / self.original_window
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """What the model's config must say; transformers starts dynamic NTK past it, so there it is the old window."""
+        return self.original_window if self.method == "dynamic_ntk" else self.window
+
+    def parameters(self) -> dict[str, Any]:
+        """The whole dictionary for `from_pretrained(rope_parameters=...)`, so that transformers does the rest.
+
+        It must be given at load: set on the config of a built model it changes nothing. YaRN and
+        Llama 3's rule need the original window spelled out, or they silently build another ramp.
+        """
+        numbers: dict[str, Any] = {"rope_theta": self.base, "factor": self.factor}
+        original = {"original_max_position_embeddings": self.original_window}
+        match self.method:
+            case "pi":
+                return {"rope_type": "linear", **numbers}
+            case "ntk":
+                return {"rope_type": "default", "rope_theta": ntk_base(self.head_dim, self.base, self.factor)}
+            case "dynamic_ntk":
+                return {"rope_type": "dynamic", **numbers}
+            case "ntk_by_parts":
+                return {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **numbers, **original}
+            case "yarn":
+                return {"rope_type": "yarn", **numbers, **original}
+            case "longrope":
+                factors = list(self.pair_factors)
+                # The same factors at every length: the model is trained and read with one rotation.
+                return {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, **numbers, **original}
+            case "proportional":
+                return {"rope_type": "proportional", "partial_rotary_factor": self.rotated_share, **numbers}
+            case _:
+                return {"rope_type": "default", "rope_theta": self.base}
+
+    def __str__(self) -> str:
+        return f"{self.method}, base {self.base:,.0f}, window {self.original_window:,} -> {self.window:,}"
+
+
+@dataclass(frozen=True, config=STRICT)
+class BaseModel:
+    """The model to extend. `source` is a folder of this repository or a model on the hub.
+
+    `dtype` is what it computes in: bfloat16 where the hardware multiplies it (GPUs, some CPUs), float32
+    elsewhere. A CPU that emulates bfloat16 multiplies it 50 to 80 times slower than float32 (measured on AVX2).
+    """
+
+    source: str
+    dtype: Literal["float32", "bfloat16"]
+    window: PositiveInt
+    rope_base: PositiveFloat
+    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Extension:
+    """What it is extended to: a window in tokens, by a method of `rope.METHODS` at a RoPE base."""
+
+    window: PositiveInt
+    method: Method
+    rope_base: PositiveFloat
+    pair_factors: tuple[float, ...] = ()
+    rotated_share: float = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """Document sources (see `documents.load_documents`) and how many of each are held out."""
+
+    sources: Annotated[list[str], Field(min_length=1)]
+    held_out: dict[str, PositiveInt]
+    minimum_characters: PositiveInt
+    split_seed: NonNegativeInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Lora:
+    rank: PositiveInt
+    alpha: PositiveInt
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    train_norms: bool
+    train_embeddings: bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluation:
+    """What notebook 6 reads, and how it averages.
+
+    Attributes:
+        tokens: length of the stretches read of each held-out document.
+        far_tokens: length of the stretches of one document of each source, where it is more than `tokens`.
+        stretches: of each document, at most.
+        copied_documents: that the test of copying reads, at most.
+        bucket_edges: positions at which the buckets begin, and where the last one ends.
+    """
+
+    tokens: PositiveInt
+    far_tokens: PositiveInt
+    stretches: PositiveInt
+    copied_documents: PositiveInt
+    bucket_edges: Annotated[list[PositiveInt], Field(min_length=2)]
+    bootstrap_samples: PositiveInt
+    seed: NonNegativeInt
+
+    @property
+    def near_edges(self) -> list[int]:
+        """The bucket edges up to `tokens`, between which every document was read."""
+        return [edge for edge in self.bucket_edges if edge <= self.tokens]
+
+
+@dataclass(frozen=True, config=STRICT)
+class RetrievalTasks:
+    """What only notebook 7 needs: its questions and how they are scored.
+
+    Attributes:
+        questions: of each task and length (`documents` says how many of the first sentence there are at most).
+        depths: of the needle, as a share of the text before it, rising from 0 to 1 at most.
+        keys: statements of the multi-key task, one of which is asked for.
+        hops: references from the variable that is asked for to the one that is a number.
+        generate_up_to: longest prompt, in tokens, after which answers are also generated, which takes the keys and
+            values of the whole prompt; probabilities take none.
+        threshold: score from 0 to 1 that counts as retrieved, for the effective length.
+    """
+
+    questions: PositiveInt
+    depths: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    keys: Annotated[int, Field(ge=2, le=100)]
+    hops: Annotated[int, Field(ge=0, le=20)]
+    generate_up_to: NonNegativeInt
+    threshold: Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Retrieval:
+    """First-sentence retrieval (`retrieval.py`): lengths in tokens, prompt and answer together; other `tasks`."""
+
+    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    cue_words: PositiveInt
+    answer_words: tuple[PositiveInt, PositiveInt]
+    answer_tokens: PositiveInt
+    documents: PositiveInt
+    prompts_at_once: PositiveInt
+    tasks: RetrievalTasks
+
+
+@dataclass(frozen=True, config=STRICT)
+class RaceTraining:
+    """One way of training in the race: numbers that replace those of [training], for the `methods` named."""
+
+    methods: list[Method]
+    window: PositiveInt
+    reach: PositiveInt
+    attention: Literal["sdpa", "s2"]
+    steps: PositiveInt
+    sequences_per_step: PositiveInt
+    sequences_at_once: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Race:
+    """Notebook 11: seeds, ways of training by name, and the numbers that LongRoPE and proportional RoPE need.
+
+    `self_quoting_share` stands in for that of [training]: retrieval is measured, so all arms practise it.
+    """
+
+    seeds: list[int]
+    warmup_steps: int
+    self_quoting_share: Annotated[float, Field(ge=0, le=1)]
+    pair_factors: tuple[float, ...]
+    rotated_share: float
+    trainings: dict[str, RaceTraining]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Preset:
+    """`memory_gib`: of the device that trains; the planner (`budget.plan`) keeps a step below it."""
+
+    name: str
+    needs: str
+    memory_gib: PositiveFloat
+    base: BaseModel
+    extension: Extension
+    data: Data
+    lora: Lora
+    training: TrainingSettings
+    evaluation: Evaluation
+    retrieval: Retrieval
+    race: Race
+
+    @property
+    def base_rope(self) -> Scaling:
+        """RoPE as the base was pretrained with it."""
+        base = self.base
+        return Scaling("none", base.rope_base, base.head_dim, base.window, base.window)
+
+    @property
+    def extended_rope(self) -> Scaling:
+        """RoPE as the extension scales it."""
+        base, extension = self.base, self.extension
+        return Scaling(
+            extension.method,
+            extension.rope_base,
+            base.head_dim,
+            base.window,
+            extension.window,
+            extension.pair_factors,
+            extension.rotated_share,
+        )
+
+    @property
+    def control_rope(self) -> Scaling:
+        """RoPE unscaled over the new window: what the same training does without the extension."""
+        base = self.base
+        return Scaling("none", base.rope_base, base.head_dim, base.window, self.extension.window)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where runs of this preset write; nothing else is written by a notebook."""
+        return REPOSITORY / "runs" / self.name

@@ -1,0 +1,1 @@
+"""The training loop, what it costs, and what makes it cost less."""

@@ -1,0 +1,86 @@
+"""Memory of the process on a CPU: how much it held, and what glibc keeps."""
+
+import ctypes
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from llama_long_utils.model.loss import causal_lm
+
+GAPS_GIB = 0.5  # free memory that may stay resident: less costs page faults
+
+
+def peak_memory_gib() -> float:
+    """Highest memory so far: allocated on the GPU if there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks: a training step allocates the same ones again.
+
+    Without it, each step returns them to the kernel and pays for the page faults. Does nothing with
+    another C library, or on a GPU (where torch has its own allocator).
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
+    if _glibc():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def give_back_gaps(model: PreTrainedModel | PeftModel, limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
+    """After each decoder layer, give free memory back to the kernel if more than `limit_gib` of it is resident.
+
+    glibc aligns torch's blocks and rarely finds the old place again for a new one: without this, gaps of several times
+    what a step needs stay resident. Each return costs page faults, a lower limit more of them.
+
+    Returns:
+        The hooks that do it, to be removed when training is over; none with another C library or on a GPU.
+    """
+    if not _glibc():
+        return []
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _MallocInfo
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def gaps() -> int:
+        """Resident bytes that are not in allocated blocks: those of libraries, and free ones."""
+        allocated = libc.mallinfo2()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        return resident - allocated.uordblks - allocated.hblkhd
+
+    most = gaps() + limit_gib * 2**30
+
+    def check(*_arguments: Any) -> None:
+        if gaps() > most:
+            libc.malloc_trim(0)
+
+    def after(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        check()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(check)  # before the layer's backward pass
+
+    return [layer.register_forward_hook(after) for layer in causal_lm(model).model.layers]
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
+
+
+def _glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available()

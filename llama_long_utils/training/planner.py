@@ -1,0 +1,224 @@
+"""What a training step costs before it is run: floating-point operations, memory, and the plan that fits.
+
+A step of LoRA on frozen weights has no weight gradients but the adapters': its backward pass costs as much as
+its forward pass, not twice as much. Attention is counted causal (half of the square), as the kernels compute it.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import LlamaConfig
+
+from llama_long_utils.model.weights import base_config
+from llama_long_utils.records import read_published
+from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
+from llama_long_utils.training.ledger import COMPONENTS, HOST, MOVED, StepShape, ledger
+
+GIB = 2**30
+USABLE = 0.92  # share of a device's memory that tensors can have: the driver takes some, and gaps between blocks
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def model_shape(name: str) -> LlamaConfig:
+    """The configuration of a model in data/published/model_shapes.json; ValueError if it has no such name."""
+    models = read_published("model_shapes")["models"]
+    if name not in models:
+        raise ValueError(f"unknown model {name!r}: use one of {sorted(models)}")
+    return LlamaConfig(**models[name])
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers in one decoder layer."""
+    hidden, middle = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, middle),
+        "up_proj": (hidden, middle),
+        "down_proj": (middle, hidden),
+    }
+
+
+def step_flops(config: LlamaConfig, lora: Lora, length: int, memory_savings: MemorySavings) -> dict[str, int]:
+    """Floating-point operations of one training step on one sequence of `length` tokens.
+
+    Returns:
+        By kind, for forward pass, recomputation and backward pass together: "linear" (frozen linear layers),
+        "adapters", "attention" and "head".
+    """
+    shapes, layers = linear_shapes(config), config.num_hidden_layers
+    linear = {name: 2 * inputs * outputs * length for name, (inputs, outputs) in shapes.items()}
+    adapters = {name: 2 * lora.rank * sum(shapes[name]) * length for name in lora.target_modules}
+    attention = 2 * shapes["o_proj"][0] * length**2  # two products of a length x length triangle
+    recomputed = min(memory_savings.recomputed_layers, layers)
+    # The MLP's tiles are computed again in the backward pass, in recomputed layers and in the others.
+    passes = {name: layers if name in MLP and memory_savings.tile else recomputed for name in shapes}
+    return {
+        "linear": sum((2 * layers + passes[name]) * cost for name, cost in linear.items()),
+        "adapters": sum((3 * layers + passes[name]) * cost for name, cost in adapters.items()),
+        "attention": (7 * layers + 2 * recomputed) * attention // 2,  # backward: five products for two
+        "head": 4 * config.hidden_size * config.vocab_size * length,
+    }
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does per second: operations in large matrix products and in attention, bytes read and written."""
+
+    products: float
+    attention: float
+    bandwidth: float
+
+
+def step_seconds(config: LlamaConfig, lora: Lora, shape: StepShape, rates: Rates) -> dict[str, float]:
+    """Predicted seconds of a training step, by what they go to: a roofline, operation by operation.
+
+    The adapters' products are too thin to compute much, up to rank 20 or so: their time is in "memory", with that of
+    all other operations.
+    """
+    flops = step_flops(config, lora, shape.length, shape.memory_savings)
+    return {
+        "products": shape.sequences * (flops["linear"] + flops["head"]) / rates.products,
+        "attention": shape.sequences * flops["attention"] / rates.attention,
+        "memory": ledger(config, lora, shape)[MOVED] / rates.bandwidth,
+    }
+
+
+def attention_crossover(config: LlamaConfig) -> int:
+    """The length in tokens from which causal attention costs more than all linear layers of a decoder layer.
+
+    The paper counts the whole square, and an MLP of 4h: its 6h is our 12h.
+    """
+    shapes = linear_shapes(config)
+    return sum(inputs * outputs for inputs, outputs in shapes.values()) // shapes["o_proj"][0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """MemorySavings, the predicted peak on the device and on the host in GiB, and a step's operations."""
+
+    memory_savings: MemorySavings
+    device_gib: float
+    host_gib: float
+    flops: int
+
+    def __str__(self) -> str:
+        memory = f"predicted {self.device_gib:.2f} GiB" + f" and {self.host_gib:.2f} on the host" * (self.host_gib > 0)
+        return f"{self.memory_savings}: {memory}, {self.flops:.3g} FLOP for a forward and backward pass"
+
+
+def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
+    """The plan for a training run with a preset's base, LoRA settings and memory; see `plan`."""
+    shape = StepShape(
+        settings.window,
+        preset.base.dtype,
+        settings.memory_savings,
+        sequences=settings.sequences_at_once,
+        accumulated=settings.sequences_per_step > settings.sequences_at_once,
+    )
+    return plan(base_config(preset), preset.lora, shape, preset.memory_gib)
+
+
+def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
+    """The memory_savings with the fewest operations with which a step fits.
+
+    In this order: as few recomputed layers as fit, with tiles or without. Only if all layers are not enough,
+    checkpoints go to the host, and then the optimizer to 8 bits.
+
+    Args:
+        shape: of the step; its memory_savings are used in any case.
+        gib: memory of the device; a share of `USABLE` is planned for.
+
+    Raises:
+        ValueError: nothing fits; it names the longest context that does.
+    """
+    least = shape.memory_savings
+    tiled = replace(least, tile=least.tile or tile_for(shape.length))
+    rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, shape.length, least)]]
+    for rung in rungs:
+        shapes = [replace(shape, memory_savings=ways) for ways in rung]
+        fitting = [_fewest_recomputed(config, lora, way, gib * USABLE) for way in shapes]
+        found = [choice for choice in fitting if choice]
+        if found:
+            return min(found, key=lambda choice: choice.flops)
+    most = longest_context(config, lora, shape, gib)
+    advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
+    raise ValueError(
+        f"a step of {shape.length:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
+        f"choose a shorter training.window, or set memory_gib if the device has more"
+    )
+
+
+def leanest(config: LlamaConfig, length: int, least: MemorySavings) -> MemorySavings:
+    """Every technique at once; tiles as `least` has them, if it has any."""
+    return MemorySavings(config.num_hidden_layers, least.tile or tile_for(length), True, "paged_adamw_8bit")
+
+
+def tile_for(length: int) -> int:
+    """A sixteenth of the sequence: by then the activations of a tile are small beside one hidden state."""
+    return max(256, length // 16)
+
+
+def _fewest_recomputed(config: LlamaConfig, lora: Lora, shape: StepShape, most_gib: float) -> Plan | None:
+    """Memory falls by the same amount with every layer that is recomputed: two ledgers tell how many are needed."""
+    layers, fewest = config.num_hidden_layers, shape.memory_savings.recomputed_layers
+    least = predict(config, lora, shape, layers)
+    if least.device_gib > most_gib:
+        return None
+    most = predict(config, lora, shape, fewest)
+    if most.device_gib <= most_gib:
+        return most
+    per_layer = (most.device_gib - least.device_gib) / (layers - fewest)
+    for recomputed in range(fewest + int((most.device_gib - most_gib) / per_layer), layers):
+        chosen = predict(config, lora, shape, recomputed)
+        if chosen.device_gib <= most_gib:
+            return chosen
+    return least
+
+
+def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int | None = None) -> Plan:
+    """What a step needs; with `recomputed` so many layers are recomputed, whatever the shape says."""
+    if recomputed is not None:
+        shape = replace(shape, memory_savings=replace(shape.memory_savings, recomputed_layers=recomputed))
+    found = ledger(config, lora, shape)
+    flops = step_flops(config, lora, shape.length, shape.memory_savings)
+    device = sum(found[name] for name in COMPONENTS) / GIB
+    return Plan(shape.memory_savings, device, found[HOST] / GIB, shape.sequences * sum(flops.values()))
+
+
+def longest_context(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> int:
+    """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib` by the leanest plan.
+
+    Args:
+        shape: everything about the step but its length.
+
+    Returns:
+        0 if not even 1,024 tokens fit.
+    """
+
+    def peak(length: int) -> float:
+        ways = leanest(config, length, shape.memory_savings)
+        return predict(config, lora, replace(shape, length=length, memory_savings=ways)).device_gib
+
+    for lengths in ((16_384, 32_768), (1024, 2048)):  # below a few thousand tokens the line is another one
+        found = longest(lengths, [peak(length) for length in lengths], gib)
+        if found >= lengths[0]:
+            break
+    if not found or peak(found) <= gib * USABLE:
+        return found
+    # The line runs too low where tiles begin to grow: halve what is left.
+    return (
+        1024 * bisect.bisect_right(range(found // 1024), gib * USABLE, lo=1, key=lambda steps: peak(1024 * steps))
+        - 1024
+    )
+
+
+def longest(lengths: Sequence[int], peaks_gib: Sequence[float], gib: float) -> int:
+    """The longest context by the line through two peaks: memory is linear from some thousand tokens on."""
+    per_token = (peaks_gib[1] - peaks_gib[0]) / (lengths[1] - lengths[0])
+    return max(0, int((gib * USABLE - peaks_gib[0]) / per_token + lengths[0]) // 1024 * 1024)

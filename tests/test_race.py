@@ -1,0 +1,293 @@
+import concurrent.futures
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+
+from experiments import race, searches
+from experiments.race import (
+    ZERO_SHOT,
+    Arm,
+    RaceResults,
+    arm_record,
+    arm_rope,
+    arm_training,
+    collect,
+    distances_seen,
+    race_arms,
+    race_results,
+    run_arm,
+)
+from experiments.searches import compare_trainings, search_longrope, search_pair_factors, search_rope_base
+from llama_long_utils.data.packing import TrainingSequence
+from llama_long_utils.evaluation.statistics import Bootstrap
+from llama_long_utils.model.weights import locate_base, weights_sha256
+from llama_long_utils.paths import RESULTS
+from llama_long_utils.presets import load_preset
+from llama_long_utils.records import read_table, write_record
+from llama_long_utils.settings import METHODS
+from tools import run
+
+EQUAL_SECONDS = "-equal-seconds"
+
+
+@pytest.fixture(scope="module")
+def preset():
+    return load_preset("tiny")
+
+
+def sequence(positions):
+    positions = np.asarray(positions)
+    return TrainingSequence(positions, positions, positions)
+
+
+def test_every_arm_has_numbers_and_equal_tokens_unless_it_has_equal_seconds(preset):
+    arms = race_arms(preset)
+    assert len(set(arms)) == len(arms)
+    tokens = {}
+    for arm in arms:
+        assert arm_rope(preset, arm.method).window == preset.extension.window
+        settings = arm_training(preset, arm)
+        assert (settings is None) == (arm.training == ZERO_SHOT)
+        if settings:
+            assert settings.seed == arm.seed
+            tokens.setdefault(arm.training, set()).add(settings.steps * settings.sequences_per_step * settings.window)
+    (equal,) = set.union(*(found for name, found in tokens.items() if not name.endswith(EQUAL_SECONDS)))
+    for name in [name for name in tokens if name.endswith(EQUAL_SECONDS)]:
+        assert min(tokens[name]) > equal, name
+
+
+def test_equal_seconds_are_equal_to_a_fifth():
+    """Recorded seconds (mean over seeds) include a few of loading model and data, and what else the machine did.
+
+    Full-length training took from 55 to 99 seconds, depending on method and seed, so nothing narrower can be asked.
+    """
+    cost = read_table(RESULTS / "tiny" / "11_ablations.json", "cost")
+    seconds = cost[cost.method == "abf"].groupby("training").seconds.mean()
+    for name in [name for name in seconds.index if name.endswith(EQUAL_SECONDS)]:
+        assert seconds[name] == pytest.approx(seconds["full-length"], rel=0.2), name
+        assert seconds[name.removesuffix(EQUAL_SECONDS)] < 0.8 * seconds["full-length"], name  # with equal tokens
+    assert {name + EQUAL_SECONDS for name in ("short", "pose", "s2")} < set(seconds.index)
+
+
+def test_base_is_raised_for_abf_only(preset):
+    raised = {method for method in METHODS if method != "longrope"
+              if arm_rope(preset, method).base == preset.extension.rope_base}  # fmt: skip
+    assert raised == {"abf", "xpos_abf"}
+
+
+def test_unknown_arm_is_one_clear_error(preset):
+    with pytest.raises(ValueError, match="unknown RoPE method 'abff': use one of"):
+        arm_rope(preset, "abff")
+    with pytest.raises(ValueError, match=r"unknown training 'posee': use one of \['zero-shot', 'full-length'"):
+        arm_training(preset, Arm("abf", "posee", 0))
+
+
+def test_record_of_an_arm_is_named_by_what_it_depends_on(preset):
+    arm = Arm("abf", "pose", 0)
+    path = arm_record(preset, arm, "base")
+    assert path == arm_record(preset, arm, "base")
+    others = [
+        arm_record(preset, dataclasses.replace(arm, seed=1), "base"),
+        arm_record(preset, arm, "another base"),
+        arm_record(dataclasses.replace(preset, lora=dataclasses.replace(preset.lora, rank=8)), arm, "base"),
+    ]
+    assert path not in others
+    tasks = dataclasses.replace(preset.retrieval.tasks, questions=1)
+    unrelated = dataclasses.replace(preset, retrieval=dataclasses.replace(preset.retrieval, tasks=tasks))
+    assert path == arm_record(unrelated, arm, "base")
+
+
+@pytest.mark.parametrize(("attention", "farthest"), [("sdpa", 15), ("s2", 3)])
+def test_distances_seen_are_those_of_the_attention_mask(preset, attention, farthest):
+    settings = dataclasses.replace(preset.training, window=16, reach=16, pack=False, attention=attention)
+    counts = distances_seen([sequence(range(16))], settings)
+    assert np.flatnonzero(counts).max() == farthest
+    assert counts[0] == 16
+    if attention == "sdpa":
+        np.testing.assert_allclose(counts, np.arange(16, 0, -1))
+    else:  # group of 4 straight in half of the heads; shifted by 2 in the others
+        assert counts[1] == 0.5 * 4 * 3 + 0.5 * (3 * 3 + 2 * 1)
+
+
+def test_skipped_positions_show_far_distances(preset):
+    settings = dataclasses.replace(preset.training, window=4, reach=32, pack=False)
+    counts = distances_seen([sequence([0, 1, 20, 21])], settings)
+    assert {int(distance) for distance in np.flatnonzero(counts)} == {0, 1, 19, 20, 21}
+    assert counts[20] == 2
+
+
+def test_mean_is_weighted_by_tokens_and_resampled_over_documents_and_seeds():
+    generator = np.random.default_rng(0)
+    tokens = np.array([10.0, 20.0, 30.0])
+    values = tokens * 2.0 + generator.normal(0, 1, (4, 3))
+    results = RaceResults(pd.DataFrame(), [], {}, Bootstrap(3, 500, seed=0))
+    found = results.mean(values, tokens)
+    assert found["value"] == pytest.approx(values.sum() / tokens.sum() / 4)
+    assert found["low"] < found["value"] < found["high"]
+    exact = results.mean(np.stack([tokens * 2.0] * 4), tokens)
+    assert exact["low"] == pytest.approx(2.0) == exact["high"]
+
+
+def test_factors_of_the_preset_are_those_that_the_search_found(preset):
+    path = RESULTS / "tiny" / "11_longrope_search.json"
+    assert tuple(read_table(path, "factors").factor) == preset.race.pair_factors
+    nll = read_table(path, "search").nll
+    assert nll.is_monotonic_decreasing
+    assert nll.iloc[-1] < nll.iloc[0]
+
+
+def test_race_that_was_not_run_says_so(preset, monkeypatch, tmp_path):
+    monkeypatch.setattr(race, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match="run its notebook first"):
+        race_results(preset)
+
+
+def test_an_arm_is_measured_once(preset, monkeypatch, tmp_path):
+    small = dataclasses.replace(
+        preset,
+        evaluation=dataclasses.replace(preset.evaluation, tokens=256, far_tokens=256, bucket_edges=[1, 64, 256]),
+        retrieval=dataclasses.replace(preset.retrieval, lengths=[256], documents=2, answer_tokens=16),
+    )
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    path = run_arm(small, Arm("abf", ZERO_SHOT, 0))
+    nll, found = read_table(path, "nll"), read_table(path, "retrieval")
+    assert set(nll.method) == {"abf"}
+    assert nll.groupby("document").tokens.sum().eq(255).all()
+    assert len(found) == 2
+    assert found.rouge_l.between(0, 100).all()
+    command = json.loads(path.read_text())["provenance"]["command"]
+    assert command.endswith("-p preset tiny -p method abf -p training zero-shot -p seed 0")
+    monkeypatch.setattr(race, "measure", lambda *a: pytest.fail("measured again"))
+    assert run_arm(small, Arm("abf", ZERO_SHOT, 0)) == path
+
+
+def test_search_finds_cheaper_factors_that_never_fall():
+    wanted = np.array([1.0, 1.0, 2.0, 4.0, 8.0])
+    factors, costs = search_pair_factors(
+        lambda tried: float(np.abs(np.log(np.array(tried) / wanted)).sum()),
+        [(8.0,) * 5, (1.0,) * 5],
+        largest=16.0,
+        rounds=300,
+        seed=0,
+    )
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 0.2 * costs[0]
+    assert list(factors) == sorted(factors)
+
+
+def write_arm(preset, arm, base_sha256, number):
+    """The record of an arm, as if it had been measured."""
+    common = {**dataclasses.asdict(arm), "document": ["one", "one", "two", "two"]}
+    nll = {"position_low": [1, 64] * 2, "position_high": [64, 256] * 2, "tokens": [63, 192] * 2}
+    nll["nats"] = [63.0 * (number + 1), 192.0, 63.0 * (number + 3), 192.0]
+    found = {"length": 256, "rouge_l": 10.0 * number, "answer": "a", "written": "b"}
+    path = arm_record(preset, arm, base_sha256)
+    write_record(
+        path.parent,
+        path.stem,
+        preset="tiny",
+        question="?",
+        tables={"nll": pd.DataFrame({**common, **nll}), "retrieval": pd.DataFrame({**common, **found})},
+        seeds={"training": arm.seed},
+        seconds=1.0,
+    )
+
+
+def test_race_executes_the_first_part_of_the_notebook_for_the_arms_without_a_record(preset, monkeypatch, tmp_path):
+    arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
+    base_sha256 = weights_sha256(locate_base(preset))
+    executed, kills = [], [Arm("abf", "pose", 1)]
+
+    def execute(notebook, _output, parameters, **_options):
+        cells = nbformat.read(notebook, as_version=4).cells
+        assert "run_arm(" in cells[-1].source
+        del parameters["preset"]
+        arm = Arm(**parameters)
+        if arm in kills:
+            kills.remove(arm)
+            raise RuntimeError("killed")
+        executed.append(arm)
+        write_arm(preset, arm, base_sha256, len(executed))
+
+    monkeypatch.setattr("tools.run.race_arms", lambda _preset: arms)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", ThreadPoolExecutor)
+    write_arm(preset, arms[0], base_sha256, 0)
+    with pytest.raises(RuntimeError, match="killed"):
+        run.race(preset, workers=1)
+    assert executed == arms[1:2]
+    assert not (tmp_path / "results").exists()
+    run.race(preset, workers=1)
+    assert executed == arms[1:]
+    stored = tmp_path / "results" / "tiny" / "11_ablations.json"
+    assert len(read_table(stored, "cost")) == len(arms)
+
+
+def test_search_for_longrope_reads_training_documents_and_writes_a_record(preset, monkeypatch, tmp_path):
+    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, far_tokens=1024, bucket_edges=[1, 1024])
+    monkeypatch.setattr(searches, "RESULTS", tmp_path)
+    path = search_longrope(dataclasses.replace(preset, evaluation=evaluation), rounds=2, texts=1, seed=0)
+    assert len(read_table(path, "factors")) == preset.base.head_dim // 2
+    assert len(read_table(path, "search")) == 3
+
+
+def test_search_for_a_rope_base_measures_the_pretrained_one_beside_it(preset, monkeypatch, tmp_path):
+    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, far_tokens=1024, bucket_edges=[1, 512, 1024])
+    monkeypatch.setattr(searches, "RESULTS", tmp_path)
+    path = search_rope_base(dataclasses.replace(preset, evaluation=evaluation), [5e5], texts=2, seed=0)
+    nll = read_table(path, "search").set_index(["rope_base", "position_low"]).nll
+    assert nll[10_000.0, 1] < nll[500_000.0, 1]
+    assert nll[500_000.0, 512] < nll[10_000.0, 512]
+
+
+def test_trainings_are_compared_on_held_out_documents_of_each_source(preset, monkeypatch, tmp_path):
+    evaluation = dataclasses.replace(preset.evaluation, tokens=1024, far_tokens=1024, bucket_edges=[1, 512, 1024])
+    names = ["short", "pose"]
+    few = {"steps": 2, "sequences_per_step": 1, "sequences_at_once": 1}
+    quick = {name: dataclasses.replace(preset.race.trainings[name], **few) for name in names}
+    racing = dataclasses.replace(preset.race, trainings=quick, warmup_steps=1)
+    monkeypatch.setattr(searches, "RESULTS", tmp_path)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path / "runs")
+    changed = dataclasses.replace(preset, evaluation=evaluation, race=racing)
+    path = compare_trainings(changed, names, seed=0)
+    cost, nll, difference = (read_table(path, name) for name in ("cost", "nll_by_position", "difference"))
+    short, pose = (nll[nll.arm == name].set_index("position_low").nll for name in names)
+    assert difference.set_index("position_low").nll.to_dict() == pytest.approx((pose - short).to_dict(), abs=1e-5)
+    assert list(cost.training) == names
+    resumed = read_table(compare_trainings(changed, names, seed=0), "cost")
+    pd.testing.assert_frame_equal(resumed, cost)  # a finished run keeps its time, and is not trained again
+    assert set(nll.documents) == {len(preset.data.sources) - 1}  # of the Bible nothing is held out
+    assert nll.groupby("position_low").nll.nunique().min() == 2
+    with pytest.raises(ValueError, match="unknown training 'long': use one of"):
+        compare_trainings(changed, ["short", "long"], seed=0)
+    for few_names in (["short"], ["short", "short"]):
+        with pytest.raises(ValueError, match="name two or more different ones of"):
+            compare_trainings(changed, few_names, seed=0)
+
+
+def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_path):
+    arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
+    monkeypatch.setattr(race, "race_arms", lambda _preset: arms)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    monkeypatch.setattr(race, "RESULTS", tmp_path / "results")
+    with pytest.raises(ValueError, match="run its notebook first"):
+        collect(preset, "base", tmp_path / "results" / "tiny")
+    for number, arm in enumerate(arms):
+        write_arm(preset, arm, "base", number)
+    written = collect(preset, "base", tmp_path / "results" / "tiny")
+    by_position = read_table(written, "nll_by_position")
+    assert list(by_position[by_position.position_low == 1].value) == [2.0, 3.0, 4.0]
+    results = race_results(preset)
+    nats, tokens = results.nll("abf", "pose", 1, 64)
+    assert nats.tolist() == [[126.0, 252.0], [189.0, 315.0]]
+    assert results.mean(nats, tokens)["value"] == pytest.approx(3.5)
+    scores, ones = results.rouge_l("abf", "pose", 256)
+    assert results.mean(scores, ones)["value"] == pytest.approx(15.0)

@@ -1,0 +1,1 @@
+"""Running the notebooks and keeping the repository in step."""
