@@ -1,0 +1,178 @@
+"""Results that survive an interruption: each is kept in a file that is named by everything it depends on.
+
+A key holds the inputs, spelled out, and a version that a person raises when the code's numbers change. Source text is
+no part of it: a comment must not throw two hours of work away, and changed code that the version does not tell of is a
+mistake that a test can find. Every file carries a checksum of its content. One that is not whole is made again.
+"""
+
+import hashlib
+import json
+import math
+import re
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from llama_long_utils.paths import write_atomically
+
+T = TypeVar("T")
+MINUTE = 60.0
+KEY = "__key__"  # the member of an .npz that holds its key
+
+
+class NotWhole(Exception):
+    """A file of the cache is truncated, altered or of another key."""
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that name these parts: plain values, dataclasses, arrays, bytes.
+
+    Raises:
+        ValueError: a number is not finite; it would name nothing.
+    """
+    return hashlib.sha256(json.dumps([_plain(part) for part in parts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it; arrays and bytes by their hash."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value).data).hexdigest()]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a key cannot hold the number {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Results below `folder`.
+
+    Attributes:
+        version: of the code that makes them: raise it when its numbers change.
+        inputs: what all of them depend on; each call adds its own.
+    """
+
+    folder: Path
+    version: int
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def path(self, name: str, inputs: Mapping[str, Any], suffix: str) -> Path:
+        """Where a result is kept: a readable name and the digest of its key."""
+        readable = re.sub(r"[^A-Za-z0-9._-]+", ".", name)[:80]
+        return self.folder / f"{readable}-{digest(self._key(name, inputs))}{suffix}"
+
+    def _key(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return _plain({"name": name, "version": self.version, **self.inputs, **inputs})
+
+    def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]], **inputs: Any) -> dict[str, np.ndarray]:
+        """Arrays by name, as `make` returns them, from their file or made now."""
+        path = self.path(name, inputs, ".npz")
+        key = json.dumps(self._key(name, inputs), sort_keys=True)
+        found = _read(path, lambda: _read_arrays(path, key))
+        if found is None:
+            found = make()
+            content = BytesIO()
+            np.savez_compressed(content, **found, **{KEY: np.array(key)})  # a zip: each member has a CRC
+            write_atomically(path, content.getvalue())
+        return found
+
+    def value(self, name: str, make: Callable[[], T], **inputs: Any) -> T:
+        """A value as JSON has it, from its file or made now."""
+        path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
+        found = _read(path, lambda: _read_json(path, key))
+        if found is None:
+            found = make()
+            _write_json(path, key, found)
+        return found
+
+    def items(
+        self,
+        name: str,
+        items: Sequence[T],
+        measure: Callable[[Sequence[T]], Sequence[Any]],
+        *,
+        item_key: Callable[[T], Any],
+        at_once: int = 1,
+        progress: str = "",
+        **inputs: Any,
+    ) -> list[Any]:
+        """What was measured of every item, in their order; those in the file are not measured again.
+
+        Args:
+            measure: gives one result, as JSON has it, for each of a few items.
+            item_key: everything that an item's result depends on.
+            at_once: items measured between two writes of the file.
+            progress: start of the lines that say how far it is, at most one a minute; empty: none.
+        """
+        path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
+        done: dict[str, Any] = _read(path, lambda: _read_json(path, key)) or {}
+        keys = [digest(item_key(item)) for item in items]
+        waiting = [number for number, item_digest in enumerate(keys) if item_digest not in done]
+        said = time.monotonic()
+        for first in range(0, len(waiting), at_once):
+            part = waiting[first : first + at_once]
+            results = measure([items[number] for number in part])
+            done |= {keys[number]: result for number, result in zip(part, results, strict=True)}
+            _write_json(path, key, done)
+            if progress and time.monotonic() - said > MINUTE:
+                said = time.monotonic()
+                count = len(items) - len(waiting) + first + len(part)
+                print(f"{progress}: {count:,} of {len(items):,}", flush=True)
+        return [done[item_digest] for item_digest in keys]
+
+
+def _read(path: Path, read: Callable[[], T]) -> T | None:
+    """What the file holds, or None if it has to be made: it is not there, or not whole, which a line says."""
+    if not path.is_file():
+        return None
+    try:
+        return read()
+    except NotWhole as error:
+        print(f"{path.name} in {path.parent.name}/ is not whole ({error}): made again", flush=True)
+        return None
+
+
+def _read_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            found = dict(stored)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise NotWhole(error) from None
+    if str(found.pop(KEY, "")) != key:
+        raise NotWhole("it holds something else")
+    return found
+
+
+def _read_json(path: Path, key: dict[str, Any]) -> Any:
+    try:
+        stored = json.loads(path.read_bytes())
+        content, checksum, found = stored["content"], stored["sha256"], stored["key"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise NotWhole(error) from None
+    if found != key or checksum != _checksum(content):
+        raise NotWhole("its checksum or its key differs")
+    return content
+
+
+def _write_json(path: Path, key: dict[str, Any], content: Any) -> None:
+    stored = {"key": key, "sha256": _checksum(content), "content": content}
+    write_atomically(path, json.dumps(stored).encode())
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
