@@ -1,0 +1,102 @@
+"""The arms of a comparison: a base, its RoPE, an adapter and a dtype, loaded in one way for everybody."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from llama_long_utils.model.adapters import find_adapter, load_adapter
+from llama_long_utils.model.base import load_base
+from llama_long_utils.model.weights import locate_base, weights_sha256
+from llama_long_utils.settings import Preset, Scaling
+
+ARMS = {
+    "base": "the base as pretrained",
+    "rope_base_only": "the extension's RoPE, not trained",
+    "yarn": "YaRN at the pretrained RoPE base, not trained",
+    "extended": "the extension's RoPE with the adapter trained for it",
+    "rope_unchanged": "the control: the pretrained RoPE with an adapter trained over the new window",
+}
+ADAPTED = ("extended", "rope_unchanged")
+
+
+def arm_scaling(preset: Preset, arm: str) -> Scaling:
+    """The RoPE of an arm; ValueError if there is no such arm."""
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
+    if arm == "yarn":
+        base = preset.base
+        return Scaling("yarn", base.rope_base, base.head_dim, base.window, preset.extension.window)
+    scalings = {"base": preset.base_rope, "rope_unchanged": preset.control_rope}
+    return scalings.get(arm, preset.extended_rope)
+
+
+def load_arm(
+    preset: Preset,
+    arm: str,
+    *,
+    adapter: Path | str | None = None,
+    quantized: bool = True,
+    merged: bool = False,
+    dtype: str | None = None,
+    attention: str = "sdpa",
+    scaling: Scaling | None = None,
+) -> PreTrainedModel | PeftModel:
+    """The model of an arm in eval mode; everything that is cheap was checked before its weights are read.
+
+    Args:
+        arm: one of ARMS.
+        adapter: its folder, for the arms that have one; "extended" finds the preset's own if none is given.
+        quantized: the linear layers in NF4, else in `dtype`, too.
+        merged: the adapter is merged into the weights in memory, which takes `quantized=False`.
+        dtype: of everything else; default: the preset's.
+        attention: name of the attention implementation in transformers.
+        scaling: in place of the arm's own RoPE.
+
+    Raises:
+        ValueError: the arm, its base or its adapter is not as the preset says.
+        RuntimeError: the base is not here and cannot be downloaded.
+    """
+    rope = scaling or arm_scaling(preset, arm)
+    folder = locate_base(preset)
+    found = _arm_adapter(preset, arm, adapter, rope)
+    if merged and (quantized or not found):
+        raise ValueError(f"merged=True needs quantized=False and an arm with an adapter ({', '.join(ADAPTED)})")
+    model = load_base(folder, rope, dtype=dtype or preset.base.dtype, quantized=quantized, attention=attention)
+    if found:
+        model = load_adapter(model, found, folder)
+    return (model.merge_and_unload() if merged else model).eval()
+
+
+def arm_inputs(
+    preset: Preset,
+    arm: str,
+    *,
+    adapter: Path | str | None = None,
+    quantized: bool = True,
+    merged: bool = False,
+    dtype: str | None = None,
+    scaling: Scaling | None = None,
+) -> dict[str, Any]:
+    """Everything that the numbers of `load_arm` with the same arguments depend on, for the key of a cache."""
+    rope = scaling or arm_scaling(preset, arm)
+    found = _arm_adapter(preset, arm, adapter, rope)
+    return {
+        "base_sha256": weights_sha256(locate_base(preset)),
+        "adapter_sha256": weights_sha256(found) if found else None,
+        "rope": dataclasses.asdict(rope),
+        "dtype": dtype or preset.base.dtype,
+        "quantized": quantized,
+        "merged": merged,
+    }
+
+
+def _arm_adapter(preset: Preset, arm: str, adapter: Path | str | None, rope: Scaling) -> Path | None:
+    """The checked folder of the arm's adapter, or None if the arm has none."""
+    if arm not in ADAPTED:
+        return None
+    if arm == "rope_unchanged" and not adapter:
+        raise ValueError("the arm 'rope_unchanged' needs its adapter: name the folder")
+    return find_adapter(preset, str(adapter or ""), rope=rope)
