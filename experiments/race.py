@@ -70,15 +70,12 @@ def arm_rope(preset: Preset, method: str) -> Scaling:
     """RoPE of an arm: the preset's windows; ABF and xPos ABF at the raised base, the others at the pretrained one."""
     if method not in METHODS:
         raise ValueError(f"unknown RoPE method {method!r}: use one of {list(METHODS)}")
-    base, extension, race = preset.base, preset.extension, preset.race
-    return Scaling(
-        method,
-        extension.rope_base if method in ("abf", "xpos_abf") else base.rope_base,
-        base.head_dim,
-        base.window,
-        extension.window,
-        race.pair_factors if method == "longrope" else (),
-        race.rotated_share if method == "proportional" else 1.0,
+    return dataclasses.replace(
+        preset.control_rope,
+        method=method,
+        base=preset.extension.rope_base if method in ("abf", "xpos_abf") else preset.base.rope_base,
+        pair_factors=preset.race.pair_factors if method == "longrope" else (),
+        rotated_share=preset.race.rotated_share if method == "proportional" else 1.0,
     )
 
 

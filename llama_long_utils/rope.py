@@ -124,6 +124,8 @@ def rotation(scaling: Scaling, length: int = 0) -> tuple[torch.Tensor, float]:
 
     Only dynamic NTK depends on the length.
     """
+    if scaling.pretrained:
+        return _by_transformers(scaling)
     plain = inverse_frequencies(scaling.head_dim, scaling.base)
     match scaling.method:
         case "pi":
@@ -143,3 +145,14 @@ def rotation(scaling: Scaling, length: int = 0) -> tuple[torch.Tensor, float]:
             return proportional(plain, scaling.factor, scaling.rotated_share), 1.0
         case _:  # none, abf, and xpos_abf, whose decay is not part of the rotation
             return plain, 1.0
+
+
+def _by_transformers(scaling: Scaling) -> tuple[torch.Tensor, float]:
+    """`rotation` of a base with a rule of its own: transformers knows more of them than the methods here."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = scaling.parameters()
+    window, head_dim = scaling.max_position_embeddings, scaling.head_dim
+    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=window, rope_parameters=parameters)
+    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))

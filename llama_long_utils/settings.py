@@ -1,5 +1,6 @@
 """Every number of a preset as a dataclass: checked when it is made, and cheap to import (no torch)."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -100,6 +101,8 @@ class Scaling:
         window: tokens it is scaled to.
         pair_factors: for "longrope", head_dim / 2 factors.
         rotated_share: for "proportional", the share of pairs that turn.
+        pretrained: the base's own rule, where it is not plain RoPE: the `rope_parameters` of its config without the
+            base, such as {"rope_type": "llama3", ...}. "none" keeps it; "abf" keeps it and raises its base.
     """
 
     method: Method
@@ -109,8 +112,19 @@ class Scaling:
     window: int
     pair_factors: tuple[float, ...] = ()
     rotated_share: float = 1.0
+    pretrained: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.pretrained and self.method not in ("none", "abf"):
+            raise ValueError(
+                f"the base has rope_type {self.pretrained.get('rope_type')!r}, which method {self.method!r} would "
+                "replace: use method 'abf', which keeps it and raises its base"
+            )
+        if self.pretrained.get("rope_type") in ("dynamic", "longrope") and self.window > self.original_window:
+            raise ValueError(
+                f"the base has rope_type {self.pretrained['rope_type']!r}, which changes with the length of the text, "
+                "so it cannot be extended: use a base with another rope_type, or its own window"
+            )
         if self.window < self.original_window:
             raise ValueError(f"RoPE cannot be scaled down: window {self.window} < {self.original_window}")
         wanted = self.head_dim // 2 if self.method == "longrope" else 0
@@ -158,10 +172,11 @@ class Scaling:
             case "proportional":
                 return {"rope_type": "proportional", "partial_rotary_factor": self.rotated_share, **numbers}
             case _:
-                return {"rope_type": "default", "rope_theta": self.base}
+                return {"rope_type": "default", **self.pretrained, "rope_theta": self.base}
 
     def __str__(self) -> str:
-        return f"{self.method}, base {self.base:,.0f}, window {self.original_window:,} -> {self.window:,}"
+        own = f" over the base's {self.pretrained['rope_type']}" if self.pretrained else ""
+        return f"{self.method}{own}, base {self.base:,.0f}, window {self.original_window:,} -> {self.window:,}"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -170,6 +185,7 @@ class BaseModel:
 
     `dtype` is what it computes in: bfloat16 where the hardware multiplies it (GPUs, some CPUs), float32
     elsewhere. A CPU that emulates bfloat16 multiplies it 50 to 80 times slower than float32 (measured on AVX2).
+    `rope_scaling` is the one in its config.json, empty for plain RoPE.
     """
 
     source: str
@@ -177,6 +193,7 @@ class BaseModel:
     window: PositiveInt
     rope_base: PositiveFloat
     head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
+    rope_scaling: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -318,7 +335,7 @@ class Preset:
     def base_rope(self) -> Scaling:
         """RoPE as the base was pretrained with it."""
         base = self.base
-        return Scaling("none", base.rope_base, base.head_dim, base.window, base.window)
+        return Scaling("none", base.rope_base, base.head_dim, base.window, base.window, pretrained=base.rope_scaling)
 
     @property
     def extended_rope(self) -> Scaling:
@@ -332,13 +349,13 @@ class Preset:
             extension.window,
             extension.pair_factors,
             extension.rotated_share,
+            base.rope_scaling,
         )
 
     @property
     def control_rope(self) -> Scaling:
         """RoPE unscaled over the new window: what the same training does without the extension."""
-        base = self.base
-        return Scaling("none", base.rope_base, base.head_dim, base.window, self.extension.window)
+        return dataclasses.replace(self.base_rope, window=self.extension.window)
 
     @property
     def run_folder(self) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from llama_long_utils.model.adapters import find_adapter, load_adapter
@@ -27,8 +28,10 @@ def arm_scaling(preset: Preset, arm: str) -> Scaling:
     if arm not in ARMS:
         raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
     if arm == "yarn":
-        base = preset.base
-        return Scaling("yarn", base.rope_base, base.head_dim, base.window, preset.extension.window)
+        try:
+            return dataclasses.replace(preset.control_rope, method="yarn")
+        except ValidationError as error:
+            raise ValueError(f"preset {preset.name!r}, arm 'yarn': {error.errors()[0]['ctx']['error']}") from None
     scalings = {"base": preset.base_rope, "rope_unchanged": preset.control_rope}
     return scalings.get(arm, preset.extended_rope)
 
