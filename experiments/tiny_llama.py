@@ -144,7 +144,7 @@ def repeat_passages(sequences: list[TrainingSequence], share: float, *, seed: in
     generator = np.random.default_rng(seed)
     changed = []
     for sequence in sequences:
-        if sequence.one_piece and generator.random() < share:
+        if sequence.contiguous and generator.random() < share:
             ids, _repeat = with_repeat(sequence.input_ids, generator)
             labels = np.where(sequence.labels == IGNORED_LABEL, IGNORED_LABEL, ids)
             sequence = replace(sequence, input_ids=ids, labels=labels)

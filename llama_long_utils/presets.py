@@ -3,6 +3,7 @@
 import difflib
 import json
 import tomllib
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -87,11 +88,12 @@ def _check_consistency(preset: Preset) -> None:
             f"presets/{preset.name}.toml: training.reach = {preset.training.reach} is longer than "
             f"extension.window = {preset.extension.window}"
         )
-    unknown = set(preset.data.held_out) - set(preset.data.sources)
+    sources = preset.data.sources
+    unknown = set(preset.data.held_out) - set(sources) - {PurePath(source).name for source in sources}
     if unknown:
         raise ValueError(
             f"presets/{preset.name}.toml: data.held_out names {sorted(unknown)}, which data.sources = "
-            f"{preset.data.sources} does not have"
+            f"{sources} does not have"
         )
     edges = preset.evaluation.bucket_edges
     tokens, far_tokens = preset.evaluation.tokens, preset.evaluation.far_tokens

@@ -1,14 +1,18 @@
 import json
+import os
 import subprocess
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from experiments.tiny_llama import FOLDER
 from llama_long_utils.data.documents import Document, split_documents, tokenize_documents
 from llama_long_utils.data.packages import fetch_package
-from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, load_documents
+from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, check_sources, load_documents, read_documents
 from llama_long_utils.model.weights import load_tokenizer
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.settings import Data
 
 
 def some(count, characters=100):
@@ -81,6 +85,16 @@ def test_hub_data_set_goes_through_the_same_function(monkeypatch):
         load_documents("hub:owner/name")
 
 
+@pytest.mark.parametrize("cell", [None, 5])
+def test_a_cell_of_a_hub_column_that_is_no_text_is_named(monkeypatch, cell):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": [cell, cell]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    with pytest.raises(ValueError, match=f"hub:owner/name, row 0: expected text, got {cell}: choose a column"):
+        load_documents("hub:owner/name")
+
+
 @pytest.mark.parametrize("content", ['{"txt": "misspelt"}', '{"text": 5}', "not json", '["a list"]'])
 def test_bad_line_is_named(tmp_path, content):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + content + "\n")
@@ -101,6 +115,82 @@ def test_file_in_another_encoding_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
         load_documents(str(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "second"}), encoding="utf-8-sig")
+    assert [document.text for document in load_documents(str(tmp_path))] == ["first", "second"]
+
+
+def test_half_a_character_is_named(tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"text": "fine"}\n{"text": "not \\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"half\.jsonl, line 2: \\ud83d is half a character .*: replace it"):
+        load_documents(str(tmp_path))
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "moved.txt")
+    with pytest.raises(ValueError, match=r"gone\.txt is a link to nothing: remove it"):
+        load_documents(str(tmp_path))
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match=r"pipe\.txt is no regular file: remove it"):
+        load_documents(str(tmp_path))
+
+
+def test_hidden_files_and_folders_that_look_like_texts_are_passed_over(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "chapters.txt").mkdir()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("first")
+    assert [document.name for document in load_documents(str(tmp_path))] == ["a.txt"]
+
+
+@pytest.mark.parametrize("source", ["", "."])
+def test_the_repository_itself_is_no_source(source):
+    with pytest.raises(ValueError, match=r"unknown document source ''|holds this repository"):
+        load_documents(source)
+    with pytest.raises(ValueError, match="holds this repository"):
+        load_documents(str(REPOSITORY.parent))
+
+
+def test_faults_in_the_list_of_sources_are_seen_before_any_text_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    for sources, held_out, message in (
+        (["sotu", "sotuu"], {}, "unknown document source 'sotuu'"),
+        (["sotu", "sotu"], {}, "'sotu' is there twice"),
+        (["sotu", "shakespeare"], {"shakespeare": 43}, "cannot hold out 43 documents of 'shakespeare': it has 42"),
+        (["sotu"], {"shakespeare": 1}, "held_out names 'shakespeare', which is none of the sources"),
+        ([str(tmp_path), f"{tmp_path}/"], {tmp_path.name: 1}, f"'{tmp_path.name}', which is the name of several"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_documents(Data(sources, held_out, 1, 0), None, cache=tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_folder_is_held_out_by_its_own_name(tmp_path):
+    folder = tmp_path / "my reports"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"Report {number}.")
+    assert check_sources(["sotu", str(folder)], {"my reports": 1}) == {str(folder): 1}
+    assert check_sources([str(folder)], {str(folder): 1}) == {str(folder): 1}
+    data = Data([str(folder)], {"my reports": 1}, 1, 0)
+    training, held_out = read_documents(data, load_tokenizer(FOLDER), cache=None)
+    assert (len(training), len(held_out)) == (2, 1)
+
+
+def test_texts_too_short_for_the_window_are_refused_before_they_are_tokenized(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("short")
+    data = Data([str(tmp_path)], {tmp_path.name: 1}, 1, 0)
+    with pytest.raises(ValueError, match="no training document has 4,096 tokens: the longest of 2 has 5 bytes"):
+        read_documents(data, None, window=4096)
+    with pytest.raises(ValueError, match="no held-out document has 512 tokens: the longest of 1 has 5 bytes"):
+        read_documents(data, None, window=4, length=512)
 
 
 def test_split_leaves_something_to_train_on():
@@ -130,15 +220,66 @@ def test_split_refuses_what_it_cannot_hold_out():
         split_documents(some(10), {"mine": 3}, minimum_characters=500, seed=0)
 
 
-def test_tokens_have_bos_and_eos_and_are_cached(tmp_path):
-    tokenizer = load_tokenizer(FOLDER)
-    texts = [Document("mine", "a", "To be, or not to be"), Document("mine", "b", "that is the question")]
-    first = tokenize_documents(texts, tokenizer, cache=tmp_path)
-    for row, text in zip(first, texts, strict=True):
+TEXTS = [Document("mine", "a", "To be, or not to be"), Document("mine", "b", "That is the question")]
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer(FOLDER)
+
+
+def test_tokens_have_bos_and_eos_and_are_cached(tmp_path, tokenizer):
+    first = tokenize_documents(TEXTS, tokenizer, cache=tmp_path)
+    for row, text in zip(first, TEXTS, strict=True):
         assert row.token_ids[0] == tokenizer.bos_token_id
         assert row.token_ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(row.token_ids[1:-1]) == text.text
-    again = tokenize_documents(texts, tokenizer, cache=tmp_path)
-    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    (kept,) = (tmp_path / "tokens").iterdir()
+    written = kept.stat().st_mtime_ns
+    again = tokenize_documents(TEXTS, tokenizer, cache=tmp_path)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()] == [written]
     for one, other in zip(first, again, strict=True):
+        assert one.token_ids.dtype == other.token_ids.dtype == np.int32
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
+
+
+@pytest.mark.parametrize("damage", ["zeroed tail", "half written", "empty", "garbage"])
+def test_a_damaged_token_cache_is_made_again_and_says_so(tmp_path, tokenizer, damage, capsys):
+    long = [Document("mine", "a", "To be, or not to be, that is the question. " * 200)]
+    (first,) = tokenize_documents(long, tokenizer, cache=tmp_path)
+    (kept,) = (tmp_path / "tokens").iterdir()
+    content = kept.read_bytes()
+    half = len(content) // 2
+    kept.write_bytes(
+        {
+            "zeroed tail": content[:half] + bytes(len(content) - half),
+            "half written": content[:half],
+            "empty": b"",
+            "garbage": bytes(range(256)) * 8,
+        }[damage]
+    )
+    (again,) = tokenize_documents(long, tokenizer, cache=tmp_path)
+    np.testing.assert_array_equal(again.token_ids, first.token_ids)
+    assert "is not whole" in capsys.readouterr().out
+    assert kept.read_bytes() == content
+
+
+def test_other_rules_of_the_tokenizer_are_other_tokens(tmp_path, tokenizer):
+    plain = tokenize_documents(TEXTS, tokenizer, cache=tmp_path)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # the vocabulary stays
+    lower = tokenize_documents(TEXTS, tokenizer, cache=tmp_path)
+    assert tokenizer.decode(lower[1].token_ids[1:-1]) == "that is the question"
+    assert tokenizer.decode(plain[1].token_ids[1:-1]) == "That is the question"
+
+
+def test_a_changed_text_of_the_same_name_and_size_is_seen(tmp_path, tokenizer):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.txt").write_text("to be")
+    data = Data([str(folder)], {"texts": 1}, 1, 0)
+    read_documents(data, tokenizer, cache=tmp_path)
+    for number in range(2):
+        (folder / f"{number}.txt").write_text("or no")
+    training, held_out = read_documents(data, tokenizer, cache=tmp_path)
+    assert [tokenizer.decode(side[0].token_ids[1:-1]) for side in (training, held_out)] == ["or no", "or no"]

@@ -114,7 +114,7 @@ def test_repeats_go_into_their_share_of_whole_sequences_only():
     assert 0.1 < np.mean(differs) < 0.4
     for before, after, differ in zip(sequences, changed, differs, strict=True):
         assert (after.labels[1:] == after.input_ids[1:]).all() or not differ
-        assert before.one_piece or not differ
+        assert before.contiguous or not differ
 
 
 def test_attention_loss_is_zero_where_heads_look_right():

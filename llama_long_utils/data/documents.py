@@ -2,15 +2,20 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
+from llama_long_utils.cache import Cache, digest
 from llama_long_utils.paths import CACHE
+
+if TYPE_CHECKING:  # three seconds to import, and sources are checked without it
+    from transformers import PreTrainedTokenizerBase
+
+TOKENS_VERSION = 1  # raise it when the same text and tokenizer give other ids
 
 
 @dataclass(frozen=True)
@@ -40,35 +45,33 @@ class TokenizedDocument:
 
 
 def tokenize_documents(
-    documents: list[Document], tokenizer: PreTrainedTokenizerBase, *, cache: Path | None = CACHE
+    documents: list[Document], tokenizer: "PreTrainedTokenizerBase", *, cache: Path | None = CACHE
 ) -> list[TokenizedDocument]:
-    """Turn documents into token ids, BOS at the start and EOS at the end of each.
+    """Documents as token ids, BOS at the start and EOS at the end of each.
 
-    The ids are kept in `cache` under a hash of the texts and of the tokenizer, because tokenizing
-    20 MB costs about ten seconds and three notebooks need the same ids.
+    The ids are kept in `cache` by texts and tokenizer: 20 MB of text cost ten seconds, and three notebooks need them.
     """
-    key = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    for document in documents:
-        key.update(f"\0{document.source}\0{document.name}\0{document.text}".encode())
-    stored = cache / "tokens" / f"{key.hexdigest()[:32]}.npy" if cache else None
-    if stored and stored.exists():
-        flat = np.load(stored, allow_pickle=False)
-    else:
-        texts = [document.text for document in documents]
-        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def tokenize() -> dict[str, np.ndarray]:
+        rows = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        rows = [np.array([bos, *row, eos], dtype=np.int32) for row in rows]
-        flat = np.concatenate([[len(rows)], [len(row) for row in rows], *rows]).astype(np.int32)
-        if stored:
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            half_written = stored.with_suffix(f".{os.getpid()}.npy")
-            np.save(half_written, flat)
-            half_written.replace(stored)
-    count = int(flat[0])
-    ends = count + 1 + np.cumsum(flat[1 : count + 1])
-    rows = np.split(flat[: ends[-1]], ends[:-1])
-    rows[0] = rows[0][count + 1 :]
+        rows = [np.array([bos, *row, eos], dtype=np.int32) for row in rows["input_ids"]]
+        return {"ends": np.cumsum([len(row) for row in rows]), "token_ids": np.concatenate(rows)}
+
+    if not documents:
+        return []
+    inputs = {"tokenizer": _tokenizer_key(tokenizer), "texts": digest([document.text for document in documents])}
+    store = Cache(cache / "tokens", TOKENS_VERSION, inputs) if cache else None
+    found = store.arrays("tokens", tokenize) if store else tokenize()
+    rows = np.split(found["token_ids"], found["ends"][:-1])
     return [TokenizedDocument(d.source, d.name, row) for d, row in zip(documents, rows, strict=True)]
+
+
+def _tokenizer_key(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A digest of all that decides the ids: vocabulary, merges, normalization, special tokens."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules |= {"truncation": None, "padding": None}  # what the last call asked for
+    return digest(rules, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def split_documents(

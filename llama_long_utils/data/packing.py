@@ -31,7 +31,7 @@ class TrainingSequence:
     attention_mask: np.ndarray | None = None
 
     @property
-    def one_piece(self) -> bool:
+    def contiguous(self) -> bool:
         """Whether all of it, without padding, is from one place of one document."""
         return bool((np.diff(self.position_ids) > 0).all())
 
@@ -39,19 +39,9 @@ class TrainingSequence:
     def label_tokens(self) -> int:
         return int((self.labels != IGNORED_LABEL).sum())
 
-
-class SequenceDataset(torch.utils.data.Dataset):
-    """A list of training sequences as the mapping of tensors that `transformers.Trainer` collates."""
-
-    def __init__(self, sequences: list[TrainingSequence]) -> None:
-        self.sequences = sequences
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sequence = self.sequences[index]
-        return {name: torch.from_numpy(value).long() for name, value in vars(sequence).items() if value is not None}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What `transformers.Trainer` collates, of which a list is data set enough. Shares the arrays' memory."""
+        return {name: torch.from_numpy(value) for name, value in vars(self).items() if value is not None}
 
 
 def cut_document(tokens: np.ndarray, window: int, first_cut: int) -> list[np.ndarray]:
@@ -163,7 +153,7 @@ def skip_positions(sequences: list[TrainingSequence], reach: int, *, seed: int) 
         raise ValueError(f"positions cannot end at {reach:,} in sequences of {window:,} tokens: raise training.reach")
     if reach == window:
         return sequences
-    if not all(sequence.one_piece for sequence in sequences):
+    if not all(sequence.contiguous for sequence in sequences):
         raise ValueError("positions can only be skipped inside one document: set training.pack = false")
     skipped = []
     for sequence in sequences:

@@ -38,7 +38,7 @@ def quote_themselves(sequences: list[TrainingSequence], share: float, *, seed: i
     generator = np.random.default_rng(seed)
     changed = []
     for sequence in sequences:
-        if generator.random() < share and sequence.one_piece:
+        if generator.random() < share and sequence.contiguous:
             ids, _source = with_excerpts(sequence.input_ids, generator)
             sequence = replace(
                 sequence, input_ids=ids, labels=np.where(sequence.labels == IGNORED_LABEL, IGNORED_LABEL, ids)

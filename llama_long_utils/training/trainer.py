@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from llama_long_utils.data.packing import SequenceDataset, TrainingSequence
+from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.progress import headless
 from llama_long_utils.settings import TrainingSettings
@@ -121,7 +121,9 @@ def train(
         disable_tqdm=headless(),
         seed=settings.seed,
     )
-    trainer = ChunkedLossTrainer(model=model, args=arguments, train_dataset=SequenceDataset(sequences))
+    trainer = ChunkedLossTrainer(
+        model=model, args=arguments, train_dataset=[sequence.tensors() for sequence in sequences]
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.report_every, trainer.offload_checkpoints = report_every, settings.memory_savings.offload_checkpoints
     trainer.step_started = time.perf_counter()
