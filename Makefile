@@ -41,17 +41,17 @@ notebooks: $(INSTALLED)
 	$(BIN)/python -m tools.run --store
 
 longrope: $(INSTALLED)
-	$(BIN)/python -m tools.run --longrope --preset $(PRESET)
+	$(BIN)/python -m experiments longrope --preset $(PRESET)
 
 race: $(INSTALLED)
-	$(BIN)/python -m tools.run --race --workers 2 --preset $(PRESET)
+	$(BIN)/python -m experiments race --workers 2 --preset $(PRESET)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock ".[bench]"
-	$(BIN)/python -W ignore -m experiments.bench
+	$(BIN)/python -W ignore -m experiments bench
 
 tiny-llama: $(INSTALLED)
-	$(BIN)/python -m experiments.tiny_llama
+	$(BIN)/python -m experiments tiny-llama
 
 lock: $(INSTALLED)
 	$(BIN)/python -m tools.lock

@@ -8,32 +8,29 @@ by its NLL at every position and by first-sentence retrieval.
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+import torch
 from peft import PeftModel
-from scipy.signal import correlate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.data.sequences import draw_sequences
 from llama_long_utils.data.sources import read_split
 from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches, token_nll
 from llama_long_utils.evaluation.retrieval import answers, rouge_l
 from llama_long_utils.evaluation.retrieval_items import first_sentence_items
-from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.adapters import add_lora
-from llama_long_utils.model.attention import S2_GROUPS
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.loss import causal_lm
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.paths import RESULTS
-from llama_long_utils.records import papermill_command, read_arrays, read_record, read_table, write_arrays, write_record
+from llama_long_utils.records import papermill_command, read_record, read_table, write_arrays, write_record
 from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings
 from llama_long_utils.training import trainer
 from llama_long_utils.training.planner import plan_training
@@ -90,34 +87,6 @@ def arm_training(preset: Preset, arm: Arm) -> TrainingSettings | None:
     race = preset.race
     shared = {"warmup_steps": race.warmup_steps, "self_quoting_share": race.self_quoting_share}
     return dataclasses.replace(preset.training, **changes, **shared, pack=False, seed=arm.seed)
-
-
-def distances_seen(sequences: Sequence[TrainingSequence], settings: TrainingSettings) -> np.ndarray:
-    """How often a training run shows each distance between a query and a key that it attends to.
-
-    Returns:
-        Shape (reach,): entry D is the number of such pairs D tokens apart, over all sequences, as a mean over
-        heads (half of the heads of shifted sparse attention see other groups).
-    """
-    counts = np.zeros(settings.reach)
-    for sequence in sequences:
-        for part, weight in _attention_groups(settings):
-            there = np.zeros(settings.reach)
-            there[sequence.position_ids[part]] = 1.0
-            counts += weight * correlate(there, there)[settings.reach - 1 :]
-    return counts.round(6)
-
-
-def _attention_groups(settings: TrainingSettings) -> Iterator[tuple[slice, float]]:
-    window = settings.window
-    if settings.attention == "sdpa":
-        yield slice(0, window), 1.0
-        return
-    group = window // S2_GROUPS
-    for start in range(0, window, group):
-        yield slice(start, start + group), 0.5
-    for start in range(-group // 2, window, group):
-        yield slice(max(start, 0), min(start + group, window)), 0.5
 
 
 def run_arm(preset: Preset, arm: Arm) -> Path:
@@ -241,15 +210,14 @@ def arm_record(preset: Preset, arm: Arm, base_sha256: str) -> Path:
     return preset.run_folder / "race" / f"{key.hexdigest()[:12]}.json"
 
 
-def collect(preset: Preset, base_sha256: str, folder: Path) -> Path:
-    """Join the records of all arms to folder/11_ablations.json and .npz.
+def collect(preset: Preset, arms: Sequence[Arm], base_sha256: str, folder: Path) -> Path:
+    """Join the records of these arms to folder/11_ablations.json and .npz.
 
     The tables hold means over documents; the arrays hold every document, for intervals, and every text written.
 
     Raises:
         ValueError: an arm was not measured.
     """
-    arms = race_arms(preset)
     paths = [arm_record(preset, arm, base_sha256) for arm in arms]
     nll = pd.concat([read_table(path, "nll") for path in paths])
     found = pd.concat([read_table(path, "retrieval") for path in paths])
@@ -283,59 +251,33 @@ def collect(preset: Preset, base_sha256: str, folder: Path) -> Path:
         seeds={"training": preset.race.seeds, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
         seconds=sum(number["seconds"] for number in provenance),
         provenance={
-            "command": f"make race PRESET={preset.name}",
+            "command": f"python -m experiments race --preset {preset.name}",
             **{name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")},
         },
     )
 
 
-@dataclass(frozen=True)
-class RaceResults:
-    """The race as recorded: `arms` has a row for each arm, in the order of the arrays' first axis."""
+def run_race(preset: Preset, arms: Sequence[Arm], folder: Path, *, workers: int) -> Path:
+    """Measure every arm that has no record yet, then join all of them in one record in `folder`.
 
-    arms: pd.DataFrame
-    edges: list[int]
-    arrays: dict[str, np.ndarray]
-    bootstrap: Bootstrap
+    Args:
+        workers: arms at a time; with several, each computes on one thread.
 
-    def nll(self, method: str, training: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """Nats of shape (seeds, documents) and tokens of shape (documents,) at positions [low, high)."""
-        buckets = slice(self.edges.index(low), self.edges.index(high))
-        rows = self._rows(method, training)
-        return self.arrays["nats"][rows, :, buckets].sum(axis=2), self.arrays["tokens"][:, buckets].sum(axis=1)
-
-    def rouge_l(self, method: str, training: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """ROUGE-L of shape (seeds, documents) and ones of shape (documents,) at a length."""
-        scores = self.arrays[f"rouge_l_{length}"][self._rows(method, training)]
-        return scores, np.ones(scores.shape[1])
-
-    def _rows(self, method: str, training: str) -> np.ndarray:
-        chosen = (self.arms.method == method) & (self.arms.training == training)
-        if not chosen.any():
-            raise ValueError(f"the race has no arm {method!r} with training {training!r}")
-        return np.flatnonzero(chosen)
-
-    def mean(self, values: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-        """Token-weighted mean of values (seeds, documents) with its 95% interval over documents and seeds."""
-        seeds, documents = values.shape
-        of_documents = dataclasses.replace(self.bootstrap, documents=documents).weights()
-        generator = np.random.default_rng(self.bootstrap.seed)
-        of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(of_documents)) / seeds
-        means = np.einsum("bs,sd,bd->b", of_seeds, values, of_documents) / (of_documents @ tokens)
-        low, high = np.percentile(means, [2.5, 97.5])
-        return {"value": float(values.mean(axis=0).sum() / tokens.sum()), "low": float(low), "high": float(high)}
-
-
-def race_results(preset: Preset) -> RaceResults:
-    """The committed race of a preset.
-
-    Raises:
-        ValueError: it was not run, or its arrays are missing.
+    Returns:
+        The record, 11_ablations.
     """
-    path = RESULTS / preset.name / "11_ablations.json"
-    nll = read_table(path, "nll_by_position")
-    edges = sorted({*nll.position_low, *nll.position_high})
-    arrays = read_arrays(path.with_suffix(".npz"))
-    evaluation = preset.evaluation
-    bootstrap = Bootstrap(len(arrays["documents"]), evaluation.bootstrap_samples, evaluation.seed)
-    return RaceResults(read_table(path, "cost"), edges, arrays, bootstrap)
+    base_sha256 = weights_sha256(locate_base(preset))
+    waiting = [arm for arm in arms if not arm_record(preset, arm, base_sha256).is_file()]
+    print(f"{len(arms)} arms, {len(arms) - len(waiting)} of them measured before", flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    threads = 1 if workers > 1 else torch.get_num_threads()
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        running = {pool.submit(run_arm, preset, arm): arm for arm in waiting}
+        for number, done in enumerate(as_completed(running), start=len(arms) - len(waiting) + 1):
+            try:
+                done.result()
+            except Exception:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            print(f"[{number}/{len(arms)}] {running[done]}", flush=True)
+    return collect(preset, arms, base_sha256, folder)

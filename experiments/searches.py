@@ -96,7 +96,7 @@ def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> Pa
         },
         seeds={"search": seed, "split": preset.data.split_seed},
         seconds=time.perf_counter() - started,
-        provenance={"command": f"make longrope PRESET={preset.name}"},
+        provenance={"command": f"python -m experiments longrope --preset {preset.name}"},
     )
 
 
@@ -131,8 +131,9 @@ def search_rope_base(preset: Preset, bases: Sequence[float], *, texts: int, seed
         seeds={"texts": seed, "split": preset.data.split_seed},
         seconds=time.perf_counter() - started,
         provenance={
-            "command": f"python -m llama_long_utils.run --preset {preset.name} --rope-bases "
-            + " ".join(f"{base:g}" for base in bases)
+            "command": " ".join(
+                ["python -m experiments rope-bases", *(f"{base:g}" for base in bases), f"--preset {preset.name}"]
+            )
         },
     )
 
@@ -185,7 +186,7 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
         },
         seeds={"training": seed, "evaluation": evaluation.seed, "split": preset.data.split_seed},
         seconds=time.perf_counter() - started,
-        provenance={"command": f"python -m llama_long_utils.run --preset {preset.name} --trainings {' '.join(names)}"},
+        provenance={"command": f"python -m experiments trainings {' '.join(names)} --preset {preset.name}"},
     )
 
 

@@ -1,28 +1,25 @@
-import concurrent.futures
 import dataclasses
 import json
-from concurrent.futures import ThreadPoolExecutor
+import os
+import shutil
 
-import nbformat
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 
-from experiments import race, searches
+from experiments import searches
 from experiments.race import (
     ZERO_SHOT,
     Arm,
-    RaceResults,
     arm_record,
     arm_rope,
     arm_training,
     collect,
-    distances_seen,
     race_arms,
-    race_results,
     run_arm,
+    run_race,
 )
+from experiments.race_results import RaceResults, distances_seen, race_results
 from experiments.searches import compare_trainings, search_longrope, search_pair_factors, search_rope_base
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import Bootstrap
@@ -31,7 +28,6 @@ from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_table, write_record
 from llama_long_utils.settings import METHODS
-from tools import run
 
 EQUAL_SECONDS = "-equal-seconds"
 
@@ -142,20 +138,23 @@ def test_factors_of_the_preset_are_those_that_the_search_found(preset):
     assert nll.iloc[-1] < nll.iloc[0]
 
 
-def test_race_that_was_not_run_says_so(preset, monkeypatch, tmp_path):
-    monkeypatch.setattr(race, "RESULTS", tmp_path)
+def test_race_that_was_not_run_says_so(preset, tmp_path):
     with pytest.raises(ValueError, match="run its notebook first"):
-        race_results(preset)
+        race_results(preset, tmp_path)
 
 
-def test_an_arm_is_measured_once(preset, monkeypatch, tmp_path):
-    small = dataclasses.replace(
+def small(preset):
+    """The same with few texts and questions."""
+    return dataclasses.replace(
         preset,
         evaluation=dataclasses.replace(preset.evaluation, tokens=256, far_tokens=256, bucket_edges=[1, 64, 256]),
         retrieval=dataclasses.replace(preset.retrieval, lengths=[256], documents=2, answer_tokens=16),
     )
+
+
+def test_an_arm_is_measured_once(preset, monkeypatch, tmp_path):
     monkeypatch.setattr(type(preset), "run_folder", tmp_path)
-    path = run_arm(small, Arm("abf", ZERO_SHOT, 0))
+    path = run_arm(small(preset), Arm("abf", ZERO_SHOT, 0))
     nll, found = read_table(path, "nll"), read_table(path, "retrieval")
     assert set(nll.method) == {"abf"}
     assert nll.groupby("document").tokens.sum().eq(255).all()
@@ -163,8 +162,9 @@ def test_an_arm_is_measured_once(preset, monkeypatch, tmp_path):
     assert found.rouge_l.between(0, 100).all()
     command = json.loads(path.read_text())["provenance"]["command"]
     assert command.endswith("-p preset tiny -p method abf -p training zero-shot -p seed 0")
-    monkeypatch.setattr(race, "measure", lambda *a: pytest.fail("measured again"))
-    assert run_arm(small, Arm("abf", ZERO_SHOT, 0)) == path
+    measured = path.stat().st_mtime_ns
+    assert run_arm(small(preset), Arm("abf", ZERO_SHOT, 0)) == path
+    assert path.stat().st_mtime_ns == measured
 
 
 def test_search_finds_cheaper_factors_that_never_fall():
@@ -199,36 +199,22 @@ def write_arm(preset, arm, base_sha256, number):
     )
 
 
-def test_race_executes_the_first_part_of_the_notebook_for_the_arms_without_a_record(preset, monkeypatch, tmp_path):
-    arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
-    base_sha256 = weights_sha256(locate_base(preset))
-    executed, kills = [], [Arm("abf", "pose", 1)]
-
-    def execute(notebook, _output, parameters, **_options):
-        cells = nbformat.read(notebook, as_version=4).cells
-        assert "run_arm(" in cells[-1].source
-        del parameters["preset"]
-        arm = Arm(**parameters)
-        if arm in kills:
-            kills.remove(arm)
-            raise RuntimeError("killed")
-        executed.append(arm)
-        write_arm(preset, arm, base_sha256, len(executed))
-
-    monkeypatch.setattr("tools.run.race_arms", lambda _preset: arms)
-    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
-    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", ThreadPoolExecutor)
-    write_arm(preset, arms[0], base_sha256, 0)
-    with pytest.raises(RuntimeError, match="killed"):
-        run.race(preset, workers=1)
-    assert executed == arms[1:2]
-    assert not (tmp_path / "results").exists()
-    run.race(preset, workers=1)
-    assert executed == arms[1:]
-    stored = tmp_path / "results" / "tiny" / "11_ablations.json"
-    assert len(read_table(stored, "cost")) == len(arms)
+def test_a_race_goes_on_with_the_arms_that_have_no_record(preset, tmp_path):
+    """In processes of their own, below a run folder of their own."""
+    own = dataclasses.replace(small(preset), name=f"test-race-{os.getpid()}")
+    arms = [Arm("abf", ZERO_SHOT, 0), Arm("pi", ZERO_SHOT, 0)]
+    try:
+        first = arm_record(own, arms[0], weights_sha256(locate_base(own)))
+        run_race(own, arms[:1], tmp_path / own.name, workers=1)
+        measured = first.stat().st_mtime_ns
+        run_race(own, arms, tmp_path / own.name, workers=1)
+        assert first.stat().st_mtime_ns == measured
+    finally:
+        shutil.rmtree(own.run_folder, ignore_errors=True)
+    results = race_results(own, tmp_path)
+    assert list(results.arms.method) == ["abf", "pi"]
+    abf, pi = (results.mean(*results.nll(method, ZERO_SHOT, 64, 256))["value"] for method in ("abf", "pi"))
+    assert abf < pi  # untrained, PI harms the old window and ABF hardly
 
 
 def test_search_for_longrope_reads_training_documents_and_writes_a_record(preset, monkeypatch, tmp_path):
@@ -275,17 +261,15 @@ def test_trainings_are_compared_on_held_out_documents_of_each_source(preset, mon
 
 def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_path):
     arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
-    monkeypatch.setattr(race, "race_arms", lambda _preset: arms)
     monkeypatch.setattr(type(preset), "run_folder", tmp_path)
-    monkeypatch.setattr(race, "RESULTS", tmp_path / "results")
     with pytest.raises(ValueError, match="run its notebook first"):
-        collect(preset, "base", tmp_path / "results" / "tiny")
+        collect(preset, arms, "base", tmp_path / "results" / "tiny")
     for number, arm in enumerate(arms):
         write_arm(preset, arm, "base", number)
-    written = collect(preset, "base", tmp_path / "results" / "tiny")
+    written = collect(preset, arms, "base", tmp_path / "results" / "tiny")
     by_position = read_table(written, "nll_by_position")
     assert list(by_position[by_position.position_low == 1].value) == [2.0, 3.0, 4.0]
-    results = race_results(preset)
+    results = race_results(preset, tmp_path / "results")
     nats, tokens = results.nll("abf", "pose", 1, 64)
     assert nats.tolist() == [[126.0, 252.0], [189.0, 315.0]]
     assert results.mean(nats, tokens)["value"] == pytest.approx(3.5)

@@ -1,0 +1,77 @@
+"""The experiments, one command each: `python -m experiments NAME --help`."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from llama_long_utils.paths import RESULTS
+from llama_long_utils.presets import load_preset
+
+
+def rope_base(text: str) -> float:
+    """A RoPE base: a finite number above 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no RoPE base: give a finite number above 1, for example 1e6")
+    return value
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for; heavy modules are imported only after this."""
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
+    race = commands.add_parser(
+        "race", help="every arm of notebook 11 that has no record yet (hours; goes on if stopped)"
+    )
+    race.add_argument("--workers", type=int, default=1, choices=range(1, 65), metavar="N", help="arms at a time")
+    longrope = commands.add_parser("longrope", help="search LongRoPE's factors on training documents (10 minutes)")
+    bases = commands.add_parser("rope-bases", help="read training documents at several RoPE bases, untrained")
+    bases.add_argument("bases", type=rope_base, nargs="+", metavar="BASE")
+    trainings = commands.add_parser("trainings", help="train in several ways of [race.trainings] and compare them")
+    trainings.add_argument("names", nargs="+", metavar="NAME")
+    for command in (race, longrope, bases, trainings):
+        command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
+    commands.add_parser("bench", help="measure training steps beside other trainers, for notebook 4 (two hours)")
+    commands.add_parser("tiny-llama", help="train data/tiny-llama again (one to two hours; needs a C++ compiler)")
+    return parser.parse_args()
+
+
+def run(asked: argparse.Namespace) -> Path | None:
+    """The record that the command wrote, if it writes one."""
+    preset = load_preset(asked.preset) if "preset" in asked else None
+    if asked.command == "race":
+        from experiments.race import race_arms, run_race
+
+        return run_race(preset, race_arms(preset), RESULTS / preset.name, workers=asked.workers)
+    if asked.command in ("longrope", "rope-bases", "trainings"):
+        from experiments import searches
+
+        if asked.command == "longrope":
+            return searches.search_longrope(preset, rounds=120, texts=6, seed=0)
+        if asked.command == "rope-bases":
+            return searches.search_rope_base(preset, asked.bases, texts=2, seed=0)
+        return searches.compare_trainings(preset, asked.names, seed=0)
+    if asked.command == "bench":
+        from experiments import bench
+
+        bench.main()
+    if asked.command == "tiny-llama":
+        from experiments import tiny_llama
+
+        tiny_llama.main()
+    return None
+
+
+if __name__ == "__main__":
+    try:
+        record = run(arguments())
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here")
+    if record:
+        print(record)
