@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_long_utils.data.packages import Package, fetch_package
 from llama_long_utils.evaluation.generation import Model, continuation_nll, encode, read_and_write, write
-from llama_long_utils.evaluation.sandbox import PASSED, run_program
+from llama_long_utils.evaluation.sandbox import run_program
 from llama_long_utils.evaluation.statistics import SEED, Paired, _bootstrap, paired_accuracy, paired_mean
 from llama_long_utils.evaluation.tasks import (
     Item,
@@ -110,8 +110,10 @@ def score_number(item: Item, nll: Sequence[np.ndarray], written: str) -> Metrics
 
 def score_program(item: Item, nll: Sequence[np.ndarray], written: str) -> Metrics:
     """NLL per token of the reference solution, and whether the completed function passes its tests."""
-    outcome = run_program(f"{item.prompt}{written}\n{item.accepted[0]}")
-    return {"answer_nll": float(nll[0].mean()), "passed": float(outcome == PASSED), "written": written}
+    tests = item.accepted[0]  # ends with a call of check(FUNCTION)
+    function = tests.rstrip().removesuffix(")").rpartition("(")[2]
+    verdict = run_program(f"{item.prompt}{written}", tests, function, given=f"{item.prompt}    pass\n")
+    return {"answer_nll": float(nll[0].mean()), "passed": float(verdict.passed), "written": written}
 
 
 def score_answer(item: Item, nll: Sequence[np.ndarray], written: str) -> Metrics:

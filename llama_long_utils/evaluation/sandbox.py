@@ -1,105 +1,190 @@
-"""Running programs that a model wrote."""
+"""Runs programs that a model wrote, away from everything else, and says whether they pass their tests.
+
+The program and its tests run in two processes. The tests never lie in the program's process: it sees the arguments of
+one call after the other and sends back plain data. So the verdict is made where the program has no code, and it
+cannot be had by a name, a printed marker, `sys.exit(0)`, `os._exit(0)`, an `__eq__` that is always true, a patched
+library, or by looking through frames and `gc`: there is nothing to be found. A wrong program passes only if it sends
+the values that the tests want.
+
+Both processes run in bubblewrap (https://github.com/containers/bubblewrap): no network; their own process, IPC, host
+name and mount namespaces, without /proc; of the machine's files only Python's library and the system's, read-only; a
+/tmp of 16 MiB in memory; no capabilities and no root; no environment. Limits: processor time, address space, size and
+number of files, no further process or thread; and a time after which both are killed with all that they started.
+
+Not defended: faults in the kernel or in bubblewrap; reading what everybody may read in /usr/lib and Python's folder;
+a program that knows the tests' answers by heart; one that fills memory from inside a user namespace, where the kernel
+gives these to everybody and the sandbox was started by root.
+
+Without bubblewrap nothing runs, unless it is asked for with `allow_execution=True`. Then an audit hook in each process
+is all there is. It refuses files, sockets, processes, signals and ctypes as models write them by accident, but code
+that wants to get around it can: through `_posixsubprocess`, `os.mkfifo`, `readline`, `gc` (which reaches the hook).
+"""
 
 import contextlib
+import functools
 import json
 import os
-import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 
-PASSED = "passed"
-
-
-# Everything below happens in the child. An audit hook cannot be removed once it is set (PEP 578).
-_CHILD = """
-import json, os, resource, sys, sysconfig
-task = json.load(sys.stdin)
-result, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
-for number in range(3):
-    os.dup2(nothing, number)
-if hasattr(os, "unshare"):
-    try:
-        os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET)
-    except OSError:
-        pass
-for name, value in task["limits"].items():
-    try:
-        resource.setrlimit(getattr(resource, name), (value, value))
-    except (AttributeError, OSError, ValueError):
-        pass
-library = tuple({os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")})
-
-def guard(event, arguments, denied=tuple(task["denied"]), path=os.path.realpath, text=os.fsdecode):
-    if event == "open":
-        if isinstance(arguments[0], int) or path(text(arguments[0])).startswith(library):
-            return
-    elif not event.startswith(denied):
-        return
-    raise PermissionError(event)
-
-sys.addaudithook(guard)
-try:
-    exec(compile(task["source"], "program", "exec"), {"__name__": "__main__"})
-    outcome = "passed"
-except BaseException as error:
-    outcome = type(error).__name__
-os.write(result, (task["secret"] + outcome).encode())
-os._exit(0)
-"""
+CHILD = Path(__file__).with_name("sandbox_child.py")
+PYTHON = [str(Path(sys.executable).resolve()), "-s", "-P", "-S", "-B", "-X", "utf8", "-c"]
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # sets of text have the same order each time
+SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/nix/store")
+FILE_BYTES = 2**24
+REFUSAL = (
+    "programs that a model wrote run in bubblewrap, which {fault}: install it (Debian, Ubuntu: apt-get install "
+    "bubblewrap), leave the task out, or accept a weaker guard with allow_execution"
+)
 
 
-_DENIED = ("socket.", "subprocess.", "ctypes.", "shutil.", "pty.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn")
-_DENIED += ("os.system", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink")
-_DENIED += ("os.truncate", "os.chmod", "os.chown", "os.setxattr", "os.utime", "os.chdir", "os.chflags")
+@dataclass(frozen=True)
+class Verdict:
+    """`passed`, and in words what ended the program: "passed", an exception's name, "timed out", "killed by SIGKILL".
 
-
-def run_program(source: str, *, cpu_seconds: int = 5, memory_mib: int = 512) -> str:
-    """Run a program that a model wrote: "passed", or what ended it.
-
-    The child is an isolated Python (`-I`, without installed packages) in an empty folder, with an empty environment, no
-    input and its output thrown away. It has `cpu_seconds` of processor and twice that of time, `memory_mib` MiB of
-    address space, may write no file and start no process. An audit hook refuses sockets, processes, signals, changes to
-    files, ctypes, and opening anything but Python's own library (the parent's environment in /proc included); names of
-    files can be listed. From Python 3.12 on Linux it also gets a network of its own with nothing in it, if the kernel
-    lets it.
-
-    This stops what models write by accident. It does **not** stop an attack: the hook and the check run in the same
-    interpreter as the program, so code made to break out of Python can (and can claim to have passed), and a bug in the
-    interpreter or the kernel is no wall. Limits on processes do not bind root; macOS has no limit on address space. If
-    you must run hostile code, run all of this in a container or a virtual machine without network.
+    A program can choose the name of its exception, so only `passed` says whether it passed.
     """
-    secret = secrets.token_hex(16)
+
+    passed: bool
+    reason: str
+
+
+def require_sandbox(allow_execution: bool = False) -> str:
+    """What programs run in here: "bubblewrap", or "audit hook" where that cannot run and `allow_execution` is set.
+
+    To be called before a model writes the first program: commands and notebooks pass on their switch of this name.
+
+    Raises:
+        RuntimeError: bubblewrap cannot run and `allow_execution` is not set.
+    """
+    fault = bubblewrap_fault()
+    if fault and not allow_execution:
+        raise RuntimeError(REFUSAL.format(fault=fault))
+    return "audit hook" if fault else "bubblewrap"
+
+
+def run_program(
+    program: str,
+    tests: str,
+    function: str,
+    *,
+    given: str = "",
+    allow_execution: bool = False,
+    cpu_seconds: int = 5,
+    memory_mib: int = 512,
+) -> Verdict:
+    """Whether a program's function passes its tests.
+
+    Arguments and values travel as plain data: None, numbers, fractions, text, bytes, lists, tuples, sets, dicts and
+    what extends these. Tests do not see that a function changed its arguments in place, and any other value (an
+    iterator, an object) is equal to nothing.
+
+    Args:
+        program: what the model wrote, with its prompt: Python source that defines `function`.
+        tests: Python source that calls `function` and raises if a value is wrong; in HumanEval `check` and its call.
+        given: source that the tests may use beside it, such as helpers that stand in the prompt (with a body for the
+            function that is to be written). Theirs is this one, whatever the program makes of it.
+        allow_execution: as in `require_sandbox`.
+        cpu_seconds: of processor, and four times that of time.
+        memory_mib: of address space, in MiB.
+
+    Raises:
+        RuntimeError: as `require_sandbox`, before anything runs.
+    """
+    audit = require_sandbox(allow_execution) == "audit hook"
     limits = {
         "RLIMIT_CPU": cpu_seconds,
         "RLIMIT_AS": memory_mib * 2**20,
-        "RLIMIT_FSIZE": 0,
+        "RLIMIT_FSIZE": 0 if audit else FILE_BYTES,
         "RLIMIT_NPROC": 0,
         "RLIMIT_NOFILE": 32,
         "RLIMIT_CORE": 0,
     }
-    task = json.dumps({"source": source, "secret": secret, "limits": limits, "denied": _DENIED})
-    with tempfile.TemporaryDirectory() as folder:
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={},
-            start_new_session=True,
-        )
+    task = json.dumps({"program": program, "function": function, "given": given, "tests": tests}).encode()
+    ends = socket.socketpair()
+    with tempfile.TemporaryDirectory() as folder, ends[0], ends[1], contextlib.ExitStack() as running:
+
+        def start(role: str, end: socket.socket, streams: int) -> subprocess.Popen:
+            options = json.dumps({"limits": limits, "audit": audit, "channel": end.fileno()})
+            command = [*PYTHON, CHILD.read_text(), role, options]
+            process = subprocess.Popen(
+                command if audit else [*bubblewrap(), *command],
+                stdin=streams,
+                stdout=streams,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[end.fileno()],
+                cwd=folder,
+                env=ENVIRONMENT,
+                start_new_session=True,
+            )
+            running.callback(_kill, process)
+            end.close()  # the other side reads an end of file when the process is gone
+            return process
+
+        writer = start("program", ends[0], subprocess.DEVNULL)
+        judge = start("judge", ends[1], subprocess.PIPE)
         try:
-            output, _ = child.communicate(task.encode(), timeout=2 * cpu_seconds)
+            output, _ = judge.communicate(task, timeout=4 * cpu_seconds)
         except subprocess.TimeoutExpired:
-            return "timed out"
-        finally:
-            if child.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.communicate()
-    outcome = output.decode(errors="replace")
-    if outcome.startswith(secret):
-        return outcome.removeprefix(secret)
-    return f"killed by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "ended without a result"
+            return Verdict(False, "timed out")
+        verdict = json.loads(output) if output else {"passed": False, "reason": "the tests ended without a verdict"}
+        if verdict["reason"] == "ended":
+            verdict["reason"] = f"ended before it answered{_signal(writer)}"
+        return Verdict(**verdict)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End a process and its group, if it did not end by itself."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _signal(process: subprocess.Popen) -> str:
+    """What ended a process that is ending, as ": SIGKILL", or "" if no signal did. Bubblewrap adds 128 to it."""
+    try:
+        status = process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return ""
+    number = -status if status < 0 else status - 128
+    return f": {signal.Signals(number).name}" if number in set(signal.Signals) else ""
+
+
+def bubblewrap() -> list[str]:
+    """The command and options that programs run in. Root's sandbox has no user namespace: the child becomes nobody."""
+    options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    options += ["--die-with-parent", "--cap-drop", "ALL", "--hostname", "sandbox"]
+    if os.geteuid() == 0:
+        options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        options += ["--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534"]
+    library = dict.fromkeys([*SYSTEM, f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64", PYTHON[0]])
+    for bind, paths in (("--ro-bind", library), ("--dev-bind", ["/dev/null", "/dev/urandom"])):
+        for path in filter(os.path.exists, paths):
+            for parent in reversed(Path(path).parents):
+                options += ["--dir", str(parent)]  # open to all; what a bind would make is open to root alone
+            options += [bind, path, path]
+    options += ["--perms", "1777", "--size", str(FILE_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [shutil.which("bwrap") or "bwrap", *options, "--"]
+
+
+@functools.cache
+def bubblewrap_fault() -> str:
+    """Why bubblewrap cannot run here, or "" if it can: a program is run in it once and the answer kept."""
+    if shutil.which("bwrap") is None:
+        return "is not installed"
+    try:
+        command = [*bubblewrap(), *PYTHON, "print('ready')"]
+        tried = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not run ({error})"
+    if tried.stdout != "ready\n":
+        return f"does not run ({(tried.stderr.strip().splitlines() or ['no output'])[-1]})"
+    return ""
