@@ -1,5 +1,6 @@
 """A random Llama of a few thousand weights, on disk like a real one."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,11 @@ def new_llama(seed: int, **changes) -> LlamaForCausalLM:
         }
     )
     return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port on this machine where processes of a test meet."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

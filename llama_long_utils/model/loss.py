@@ -1,21 +1,31 @@
 """Cross-entropy from hidden states: the length x vocabulary logits never exist at once.
 
-torch's own `linear_cross_entropy` does the same, but its result has the dtype of its arguments: to sum over
-32,768 tokens it needs hidden states and head in fp32, a copy of 0.5 GiB for Llama 2 7B and products outside of
-the GPU's fast bf16 units. Here products are in the head's dtype; softmax, sums and a trained head's gradient in fp32.
+`patch_loss` puts it into a model's forward, so that every wrapper (PEFT, DDP, FSDP, Trainer, TRL) sees it. torch's own
+`linear_cross_entropy` does the same, but its result has the dtype of its arguments: to sum over 32,768 tokens it needs
+hidden states and head in fp32, a copy of 0.5 GiB for Llama 2 7B and products outside of the GPU's fast bf16 units.
+TRL's chunked loss computes each product twice, which ours does for a trained head only. Here products are in the
+head's dtype; softmax, sums and a trained head's gradient in fp32.
 """
 
+import functools
+import inspect
+import types
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_long_utils.settings import IGNORED_LABEL
 
 CHUNK = 512  # tokens whose logits exist at the same time: 65 MB for Llama 2's 32,000 tokens
+UNUSED = ("past_key_values", "use_cache", "logits_to_keep", "return_dict")  # arguments of a forward pass for its loss
+SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # configs whose logits are no plain product
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -31,9 +41,10 @@ def in_compute_dtype(model: PreTrainedModel | PeftModel) -> AbstractContextManag
 
 def hidden_states(
     model: PreTrainedModel | PeftModel,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """Last hidden states, shape (batch, length, hidden), under bf16 autocast if the weights are bf16.
 
@@ -42,16 +53,67 @@ def hidden_states(
         position_ids: shape (batch, length). With `attention_mask=None`, a jump in the positions
             starts a new document that cannot see the one before it.
         attention_mask: shape (batch, length). Pass all ones if positions jump inside one document.
+        options: others of the decoder's, for example `inputs_embeds`.
     """
+    options |= {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": False}
     with in_compute_dtype(model):
-        output = causal_lm(model).model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        )
-    return output.last_hidden_state
+        return causal_lm(model).model(input_ids=input_ids, **options).last_hidden_state
+
+
+def patch_loss(model: PreTrainedModel | PeftModel) -> None:
+    """Let `model(input_ids, labels=labels)` return its loss without logits; without labels nothing changes.
+
+    The forward pass then takes, besides transformers' own arguments:
+        labels: shape (batch, length), not shifted; -100 counts nothing.
+        shift_labels: instead of `labels`: those that are shifted already (where a sequence is spread over processes).
+        num_items_in_batch: labels that count in the whole accumulated batch, of all processes; without it the loss is
+            the mean over this call's. `Trainer` passes it, and multiplies by the number of processes, whose
+            gradients DDP averages.
+        reduction: "mean", as above, or "sequence": nats of each sequence, shape (batch,), with gradient.
+
+    Raises:
+        ValueError: the head is not a plain linear layer (LoRA on it, a bias, 4 bits) or its logits are scaled.
+    """
+    inner = causal_lm(model)
+    head, config = inner.get_output_embeddings(), inner.config
+    plain = isinstance(head, nn.Linear) and head.bias is None and head.weight.shape[0] == head.out_features
+    if not plain or any(getattr(config, name, None) for name in SCALED):
+        raise ValueError(f"the chunked loss needs logits that are hidden states times a weight, not of {head}")
+    inner.forward = types.MethodType(_with_loss(type(inner).forward), inner)  # a copied model gets a bound copy
+
+
+def _with_loss(plain_forward: Any) -> Any:
+    names = list(inspect.signature(plain_forward).parameters)
+
+    @functools.wraps(plain_forward)
+    def forward(
+        self: PreTrainedModel,
+        *arguments: Any,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        reduction: str = "mean",
+        **options: Any,
+    ) -> Any:
+        if labels is None and shift_labels is None:
+            return plain_forward(self, *arguments, **options)
+        options |= zip(names[1:], arguments, strict=False)  # names[0] is self
+        hidden = hidden_states(self, **{name: value for name, value in options.items() if name not in UNUSED})
+        labels = _shifted(labels) if shift_labels is None else shift_labels
+        nll = labelled_nll(hidden, self.get_output_embeddings(), labels)
+        if reduction == "sequence":
+            return CausalLMOutputWithPast(loss=nll.sum(dim=1))
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(nll.device)
+        return CausalLMOutputWithPast(loss=nll.sum() / num_items_in_batch)
+
+    return forward
 
 
 def next_token_nll(
-    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, *, reduction: str = "sum", chunk: int = CHUNK
+    hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *, reduction: str = "sum", chunk: int = CHUNK
 ) -> torch.Tensor:
     """Negative log-likelihood of each next token, in nats, in fp32.
 
@@ -59,59 +121,80 @@ def next_token_nll(
         hidden: shape (batch, length, hidden).
         head: the linear map to the vocabulary, without bias.
         labels: shape (batch, length), not shifted; positions with label -100 count nothing.
-        reduction: "sum" for a scalar (0 if no label counts), "none" for shape (batch, length - 1), without gradient.
+        reduction: "sum" for a scalar (0 if no label counts), "sequence" for shape (batch,), "none" for shape
+            (batch, length - 1), where labels that do not count have 0.
         chunk: tokens whose logits exist at the same time.
     """
-    batch, length, width = hidden.shape
-    weight = head.weight
-    flat = hidden[:, :-1].reshape(-1, width).to(weight.dtype)
-    if reduction == "none" or not torch.is_grad_enabled():
-        flat, weight = flat.detach(), weight.detach()
-    nll, total = _ChunkedNLL.apply(flat, weight, labels[:, 1:].reshape(-1), chunk)
-    return total if reduction == "sum" else nll.reshape(batch, length - 1)
+    nll = labelled_nll(hidden, head, _shifted(labels), chunk=chunk)
+    return {"sum": nll.sum, "sequence": lambda: nll.sum(dim=1), "none": lambda: nll[:, :-1]}[reduction]()
+
+
+def labelled_nll(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *, chunk: int = CHUNK) -> torch.Tensor:
+    """Nats of each label, shape (batch, length), fp32, where hidden[b, t] predicts labels[b, t]; 0 where it is -100."""
+    flat = hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype)
+    labels = labels.reshape(-1).to(hidden.device)
+    nll = _ChunkedNLL.apply(flat, head.weight, labels, _counted(labels), chunk, torch.is_grad_enabled())
+    return nll.reshape(hidden.shape[:2])
+
+
+def _shifted(labels: torch.Tensor) -> torch.Tensor:
+    """The label of each position's next token; the last has none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _counted(labels: torch.Tensor) -> torch.Tensor:
+    """Places of the labels that count. Fake tensors (the ledger's) have no data to tell by: all of them."""
+    if isinstance(labels, FakeTensor):
+        return torch.arange(len(labels), device=labels.device)
+    return (labels != IGNORED_LABEL).nonzero()[:, 0]
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """Gradients are made in the forward pass, while a chunk's softmax is there: no product is computed twice."""
+    """Only labels that count are multiplied. The gradient of the hidden states is made in the forward pass, while a
+    chunk's softmax is there: no product is computed twice, unless the head trains as well."""
 
     @staticmethod
     def forward(
-        context: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(labels), chunk):
-            part = slice(start, start + chunk)
-            counts = labels[part] != IGNORED_LABEL
-            label = labels[part].clamp(min=0)[:, None]
-            logits = (hidden[part] @ weight.T).float()
-            highest = logits.amax(dim=1, keepdim=True)
-            logits -= highest
-            of_label = logits.gather(1, label)
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        counted: torch.Tensor,
+        chunk: int,
+        with_gradient: bool,
+    ) -> torch.Tensor:
+        ctx.chunk, at_once = chunk, with_gradient and hidden.requires_grad and not weight.requires_grad
+        ctx.grad_hidden = torch.zeros_like(hidden) if at_once else None
+        if with_gradient and weight.requires_grad:
+            ctx.save_for_backward(hidden, weight, labels, counted)
+        nll = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
+        for rows in counted.split(chunk):
+            logits = (hidden[rows] @ weight.T).float()
+            logits -= logits.amax(dim=1, keepdim=True)
+            of_label = logits.gather(1, labels[rows, None])
             total = logits.exp_().sum(dim=1, keepdim=True)
-            nll[part] = (total.log() - of_label)[:, 0].where(counts, 0.0)
-            if of_hidden is None and of_weight is None:
-                continue
-            logits /= total  # now the probabilities, and then the gradient with respect to the logits
-            logits.scatter_add_(1, label, torch.full_like(of_label, -1.0))
-            logits *= counts[:, None]
-            of_logits = logits.to(weight.dtype)
-            if of_hidden is not None:
-                torch.mm(of_logits, weight, out=of_hidden[part])
-            if of_weight is not None:
-                of_weight += (of_logits.T @ hidden[part]).float()
-        context.mark_non_differentiable(nll)
-        context.gradients = of_hidden, of_weight, weight.dtype
-        return nll, nll.sum()
+            nll[rows] = (total.log() - of_label)[:, 0]
+            if at_once:
+                logits /= total  # now the probabilities, and then the gradient with respect to the logits
+                logits.scatter_add_(1, labels[rows, None], torch.full_like(of_label, -1.0))
+                ctx.grad_hidden[rows] = logits.to(weight.dtype) @ weight
+        return nll
 
     @staticmethod
-    def backward(
-        context: Any, _of_nll: torch.Tensor, of_total: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        of_hidden, of_weight, dtype = context.gradients
-        if of_hidden is not None:
-            of_hidden = of_hidden.mul_(of_total.to(of_hidden.dtype))
-        if of_weight is not None:
-            of_weight = of_weight.mul_(of_total).to(dtype)
-        return of_hidden, of_weight, None, None
+    def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.grad_hidden is not None:
+            made, ctx.grad_hidden = ctx.grad_hidden, None  # scaled in place, so once only
+            return made.mul_(grad_nll[:, None]), *[None] * 5
+        if not ctx.saved_tensors:
+            raise RuntimeError("the chunked loss has one backward pass: compute it again for another")
+        hidden, weight, labels, counted = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for rows in counted.split(ctx.chunk):
+            grad_logits = (hidden[rows] @ weight.T).float().softmax(dim=1)
+            grad_logits.scatter_add_(1, labels[rows, None], grad_logits.new_full((len(rows), 1), -1.0))
+            grad_logits = (grad_logits * grad_nll[rows, None]).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            grad_weight += (grad_logits.T @ hidden[rows]).float()
+        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 4
