@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_long_utils.figures import use_style
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import preset_from_parameters
 from llama_long_utils.progress import headless
@@ -17,11 +16,19 @@ FOLDER = REPOSITORY / "notebooks"
 
 @dataclass(frozen=True)
 class Notebook:
-    """`record_with`: parameters with which its committed record is measured, where its defaults are a quick look."""
+    """One notebook of the sequence.
+
+    Attributes:
+        needs_base: it reads the base's weights or tokenizer.
+        needs_adapter: it reads the adapter that notebook 5 trained.
+        record_with: parameters with which its committed record is measured, where its defaults are a quick look.
+    """
 
     slug: str
     title: str
     question: str
+    needs_base: bool = True
+    needs_adapter: bool = False
     record_with: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -32,27 +39,30 @@ class Notebook:
 # The one list: the README's index, the links between notebooks and `make run` follow it. A notebook
 # is delivered when its file exists; the others are the plan.
 SEQUENCE = [
-    Notebook("01_rope_explained", "RoPE explained", "How does a Llama know where a token stands?"),
-    Notebook("02_rope_scaling", "RoPE scaling", "How can RoPE be scaled, and why does raising the base win?"),
+    Notebook("01_rope_explained", "RoPE explained", "How does a Llama know where a token stands?", needs_base=False),
+    Notebook("02_rope_scaling", "RoPE scaling", "How can RoPE be scaled, and what is kept?", needs_base=False),
     Notebook("03_long_documents", "Long documents", "What does a model have to read to learn long context?"),
-    Notebook("04_one_gpu_budget", "One GPU", "What fits on one GPU, and how long does it take?"),
+    Notebook("04_one_gpu_budget", "One GPU", "What fits on one GPU, and how long does it take?", needs_base=False),
     Notebook("05_finetune_qlora", "Finetuning with QLoRA", "How is a 4-bit Llama taken from a short to a long window?"),
     Notebook(
         "06_perplexity_by_position",
         "Perplexity by position",
         "Does the extended model use what lies far back?",
+        needs_adapter=True,
         record_with={"stretches_per_document": None},
     ),
     Notebook(
         "07_long_range_retrieval",
         "Long-range retrieval",
         "Can it find one sentence in a long text?",
+        needs_adapter=True,
         record_with={"questions": None},
     ),
     Notebook(
         "08_benchmark_deltas",
         "Benchmark deltas",
         "What does the extension do to short and long tasks?",
+        needs_adapter=True,
         record_with={"items": 100, "tasks": "hellaswag truthfulqa_mc1 mmlu"},
     ),
     Notebook("09_instruction_tuning", "Instruction tuning", "How does a long base model become a chat model?"),
@@ -96,23 +106,23 @@ def check(claim: str, holds: bool) -> None:
 
 
 def finding(claim: str, holds: bool) -> None:
-    """Print whether a measured claim holds: another preset may well find something else, and must go on."""
+    """Print whether a measured claim holds. Another preset may find something else, and its notebook goes on."""
     print(f"{'holds' if holds else 'does not hold'}: {claim}")
 
 
 def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
-    """The first thing a notebook does: check its parameters, set the style, silence the libraries.
-
-    The imports stand in here because transformers speaks up when it is imported.
+    """The preset of a notebook, after its parameters were checked. Sets the style and silences the libraries.
 
     Args:
         namespace: the notebook's `globals()`.
-        parameters: the notebook's parameters and their types, for example {"preset": str, "steps": int | None}.
+        parameters: the notebook's parameters and their types, see `preset_from_parameters`.
     """
+    preset = preset_from_parameters(namespace, parameters)
     for name in ("transformers", "peft", "torch", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
+    from llama_long_utils.figures import use_style
     from llama_long_utils.training.host_memory import keep_freed_memory
 
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -120,4 +130,4 @@ def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
         transformers_logging.disable_progress_bar()
     use_style()
     keep_freed_memory()
-    return preset_from_parameters(namespace, parameters)
+    return preset

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import PurePath
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llama_long_utils.paths import PRESETS
 from llama_long_utils.settings import (
@@ -40,15 +40,54 @@ def load_preset(name: str) -> Preset:
     if name not in preset_names():
         raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{_closest(name, preset_names())}")
     try:
-        values = tomllib.loads((PRESETS / f"{name}.toml").read_text())
+        values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+        follow_window(values)
         # As JSON, because pydantic's strict mode takes dataclasses from nothing else.
-        preset = TypeAdapter(Preset).validate_json(json.dumps({"name": name, **values}))
-    except tomllib.TOMLDecodeError as error:
+        preset = TypeAdapter(Preset).validate_json(json.dumps({"name": name, **values}, default=str))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"presets/{name}.toml is not valid TOML: {error}") from error
     except ValidationError as error:
         raise ValueError(f"presets/{name}.toml: {_explain(error)}") from None
     _check_consistency(preset)
     return preset
+
+
+def follow_window(values: dict[str, Any]) -> None:
+    """Fill in the lengths that a preset leaves out: they follow [extension] window.
+
+    Training, every training of the race and evaluation reach the window. Bucket edges and retrieval lengths are the
+    window halved again and again, after a few short ones.
+
+    Args:
+        values: the preset as TOML has it; changed in place.
+    """
+    window, old = (_tokens(values, section) for section in ("extension", "base"))
+    evaluation = {"tokens": window, "far_tokens": window, **_section(values, "evaluation")}
+    halved = {window >> times for times in range(8) if window >> times >= 128}
+    marks = {old, evaluation["tokens"]} if isinstance(evaluation["tokens"], int) else {old}
+    edges = sorted({1, 4, 16, 64} | halved | {mark for mark in marks if 64 < mark < window})
+    lengths = sorted({256} | {window >> times for times in range(6) if window >> times >= 256})
+    tasks = _section(_section(values, "retrieval"), "tasks")
+    trainings = _section(_section(values, "race"), "trainings")
+    for section, defaults in (
+        (_section(values, "training"), {"window": window, "reach": window}),
+        (_section(values, "evaluation"), {"tokens": window, "far_tokens": window, "bucket_edges": edges}),
+        (_section(values, "retrieval"), {"lengths": lengths}),
+        (tasks, {"generate_up_to": window}),
+        *((_section(trainings, name), {"window": window, "reach": window}) for name in trainings),
+    ):
+        section.update({key: value for key, value in defaults.items() if key not in section})
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _tokens(values: dict[str, Any], section: str) -> int:
+    """Its window; a number that is no window is refused later, so any other one will do here."""
+    window = _section(values, section).get("window")
+    return window if isinstance(window, int) and window > 0 else 4096
 
 
 def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
@@ -59,7 +98,8 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
 
     Args:
         namespace: the notebook's `globals()`, in the cell right after the parameters.
-        parameters: the names the notebook has, and their types.
+        parameters: the names that the notebook has, and their types: str, int | None, or one of `settings` that has
+            bounds too, such as Share or Questions.
 
     Raises:
         ValueError: a name is unknown or a value of the wrong type.
@@ -72,41 +112,46 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
             names = list(parameters)
             raise ValueError(f"unknown parameter {name!r}: this notebook has {names}{_closest(name, names)}")
     for name, wanted in parameters.items():
-        if not isinstance(namespace[name], wanted):
-            kind = getattr(wanted, "__name__", str(wanted))
-            raise ValueError(f"parameter {name} = {namespace[name]!r} must be of type {kind}")
+        try:
+            TypeAdapter(wanted, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(namespace[name])
+        except ValidationError as error:
+            reasons = dict.fromkeys(problem["msg"].replace("Input s", "it s") for problem in error.errors())
+            raise ValueError(f"parameter {name} = {namespace[name]!r}: {', or '.join(reasons)}") from None
     return load_preset(namespace["preset"])
 
 
 def _check_consistency(preset: Preset) -> None:
+    """Raise ValueError if two numbers of a preset contradict each other."""
+    where, window = f"presets/{preset.name}.toml", preset.extension.window
     try:
         preset.extended_rope  # noqa: B018 (its own checks run)
     except ValidationError as error:
-        raise ValueError(f"presets/{preset.name}.toml, [extension]: {_explain(error)}") from None
-    if preset.training.reach > preset.extension.window:
-        raise ValueError(
-            f"presets/{preset.name}.toml: training.reach = {preset.training.reach} is longer than "
-            f"extension.window = {preset.extension.window}"
-        )
+        raise ValueError(f"{where}, [extension]: {_explain(error)}") from None
+    lengths, evaluation = preset.retrieval.lengths, preset.evaluation
+    races = {f"race.trainings.{name}.reach": training.reach for name, training in preset.race.trainings.items()}
+    follow = f"extension.window = {window}: leave it out, then it follows the window"
+    reached = {"training.reach": preset.training.reach, "evaluation.far_tokens": evaluation.far_tokens}
+    for name, value in reached.items():
+        if value != window:
+            raise ValueError(f"{where}: {name} = {value} is not {follow}")
+    for name, value in {**races, "retrieval.lengths": lengths[-1]}.items():
+        if value > window:
+            raise ValueError(f"{where}: {name} = {value} is longer than {follow}")
     sources = preset.data.sources
     unknown = set(preset.data.held_out) - set(sources) - {PurePath(source).name for source in sources}
     if unknown:
         raise ValueError(
-            f"presets/{preset.name}.toml: data.held_out names {sorted(unknown)}, which data.sources = "
-            f"{sources} does not have"
+            f"{where}: data.held_out names {sorted(unknown)}, which data.sources = {sources} does not have"
         )
-    edges = preset.evaluation.bucket_edges
-    tokens, far_tokens = preset.evaluation.tokens, preset.evaluation.far_tokens
-    if sorted(set(edges)) != edges or edges[-1] != far_tokens or tokens not in edges:
+    edges, tokens = evaluation.bucket_edges, evaluation.tokens
+    if sorted(set(edges)) != edges or edges[-1] != window or tokens not in edges:
         raise ValueError(
-            f"presets/{preset.name}.toml: evaluation.bucket_edges must rise from at least 1 over evaluation.tokens = "
-            f"{tokens} to evaluation.far_tokens = {far_tokens}, got {edges}"
+            f"{where}: evaluation.bucket_edges must rise from at least 1 over evaluation.tokens = {tokens} to "
+            f"extension.window = {window}, got {edges}: leave them out, then they follow the window"
         )
-    for name, values in (("lengths", preset.retrieval.lengths), ("tasks.depths", preset.retrieval.tasks.depths)):
+    for name, values in (("lengths", lengths), ("tasks.depths", preset.retrieval.tasks.depths)):
         if sorted(set(values)) != values:
-            raise ValueError(
-                f"presets/{preset.name}.toml: retrieval.{name} must rise, got {values}: use {sorted(set(values))}"
-            )
+            raise ValueError(f"{where}: retrieval.{name} must rise, got {values}: use {sorted(set(values))}")
 
 
 def _explain(error: ValidationError) -> str:

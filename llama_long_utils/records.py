@@ -4,6 +4,8 @@ The schema is described in data/README.md. Numbers measured by others live in da
 file with its source, and are read here too, so that no published number stands in code.
 """
 
+from __future__ import annotations
+
 import datetime
 import json
 import os
@@ -15,13 +17,14 @@ import zipfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import pandas as pd
-import torch
 
 from llama_long_utils.paths import PUBLISHED, REPOSITORY, write_atomically
+
+if TYPE_CHECKING:  # records are read by commands that must answer at once
+    import pandas as pd
 
 SCHEMA = 1
 KEYS = {"schema", "preset", "question", "provenance", "tables"}
@@ -48,7 +51,14 @@ def write_record(
         seconds: how long the measured part took.
         parameters: those of the notebook that differ from its defaults.
         provenance: entries that are not those of this process and this notebook.
+
+    Raises:
+        ValueError: a number is infinite, or a table has no number that is not NaN; nothing is written.
     """
+    for name, table in tables.items():
+        numbers = table.select_dtypes("float").to_numpy(float)
+        if np.isinf(numbers).any() or (numbers.size and np.isnan(numbers).all()):
+            raise ValueError(f"table {name!r} of {slug} holds infinite numbers or only NaN: it is not written")
     record = {
         "schema": SCHEMA,
         "preset": preset,
@@ -65,7 +75,7 @@ def write_record(
         },
         "tables": {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()},
     }
-    text = json.dumps(_rounded(record), indent=1) + "\n"
+    text = json.dumps(_rounded(record), indent=1, allow_nan=False) + "\n"
     return write_atomically(folder / f"{slug}.json", text.encode())
 
 
@@ -82,12 +92,12 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, half-written or not of this schema; the message says which.
     """
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"there is no record {path}: run its notebook first") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"record {path} is half-written or corrupt ({error}): run its notebook again") from error
-    problems = []
+    problems, record = [], record if isinstance(record, dict) else {}
     if set(record) != KEYS or record["schema"] != SCHEMA:
         problems.append(f"the keys must be {sorted(KEYS)} with schema = {SCHEMA}, found {sorted(record)}")
     else:
@@ -103,6 +113,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_table(path: Path, table: str) -> pd.DataFrame:
     """One table of a record."""
+    import pandas as pd
+
     return pd.DataFrame(read_record(path)["tables"][table])
 
 
@@ -156,11 +168,13 @@ def item_results(
 
 def read_published(name: str) -> dict[str, Any]:
     """Read data/published/NAME.json: {"source": ..., ...} as transcribed or digitised."""
-    return json.loads((PUBLISHED / f"{name}.json").read_text())
+    return json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def device_name() -> str:
     """The GPU's name, or what matters of the CPU: threads and instruction set."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -169,13 +183,17 @@ def device_name() -> str:
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(REPOSITORY)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if head.returncode != 0:
-        return "unknown"
+    """The commit of the code; "unknown" without git or outside a clone."""
     code = ["llama_long_utils", "presets", "data/tiny-llama", "data/adapters"]
-    changed = subprocess.run([*git, "status", "--porcelain", *code], capture_output=True, text=True).stdout
-    return head.stdout.strip() + (" with uncommitted changes" if changed else "")
+    asked = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", *code])
+    try:
+        head, changed = (
+            subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True).stdout
+            for words in asked
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + (" with uncommitted changes" if changed else "")
 
 
 def _rounded(value: Any) -> Any:

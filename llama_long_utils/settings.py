@@ -4,22 +4,31 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from llama_long_utils.paths import REPOSITORY
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Share = Annotated[float, Field(gt=0, le=1)]
+ShareOrNone = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Steps = Annotated[int, Field(ge=1, le=1_000_000)]
+Questions = Annotated[int, Field(ge=1, le=1000)]
+RopeBase = Annotated[float, Field(gt=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class MemorySavings:
-    """Ways to take less memory. None of them changes the loss or a gradient; 0 and false switch them off.
+    """What a training step does to need less memory. Loss and gradients stay the same; 0 and false switch it off.
 
-    `recomputed_layers`: the first so many layers keep only their input and are computed again in the backward pass
-    (gradient checkpointing); a number above the model's means all. `tile`: tokens at a time in MLPs and norms.
-    `offload_checkpoints`: what recomputed layers keep waits in host memory. `optimizer`: the name in transformers;
-    "adamw_8bit" keeps its two numbers per weight in 8 bits, "paged_adamw_8bit" in memory that can move to the host.
+    Attributes:
+        recomputed_layers: the first layers, which keep only their input and are computed again in the backward pass
+            (gradient checkpointing). A number above the model's layers means all of them.
+        tile: tokens that MLPs and norms compute at a time.
+        offload_checkpoints: the inputs of recomputed layers wait in host memory.
+        optimizer: its name in transformers. "adamw_8bit" keeps its two numbers per weight in 8 bits,
+            "paged_adamw_8bit" keeps them in memory that can move to the host.
     """
 
     recomputed_layers: NonNegativeInt
@@ -40,27 +49,30 @@ class MemorySavings:
 class TrainingSettings:
     """Numbers of a training run. Tokens per step = window x sequences_per_step.
 
-    `reach` is the highest position, in tokens: above `window` positions are skipped (PoSE). `attention` is
-    full ("sdpa") or shifted sparse ("s2"). Both need whole sequences: pack = false. `self_quoting_share` is the
-    share of the whole sequences that quote themselves, at any distance (`packing.quote_themselves`).
+    Attributes:
+        window: tokens of a sequence.
+        reach: the highest position, in tokens. Above `window`, positions are skipped (PoSE).
+        pack: several documents in a sequence. Skipped positions and "s2" need false.
+        attention: full ("sdpa") or shifted sparse ("s2").
+        self_quoting_share: share of the sequences that quote themselves, at any distance.
     """
 
     window: PositiveInt
     reach: PositiveInt
     pack: bool
     attention: Literal["sdpa", "s2"]
-    steps: PositiveInt
+    steps: Steps
     sequences_per_step: PositiveInt
     sequences_at_once: PositiveInt
-    learning_rate: PositiveFloat
+    learning_rate: Share
     warmup_steps: NonNegativeInt
-    weight_decay: NonNegativeFloat
+    weight_decay: ShareOrNone
     gradient_clipping: PositiveFloat
     memory_savings: MemorySavings
     long_document_weight: PositiveFloat
-    self_quoting_share: Annotated[float, Field(ge=0, le=1)]
+    self_quoting_share: ShareOrNone
     checkpoint_every: PositiveInt
-    seed: NonNegativeInt
+    seed: Seed
 
     def __post_init__(self) -> None:
         if self.reach < self.window:
@@ -89,7 +101,7 @@ def ntk_base(head_dim: int, base: float, factor: float) -> float:
     return base * factor ** (head_dim / (head_dim - 2))
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@dataclass(frozen=True, config=STRICT)
 class Scaling:
     """One setting of RoPE: a method by name and its numbers.
 
@@ -106,7 +118,7 @@ class Scaling:
     """
 
     method: Method
-    base: float
+    base: RopeBase
     head_dim: int
     original_window: int
     window: int
@@ -191,7 +203,7 @@ class BaseModel:
     source: str
     dtype: Literal["float32", "bfloat16"]
     window: PositiveInt
-    rope_base: PositiveFloat
+    rope_base: RopeBase
     head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
     rope_scaling: dict[str, Any] = Field(default_factory=dict)
 
@@ -202,7 +214,7 @@ class Extension:
 
     window: PositiveInt
     method: Method
-    rope_base: PositiveFloat
+    rope_base: RopeBase
     pair_factors: tuple[float, ...] = ()
     rotated_share: float = 1.0
 
@@ -214,7 +226,7 @@ class Data:
     sources: Annotated[list[str], Field(min_length=1)]
     held_out: dict[str, PositiveInt]
     minimum_characters: PositiveInt
-    split_seed: NonNegativeInt
+    split_seed: Seed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -231,10 +243,10 @@ class Evaluation:
     """What notebook 6 reads, and how it averages.
 
     Attributes:
-        tokens: length of the stretches read of each held-out document.
-        far_tokens: length of the stretches of one document of each source, where it is more than `tokens`.
+        tokens: length of the stretches that are read of each held-out document.
+        far_tokens: length of the stretches of one document of each source, at least `tokens`.
         stretches: of each document, at most.
-        copied_documents: that the test of copying reads, at most.
+        copied_documents: documents that the test of copying reads, at most.
         bucket_edges: positions at which the buckets begin, and where the last one ends.
     """
 
@@ -244,7 +256,7 @@ class Evaluation:
     copied_documents: PositiveInt
     bucket_edges: Annotated[list[PositiveInt], Field(min_length=2)]
     bootstrap_samples: PositiveInt
-    seed: NonNegativeInt
+    seed: Seed
 
     @property
     def near_edges(self) -> list[int]:
@@ -254,24 +266,24 @@ class Evaluation:
 
 @dataclass(frozen=True, config=STRICT)
 class RetrievalTasks:
-    """What only notebook 7 needs: its questions and how they are scored.
+    """Questions of notebook 7 besides the first sentence, and how they are scored.
 
     Attributes:
-        questions: of each task and length (`documents` says how many of the first sentence there are at most).
+        questions: of each task and length.
         depths: of the needle, as a share of the text before it, rising from 0 to 1 at most.
         keys: statements of the multi-key task, one of which is asked for.
         hops: references from the variable that is asked for to the one that is a number.
-        generate_up_to: longest prompt, in tokens, after which answers are also generated, which takes the keys and
-            values of the whole prompt; probabilities take none.
+        generate_up_to: longest prompt, in tokens, after which answers are generated. That takes the keys and values
+            of the whole prompt. Probabilities, which are measured at every length, take none.
         threshold: score from 0 to 1 that counts as retrieved, for the effective length.
     """
 
-    questions: PositiveInt
-    depths: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    questions: Questions
+    depths: Annotated[list[ShareOrNone], Field(min_length=1)]
     keys: Annotated[int, Field(ge=2, le=100)]
     hops: Annotated[int, Field(ge=0, le=20)]
     generate_up_to: NonNegativeInt
-    threshold: Annotated[float, Field(gt=0, le=1)]
+    threshold: Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -289,27 +301,27 @@ class Retrieval:
 
 @dataclass(frozen=True, config=STRICT)
 class RaceTraining:
-    """One way of training in the race: numbers that replace those of [training], for the `methods` named."""
+    """One training of the race: its numbers replace those of [training], for these `methods`."""
 
     methods: list[Method]
     window: PositiveInt
     reach: PositiveInt
     attention: Literal["sdpa", "s2"]
-    steps: PositiveInt
+    steps: Steps
     sequences_per_step: PositiveInt
     sequences_at_once: PositiveInt
 
 
 @dataclass(frozen=True, config=STRICT)
 class Race:
-    """Notebook 11: seeds, ways of training by name, and the numbers that LongRoPE and proportional RoPE need.
+    """Notebook 11: seeds, trainings by name, and the numbers that LongRoPE and proportional RoPE need.
 
-    `self_quoting_share` stands in for that of [training]: retrieval is measured, so all arms practise it.
+    `self_quoting_share` replaces that of [training]: retrieval is measured, so all arms practise it.
     """
 
-    seeds: list[int]
-    warmup_steps: int
-    self_quoting_share: Annotated[float, Field(ge=0, le=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    warmup_steps: NonNegativeInt
+    self_quoting_share: ShareOrNone
     pair_factors: tuple[float, ...]
     rotated_share: float
     trainings: dict[str, RaceTraining]
@@ -317,7 +329,7 @@ class Race:
 
 @dataclass(frozen=True, config=STRICT)
 class Preset:
-    """`memory_gib`: of the device that trains; the planner (`budget.plan`) keeps a step below it."""
+    """`memory_gib` is the memory of the device that trains: `planner.plan` keeps a step below it."""
 
     name: str
     needs: str

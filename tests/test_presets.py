@@ -1,9 +1,14 @@
+import math
+import subprocess
+import sys
+
 import pytest
 
 from llama_long_utils import presets
 from llama_long_utils.paths import PRESETS, REPOSITORY
 from llama_long_utils.presets import load_preset, preset_from_parameters, preset_names
 from llama_long_utils.rope import rotation, wavelengths
+from llama_long_utils.settings import Share
 
 
 @pytest.fixture
@@ -39,14 +44,11 @@ def test_tiny_has_the_paper_s_ratios():
     assert preset.extension.rope_base / preset.base.rope_base == 50
 
 
-def test_smollm2_is_extended_with_the_base_that_the_wavelengths_ask_for():
+def test_smollm2_s_base_leaves_no_pair_at_new_angles():
     preset = load_preset("smollm2")
-    pretrained = rotation(preset.base_rope)[0]
-    critical = int((preset.base.window / wavelengths(pretrained) < 1).nonzero()[0])  # turns less than once
-    least = preset.base.rope_base * preset.extended_rope.factor ** (preset.base.head_dim / (2 * critical))
-    assert least < preset.extension.rope_base < 2.7 * least  # the paper: 2.6 times what its window asks for
-    assert rotation(preset.control_rope)[0].equal(pretrained)
-    assert preset.control_rope.window == preset.extension.window
+    seen = preset.base.window / wavelengths(rotation(preset.base_rope)[0])  # turns within the old window
+    reached = preset.extension.window / wavelengths(rotation(preset.extended_rope)[0])
+    assert (reached <= seen)[seen < 1].all()
 
 
 def test_unknown_preset_names_the_known_ones():
@@ -61,19 +63,37 @@ def test_unknown_preset_names_the_known_ones():
         ("rank = 16\n", "", r"key 'lora\.rank' is missing"),
         ("rank = 16", 'rank = "16"', r"lora\.rank = '16'"),
         ("rank = 16", "rank = 16 16", "not valid TOML"),
-        ("[training]\nwindow = 4096", "[training]\nwindow = 8192", "reach = 4096 must be at least window = 8192"),
-        ("reach = 4096", "reach = 8192", "need pack = false"),
+        ("[training]", "[training]\nwindow = 8192", "reach = 4096 must be at least window = 8192"),
+        ("[training]", "[training]\nwindow = 512", "need pack = false"),
         (
-            "reach = 4096           # above the window: positions are skipped (PoSE)\npack = true",
-            "reach = 8192\npack = false",
-            "training.reach = 8192 is longer than",
+            "pack = true",
+            "pack = false\nreach = 8192",
+            "training.reach = 8192 is not extension.window = 4096",
         ),
+        (
+            "pack = true",
+            "pack = false\nwindow = 512\nreach = 512",
+            "training.reach = 512 is not extension.window",
+        ),
+        ("[evaluation]", "[evaluation]\nfar_tokens = 2048", r"evaluation.far_tokens = 2048 is not extension.window"),
+        ("[evaluation]", "[evaluation]\nbucket_edges = [1, 16, 4, 4096]", "bucket_edges must rise"),
+        (
+            "[evaluation]",
+            "[evaluation]\nbucket_edges = [1, 16, 2048]",
+            "extension.window = 4096, got .*: leave them out",
+        ),
+        ("[evaluation]", "[evaluation]\nbucket_edges = []", "bucket_edges"),
+        ("[retrieval]", "[retrieval]\nlengths = [512, 256]", r"retrieval\.lengths must rise, got \[512, 256"),
+        (
+            "[retrieval]",
+            "[retrieval]\nlengths = [512, 8192]",
+            r"retrieval\.lengths = 8192 is longer than",
+        ),
+        ("[race.trainings.s2]", "[race.trainings.s2]\nreach = 8192", r"race\.trainings\.s2\.reach = 8192 is longer"),
         ('attention = "sdpa"', 'attention = "s2"', "need pack = false"),
         ('attention = "sdpa"', 'attention = "sdap"', "attention = 'sdap'"),
         ('method = "abf"', 'method = "abff"', "extension.method = 'abff'"),
         ('method = "abf"', 'method = "longrope"', "takes 32 pair_factors"),
-        ("1, 4, 16", "1, 16, 4", "bucket_edges must rise"),
-        ("[1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096]", "[]", "bucket_edges"),
         ("steps = 80", "steps = 0", "training.steps = 0"),
         ("sequences_at_once = 1", "sequences_at_once = 0", "training.sequences_at_once = 0"),
         ("rank = 16", "rank = 0", "lora.rank = 0"),
@@ -82,7 +102,6 @@ def test_unknown_preset_names_the_known_ones():
         ("threshold = 0.5", "threshold = 50", r"retrieval\.tasks\.threshold = 50"),
         ("depths = [0.0, 0.25", "depths = [0.25, 0.0", r"retrieval\.tasks\.depths must rise, got \[0\.25, 0\.0"),
         ("depths = [0.0, 0.25", "depths = [0.0, 1.25", r"retrieval\.tasks\.depths\.1 = 1\.25"),
-        ("lengths = [256, 512", "lengths = [512, 256", r"retrieval\.lengths must rise, got \[512, 256"),
         ("{ sotu = 18", "{ sotuu = 18", r"held_out names \['sotuu'\]"),
         (
             "[extension]\nwindow = 4096",
@@ -90,6 +109,20 @@ def test_unknown_preset_names_the_known_ones():
             r"\[extension\]: RoPE cannot be scaled down: window 256",
         ),
         ("sequences_per_step = 1", "sequences_per_step = 3\n", "sequences_at_once"),
+        ("learning_rate = 2e-3", "learning_rate = inf", "learning_rate = inf"),
+        ("learning_rate = 2e-3", "learning_rate = 2.0", "learning_rate = 2"),
+        ("weight_decay = 0.0", "weight_decay = nan", "weight_decay = nan"),
+        ("memory_gib = 4.0", "memory_gib = inf", "memory_gib = inf: Input should be a finite number"),
+        ("rope_base = 10_000.0", "rope_base = inf", "base.rope_base = inf"),
+        ("rope_base = 500_000.0", "rope_base = 1.0", "extension.rope_base = 1"),
+        ("rope_base = 500_000.0", "rope_base = nan", "extension.rope_base = nan"),
+        ("gradient_clipping = 1.0", "gradient_clipping = inf", "gradient_clipping = inf"),
+        ("seed = 0", "seed = 4294967296", "seed = 4294967296"),
+        ("seeds = [0, 1, 2]", "seeds = [0, -1]", r"race\.seeds\.1 = -1"),
+        ("seeds = [0, 1, 2]", "seeds = []", r"race\.seeds"),
+        ("steps = 80", "steps = 1_000_000_000", "training.steps = 1000000000"),
+        ("questions = 10 ", "questions = 100_000 ", "questions = 100000"),
+        ("questions = 10 ", "questions = 2026-11-26 ", "questions = '2026-11-26'"),
     ],
 )
 def test_bad_preset_is_one_clear_error(folder, old, new, message):
@@ -100,22 +133,69 @@ def test_bad_preset_is_one_clear_error(folder, old, new, message):
         load_preset("tiny")
 
 
-def test_trap_26_misspelt_parameter_stops_the_notebook():
+def test_a_misspelt_parameter_stops_the_notebook():
     assert preset_from_parameters({"preset": "tiny", "_i": "x", "In": []}, {"preset": str}).name == "tiny"
     with pytest.raises(ValueError, match=r"unknown parameter 'presett'.*did you mean 'preset'"):
         preset_from_parameters({"preset": "tiny", "presett": "llama2-7b"}, {"preset": str})
 
 
-@pytest.mark.parametrize("steps", ["ten", 2.5])
+def lengths(preset):
+    """Every number of a preset that is a length in tokens."""
+    training, evaluation, retrieval = preset.training, preset.evaluation, preset.retrieval
+    trainings = preset.race.trainings
+    return {
+        "training": (training.window, training.reach),
+        "evaluation": (evaluation.tokens, evaluation.far_tokens, evaluation.bucket_edges),
+        "retrieval": (retrieval.lengths, retrieval.tasks.generate_up_to),
+        **{name: (trainings[name].window, trainings[name].reach) for name in ("full-length", "pose", "s2")},
+    }
+
+
+def test_all_lengths_follow_the_one_window(folder):
+    edit(folder, "window = 4096", "window = 8192")
+    assert lengths(load_preset("tiny")) == {
+        "training": (8192, 8192),
+        "evaluation": (8192, 8192, [1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192]),
+        "retrieval": ([256, 512, 1024, 2048, 4096, 8192], 8192),
+        "full-length": (8192, 8192),
+        "pose": (512, 8192),
+        "s2": (8192, 8192),
+    }
+
+
+def test_lengths_of_an_odd_window_end_at_it_and_keep_the_old_one(folder):
+    edit(folder, "window = 4096", "window = 5000")
+    found = lengths(load_preset("tiny"))
+    assert found["evaluation"][2] == [1, 4, 16, 64, 156, 312, 512, 625, 1250, 2500, 5000]
+    assert found["retrieval"][0] == [256, 312, 625, 1250, 2500, 5000]
+
+
+@pytest.mark.parametrize("steps", ["ten", 2.5, True])
 def test_parameter_of_the_wrong_type_stops_the_notebook(steps):
     parameters = {"preset": str, "steps": int | None}
     assert preset_from_parameters({"preset": "tiny", "steps": None}, parameters).name == "tiny"
-    with pytest.raises(ValueError, match=r"parameter steps = .* must be of type int \| None"):
+    with pytest.raises(ValueError, match=r"parameter steps = .*: it should be a valid integer"):
         preset_from_parameters({"preset": "tiny", "steps": steps}, parameters)
+
+
+@pytest.mark.parametrize("utilisation", [0, -1.0, 1.01, math.inf, math.nan])
+def test_parameter_out_of_bounds_stops_the_notebook(utilisation):
+    parameters = {"preset": str, "utilisation": Share}
+    assert preset_from_parameters({"preset": "tiny", "utilisation": 1}, parameters).name == "tiny"
+    with pytest.raises(ValueError, match=r"parameter utilisation = \S+: it should be [a-z0-9 ]+$"):
+        preset_from_parameters({"preset": "tiny", "utilisation": utilisation}, parameters)
+
+
+def test_presets_are_read_without_heavy_libraries():
+    heavy = {"torch", "transformers", "bitsandbytes", "pandas", "matplotlib", "nbformat", "papermill", "IPython"}
+    modules = ["settings", "presets", "records", "cache", "paths", "notebooks"]
+    code = f"import sys, {', '.join('llama_long_utils.' + name for name in modules)}; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_no_code_asks_which_preset_it_runs():
     names = [f'"{name}"' for name in preset_names()]
-    for path in (REPOSITORY / "llama_long_utils").glob("*.py"):
+    for path in (REPOSITORY / "llama_long_utils").rglob("*.py"):
         text = path.read_text().replace('default="tiny"', "").replace('RESULTS / "tiny"', "")
         assert not any(name in text for name in names), path.name

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -141,6 +142,30 @@ def test_half_written_and_missing_records(tmp_path):
         read_record(path)
     with pytest.raises(ValueError, match="run its notebook first"):
         read_record(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("values", [[1.0, math.inf], [-math.inf, 1.0], [math.nan, math.nan]])
+def test_nothing_is_written_of_results_that_are_none(tmp_path, values):
+    before = write(tmp_path).read_bytes()
+    broken = pd.DataFrame({"step": [1, 2], "loss": values})
+    with pytest.raises(ValueError, match="table 'training' of 05_finetune_qlora holds infinite numbers or only NaN"):
+        write(tmp_path, broken)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+    path = write(tmp_path, TABLE.assign(loss=[1.0, math.nan]))
+    assert read_table(path, "training").loss.isna().tolist() == [False, True]
+
+
+def test_without_git_a_record_says_that_its_commit_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read_record(write(tmp_path))["provenance"]["commit"] == "unknown"
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3"])
+def test_a_record_that_is_no_table_is_one_clear_error(tmp_path, content):
+    path = write(tmp_path)
+    path.write_text(content)
+    with pytest.raises(ValueError, match="the keys must be"):
+        read_record(path)
 
 
 def test_storing_the_same_results_twice_changes_nothing(tmp_path):
