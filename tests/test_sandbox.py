@@ -490,25 +490,35 @@ def f():
 
 @needs_bubblewrap
 def test_a_sandbox_is_nobody_and_sees_only_the_library():
+    """Root's sandbox is guarded by its user as well; a read-only view and processes of its own guard everybody's."""
     program = """
-import os
+import errno, os
+def reason(path):
+    try:
+        os.mkdir(path)
+    except OSError as error:
+        return errno.errorcode[error.errno]
 def f():
-    with open("/proc/self/status") if os.path.exists("/proc") else open("/dev/null") as file:
-        seen = file.read()
-    return [os.getuid() > 0, os.getgid() > 0, os.getgroups(), seen, os.listdir("."), sorted(os.listdir("/dev"))]
+    return {
+        "user": [os.getuid(), os.getgid()],
+        "processes": os.getpid() < 9,
+        "folders": [reason("/x"), reason("/dev/x"), reason(os.path.dirname(os.__file__) + "/x"), reason("/tmp/x")],
+        "devices": sorted(os.listdir("/dev")),
+    }
 """
-    groups = "in ([], [65534])"
-    tests = f"""
-found = f()
-assert found.pop(2) {groups}
-assert found == [True, True, "", [], ["null", "urandom"]]"""
-    assert run_program(program, tests, "f").passed
+    expected = {
+        "user": [65534, 65534],
+        "processes": True,
+        "folders": ["EROFS", "EROFS", "EROFS", None],
+        "devices": ["null", "urandom"],
+    }
+    assert run_program(program, f"assert f() == {expected}", "f").passed
     there = "import os\ndef f(path): return os.path.exists(path)"
     own = [str(Path(__file__)), os.path.expanduser("~/.bashrc"), "/etc/passwd", "/proc/1", "/sys", "/run", "/var"]
     assert run_program(there, f"assert not any([f(path) for path in {own}])\nassert f({os.__file__!r})", "f").passed
 
 
-# What models write by accident. Files of its own, `readline` and `mkfifo` pass the audit hook, and so does an attack.
+# What models write by accident. An attack passes the audit hook, and so do `readline` and `mkfifo`.
 ACCIDENTS = ["open", "os.open", "pathlib", "append", "truncate", "remove", "rename", "chmod", "mkdir", "rmtree", "copy"]
 ACCIDENTS += ["symlink", "link", "tempfile", "sqlite", "logging", "libc", "subprocess", "os.system", "popen", "exec"]
 ACCIDENTS += ["posix_spawn", "pty", "multiprocessing", "daemon", "read", "mmap", "linecache", "fileinput", "/proc"]

@@ -2,9 +2,8 @@
 
 The program and its tests run in two processes. The tests never lie in the program's process: it sees the arguments of
 one call after the other and sends back plain data. So the verdict is made where the program has no code, and it
-cannot be had by a name, a printed marker, `sys.exit(0)`, `os._exit(0)`, an `__eq__` that is always true, a patched
-library, or by looking through frames and `gc`: there is nothing to be found. A wrong program passes only if it sends
-the values that the tests want.
+cannot be forged by a name, a printed marker, `sys.exit(0)`, `os._exit(0)`, an `__eq__` that is always true, a patched
+library or a search through frames and `gc`. A wrong program passes only if it sends the values that the tests want.
 
 Both processes run in bubblewrap (https://github.com/containers/bubblewrap): no network; their own process, IPC, host
 name and mount namespaces, without /proc; of the machine's files only Python's library and the system's, read-only; a
@@ -12,8 +11,8 @@ name and mount namespaces, without /proc; of the machine's files only Python's l
 number of files, no further process or thread; and a time after which both are killed with all that they started.
 
 Not defended: faults in the kernel or in bubblewrap; reading what everybody may read in /usr/lib and Python's folder;
-a program that knows the tests' answers by heart; one that fills memory from inside a user namespace, where the kernel
-gives these to everybody and the sandbox was started by root.
+a program that knows the tests' answers by heart; one that sets out to fill the machine's memory, for System V segments
+count towards no limit.
 
 Without bubblewrap nothing runs, unless it is asked for with `allow_execution=True`. Then an audit hook in each process
 is all there is. It refuses files, sockets, processes, signals and ctypes as models write them by accident, but code
