@@ -1,5 +1,6 @@
 """A random Llama of a few thousand weights, on disk like a real one."""
 
+import dataclasses
 import socket
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_long_utils.settings import Lora, Scaling
+from llama_long_utils.presets import load_preset
+from llama_long_utils.settings import Lora, Preset, Scaling
 
 LORA = Lora(
     rank=4,
@@ -50,3 +52,11 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def small_preset(folder: Path, **base: object) -> Preset:
+    """The preset "tiny" on the small Llama in a folder, extended as RAISED; `base`: what is different about it."""
+    numbers = {"source": str(folder), "window": 64, "rope_base": 1e4, "head_dim": 32, **base}
+    tiny = load_preset("tiny")
+    extension = dataclasses.replace(tiny.extension, window=RAISED.window, method="abf", rope_base=RAISED.base)
+    return dataclasses.replace(tiny, base=dataclasses.replace(tiny.base, **numbers), extension=extension)

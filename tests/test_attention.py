@@ -37,7 +37,7 @@ def test_s2_groups_share_keys_between_query_heads():
     torch.testing.assert_close(shared, spelled)
 
 
-def test_trap_9_s2_loads_for_training_and_differs_from_full_attention(base_folder):
+def test_s2_loads_for_training_and_differs_from_full_attention(base_folder):
     sparse = load_base(base_folder, PLAIN, dtype="float32", quantized=False, attention="s2")
     full = load_base(base_folder, PLAIN, dtype="float32", quantized=False)
     ids = torch.arange(64)[None]

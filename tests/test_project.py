@@ -101,4 +101,4 @@ def test_every_file_has_one_subject_that_its_docstring_names():
 
 def test_default_branch_of_the_code_trusts_no_remote_code():
     for path in PACKAGE.rglob("*.py"):
-        assert not re.search(r"trust_remote_code|allow_pickle=True|torch\.load", path.read_text()), path.name
+        assert not re.search(r"trust_remote_code(?!=False)|allow_pickle=True|torch\.load", path.read_text()), path.name

