@@ -27,6 +27,7 @@ from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches
 from llama_long_utils.evaluation.retrieval import answers, rouge_l
 from llama_long_utils.evaluation.retrieval_items import first_sentence_items
 from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.loss import causal_lm
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
@@ -105,7 +106,7 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
     tokenizer = load_tokenizer(folder)
     training_documents, held_out = _split(preset, tokenizer)
     if settings is None:
-        model: PreTrainedModel | PeftModel = load_base(folder, scaling, dtype=preset.base.dtype)
+        model: PreTrainedModel | PeftModel = load_arm(preset, "base", scaling=scaling)
     else:
         model, _ = _trained(preset, scaling, settings, training_documents, tokenizer, run=path.stem)
     trained = time.perf_counter() - started

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from experiments.race import Arm, _split, _trained, arm_rope, arm_training
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.evaluation.perplexity import nll_table, paired_table, random_stretches, token_nll
-from llama_long_utils.model.base import load_base
+from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import causal_lm
-from llama_long_utils.model.weights import load_tokenizer, locate_base
+from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.records import write_record
 from llama_long_utils.rope import inverse_frequencies, longrope, rotation
@@ -156,7 +156,7 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
     started = time.perf_counter()
     arms = [Arm(preset.extension.method, name, seed) for name in names]
     settings = [arm_training(preset, arm) for arm in arms]  # unknown names end here
-    tokenizer = load_tokenizer(locate_base(preset))
+    tokenizer = load_tokenizer(preset.base.source)
     documents, held_out = _split(preset, tokenizer)
     evaluation, edges = preset.evaluation, preset.evaluation.near_edges
     cuts = {cut.source: cut for (cut,) in random_stretches(
@@ -194,9 +194,7 @@ def _base_and_texts(
     preset: Preset, tokens: int, texts: int, seed: int
 ) -> tuple[PreTrainedModel, list[TokenizedDocument]]:
     """The base as pretrained, and stretches of `tokens` tokens of training documents, one of each."""
-    folder = locate_base(preset)
-    documents, _ = _split(preset, load_tokenizer(folder))
+    documents, _ = _split(preset, load_tokenizer(preset.base.source))
     cuts = random_stretches(documents, tokens, at_most=1, seed=seed)
     chosen = np.random.default_rng(seed).choice(len(cuts), texts, replace=False)
-    model = load_base(folder, preset.base_rope, dtype=preset.base.dtype)
-    return model, [cuts[index][0] for index in chosen]
+    return load_arm(preset, "base"), [cuts[index][0] for index in chosen]

@@ -1,13 +1,15 @@
-"""Loading a base in NF4 with a raised RoPE base, LoRA adapters on it, and merging them.
+"""LoRA adapters: adding, saving, finding, loading and merging them.
 
-A PEFT adapter does not know the RoPE base it was trained with, and on a base with other settings it
-runs without an error. So each adapter here travels with a card, and loading compares the card with
-the base.
+PEFT loads an adapter onto another base, with another RoPE, or with an edited config, and says nothing. So each
+adapter travels with a card that names all of these by hash, and is compared with it when it is found.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from llama_long_utils.cache import digest
 from llama_long_utils.model.base import check_rope, load_base
-from llama_long_utils.model.weights import load_tokenizer, weights_sha256
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import ADAPTERS, REPOSITORY
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
 
 CARD = "adapter_card.json"
-NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]  # ends of names: "norm" means q_norm and k_norm, too
 EMBEDDINGS = ["embed_tokens"]
+# Entries of adapter_config.json that change nothing that the adapter computes.
+NO_NUMBERS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 
 
 @dataclass(frozen=True, config=STRICT)
 class AdapterCard:
-    """What an adapter needs from its base, and where it comes from."""
+    """What an adapter needs from its base, and where it comes from; `save_adapter` adds the hashes of its own files."""
 
     base: str
     base_sha256: str
@@ -42,6 +47,8 @@ class AdapterCard:
     data: dict[str, Any]
     training: dict[str, Any]
     versions: dict[str, str]
+    weights_sha256: str = ""
+    config_digest: str = ""
 
 
 def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
@@ -69,92 +76,132 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
         target_modules=settings.target_modules,
         modules_to_save=saved or None,
     )
+    return _wrap(model, config)
+
+
+def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     adapted = get_peft_model(model, config)
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             # bf16 runs under autocast, which casts LoRA's matrices. PEFT looks for CUDA's autocast only and would
             # turn each input to fp32 on a CPU.
             module.cast_input_dtype_enabled = False
-    return _keep_residual_stream(adapted)
-
-
-def _keep_residual_stream(model: PeftModel) -> PeftModel:
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
+        elif isinstance(module, ModulesToSaveWrapper):
             dtype = module.original_module.weight.dtype
             for copy in module.modules_to_save.values():
                 copy.float().register_forward_hook(lambda _module, _inputs, output, dtype=dtype: output.to(dtype))
-    return model
+    return adapted
+
+
+@contextlib.contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes the place of `folder` when it is full; after an error the old one stays."""
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
+    replaced = folder.with_name(f"{folder.name}.{os.getpid()}.replaced")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if folder.exists():
+            folder.replace(replaced)
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
-    """Write a standard PEFT adapter, its card and a README into a new folder, all or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
+    """Write a standard PEFT adapter, its card and a README into a new folder, all or nothing.
+
+    Raises:
+        ValueError: a trained number is not finite.
+    """
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not weight.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite: the adapter is not saved")
     for config in model.peft_config.values():
         config.base_model_name_or_path = card.base  # PEFT would write the absolute path of this machine
-    # Embeddings are saved if modules_to_save names them; left to guess, PEFT would ask the hub about the base.
-    model.save_pretrained(scratch, save_embedding_layers=False)
-    (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
-    (scratch / "README.md").write_text(_readme(card))
-    replaced = folder.with_name(f"{folder.name}.{os.getpid()}.replaced")
-    if folder.exists():
-        folder.replace(replaced)
-    scratch.replace(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with _whole_folder(folder) as scratch:
+        # Embeddings are saved if modules_to_save names them; left to guess, PEFT would ask the hub about the base.
+        model.save_pretrained(scratch, save_embedding_layers=False)
+        hashes = {"weights_sha256": weights_sha256(scratch), "config_digest": _config_digest(scratch)}
+        card = dataclasses.replace(card, **hashes)
+        (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+        (scratch / "README.md").write_text(_readme(card))
 
 
-def find_adapter(preset: Preset, folder: str = "", rope: Scaling | None = None) -> Path:
+def _config_digest(folder: Path) -> str:
+    """A hash of everything in adapter_config.json that changes what the adapter computes."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        numbers = {name: value for name, value in config.items() if name not in NO_NUMBERS}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"adapter_config.json is missing or not whole ({error})") from None
+    return digest({name: sorted(value) if isinstance(value, list) else value for name, value in numbers.items()})
+
+
+def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling | None = None) -> Path:
     """The adapter folder named; else the newest trained with the preset's numbers and data; else the stored one.
 
     Args:
         folder: absolute, or seen from the repository.
-        rope: RoPE that the adapter named must have been trained with, if not the preset's extended one.
+        rope: that it must have been trained with; default: the preset's extended one.
 
     Raises:
         ValueError: there is none, or the one named is not whole or not for this preset.
     """
+    wanted = {
+        "other RoPE settings": rope or preset.extended_rope,
+        "another base": preset.base.source,
+        "other weights of its base": weights_sha256(locate_base(preset)),
+    }
     if folder:
         card = read_card(REPOSITORY / folder)
-        for name, found, wanted in (
-            ("other RoPE settings", card.rope, rope or preset.extended_rope),
-            ("another base", card.base, preset.base.source),
-        ):
-            if found != wanted:
+        for (name, right), found in zip(wanted.items(), (card.rope, card.base, card.base_sha256), strict=True):
+            if found != right:
                 raise ValueError(
                     f"the adapter in {folder} was trained with {name}: {found}, while preset "
-                    f"{preset.name!r} has {wanted}; use the preset it was trained with"
+                    f"{preset.name!r} has {right}; use the preset it was trained with"
                 )
         return REPOSITORY / folder
     cards = sorted(preset.run_folder.glob(f"training/*/adapter/{CARD}"), key=lambda path: path.stat().st_mtime)
     stored = ADAPTERS / preset.name / CARD
-    folders = [path.parent for path in [*([stored] if stored.is_file() else []), *cards]]
-    found = [folder for folder in folders if _trained_as(preset, read_card(folder))]
-    if not found:
-        raise ValueError(f"no adapter was trained with preset {preset.name!r} yet: run 05_finetune_qlora first")
-    return found[-1]
-
-
-def _trained_as(preset: Preset, card: AdapterCard) -> bool:
     numbers = {**asdict(preset.training), "lora": asdict(preset.lora)}
     del numbers["memory_savings"]  # they change no gradient
-    same_numbers = all(card.training.get(name) == value for name, value in numbers.items())
-    return same_numbers and card.data == asdict(preset.data) and card.rope == preset.extended_rope
+    for path in [*reversed(cards), *([stored] if stored.is_file() else [])]:
+        try:
+            card = read_card(path.parent)
+        except ValueError as error:
+            print(f"passed over: {error}", flush=True)
+            continue
+        same_numbers = all(card.training.get(name) == value for name, value in numbers.items())
+        same_base = [card.rope, card.base, card.base_sha256] == list(wanted.values())
+        if same_numbers and same_base and card.data == asdict(preset.data):
+            return path.parent
+    raise ValueError(
+        f"no adapter was trained with preset {preset.name!r} and RoPE {wanted['other RoPE settings']} yet: "
+        "run 05_finetune_qlora first"
+    )
 
 
 def read_card(folder: Path) -> AdapterCard:
-    """Read an adapter's card; ValueError if there is none or a weight file is not whole."""
+    """An adapter's card; ValueError if there is none, or if it does not fit the adapter's weights and config."""
     if not (folder / CARD).is_file():
         raise ValueError(
             f"{folder} has no {CARD}: it is not an adapter of this collection; 05_finetune_qlora leaves one in "
             "runs/PRESET/training/RUN/adapter"
         )
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt"):
-            pass
-        return TypeAdapter(AdapterCard).validate_json((folder / CARD).read_text())
-    except (SafetensorError, OSError, ValidationError) as error:
-        raise ValueError(f"the adapter in {folder} is truncated or corrupt ({error}): train it again") from error
+        card = TypeAdapter(AdapterCard).validate_json((folder / CARD).read_bytes())
+        if not card.config_digest:
+            raise ValueError(f"{CARD} has no hashes: an older version wrote it")
+        if card.config_digest != _config_digest(folder):
+            raise ValueError("adapter_config.json was changed after training")
+        if card.weights_sha256 != weights_sha256(folder):
+            raise ValueError("adapter_model.safetensors was changed after training")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise ValueError(f"the adapter in {folder} is truncated or corrupt ({reason}): train it again") from None
+    return card
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
@@ -166,7 +213,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel
         base: folder that `model` was loaded from.
 
     Raises:
-        ValueError: the weights or the RoPE settings differ from the card's.
+        ValueError: the adapter is not whole, or the weights or the RoPE settings differ from the card's.
     """
     card = read_card(adapter)
     try:
@@ -182,10 +229,12 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel
             f"the adapter in {adapter} was trained on {card.base} (sha256 {card.base_sha256[:12]}), "
             f"not on the weights in {base} (sha256 {found[:12]}): use its own base or train a new adapter"
         )
-    loaded_model = _keep_residual_stream(PeftModel.from_pretrained(model, adapter))
-    # PEFT has just rounded the saved fp32 norms to the base's bf16: now that the copies are fp32, load again.
-    set_peft_model_state_dict(loaded_model, load_file(adapter / "adapter_model.safetensors"))
-    return loaded_model
+    # PeftModel.from_pretrained would round the saved fp32 norms to the base's bf16; here the copies are fp32 first.
+    config = LoraConfig.from_pretrained(adapter)
+    config.base_model_name_or_path = None  # the card's hash was compared, not a name, which PEFT would warn of
+    adapted = _wrap(model, config)
+    set_peft_model_state_dict(adapted, load_file(adapter / "adapter_model.safetensors"))
+    return adapted
 
 
 def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Path:
@@ -205,8 +254,9 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Pat
         raise ValueError(f"the adapter in {adapter} needs xPos, which no config.json can ask for: load it unmerged")
     model = load_base(base, card.rope, dtype=dtype, quantized=False)
     merged = load_adapter(model, adapter, base).merge_and_unload()
-    merged.to(torch.bfloat16).save_pretrained(folder)
-    load_tokenizer(base).save_pretrained(folder)
+    with _whole_folder(folder) as scratch:
+        merged.to(torch.bfloat16).save_pretrained(scratch)
+        load_tokenizer(base).save_pretrained(scratch)
     return folder
 
 
@@ -215,7 +265,7 @@ def _readme(card: AdapterCard) -> str:
     return (
         f"---\nlibrary_name: peft\nbase_model: {card.base}\n---\n# LoRA adapter: window {card.rope.window:,} tokens\n\n"
         f"Trained on the NF4 base with RoPE scaled: {card.rope}. PEFT does not store that: load it with\n"
-        "`llama_long_utils.models.load_adapter`, which refuses a base with other RoPE settings.\n\n"
+        "`llama_long_utils.model.adapters.load_adapter`, which refuses a base with other RoPE settings.\n\n"
         + "\n".join(lines)
         + "\n"
     )

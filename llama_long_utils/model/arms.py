@@ -24,16 +24,20 @@ ADAPTED = ("extended", "rope_unchanged")
 
 
 def arm_scaling(preset: Preset, arm: str) -> Scaling:
-    """The RoPE of an arm; ValueError if there is no such arm."""
-    if arm not in ARMS:
-        raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
-    if arm == "yarn":
-        try:
-            return dataclasses.replace(preset.control_rope, method="yarn")
-        except ValidationError as error:
-            raise ValueError(f"preset {preset.name!r}, arm 'yarn': {error.errors()[0]['ctx']['error']}") from None
-    scalings = {"base": preset.base_rope, "rope_unchanged": preset.control_rope}
-    return scalings.get(arm, preset.extended_rope)
+    """The RoPE of an arm; ValueError if there is no such arm, or none on this base."""
+    try:
+        match arm:
+            case "base":
+                return preset.base_rope
+            case "rope_unchanged":
+                return preset.control_rope
+            case "yarn":
+                return dataclasses.replace(preset.control_rope, method="yarn")
+            case "rope_base_only" | "extended":
+                return preset.extended_rope
+    except ValidationError as error:
+        raise ValueError(f"preset {preset.name!r}, arm {arm!r}: {error.errors()[0]['ctx']['error']}") from None
+    raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
 
 
 def load_arm(
@@ -51,7 +55,7 @@ def load_arm(
 
     Args:
         arm: one of ARMS.
-        adapter: its folder, for the arms that have one; "extended" finds the preset's own if none is given.
+        adapter: its folder, for the arms that have one; default: what `find_adapter` finds.
         quantized: the linear layers in NF4, else in `dtype`, too.
         merged: the adapter is merged into the weights in memory, which takes `quantized=False`.
         dtype: of everything else; default: the preset's.
@@ -64,7 +68,7 @@ def load_arm(
     """
     rope = scaling or arm_scaling(preset, arm)
     folder = locate_base(preset)
-    found = _arm_adapter(preset, arm, adapter, rope)
+    found = find_adapter(preset, adapter, rope) if arm in ADAPTED else None
     if merged and (quantized or not found):
         raise ValueError(f"merged=True needs quantized=False and an arm with an adapter ({', '.join(ADAPTED)})")
     model = load_base(folder, rope, dtype=dtype or preset.base.dtype, quantized=quantized, attention=attention)
@@ -85,7 +89,7 @@ def arm_inputs(
 ) -> dict[str, Any]:
     """Everything that the numbers of `load_arm` with the same arguments depend on, for the key of a cache."""
     rope = scaling or arm_scaling(preset, arm)
-    found = _arm_adapter(preset, arm, adapter, rope)
+    found = find_adapter(preset, adapter, rope) if arm in ADAPTED else None
     return {
         "base_sha256": weights_sha256(locate_base(preset)),
         "adapter_sha256": weights_sha256(found) if found else None,
@@ -94,12 +98,3 @@ def arm_inputs(
         "quantized": quantized,
         "merged": merged,
     }
-
-
-def _arm_adapter(preset: Preset, arm: str, adapter: Path | str | None, rope: Scaling) -> Path | None:
-    """The checked folder of the arm's adapter, or None if the arm has none."""
-    if arm not in ADAPTED:
-        return None
-    if arm == "rope_unchanged" and not adapter:
-        raise ValueError("the arm 'rope_unchanged' needs its adapter: name the folder")
-    return find_adapter(preset, str(adapter or ""), rope=rope)

@@ -1,0 +1,284 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import LORA, RAISED, new_llama, small_preset
+from experiments.tiny_llama import train_tokenizer
+from llama_long_utils.model import adapters
+from llama_long_utils.model.adapters import (
+    CARD,
+    AdapterCard,
+    add_lora,
+    find_adapter,
+    load_adapter,
+    merge_adapter,
+    read_card,
+    save_adapter,
+)
+from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.weights import weights_sha256
+from llama_long_utils.paths import ADAPTERS
+from llama_long_utils.presets import load_preset
+from llama_long_utils.records import package_versions
+from llama_long_utils.training.trainer import check_lora_gradients
+
+IDS = torch.arange(64)[None] % 100
+
+
+def card(base_folder, **changes):
+    values = {
+        "base": str(base_folder),
+        "base_sha256": weights_sha256(base_folder),
+        "rope": RAISED,
+        "data": {},
+        "training": {},
+        "versions": package_versions(),
+    }
+    return AdapterCard(**{**values, **changes})
+
+
+def with_lora(base_folder, **changes):
+    base = load_base(base_folder, RAISED, dtype="bfloat16")
+    return add_lora(base, dataclasses.replace(LORA, **changes), seed=0)
+
+
+def backward(model):
+    hidden = hidden_states(model, IDS)
+    next_token_nll(hidden, causal_lm(model).get_output_embeddings(), IDS).backward()
+
+
+@pytest.fixture
+def adapter(base_folder, tmp_path):
+    model = with_lora(base_folder)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight.data, mean=1.0 if "norm" in name else 0.0, std=0.05)
+    save_adapter(model, card(base_folder), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_residual_stream_stays_bf16_beside_fp32_norms_and_adapters(base_folder):
+    model = with_lora(base_folder)
+    seen = set()
+    for layer in causal_lm(model).model.layers:
+        layer.register_forward_hook(lambda _m, inputs, output: seen.update([inputs[0].dtype, output.dtype]))
+    backward(model)
+    assert seen == {torch.bfloat16}
+
+
+def test_trained_norms_are_fp32_and_saved_with_the_adapter(base_folder, adapter):
+    trainable = {name: w for name, w in with_lora(base_folder).named_parameters() if w.requires_grad}
+    assert {weight.dtype for weight in trainable.values()} == {torch.float32}
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as saved:
+        norms = [name for name in saved.keys() if "norm" in name]  # noqa: SIM118
+    assert len(norms) == 2 * 2 + 1
+
+
+def test_embeddings_train_only_if_untied(base_folder):
+    model = with_lora(base_folder, train_embeddings=True)
+    assert any("embed_tokens" in name and w.requires_grad for name, w in model.named_parameters())
+    assert hidden_states(model, IDS).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="untied embeddings"):
+        add_lora(new_llama(0, tie_word_embeddings=True), dataclasses.replace(LORA, train_embeddings=True), seed=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_lora_b_gets_a_gradient_with_and_without_checkpointing(base_folder, checkpointing):
+    model = with_lora(base_folder).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    backward(model)
+    check_lora_gradients(model)
+    next(w for name, w in model.named_parameters() if "lora_B" in name).grad = None
+    with pytest.raises(RuntimeError, match="1 of 14 LoRA-B matrices got no gradient"):
+        check_lora_gradients(model)
+
+
+def test_evaluation_before_training_does_not_repack_4_bit_weights_and_cut_the_gradients(base_folder):
+    model = with_lora(base_folder).eval()
+    with torch.no_grad():
+        hidden_states(model, IDS)
+    model.train()
+    backward(model)
+    check_lora_gradients(model)
+
+
+def test_adapter_goes_onto_its_own_base_with_its_own_rope_only(base_folder, adapter, tmp_path):
+    right = load_base(base_folder, RAISED, dtype="bfloat16")
+    load_adapter(right, adapter, base_folder)
+    for wrong in ({"base": 1e4}, {"window": 64}, {"method": "pi"}, {"method": "yarn"}, {"method": "xpos_abf"}):
+        model = load_base(base_folder, dataclasses.replace(RAISED, **wrong), dtype="bfloat16")
+        with pytest.raises(ValueError, match="was trained with other RoPE settings"):
+            load_adapter(model, adapter, base_folder)
+    other = tmp_path / "other"
+    new_llama(seed=1).to(torch.bfloat16).save_pretrained(other)
+    with pytest.raises(ValueError, match="not on the weights in"):
+        load_adapter(load_base(other, RAISED, dtype="bfloat16"), adapter, other)
+
+
+def test_loaded_adapter_is_the_trained_one_to_the_last_bit(base_folder, tmp_path):
+    trained = with_lora(base_folder)
+    for weight in trained.parameters():
+        if weight.requires_grad:
+            weight.data += 0.001 * torch.randn_like(weight)  # what a bf16 copy of a norm near 1 would round away
+    save_adapter(trained, card(base_folder), tmp_path / "adapter")
+    base = load_base(base_folder, RAISED, dtype="bfloat16")
+    loaded = load_adapter(base, tmp_path / "adapter", base_folder)
+    weights = dict(loaded.named_parameters())
+    for name, weight in trained.named_parameters():
+        if weight.requires_grad:
+            assert weights[name].dtype == torch.float32
+            assert torch.equal(weights[name], weight), name
+    with torch.no_grad():
+        assert torch.equal(hidden_states(loaded, IDS), hidden_states(trained, IDS))
+
+
+def edit_config(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_card(folder, **changes):
+    (folder / CARD).write_text(json.dumps({**json.loads((folder / CARD).read_text()), **changes}))
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def retrain(folder):
+    """Other weights in the same shapes."""
+    file = folder / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+
+
+DAMAGES = {
+    "no card": (lambda folder: (folder / CARD).unlink(), "is not an adapter of this collection"),
+    "half a card": (lambda folder: halve(folder / CARD), "is truncated or corrupt .*JSON.*: train it again"),
+    "card of before": (lambda folder: edit_card(folder, config_digest=""), "has no hashes: an older version wrote it"),
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+    "half a config": (lambda folder: halve(folder / "adapter_config.json"), "adapter_config.json is missing or not"),
+    "config is a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "missing or not whole"),
+    "fewer modules": (lambda folder: edit_config(folder, target_modules=["q_proj"]), "adapter_config.json was changed"),
+    "no norms": (lambda folder: edit_config(folder, modules_to_save=None), "adapter_config.json was changed"),
+    "another alpha": (lambda folder: edit_config(folder, lora_alpha=64), "adapter_config.json was changed"),
+    "another rank": (lambda folder: edit_config(folder, r=8), "adapter_config.json was changed"),
+    "another scale": (lambda folder: edit_config(folder, use_rslora=True), "adapter_config.json was changed"),
+    "half the weights": (lambda folder: halve(folder / "adapter_model.safetensors"), "is truncated or corrupt"),
+    "other weights": (retrain, "adapter_model.safetensors was changed"),
+    "another base": (lambda folder: edit_card(folder, base_sha256="0" * 64), "trained with other weights of its base"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_or_edited_adapter_is_refused_in_one_line_when_it_is_found(base_folder, adapter, damage):
+    preset = small_preset(base_folder)
+    assert find_adapter(preset, adapter) == adapter
+    spoil, message = DAMAGES[damage]
+    spoil(adapter)
+    with pytest.raises(ValueError, match=message) as refused:
+        find_adapter(preset, adapter)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_adapter_moved_to_another_peft_or_under_another_name_is_the_same(base_folder, adapter):
+    edit_config(adapter, peft_version="1.0", base_model_name_or_path="other", inference_mode=False)
+    assert find_adapter(small_preset(base_folder), adapter) == adapter
+
+
+def test_adapter_that_is_not_finite_is_not_saved(base_folder, tmp_path):
+    model = with_lora(base_folder)
+    next(weight for name, weight in model.named_parameters() if "lora_B" in name).data[1, 2] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"lora_B\.default\.weight holds numbers that are not finite: the adapter is not"
+    ):
+        save_adapter(model, card(base_folder), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saved_adapter_names_its_base_as_the_card_does(base_folder, adapter):
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_folder)
+
+
+def test_saving_again_replaces_the_adapter_whole(base_folder, adapter):
+    save_adapter(with_lora(base_folder), card(base_folder, training={"steps": 1024}), adapter)
+    assert read_card(adapter).training == {"steps": 1024}
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_newest_adapter_trained_as_the_preset_says_is_found_and_broken_ones_are_passed_over(
+    base_folder, adapter, tmp_path, monkeypatch, capsys
+):
+    preset = small_preset(base_folder)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    monkeypatch.setattr(adapters, "ADAPTERS", tmp_path / "stored")
+    with pytest.raises(ValueError, match="no adapter was trained with preset 'tiny' and RoPE abf"):
+        find_adapter(preset)
+    as_preset = {**dataclasses.asdict(preset.training), "lora": dataclasses.asdict(preset.lora)}
+    edit_card(adapter, data=dataclasses.asdict(preset.data), training=as_preset)
+    stored = shutil.copytree(adapter, tmp_path / "stored" / "tiny")
+    assert find_adapter(preset) == stored
+    trained = shutil.copytree(adapter, tmp_path / "training" / "whole" / "adapter")
+    assert find_adapter(preset) == trained
+    shutil.rmtree(trained)
+    quick, broken, old = (
+        shutil.copytree(adapter, tmp_path / "training" / name / "adapter") for name in ("quick", "broken", "old")
+    )
+    edit_card(quick, training={**as_preset, "steps": 3})
+    halve(broken / "adapter_model.safetensors")
+    edit_card(old, config_digest="")
+    assert find_adapter(preset) == stored
+    passed_over = capsys.readouterr().out.splitlines()
+    assert [line.startswith("passed over: the adapter in ") for line in passed_over] == [True, True]
+    assert find_adapter(preset, quick) == quick
+
+
+def test_merged_model_loads_plainly_with_the_right_rope_and_without_the_error_of_4_bits(base_folder, adapter, tmp_path):
+    train_tokenizer([]).save_pretrained(base_folder)
+    merged_folder = merge_adapter(adapter, base_folder, tmp_path / "merged", dtype="bfloat16")
+    merged = AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.bfloat16)
+    check_rope(merged, RAISED)
+    assert merged.config.max_position_embeddings == 512
+    assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
+    unmerged = load_base(base_folder, RAISED, dtype="bfloat16", quantized=False)
+    unmerged = load_adapter(unmerged, adapter, base_folder)
+    on_nf4 = load_adapter(load_base(base_folder, RAISED, dtype="bfloat16"), adapter, base_folder)
+    with torch.no_grad():
+        exact, merged_hidden, nf4_hidden = (hidden_states(m, IDS).float() for m in (unmerged, merged, on_nf4))
+    rounding = (merged_hidden - exact).norm() / exact.norm()
+    quantisation = (nf4_hidden - exact).norm() / exact.norm()
+    assert rounding < 0.02  # merging rounds each weight to bf16 once
+    assert quantisation > rounding  # the error that the merged model no longer has
+
+
+def test_lora_on_a_layer_that_does_not_exist_is_refused(base_folder):
+    wrong = dataclasses.replace(LORA, target_modules=["q_proj", "k_porj"])
+    with pytest.raises(ValueError, match=r"names \['k_porj'\]: the model's linear layers are"):
+        add_lora(load_base(base_folder, RAISED, dtype="float32"), wrong, seed=0)
+
+
+def test_named_adapter_for_other_rope_settings_is_refused_before_anything_is_loaded():
+    preset = load_preset("tiny")
+    adapter = "data/adapters/tiny"
+    assert find_adapter(preset, adapter) == ADAPTERS / "tiny"
+    other = dataclasses.replace(preset, extension=dataclasses.replace(preset.extension, rope_base=1e6))
+    with pytest.raises(ValueError, match="trained with other RoPE settings: abf, base 500,000"):
+        find_adapter(other, adapter)
+
+
+def test_merging_that_fails_leaves_the_model_of_before(base_folder, adapter, tmp_path):
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "config.json").write_text("of before")
+    bare = shutil.copytree(base_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        merge_adapter(adapter, bare, merged, dtype="float32")
+    assert (merged / "config.json").read_text() == "of before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "bare", "merged"]
