@@ -69,6 +69,7 @@ def test_everything_that_an_arms_numbers_depend_on_is_in_its_inputs(preset, trai
     assert inputs == arm_inputs(preset, "extended", adapter=str(adapter))
     others = [
         arm_inputs(preset, "base"),
+        arm_inputs(preset, "base", attention="s2"),
         arm_inputs(preset, "rope_base_only"),
         arm_inputs(preset, "rope_unchanged", adapter=trained / "rope_unchanged"),
         arm_inputs(preset, "base", scaling=RAISED, quantized=False),
@@ -76,7 +77,7 @@ def test_everything_that_an_arms_numbers_depend_on_is_in_its_inputs(preset, trai
         arm_inputs(preset, "extended", adapter=adapter, quantized=False, merged=True),
         arm_inputs(preset, "extended", adapter=adapter, dtype="bfloat16"),
     ]
-    assert len({repr(sorted(one.items())) for one in [inputs, *others]}) == 8
+    assert len({repr(sorted(one.items())) for one in [inputs, *others]}) == 9
 
 
 def test_unknown_arm_and_another_arms_adapter_are_refused_before_anything_is_loaded(preset, trained):

@@ -111,6 +111,30 @@ def test_truncated_file_is_named_before_loading(broken, file):
         locate_model(str(broken))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "Missing required keys"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_hidden_layers": 3}, r"lack the tensor model\.layers\.2\."),
+    ],
+)
+def test_wrong_number_in_the_config_is_one_line(broken, wrong, message):
+    change_config(broken, **wrong)
+    with pytest.raises(ValueError, match=message) as refused:
+        locate_model(str(broken))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_config_that_is_a_list_and_an_index_without_names_are_refused(broken):
+    (broken / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        locate_model(str(broken))
+    (broken / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="has model_type None: use one of"):
+        locate_model(str(broken))
+
+
 def test_only_architectures_that_were_tried_are_taken(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path)
     with pytest.raises(

@@ -85,6 +85,7 @@ def arm_inputs(
     quantized: bool = True,
     merged: bool = False,
     dtype: str | None = None,
+    attention: str = "sdpa",
     scaling: Scaling | None = None,
 ) -> dict[str, Any]:
     """Everything that the numbers of `load_arm` with the same arguments depend on, for the key of a cache."""
@@ -95,6 +96,7 @@ def arm_inputs(
         "adapter_sha256": weights_sha256(found) if found else None,
         "rope": dataclasses.asdict(rope),
         "dtype": dtype or preset.base.dtype,
+        "attention": attention,
         "quantized": quantized,
         "merged": merged,
     }

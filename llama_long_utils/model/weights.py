@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import auth_check, snapshot_download
@@ -29,7 +30,7 @@ LOCAL = dict(local_files_only=True, trust_remote_code=False)
 CONFIG = ("config.json",)  # what is fetched from the hub; without the first there is nothing
 TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
 WEIGHTS = ("*.safetensors", "*.json", *TOKENIZER)
-LARGE = 2**30  # bytes from which on a file's hash is kept in the cache
+LARGE = 2**30  # bytes: the hash of such a file is kept in the cache
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model or an adapter, as its index names them; ValueError if one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(_read_object(index).get("weight_map", {}).values()))
     else:
         names = [name for name in ("model.safetensors", "adapter_model.safetensors") if (folder / name).is_file()]
     if not names:
@@ -192,23 +193,31 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     _check_json(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    content = json.loads((folder / "config.json").read_text())
+    content = _read_object(folder / "config.json")
     if content.get("model_type") not in ARCHITECTURES:
         raise ValueError(f"{folder} has model_type {content.get('model_type')!r}: use one of {list(ARCHITECTURES)}")
     if "quantization_config" in content:
         raise ValueError(f"{folder} is quantized already: use the 16-bit model that it was made of")
-    return AutoConfig.from_pretrained(folder, **LOCAL)
+    try:
+        return AutoConfig.from_pretrained(folder, **LOCAL)
+    except Exception as error:  # transformers checks each entry and raises many kinds of errors
+        raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
 
 def _check_json(folder: Path) -> None:
     """Raise ValueError if a JSON file of a model is not whole or asks to run code that comes with the model."""
     for file in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is truncated or corrupt ({error}): {_mend(folder)}") from None
-        if isinstance(content, dict) and content.get("auto_map"):
+        if _read_object(file).get("auto_map"):
             raise ValueError(f"{file} asks to run code of its own (auto_map), which is never done: use another model")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if it holds something else."""
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is truncated or corrupt ({error}): {_mend(file.parent)}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _mend(folder: Path) -> str:
