@@ -173,7 +173,7 @@ DAMAGES = {
     "another scale": (lambda folder: edit_config(folder, use_rslora=True), "adapter_config.json was changed"),
     "half the weights": (lambda folder: halve(folder / "adapter_model.safetensors"), "is truncated or corrupt"),
     "other weights": (retrain, "adapter_model.safetensors was changed"),
-    "another base": (lambda folder: edit_card(folder, base_sha256="0" * 64), "trained with other weights of its base"),
+    "another base": (lambda folder: edit_card(folder, base_sha256="0" * 64), "trained with base_sha256 = 000"),
 }
 
 
@@ -269,7 +269,7 @@ def test_named_adapter_for_other_rope_settings_is_refused_before_anything_is_loa
     adapter = "data/adapters/tiny"
     assert find_adapter(preset, adapter) == ADAPTERS / "tiny"
     other = dataclasses.replace(preset, extension=dataclasses.replace(preset.extension, rope_base=1e6))
-    with pytest.raises(ValueError, match="trained with other RoPE settings: abf, base 500,000"):
+    with pytest.raises(ValueError, match="trained with rope = abf, base 500,000"):
         find_adapter(other, adapter)
 
 

@@ -168,11 +168,9 @@ def test_model_that_brings_code_is_refused_without_a_question(broken, monkeypatc
 
 def test_preset_that_describes_another_base_is_refused_once_with_everything_that_is_wrong(base_folder):
     assert locate_base(load_preset("tiny")).name == "tiny-llama"
-    with pytest.raises(ValueError, match=r"base\.window = 256, base\.head_dim = 64, but .* window = 64, head_dim = 32"):
+    with pytest.raises(ValueError, match=r"correct \[base\]: .* was pretrained with window = 64, head_dim = 32$"):
         locate_base(small_preset(base_folder, window=256, head_dim=64))
-    with pytest.raises(
-        ValueError, match=r"base\.rope_base = 20000\.0, but .* was pretrained with rope_base = 10000\.0"
-    ):
+    with pytest.raises(ValueError, match=r"was pretrained with rope_base = 10000\.0$"):
         locate_base(small_preset(base_folder, rope_base=2e4))
 
 
@@ -208,7 +206,6 @@ def test_hash_of_a_large_file_is_kept_until_the_file_changes(broken, monkeypatch
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    weights._inspect_once.cache_clear()
     assert weights_sha256(broken) == first  # not read again: size and time are the same
     os.utime(file)
     assert weights_sha256(broken) != first

@@ -5,12 +5,11 @@ adapter travels with a card that names all of these by hash, and is compared wit
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +122,7 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
     with _whole_folder(folder) as scratch:
         # Embeddings are saved if modules_to_save names them; left to guess, PEFT would ask the hub about the base.
         model.save_pretrained(scratch, save_embedding_layers=False)
-        hashes = {"weights_sha256": weights_sha256(scratch), "config_digest": _config_digest(scratch)}
-        card = dataclasses.replace(card, **hashes)
+        card = replace(card, weights_sha256=weights_sha256(scratch), config_digest=_config_digest(scratch))
         (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
         (scratch / "README.md").write_text(_readme(card))
 
@@ -150,17 +148,18 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
         ValueError: there is none, or the one named is not whole or not for this preset.
     """
     wanted = {
-        "other RoPE settings": rope or preset.extended_rope,
-        "another base": preset.base.source,
-        "other weights of its base": weights_sha256(locate_base(preset)),
+        "rope": rope or preset.extended_rope,
+        "base": preset.base.source,
+        "base_sha256": weights_sha256(locate_base(preset)),
+        "data": asdict(preset.data),
     }
     if folder:
         card = read_card(REPOSITORY / folder)
-        for (name, right), found in zip(wanted.items(), (card.rope, card.base, card.base_sha256), strict=True):
-            if found != right:
+        for name in ("rope", "base", "base_sha256"):
+            if getattr(card, name) != wanted[name]:
                 raise ValueError(
-                    f"the adapter in {folder} was trained with {name}: {found}, while preset "
-                    f"{preset.name!r} has {right}; use the preset it was trained with"
+                    f"the adapter in {folder} was trained with {name} = {getattr(card, name)}, while preset "
+                    f"{preset.name!r} has {wanted[name]}: use the preset it was trained with"
                 )
         return REPOSITORY / folder
     cards = sorted(preset.run_folder.glob(f"training/*/adapter/{CARD}"), key=lambda path: path.stat().st_mtime)
@@ -174,12 +173,10 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
             print(f"passed over: {error}", flush=True)
             continue
         same_numbers = all(card.training.get(name) == value for name, value in numbers.items())
-        same_base = [card.rope, card.base, card.base_sha256] == list(wanted.values())
-        if same_numbers and same_base and card.data == asdict(preset.data):
+        if same_numbers and all(getattr(card, name) == value for name, value in wanted.items()):
             return path.parent
     raise ValueError(
-        f"no adapter was trained with preset {preset.name!r} and RoPE {wanted['other RoPE settings']} yet: "
-        "run 05_finetune_qlora first"
+        f"no adapter was trained with preset {preset.name!r} and RoPE {wanted['rope']} yet: run 05_finetune_qlora first"
     )
 
 

@@ -4,7 +4,6 @@ Everything that a file's size or header tells is checked here, before anything h
 missing tensor with random numbers and go on.
 """
 
-import functools
 import hashlib
 import json
 import tempfile
@@ -30,7 +29,7 @@ LOCAL = dict(local_files_only=True, trust_remote_code=False)
 CONFIG = ("config.json",)  # what is fetched from the hub; without the first there is nothing
 TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
 WEIGHTS = ("*.safetensors", "*.json", *TOKENIZER)
-LARGE = 2**30  # bytes: the hash of such a file is kept in the cache
+LARGE = 2**26  # bytes: what was read of such a file is kept in the cache
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,9 @@ def locate_model(source: str) -> Path:
         ValueError: a file or a tensor is missing, truncated, not finite or of another architecture.
     """
     folder = _located(source, WEIGHTS)
-    config = _read_config(folder)
-    _check_tensors(folder, config)
+    for file in sorted(folder.glob("*.json")):
+        _read_object(file)
+    _check_tensors(folder, _read_config(folder))
     for file in weight_files(folder):
         _, not_finite = _inspect(file)
         if not_finite:
@@ -74,7 +74,8 @@ def model_config(source: str) -> PreTrainedConfig:
 def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, for which no weights are needed; raises as `locate_model` does."""
     folder = _located(str(source), TOKENIZER)
-    _check_json(folder)
+    for file in sorted(folder.glob("*.json")):
+        _read_object(file)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): {_mend(folder)}")
     return AutoTokenizer.from_pretrained(folder, **LOCAL)
@@ -107,11 +108,9 @@ def base_config(preset: Preset) -> PreTrainedConfig:
     }
     wrong = {name: value for name, value in found.items() if getattr(preset.base, name) != value}
     if wrong:
-        written = ", ".join(f"base.{name} = {getattr(preset.base, name)}" for name in wrong)
         right = ", ".join(f"{name} = {_toml(value)}" for name, value in wrong.items())
         raise ValueError(
-            f"presets/{preset.name}.toml: {written}, but {preset.base.source} was pretrained with {right}: "
-            "correct the preset"
+            f"presets/{preset.name}.toml, correct [base]: {preset.base.source} was pretrained with {right}"
         )
     return config
 
@@ -143,14 +142,9 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _inspect(file: Path) -> tuple[str, str]:
-    """A safetensors file's sha256 and its first tensor that holds a number that is not finite, or ""."""
-    status = file.stat()
-    return _inspect_once(file.resolve(), status.st_size, status.st_mtime_ns)
+def _inspect(file: Path) -> list[str]:
+    """A safetensors file's sha256 and its first tensor with a number that is not finite, or ""; read once if large."""
 
-
-@functools.cache
-def _inspect_once(file: Path, size: int, modified: int) -> tuple[str, str]:
     def inspect() -> list[str]:
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -158,12 +152,11 @@ def _inspect_once(file: Path, size: int, modified: int) -> tuple[str, str]:
             names = (name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all())  # noqa: SIM118
             return [sha256, next(names, "")]
 
-    if size < LARGE:
-        sha256, not_finite = inspect()
-    else:
-        cache = Cache(CACHE / "weights", version=1)
-        sha256, not_finite = cache.value(file.name, inspect, path=file, size=size, modified=modified)
-    return sha256, not_finite
+    status = file.stat()
+    if status.st_size < LARGE:
+        return inspect()
+    same = {"path": file.resolve(), "size": status.st_size, "modified": status.st_mtime_ns}
+    return Cache(CACHE / "weights", version=1).value(file.name, inspect, **same)
 
 
 def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
@@ -190,7 +183,6 @@ def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     """The configuration in a folder; ValueError if it is not of a model that this package can train."""
-    _check_json(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
     content = _read_object(folder / "config.json")
@@ -204,20 +196,20 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
 
 
-def _check_json(folder: Path) -> None:
-    """Raise ValueError if a JSON file of a model is not whole or asks to run code that comes with the model."""
-    for file in sorted(folder.glob("*.json")):
-        if _read_object(file).get("auto_map"):
-            raise ValueError(f"{file} asks to run code of its own (auto_map), which is never done: use another model")
-
-
 def _read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if it holds something else."""
+    """The object in a JSON file of a model, empty if it holds something else.
+
+    Raises:
+        ValueError: it is not whole, or it asks to run code that comes with the model.
+    """
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is truncated or corrupt ({error}): {_mend(file.parent)}") from None
-    return content if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    if content.get("auto_map"):
+        raise ValueError(f"{file} asks to run code of its own (auto_map), which is never done: use another model")
+    return content
 
 
 def _mend(folder: Path) -> str:
