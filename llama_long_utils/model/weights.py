@@ -156,7 +156,10 @@ def _inspect(file: Path) -> list[str]:
     if status.st_size < LARGE:
         return inspect()
     same = {"path": file.resolve(), "size": status.st_size, "modified": status.st_mtime_ns}
-    return Cache(CACHE / "weights", version=1).value(file.name, inspect, **same)
+    try:
+        return Cache(CACHE / "weights", version=1).value(file.name, inspect, **same)
+    except OSError:  # the cache cannot be written
+        return inspect()
 
 
 def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
