@@ -39,6 +39,33 @@ COLUMNS = {
         "power_law": {"arm", "alpha", "beta", "gamma", "rmse"},
         "definitions": {"arm", "definition", "perplexity", "low", "high", "units"},
     },
+    "06_dose_response": {
+        "arms": {
+            *("arm", "window", "reach", "rope_base", "quoting", "seed", "tokens", "passes", "seconds"),
+            *("tokens_per_second", "peak_gib"),
+        },
+        "nll_by_position": {
+            *("arm", "tokens_trained", "weights", "read", "position_low", "position_high", "nll", "low", "high"),
+            *("documents", "tokens"),
+        },
+        "full_minus_windows": {
+            *("arm", "tokens_trained", "weights", "position_low", "position_high", "nats", "low", "high", "documents"),
+            *("kinds", "below_zero", "without_one"),
+        },
+        "differences": {
+            *("first", "second", "tokens_trained", "position_low", "position_high", "nats", "low", "high", "documents"),
+            *("kinds", "below_zero", "without_one"),
+        },
+        "retrieval": {
+            *("arm", "tokens_trained", "weights", "task", "length", "fifth_of_depth", "questions", "exact", "low"),
+            *("high", "gain"),
+        },
+        "held_out": {
+            *("kind", "source", "document_tokens", "first", "tokens", "sha256_of_ids", "sha256_of_text"),
+            *("share_in_training", "repeats_itself"),
+        },
+        "left_out": {"arm", "dose", "seconds_needed"},
+    },
     "08_benchmark_deltas": {
         "deltas": {
             *("task", "length", "pair", "metric", "items", "before", "after", "difference", "low", "high"),
@@ -108,6 +135,24 @@ def test_arrays_beside_the_record_need_no_pickle_and_give_its_means():
         assert len(arrays["documents"]) == len(arrays["nll_extended"])
         assert len(set(arrays["documents"])) >= 12
     assert mean == pytest.approx(table.loc[("extended", 2048), "nll"], abs=1e-3)
+
+
+def test_the_dose_record_follows_from_its_arrays():
+    """What a reader computes from the npz with plain numpy, in one bucket, document by document."""
+    path = RESULTS / "smollm2" / "06_dose_response.json"
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        nats = dict(zip(arrays["readings"].tolist(), arrays["nats"].astype(float), strict=True))
+    table = read_table(path, "full_minus_windows").set_index(["arm", "tokens_trained", "weights", "position_low"])
+    row = table.loc[("full16k-s0", 10_485_760, "nf4", 16_384)].set_index("position_high").loc[32_768]
+    name = "full16k-s0-10485760"
+    change = (nats[f"{name}/full"] - nats[f"{name}/window"])[:, 128:].sum(axis=1) / 16_384
+    change = change[np.isfinite(change)]  # NaN: a text of 16,384 tokens
+    assert len(change) == row.documents == 20
+    assert row.nats == pytest.approx(change.mean(), abs=1e-6)
+    assert row.without_one == pytest.approx((change.sum() - change.min()) / 19, abs=1e-6)
+    assert row.below_zero == (change < 0).sum()
+    assert row.low < row.nats < row.high < 0
+    assert np.abs(nats[f"{name}/full"] - nats[f"{name}/window"])[:, :64].max() < 0.5  # the same first window, in bf16
 
 
 def test_round_trip(tmp_path):

@@ -1,0 +1,237 @@
+"""The record of the dose experiment: what its readings say, with the intervals of a sceptic.
+
+Differences are paired: the same documents, the same tokens. An interval resamples kinds of documents and, within each
+kind, documents; two documents of one manual tell less than two of two. Beside each difference stand the number of
+documents in which it is below zero, and what is left of it without the one document that speaks most for it.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llama_long_utils.evaluation.statistics import SAMPLES, SEED, Bootstrap, share_interval
+from llama_long_utils.records import read_arrays, write_arrays, write_record
+
+SLUG = "06_dose_response"
+BIN = 128  # positions whose NLL is summed up in the arrays
+EDGES = (0, 2048, 4096, 8192, 16_384, 24_576, 32_768)
+BUCKETS = (*pairwise(EDGES), (0, 8192), (16_384, 32_768))
+BASE, SIXTEEN_BIT, RAISED, YARN = "base-nf4/window", "base/window", "raised-nf4/full", "yarn-nf4/full"
+CONTROL = "control8k-s0"
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What was read: sums of NLL by reading, document and bin of `BIN` positions, NaN past a document's end.
+
+    Attributes:
+        nats: reading ("ARM-DOSE/full" or "ARM-DOSE/window") to an array of shape (documents, bins).
+        tokens: of each document.
+        kinds: of each document.
+    """
+
+    nats: dict[str, np.ndarray]
+    tokens: np.ndarray
+    kinds: list[str]
+
+    def bucket(self, reading: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """(mean NLL at positions low to high - 1, place in the list) of each document that is long enough."""
+        there = np.flatnonzero(self.tokens >= high)
+        sums = self.nats[reading][there, low // BIN : high // BIN].sum(axis=1, dtype=np.float64)
+        return sums / (high - max(low, 1)), there  # position 0 is BOS and costs nothing
+
+    def interval(self, values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
+        """Bounds of the mean over documents, resampled by kind and document."""
+        bootstrap = Bootstrap(len(values), SAMPLES, SEED, [self.kinds[document] for document in documents])
+        low, high = bootstrap.interval(values[:, None], np.ones((len(values), 1)))
+        return float(low[0]), float(high[0])
+
+    def mean(self, reading: str, low: int, high: int) -> dict[str, Any]:
+        """A row of table nll_by_position."""
+        values, documents = self.bucket(reading, low, high)
+        bounds = dict(zip(("low", "high"), self.interval(values, documents), strict=True))
+        count = {"documents": len(values), "tokens": len(values) * (high - max(low, 1))}
+        return {"position_low": low, "position_high": high, "nll": values.mean(), **bounds, **count}
+
+    def difference(self, first: str, second: str, low: int, high: int) -> dict[str, Any]:
+        """A row of first minus second."""
+        (one, documents), (other, _) = self.bucket(first, low, high), self.bucket(second, low, high)
+        values = one - other
+        bounds = self.interval(values, documents)
+        most = np.argmax(values * np.sign(values.mean()))
+        return {
+            "position_low": low,
+            "position_high": high,
+            "nats": values.mean(),
+            **dict(zip(("low", "high"), bounds, strict=True)),
+            "documents": len(values),
+            "kinds": len({self.kinds[document] for document in documents}),
+            "below_zero": int((values < 0).sum()),
+            "without_one": np.delete(values, most).mean(),
+        }
+
+
+def write_dose_record(out: Path, folder: Path, *, preset: str, provenance: dict[str, Any] | None = None) -> Path:
+    """Write the record and its arrays from what `experiments.dose` left in `out`."""
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    start = next(row for row in rows if row["kind"] == "start")
+    held_out, sums = pd.DataFrame(start["heldout"]), read_arrays(out / "nll.npz")
+    longest = max(start["texts"]) // BIN
+    nats = {name: values[:, :longest] for name, values in sums.items()}
+    readings = Readings(nats, np.array(start["texts"]), held_out.kind.tolist()[: len(start["texts"])])
+    trained = {row["name"]: row for row in rows if row["kind"] == "nll"}
+    tables = {
+        "arms": _arms(rows),
+        "nll_by_position": _nll(readings, trained),
+        "full_minus_windows": _full_minus_windows(readings, trained),
+        "differences": _differences(readings, trained),
+        "retrieval": _retrieval(rows),
+        "held_out": held_out,
+    }
+    left_out = pd.DataFrame([row for row in rows if row["kind"] == "left out"])
+    if len(left_out):
+        tables["left_out"] = left_out[["arm", "dose", "needed"]].rename(columns={"needed": "seconds_needed"})
+    arrays = {"nats": np.stack(list(nats.values())), "readings": np.array(list(nats)), **_losses(rows), **_asked(rows)}
+    write_arrays(folder / f"{SLUG}.npz", arrays)
+    return write_record(
+        folder,
+        SLUG,
+        preset=preset,
+        question="From how many trained tokens on does a longer context pay?",
+        tables=tables,
+        seeds={"training": 0, "texts": 0, "bootstrap": SEED},
+        seconds=rows[-1]["at"],
+        provenance=provenance,
+    )
+
+
+def _arms(rows: Rows) -> pd.DataFrame:
+    """One row for each dose: how the arm was trained, and what its training took, trunk and branch together."""
+    ways, trunk, table = {}, {}, []
+    for row in rows:
+        if row["kind"] == "arm":
+            ways[row["arm"]] = row
+            trunk[row["arm"]] = [0, 0.0]
+        elif row["kind"] == "training":
+            way, so_far = ways[row["arm"]], trunk[row["arm"]]
+            seconds = row["steps"] * row["seconds_per_step"]
+            if row["what"] == "trunk":
+                so_far[0], so_far[1] = so_far[0] + row["steps"], so_far[1] + seconds
+                continue
+            tokens = (so_far[0] + row["steps"]) * row["tokens_per_step"]
+            table.append(
+                {
+                    **{name: way[name] for name in ("arm", "window", "reach", "rope_base", "quoting", "seed")},
+                    "tokens": tokens,
+                    "passes": tokens / sum(way["usable_tokens"].values()),
+                    "seconds": so_far[1] + seconds,
+                    "tokens_per_second": tokens / (so_far[1] + seconds),
+                    "peak_gib": row["peak_gib"],
+                }
+            )
+    return pd.DataFrame(table)
+
+
+def _about(name: str, trained: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    row = trained[name]
+    return {"arm": row.get("arm", name), "tokens_trained": row["tokens_trained"], "weights": row["weights"]}
+
+
+def _nll(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    table = []
+    for reading in readings.nats:
+        name, _, way = reading.partition("/")
+        about = {**_about(name, trained), "read": way}
+        table += [{**about, **readings.mean(reading, low, high)} for low, high in _buckets(readings)]
+    return pd.DataFrame(table)
+
+
+def _buckets(readings: Readings, above: int = 0) -> list[tuple[int, int]]:
+    return [(low, high) for low, high in BUCKETS if low >= above and high <= readings.tokens.max()]
+
+
+def _full_minus_windows(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    table = []
+    for reading in readings.nats:
+        name, _, way = reading.partition("/")
+        if way == "full" and f"{name}/window" in readings.nats:
+            for low, high in _buckets(readings, 8192):
+                row = readings.difference(reading, f"{name}/window", low, high)
+                table.append({**_about(name, trained), **row})
+    return pd.DataFrame(table)
+
+
+def _differences(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Each trained arm against the bases, against the control and the other arms of its dose, and 16 bits against 4."""
+    pairs = [(SIXTEEN_BIT, BASE), (RAISED, BASE), (YARN, BASE)]
+    arms = [name for name, row in trained.items() if row["tokens_trained"]]
+    for name in arms:
+        dose = trained[name]["tokens_trained"]
+        for way in ("full", "window"):
+            pairs += [(f"{name}/{way}", other) for other in (BASE, SIXTEEN_BIT)]
+            pairs.append((f"{name}/{way}", f"{CONTROL}-{dose}/window"))
+        pairs += [(f"{name}/full", other) for other in (RAISED, YARN)]
+        pairs += [(f"{name}-16bit/{way}", f"{name}/{way}") for way in ("full", "window")]
+        if name.startswith("full16k"):
+            pairs += [(f"{name}/{way}", f"pose2k-s0-{dose}/{way}") for way in ("full", "window")]
+    table = []
+    for first, second in dict.fromkeys(pairs):
+        if first in readings.nats and second in readings.nats and first != second:
+            about = {
+                "first": first,
+                "second": second,
+                "tokens_trained": trained[first.partition("/")[0]]["tokens_trained"],
+            }
+            table += [{**about, **readings.difference(first, second, *bucket)} for bucket in _buckets(readings)]
+    return pd.DataFrame(table)
+
+
+def _retrieval(rows: Rows) -> pd.DataFrame:
+    """By fifth of the text: questions answered word for word (exact bounds), and what the text is worth to them."""
+    table = []
+    for row in rows:
+        if row["kind"] != "retrieval":
+            continue
+        asked = pd.DataFrame(row["rows"], columns=row["columns"])
+        asked["fifth"] = np.minimum(asked.depth * 5, 4).astype(int)
+        asked["gain"] = asked.log_probability - asked.alone
+        for (task, length, fifth), part in asked.groupby(["kind", "length", "fifth"]):
+            low, high = share_interval(int(part.exact.sum()), len(part))
+            about = {"arm": row.get("arm", row["name"]), "tokens_trained": row["tokens_trained"]}
+            place = {"weights": row["weights"], "task": task, "length": length, "fifth_of_depth": fifth}
+            score = {"questions": len(part), "exact": part.exact.mean(), "low": low, "high": high}
+            table.append({**about, **place, **score, "gain": part.gain.mean()})
+    return pd.DataFrame(table)
+
+
+def _losses(rows: Rows) -> dict[str, np.ndarray]:
+    """Loss of every step of each arm's trunk, and of each branch."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "training":
+            name = "trunk" if row["what"] == "trunk" else row["what"].removeprefix("branch to ")
+            found.setdefault(f"loss_{row['arm']}_{name}", []).extend(row["loss"])
+    return {name: np.array(losses, dtype=np.float32) for name, losses in found.items()}
+
+
+def _asked(rows: Rows) -> dict[str, np.ndarray]:
+    """Every question, and of each arm that was asked: log-probability behind the text and alone, and word for word.
+
+    An arm that was asked behind the shortest texts only has the questions of that length, in the same order.
+    """
+    found, questions = {}, pd.DataFrame()
+    for row in rows:
+        if row["kind"] == "retrieval":
+            asked = pd.DataFrame(row["rows"], columns=row["columns"])
+            questions = asked if len(asked) > len(questions) else questions
+            found[f"asked_{row['name']}_log_probability"] = asked.log_probability.to_numpy(np.float16)
+            found[f"asked_{row['name']}_alone"] = asked.alone.to_numpy(np.float16)
+            found[f"asked_{row['name']}_exact"] = asked.exact.to_numpy(bool)
+    found["question_task"] = questions.kind.to_numpy(str)
+    return found | {f"question_{name}": questions[name].to_numpy() for name in ("length", "text", "number", "depth")}
