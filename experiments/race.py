@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.sequences import draw_sequences
 from llama_long_utils.data.sources import read_split
+from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches, token_nll
-from llama_long_utils.evaluation.retrieval import answers, rouge_l
+from llama_long_utils.evaluation.retrieval import rouge_l
 from llama_long_utils.evaluation.retrieval_items import first_sentence_items
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.arms import load_arm
@@ -187,7 +188,8 @@ def measure(
     found = []
     for length in preset.retrieval.lengths:
         items = first_sentence_items(held_out, tokenizer, length, preset.retrieval, seed=evaluation.seed)
-        for item, written in zip(items, answers(model, tokenizer, items, preset.retrieval), strict=True):
+        prompts, room = [item.prompt for item in items], preset.retrieval.answer_tokens
+        for item, written in zip(items, write(model, tokenizer, prompts, tokens=room), strict=True):
             found.append(
                 {
                     "document": item.document,

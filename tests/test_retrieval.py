@@ -1,19 +1,20 @@
 import dataclasses
-import json
+import random
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 
 from conftest import new_llama
 from experiments.tiny_llama import FOLDER
-from llama_long_utils.data.documents import Document, TokenizedDocument, tokenize_documents
+from llama_long_utils.cache import Cache
+from llama_long_utils.data.documents import Document, tokenize_documents
+from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.retrieval import (
     _wrote,
-    agreement,
-    answers,
     effective_length,
     effective_lengths,
     paired_difference,
@@ -21,7 +22,6 @@ from llama_long_utils.evaluation.retrieval import (
     rouge_l,
     rouge_l_by_chance,
     score,
-    score_resumably,
     summary,
 )
 from llama_long_utils.evaluation.retrieval_items import PLANTED, first_sentence_items, planted_items, sentence_ends
@@ -49,6 +49,11 @@ def texts(tokenizer):
     return tokenize_documents([Document("mine", str(n), text(n)) for n in range(5)], tokenizer, cache=None)
 
 
+@pytest.fixture(scope="module")
+def model():
+    return new_llama(seed=0, vocab_size=2048, max_position_embeddings=512).eval()
+
+
 @pytest.mark.parametrize("length", [128, 512])
 def test_prompt_holds_the_sentence_once_and_then_its_first_words(texts, tokenizer, length):
     items = first_sentence_items(texts, tokenizer, length, SETTINGS, seed=0)
@@ -74,16 +79,39 @@ def test_texts_that_are_too_short_are_refused(texts, tokenizer):
         first_sentence_items(texts, tokenizer, 100_000, SETTINGS, seed=0)
 
 
-def test_answers_are_greedy_and_cut_at_their_room(texts, tokenizer):
-    model = new_llama(seed=0, vocab_size=2048, max_position_embeddings=512).eval()
-    items = first_sentence_items(texts, tokenizer, 128, SETTINGS, seed=0)
-    together = answers(model, tokenizer, items, SETTINGS)
-    alone = answers(model, tokenizer, items, dataclasses.replace(SETTINGS, prompts_at_once=1))
-    assert together == alone
-    ids = torch.from_numpy(items[0].prompt)[None]
-    for _ in range(3):
-        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    assert together[0].startswith(tokenizer.decode(ids[0, -3:], skip_special_tokens=True)[:5])
+def greedy_by_hand(model, prompt, count):
+    """The likeliest token after all before it, `count` times, each by a pass over the whole text."""
+    ids = torch.from_numpy(prompt)[None]
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_writing_is_greedy_and_the_same_together_and_alone_as_text_and_as_ids(texts, tokenizer, model):
+    prompts = [item.prompt for item in first_sentence_items(texts, tokenizer, 128, SETTINGS, seed=0)]
+    prompts.append(prompts[0][:50])  # a shorter one, padded
+    together = write(model, tokenizer, prompts, tokens=12)
+    assert together == [tokenizer.decode(greedy_by_hand(model, prompt, 12)) for prompt in prompts]
+    assert together == write(model, tokenizer, prompts, tokens=12, tokens_at_once=1)
+    assert together == write(model, tokenizer, [tokenizer.decode(prompt[1:]) for prompt in prompts], tokens=12)
+
+
+def test_writing_ends_before_a_stop_text_and_at_eos(texts, tokenizer, model):
+    prompts = [item.prompt for item in first_sentence_items(texts, tokenizer, 128, SETTINGS, seed=0)]
+    (whole, *_) = write(model, tokenizer, prompts, tokens=12)
+    stop = whole[5:8]
+    assert write(model, tokenizer, prompts[:1], tokens=12, stops=[stop]) == [whole.partition(stop)[0]]
+    eos, model.generation_config.eos_token_id = (
+        model.generation_config.eos_token_id,
+        greedy_by_hand(model, prompts[0], 3)[-1],
+    )
+    try:
+        (cut,) = write(model, tokenizer, prompts[:1], tokens=12)
+    finally:
+        model.generation_config.eos_token_id = eos
+    assert whole.startswith(cut)
+    assert 0 < len(cut) < len(whole)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +129,13 @@ def test_rouge_l_is_lin_s(written, score):
     assert rouge_l("police killed the gunman", written) == pytest.approx(score)
 
 
-def test_documents_are_token_ids(texts):
-    assert all(isinstance(text, TokenizedDocument) and text.token_ids.dtype == np.int32 for text in texts)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return new_llama(seed=0, vocab_size=2048, max_position_embeddings=512).eval()
+def test_rouge_l_is_that_of_the_rouge_score_package():
+    draw, scorer = random.Random(0), RougeScorer(["rougeL"])
+    for _ in range(300):
+        answer = " ".join(draw.choices("abcde", k=draw.randint(1, 9)))
+        written = draw.choices("abcde", k=draw.randint(0, 12))
+        cut = " ".join(written[: len(answer.split())])
+        assert rouge_l(answer, " ".join(written)) == pytest.approx(100 * scorer.score(answer, cut)["rougeL"].fmeasure)
 
 
 def planted(task, texts, tokenizer, length=256, settings=SETTINGS, questions=5, seed=0):
@@ -227,44 +255,51 @@ def test_one_pass_equals_full_logits_and_plain_greedy_decoding(texts, tokenizer,
         expected = logits.log_softmax(-1)[torch.arange(count), torch.from_numpy(item.answer_ids)]
         np.testing.assert_allclose(reply.log_probabilities, expected.numpy(), atol=1e-5)
         assert reply.likeliest.tolist() == (logits.argmax(-1).numpy() == item.answer_ids).tolist()
-        ids = torch.from_numpy(item.prompt)[None]
-        for _ in range(count):
-            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-        assert reply.written.tolist() == ids[0, -count:].tolist()
+        assert reply.written.tolist() == greedy_by_hand(model, item.prompt, count)
 
 
-def test_items_scored_together_score_as_alone(texts, tokenizer, model):
-    items = planted("passkey", texts, tokenizer, questions=8)
-    together = score(model, tokenizer, items, SETTINGS)
-    alone = score(model, tokenizer, items, dataclasses.replace(SETTINGS, prompts_at_once=1))
+def scored(model, tokenizer, items, settings, folder):
+    return score(model, tokenizer, items, settings, Cache(folder, 1))
+
+
+def test_items_scored_together_score_as_alone(texts, tokenizer, model, tmp_path):
+    items = [item for task in PLANTED for item in planted(task, texts, tokenizer, questions=4)]
+    assert len({len(item.answer_ids) for item in items}) > 3  # answers of several lengths in one pass
+    together = scored(model, tokenizer, items, SETTINGS, tmp_path)
+    alone = scored(model, tokenizer, items, dataclasses.replace(SETTINGS, prompts_at_once=1), tmp_path / "alone")
     np.testing.assert_allclose(together.log_probability, alone.log_probability, atol=1e-5)
     assert together.written.tolist() == alone.written.tolist()
     assert together.answer.tolist() == [item.answer for item in items]
 
 
-def test_scoring_that_was_interrupted_goes_on_and_gives_the_same_rows(texts, tokenizer, model, tmp_path, monkeypatch):
-    items, settings = (
-        planted("passkey", texts, tokenizer, questions=5),
-        dataclasses.replace(SETTINGS, prompts_at_once=1),
+def test_interrupted_scoring_asks_only_what_is_missing_and_gives_the_same_rows(texts, tokenizer, model, tmp_path):
+    items, settings = planted("passkey", texts, tokenizer), dataclasses.replace(SETTINGS, prompts_at_once=1)
+    expected = scored(model, tokenizer, items, settings, tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(_module, _arguments, options):
+        seen.append(options["input_ids"].shape[1])
+        if sum(length > 1 for length in seen) > 2:
+            raise Interrupted
+
+    seen: list[int] = []
+    hook = model.model.register_forward_pre_hook(interrupt, with_kwargs=True)
+    with pytest.raises(Interrupted):
+        scored(model, tokenizer, items, settings, tmp_path)
+    hook.remove()
+    seen.clear()
+    hook = model.model.register_forward_pre_hook(
+        lambda _module, _arguments, options: seen.append(options["input_ids"].shape[1]), with_kwargs=True
     )
-    expected, asked = score(model, tokenizer, items, settings), []
-
-    def until_interrupted(model, part, *, generate):
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        asked.append(part)
-        return replies(model, part, generate=generate)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("llama_long_utils.evaluation.retrieval.replies", until_interrupted)
-        score_resumably(tmp_path / "base.json", model, tokenizer, items, settings)
-    assert len(json.loads((tmp_path / "base.json").read_text())) == 2
-    pd.testing.assert_frame_equal(
-        score_resumably(tmp_path / "base.json", model, tokenizer, items, settings), expected, check_exact=True
-    )
+    again = scored(model, tokenizer, items, settings, tmp_path)
+    hook.remove()
+    assert sum(length > 1 for length in seen) == 3
+    pd.testing.assert_frame_equal(again, expected, check_exact=True)
 
 
-def test_trap_23_logits_exist_at_the_answer_only_and_no_cache_without_generation(texts, tokenizer, model):
+def test_logits_exist_at_the_answer_only_and_no_keys_are_kept_without_generation(texts, tokenizer, model):
     (item,) = planted("passkey", texts, tokenizer, questions=1)
     seen = []
     hooks = [
@@ -276,12 +311,12 @@ def test_trap_23_logits_exist_at_the_answer_only_and_no_cache_without_generation
     replies(model, [item], generate=False)
     for hook in hooks:
         hook.remove()
-    assert seen == [None, len(item.answer_ids) + 1]
+    assert seen == [None, len(item.answer_ids)]
 
 
-def test_beyond_generate_up_to_only_probabilities_are_scored(texts, tokenizer, model):
+def test_beyond_generate_up_to_only_probabilities_are_scored(texts, tokenizer, model, tmp_path):
     settings = with_tasks(generate_up_to=255)
-    rows = score(model, tokenizer, planted("passkey", texts, tokenizer), settings).assign(arm="base")
+    rows = scored(model, tokenizer, planted("passkey", texts, tokenizer), settings, tmp_path).assign(arm="base")
     assert rows.rouge_l.isna().all()
     assert rows.probability.between(0, 1).all()
     table = effective_lengths(rows, threshold=0.5, bootstrap_samples=10, seed=0)
@@ -343,16 +378,6 @@ def test_rouge_l_by_chance_is_that_of_other_questions_answers():
         ]
     )
     assert rouge_l_by_chance(rows).tolist() == pytest.approx([200 / 3, 0, np.nan, np.nan], nan_ok=True)
-
-
-def test_agreement_counts_verdicts_and_ranks():
-    rows = rows_of([[0.9, 0.5], [0.4, 0.1]]).assign(
-        all_likeliest=[1.0, 1.0, 0.0, 0.0], same_tokens=[1.0, 0.0, 0.0, 0.0]
-    )
-    (row,) = agreement(rows).to_dict("records")
-    assert (row["same_verdict"], row["rank_correlation"], row["items"]) == (0.75, pytest.approx(1.0), 4)
-    (row,) = agreement(rows.assign(rouge_l=0.0)).to_dict("records")
-    assert np.isnan(row["rank_correlation"])
 
 
 def test_paired_difference_is_over_questions():

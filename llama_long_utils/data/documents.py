@@ -39,9 +39,11 @@ class TokenizedDocument:
     def tokens(self) -> int:
         return len(self.token_ids)
 
-    def first(self, tokens: int) -> "TokenizedDocument":
-        """Its first tokens, as a document."""
-        return TokenizedDocument(self.source, self.name, self.token_ids[:tokens])
+    def part(self, start: int, stop: int) -> "TokenizedDocument":
+        """Its tokens from `start` to before `stop` as a document, with BOS in place of the first of them."""
+        ids = self.token_ids[start:stop].copy()
+        ids[:1] = self.token_ids[0]
+        return TokenizedDocument(self.source, self.name, ids)
 
 
 def tokenize_documents(

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,11 +10,14 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from llama_long_utils.cache import Cache
+from llama_long_utils.evaluation.generation import greedy
 from llama_long_utils.evaluation.retrieval_items import RetrievalItem
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.loss import causal_lm, in_compute_dtype
-from llama_long_utils.records import item_results
 from llama_long_utils.settings import Retrieval
+
+VERSION = 1  # of what `score` keeps: raise it when a row changes
 
 
 @dataclass(frozen=True)
@@ -36,43 +38,41 @@ class Reply:
 
 @torch.no_grad()
 def replies(model: PreTrainedModel | PeftModel, items: Sequence[RetrievalItem], *, generate: bool) -> list[Reply]:
-    """Score items of one prompt length and one answer length in ONE forward pass over prompt and answer.
+    """Score items of one length, prompt and answer together, in ONE forward pass over both.
 
-    Logits exist at the answer's tokens only. Generation goes on from the keys and values of the same pass, after
-    those of the answer are removed: no prompt is read twice. They take 16 GiB for 32,768 tokens of Llama 2 7B, so
+    Logits exist at the answers' tokens only. Generation continues from the keys and values of the same pass, with
+    those of the answers hidden: no prompt is read twice. They take 16 GiB for 32,768 tokens of Llama 2 7B, so
     without generation none are kept.
 
     Raises:
-        ValueError: prompts or answers differ in length.
+        ValueError: the items differ in length.
     """
-    if len({(len(item.prompt), len(item.answer_ids)) for item in items}) != 1:
-        raise ValueError("items scored together need prompts of one length and answers of one length: group them")
+    if len({item.length for item in items}) != 1:
+        raise ValueError("items scored together need one length, prompt and answer together: group them")
     model.eval()
-    inner, count = causal_lm(model), len(items[0].answer_ids)
-    head = inner.get_output_embeddings()
-    rows = np.stack([np.concatenate([item.prompt, item.answer_ids]) for item in items])
-    ids = torch.from_numpy(rows).to(model.device)
+    inner, counts = causal_lm(model), [len(item.answer_ids) for item in items]
+    head, most = inner.get_output_embeddings(), max(counts)
+    ids = torch.from_numpy(np.stack([item.token_ids for item in items])).to(model.device)
     cache = DynamicCache(config=inner.config) if generate else None
-
-    def logits(ids: torch.Tensor, last: int) -> torch.Tensor:
-        """After the last tokens: fp32 of shape (items, last, vocabulary)."""
-        with in_compute_dtype(model):
-            hidden = inner.model(input_ids=ids, past_key_values=cache, use_cache=generate).last_hidden_state
-        return head(hidden[:, -last:].to(head.weight.dtype)).float()
-
-    of_answers = logits(ids, count + 1)[:, :-1].log_softmax(-1)  # the last token has nothing after it
-    answers = ids[:, -count:]
-    log_probabilities = of_answers.gather(-1, answers[..., None])[..., 0].cpu().numpy()
-    likeliest = of_answers.argmax(-1)
-    written = None
+    with in_compute_dtype(model):
+        hidden = inner.model(input_ids=ids, past_key_values=cache, use_cache=generate).last_hidden_state
+    logits = head(hidden[:, -most - 1 : -1].to(head.weight.dtype)).float()  # the last token has nothing after it
+    log_probabilities = logits.log_softmax(-1).gather(-1, ids[:, -most:, None])[..., 0].cpu().numpy()
+    likeliest = logits.argmax(-1).cpu()
+    right = (likeliest == ids[:, -most:].cpu()).numpy()
+    written: list[np.ndarray | None] = [None] * len(items)
     if generate:
-        cache.crop(-count)
-        tokens = [likeliest[:, :1]]
-        while len(tokens) < count:
-            tokens.append(logits(tokens[-1], 1).argmax(-1))
-        written = torch.cat(tokens, dim=1).cpu().numpy()
-    right = (likeliest == answers).cpu().numpy()
-    return [Reply(log_probabilities[n], right[n], None if written is None else written[n]) for n in range(len(items))]
+        first = torch.stack([row[-count] for row, count in zip(likeliest, counts, strict=True)])[:, None]
+        hidden_answers = (torch.arange(ids.shape[1]) < ids.shape[1] - torch.tensor(counts)[:, None]).long()
+        asked, mask = (
+            torch.cat(pair, dim=1) for pair in ((ids.cpu(), first), (hidden_answers, torch.ones_like(first)))
+        )
+        after = (
+            greedy(model, asked, most - 1, mask=mask, past_key_values=cache, eos_token_id=None) if most > 1 else first
+        )
+        written = list(torch.cat([first, after.cpu()], dim=1).numpy())
+    rows = zip(log_probabilities, right, written, counts, strict=True)
+    return [Reply(log[-n:], same[-n:], None if text is None else text[:n]) for log, same, text, n in rows]
 
 
 def score(
@@ -80,66 +80,40 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[RetrievalItem],
     settings: Retrieval,
+    cache: Cache,
 ) -> pd.DataFrame:
-    """Both scores of every item, one row each.
+    """Both scores of every item, one row each, in their order.
 
     Columns: task, length, number, depth, place, document, log_probability (nats, mean over the answer's tokens),
     probability (its exponential: the geometric mean over tokens), all_likeliest, same_tokens (whether greedy decoding
     writes the answer's tokens), rouge_l (0 to 100), exact (the answer's words), wrote ("answer", "other": what
     answers another question of `RetrievalItem.others`, or "else"), answer, written. What concerns generation is missing
     at lengths beyond `tasks.generate_up_to`.
-    """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault((len(item.prompt), len(item.answer_ids)), []).append(index)
-    rows: dict[int, dict] = {}
-    for (prompt, answer), members in groups.items():
-        length, at_once = prompt + answer, settings.prompts_at_once
-        for start in range(0, len(members), at_once):
-            part = members[start : start + at_once]
-            generate = length <= settings.tasks.generate_up_to
-            found = replies(model, [items[index] for index in part], generate=generate)
-            rows |= {index: _row(tokenizer, items[index], one) for index, one in zip(part, found, strict=True)}
-    return pd.DataFrame([rows[index] for index in range(len(items))])
 
-
-def score_resumably(
-    path: Path,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[RetrievalItem],
-    settings: Retrieval,
-) -> pd.DataFrame:
-    """`score`, whose rows are kept in the JSON file `path` as they come: an interrupted run goes on.
-
-    The file must stand for the model; see `perplexity.fingerprint`.
+    Args:
+        cache: keeps the rows, so that an interrupted run resumes; its inputs must name the model.
     """
 
-    def measure(part: list[RetrievalItem]) -> list[dict]:
-        return score(model, tokenizer, part, settings).to_dict("records")
+    def measure(part: Sequence[RetrievalItem]) -> list[dict]:
+        rows = []
+        for length in dict.fromkeys(item.length for item in part):
+            alike = [item for item in part if item.length == length]
+            found = replies(model, alike, generate=length <= settings.tasks.generate_up_to)
+            rows += [_row(tokenizer, item, reply) for item, reply in zip(alike, found, strict=True)]
+        return rows
 
-    return pd.DataFrame(item_results(path, items, measure, at_once=2 * settings.prompts_at_once))
+    order = sorted(range(len(items)), key=lambda index: (items[index].length, len(items[index].answer_ids)))
+    inputs = {"item_key": vars, "at_once": settings.prompts_at_once, "generate_up_to": settings.tasks.generate_up_to}
+    rows = cache.items("retrieval", [items[index] for index in order], measure, **inputs)
+    return pd.DataFrame(rows, index=order).sort_index()
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, item: RetrievalItem, reply: Reply) -> dict:
     log_probability = float(reply.log_probabilities.mean(dtype=np.float64))
-    row = {
-        "task": item.task,
-        "length": len(item.prompt) + len(item.answer_ids),
-        "number": item.number,
-        "depth": item.depth,
-        "place": item.place,
-        "document": item.document,
-        "log_probability": log_probability,
-        "probability": float(np.exp(log_probability)),
-        "all_likeliest": float(reply.likeliest.all()),
-        "same_tokens": np.nan,
-        "rouge_l": np.nan,
-        "exact": np.nan,
-        "wrote": None,
-        "answer": item.answer,
-        "written": None,
-    }
+    row = {name: getattr(item, name) for name in ("task", "length", "number", "depth", "place", "document")}
+    row |= {"log_probability": log_probability, "probability": float(np.exp(log_probability))}
+    row |= {"all_likeliest": float(reply.likeliest.all()), "same_tokens": np.nan, "rouge_l": np.nan, "exact": np.nan}
+    row |= {"wrote": None, "answer": item.answer, "written": None}
     if reply.written is not None:
         written = tokenizer.decode(reply.written, skip_special_tokens=True)
         found = rouge_l(item.answer, written)
@@ -194,27 +168,6 @@ def rouge_l_by_chance(rows: pd.DataFrame) -> pd.Series:
             others = answers.answer[answers.number != row.number]
             found[row.Index] = np.mean([rouge_l(answer, row.written) for answer in others]) if len(others) else np.nan
     return pd.Series(found, index=rows.index, dtype=float)
-
-
-def agreement(rows: pd.DataFrame) -> pd.DataFrame:
-    """How far probabilities and generated answers agree, for every arm and task, over all lengths with both.
-
-    Args:
-        rows: from `score`, with a column `arm`.
-
-    Returns:
-        Columns arm, task, items, all_likeliest and exact (shares), same_verdict (share of items where all tokens are
-        likeliest if and only if greedy decoding writes them), rank_correlation (Spearman, of probability and ROUGE-L;
-        missing where one of them does not vary).
-    """
-    table = []
-    for (arm, task), group in rows.dropna(subset="rouge_l").groupby(["arm", "task"], sort=False):
-        row = {"arm": arm, "task": task, "items": len(group), **group[["all_likeliest", "exact"]].mean().to_dict()}
-        row["same_verdict"] = float((group.all_likeliest == group.same_tokens).mean())
-        varied = min(np.ptp(group.probability), np.ptp(group.rouge_l)) > 0
-        row["rank_correlation"] = group.probability.corr(group.rouge_l, "spearman") if varied else np.nan
-        table.append(row)
-    return pd.DataFrame(table)
 
 
 def paired_difference(
@@ -272,40 +225,16 @@ def effective_lengths(rows: pd.DataFrame, *, threshold: float, bootstrap_samples
     return pd.DataFrame(table)
 
 
-@torch.no_grad()
-def answers(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[RetrievalItem],
-    settings: Retrieval,
-) -> list[str]:
-    """What the model writes after each prompt, by greedy decoding: `answer_tokens` tokens or up to EOS."""
-    model.eval()
-    written: list[str] = []
-    for start in range(0, len(items), settings.prompts_at_once):
-        prompts = np.stack([item.prompt for item in items[start : start + settings.prompts_at_once]])
-        ids = torch.from_numpy(prompts).to(model.device)
-        with in_compute_dtype(model):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=settings.answer_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        written += tokenizer.decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return written
-
-
 def rouge_l(answer: str, written: str) -> float:
     """ROUGE-L (Lin, 2004) of what was written, cut to as many words as the answer has: F1 of the longest common
-    subsequence of lower-case words, from 0 to 100. The model is not told where to stop, hence the cut."""
+    subsequence of lower-case words, from 0 to 100. A base model does not know where to stop, hence the cut."""
     wanted, found = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, written))
     found = found[: len(wanted)]
-    longest = np.zeros((len(wanted) + 1, len(found) + 1))
-    for row, word in enumerate(wanted):
-        for column, other in enumerate(found):
-            longest[row + 1, column + 1] = (
-                longest[row, column] + 1 if word == other else max(longest[row, column + 1], longest[row + 1, column])
-            )
-    return 200 * float(longest[-1, -1]) / max(len(wanted) + len(found), 1)
+    longest = [0] * (len(found) + 1)  # of the words so far and the first so many of `found`
+    for word in wanted:
+        diagonal = 0
+        for column, other in enumerate(found, start=1):
+            above = longest[column]
+            longest[column] = diagonal + 1 if word == other else max(above, longest[column - 1])
+            diagonal = above
+    return 200 * longest[-1] / max(len(wanted) + len(found), 1)

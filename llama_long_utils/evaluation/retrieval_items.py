@@ -7,9 +7,7 @@ began, and four whose statements are made up and planted: `passkey` (after arXiv
 asked depth), and `multi_key` and `variables` in the manner of RULER (arXiv:2404.06654), with wordings of our own.
 """
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,10 +50,13 @@ class RetrievalItem:
     others: tuple[str, ...] = ()
 
     @property
-    def key(self) -> str:
-        """A hash of everything asked: results are kept under it."""
-        asked = json.dumps([self.task, self.document, self.number, self.depth, self.place, self.answer, self.others])
-        return hashlib.sha256(asked.encode() + self.prompt.tobytes() + self.answer_ids.tobytes()).hexdigest()[:16]
+    def token_ids(self) -> np.ndarray:
+        """Prompt and answer."""
+        return np.concatenate([self.prompt, self.answer_ids])
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer_ids)
 
 
 @dataclass(frozen=True)
