@@ -74,7 +74,7 @@ class RaceResults:
     def mean(self, values: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
         """Token-weighted mean of values (seeds, documents) with its 95% interval over documents and seeds."""
         seeds, documents = values.shape
-        of_documents = dataclasses.replace(self.bootstrap, documents=documents).weights()
+        of_documents = dataclasses.replace(self.bootstrap, units=documents).weights()
         generator = np.random.default_rng(self.bootstrap.seed)
         of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(of_documents)) / seeds
         means = np.einsum("bs,sd,bd->b", of_seeds, values, of_documents) / (of_documents @ tokens)
