@@ -264,6 +264,11 @@ def test_lora_on_a_layer_that_does_not_exist_is_refused(base_folder):
         add_lora(load_base(base_folder, RAISED, dtype="float32"), wrong, seed=0)
 
 
+@pytest.mark.parametrize("folder", sorted(ADAPTERS.iterdir()), ids=lambda folder: folder.name)
+def test_stored_adapters_are_whole_and_fit_a_preset(folder):
+    assert read_card(folder).rope == load_preset(folder.name.partition("-")[0]).extended_rope
+
+
 def test_named_adapter_for_other_rope_settings_is_refused_before_anything_is_loaded():
     preset = load_preset("tiny")
     adapter = "data/adapters/tiny"
