@@ -24,6 +24,18 @@ COLUMNS = {
         "seven_billion": {"quantity", "predicted", "measured"},
         "machine": {"quantity", "value"},
     },
+    "gpu/04_one_gpu_budget": {
+        "checks": {"check", "quantity", "value"},
+        "attention": {
+            *("query_heads", "key_value_heads", "context", "kernel", "node", "forward_tflops", "backward_tflops"),
+            "peak_bytes_per_token",
+        },
+        "steps": {
+            *("model", "context", "cap_gib", "contender", "plan", "predicted_gib", "without_workspace_gib", "host_gib"),
+            *("allocated_gib", "reserved_gib", "seconds", "tokens_per_second", "share_of_bf16_peak"),
+        },
+        "longest": {"model", "cap_gib", "context", "allocated_gib", "reserved_gib", "tokens_per_second"},
+    },
     "05_finetune_qlora": {
         "training": {"step", "tokens", "loss", "learning_rate", "tokens_per_second", "peak_gib"},
         "merging": {"quantity", "value", "low", "high"},
@@ -109,16 +121,22 @@ def committed():
     return sorted(RESULTS.glob("*/*.json"))
 
 
+def columns_of(path):
+    """The record's name in COLUMNS: with its folder, if the folder's record has tables of its own."""
+    own = f"{path.parent.name}/{path.stem}"
+    return own if own in COLUMNS else path.stem
+
+
 @pytest.mark.parametrize("path", committed(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_committed_records_follow_the_schema(path):
     record = read_record(path)
     assert record["preset"] == path.parent.name
-    assert {name: set(rows[0]) for name, rows in record["tables"].items()} == COLUMNS[path.stem]
+    assert {name: set(rows[0]) for name, rows in record["tables"].items()} == COLUMNS[columns_of(path)]
     assert record["provenance"]["commit"] != "unknown"
 
 
 def test_delivered_records_are_there():
-    assert {path.stem for path in committed()} == set(COLUMNS)
+    assert {columns_of(path) for path in committed()} == set(COLUMNS)
 
 
 def test_bucket_edges_hold_the_agreed_ones():
@@ -153,6 +171,17 @@ def test_the_dose_record_follows_from_its_arrays():
     assert row.below_zero == (change < 0).sum()
     assert row.low < row.nats < row.high < 0
     assert np.abs(nats[f"{name}/full"] - nats[f"{name}/window"])[:, :64].max() < 0.5  # the same first window, in bf16
+
+
+def test_every_peak_on_a_gpu_is_within_3_percent_of_the_predicted_one_and_under_its_cap():
+    steps = read_table(RESULTS / "gpu" / "04_one_gpu_budget.json", "steps")
+    ours = steps[steps.contender == "ours"]
+    assert len(ours) == 11
+    assert ((ours.predicted_gib / ours.allocated_gib - 1).abs() < 0.03).all()
+    assert (ours.allocated_gib <= ours.reserved_gib).all()
+    capped = ours[ours.cap_gib.notna()]
+    assert len(capped) == 5
+    assert (capped.reserved_gib < capped.cap_gib).all()
 
 
 def test_round_trip(tmp_path):
