@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from llama_long_utils.commands import run_command
+from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset, preset_names
+from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -33,11 +35,9 @@ def at_least(kind: type, least: float) -> Any:
 def arguments() -> argparse.Namespace:
     """What was asked for; heavy modules are imported only after this."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.plan", description=__doc__)
-    parser.add_argument(
-        "model",
-        help=f"a preset ({', '.join(preset_names())}), a name in data/published/model_shapes.json, "
-        "a folder with config.json, or owner/name on the hub",
-    )
+    shapes = read_published("model_shapes")["models"]
+    named = ", ".join([*preset_names(), *shapes])
+    parser.add_argument("model", help=f"{named}, a folder with config.json, or owner/name on the hub")
     count = at_least(int, 1)
     parser.add_argument("--window", type=count, metavar="N", help="tokens of a sequence (default: the preset's)")
     parser.add_argument("--memory", type=at_least(float, 0.1), metavar="GIB", help="of a GPU (default: the preset's)")
@@ -52,6 +52,9 @@ def arguments() -> argparse.Namespace:
     if not 0 < asked.utilisation <= 1:
         parser.error(f"--utilisation {asked.utilisation} must be above 0 and at most 1")
     asked.preset = load_preset(asked.model) if asked.model in preset_names() else None
+    known = asked.preset or asked.model in shapes or (REPOSITORY / asked.model).is_dir()
+    if not known and asked.model.count("/") != 1:
+        parser.error(f"unknown model {asked.model!r}: use one of {[*preset_names(), *shapes]}, a folder or owner/name")
     for name in ("window", "memory"):
         if getattr(asked, name) is None and not asked.preset:
             parser.error(f"--{name} is missing: only presets have one")
@@ -72,7 +75,6 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the model is unknown, or the step does not fit; the message names the longest window that does.
     """
-    from llama_long_utils.records import read_published
     from llama_long_utils.training import planner
     from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger
 

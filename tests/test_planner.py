@@ -118,24 +118,27 @@ def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
 
 
 def test_savings_come_in_the_order_of_what_they_cost():
-    recomputed = replace(NOTHING, recomputed_layers=4, tile=tile_for(4096))
-    ladder = [NOTHING, recomputed, replace(recomputed, offload_checkpoints=True)]
-    ladder.append(replace(ladder[-1], optimizer="paged_adamw_8bit"))
-    for ways in ladder:
-        room = predict(SMALL, LORA, StepShape(4096, "float32", ways)).device_gib / USABLE * 1.0001
-        chosen = plan(SMALL, LORA, StepShape(4096, "float32", NOTHING), room).memory_savings
-        assert chosen == replace(ways, recomputed_layers=chosen.recomputed_layers)
+    tiled = replace(NOTHING, recomputed_layers=4, tile=tile_for(4096))
+    lean = replace(tiled, offload_checkpoints=True, optimizer="paged_adamw_8bit")
+    ladder = [NOTHING, tiled, replace(tiled, offload_checkpoints=True), lean]
+    rooms = [predict(SMALL, LORA, StepShape(4096, "float32", savings)).device_gib / USABLE for savings in ladder]
+    chosen = [plan(SMALL, LORA, StepShape(4096, "float32", NOTHING), room * 1.0001) for room in rooms]
+    assert chosen[0].memory_savings == NOTHING
+    ranks = [(found.memory_savings.offload_checkpoints, "8bit" in found.memory_savings.optimizer) for found in chosen]
+    assert ranks == sorted(ranks)
+    assert ranks[1] == (False, False)
+    assert [found.flops for found in chosen] == sorted(found.flops for found in chosen)
 
 
-@pytest.mark.parametrize(("gib", "sequences"), [(0.1, 1), (0.5, 1), (0.5, 2)])
-def test_what_does_not_fit_is_refused_with_the_longest_context_that_would(gib, sequences):
+@pytest.mark.parametrize("gib", [0.1, 0.5])
+def test_what_does_not_fit_is_refused_with_the_longest_context_that_would(gib):
     with pytest.raises(ValueError, match=r"131,072 tokens does not fit in .*longest context that would is ") as error:
-        plan(SMALL, LORA, StepShape(131_072, "float32", NOTHING, sequences), gib)
+        plan(SMALL, LORA, StepShape(131_072, "float32", NOTHING), gib)
     longest = int(str(error.value).split("would is ")[1].split(";")[0].replace(",", ""))
-    fits = plan(SMALL, LORA, StepShape(longest, "float32", NOTHING, sequences), gib)
+    fits = plan(SMALL, LORA, StepShape(longest, "float32", NOTHING), gib)
     assert fits.device_gib <= gib * USABLE
     with pytest.raises(ValueError, match="does not fit"):
-        plan(SMALL, LORA, StepShape(2 * longest, "float32", NOTHING, sequences), gib)
+        plan(SMALL, LORA, StepShape(2 * longest, "float32", NOTHING), gib)
 
 
 def test_a_model_that_does_not_fit_at_all_is_refused():
@@ -187,7 +190,7 @@ def test_shapes_of_models_are_known_by_name():
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         assert getattr(ours, name) == getattr(tiny, name)
     assert model_shape("meta-llama/Llama-2-7b-hf").hidden_size == 4096  # without the hub
-    with pytest.raises(ValueError, match="unknown model 'Llama 3'"):
+    with pytest.raises(RuntimeError, match="cannot get the model 'Llama 3'"):
         model_shape("Llama 3")
 
 
@@ -197,8 +200,8 @@ def test_models_built_like_llama_are_read_from_a_folder_and_others_refused(tmp_p
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     found = model_shape(str(tmp_path / "qwen"))
     assert (found.head_dim, found.attention_bias, found.tie_word_embeddings) == (32, True, True)
-    with pytest.raises(ValueError, match="is a gpt2 model: the ledger knows"):
+    with pytest.raises(ValueError, match="has model_type 'gpt2'"):
         model_shape(str(tmp_path / "gpt2"))
     (tmp_path / "gpt2" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"cannot read the configuration of .*gpt2"):
+    with pytest.raises(ValueError, match="is truncated or corrupt"):
         model_shape(str(tmp_path / "gpt2"))

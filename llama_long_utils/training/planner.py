@@ -6,11 +6,10 @@ its forward pass, not twice as much. Attention is counted causal (half of the sq
 
 import bisect
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
-from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.model.weights import model_config
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
 from llama_long_utils.training.ledger import COMPONENTS, HOST, MOVED, StepShape, ledger
@@ -18,41 +17,27 @@ from llama_long_utils.training.ledger import COMPONENTS, HOST, MOVED, StepShape,
 GIB = 2**30
 USABLE = 0.92  # share of a device's memory that tensors can have: the driver takes some, and gaps between blocks
 MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-LIKE_LLAMA = {"llama", "mistral", "qwen2"}  # the same layers, with biases on q, k and v in Qwen2
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
 
 
 def model_shape(name: str) -> LlamaConfig:
     """The configuration of a model, without its weights.
 
     Args:
-        name: one in data/published/model_shapes.json or the source that it names there, a folder with config.json, or
-            a model on the hub, of which only config.json is fetched.
+        name: one in data/published/model_shapes.json or the source given there, a folder with config.json, or a model
+            on the hub, of which only config.json is fetched.
 
     Raises:
-        ValueError: it is none of these, or not built like Llama.
+        ValueError, RuntimeError: it is none of these, or not built like Llama.
     """
     models = read_published("model_shapes")["models"]
     for shape in [models[name]] if name in models else models.values():
         if name in models or shape.get("source") == name:
             return LlamaConfig(**{key: value for key, value in shape.items() if key != "source"})
-    folder = REPOSITORY / Path(name).expanduser()
-    if not (folder / "config.json").is_file() and (folder.is_dir() or name.count("/") != 1):
-        raise ValueError(
-            f"unknown model {name!r}: use one of {sorted(models)}, a folder with config.json, or owner/name"
-        )
-    try:
-        found = AutoConfig.from_pretrained(folder if folder.is_dir() else name, trust_remote_code=False)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot read the configuration of {name!r} ({type(error).__name__}: {reason})") from None
-    if found.model_type not in LIKE_LLAMA:
-        raise ValueError(f"{name} is a {found.model_type} model: the ledger knows {sorted(LIKE_LLAMA)}")
+    found = model_config(name)
+    shape = {key: getattr(found, key) for key in SHAPE}
     biased = found.model_type == "qwen2" or getattr(found, "attention_bias", False)
-    wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    wanted += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
-    shape = {key: getattr(found, key) for key in wanted}
     return LlamaConfig(**shape, head_dim=getattr(found, "head_dim", None), attention_bias=biased)
 
 
