@@ -21,22 +21,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.sequences import draw_sequences
 from llama_long_utils.data.sources import read_split
 from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches, token_nll
 from llama_long_utils.evaluation.retrieval import rouge_l
 from llama_long_utils.evaluation.retrieval_items import first_sentence_items
-from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.arms import load_arm
-from llama_long_utils.model.base import load_base
-from llama_long_utils.model.loss import causal_lm
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.records import papermill_command, read_record, read_table, write_arrays, write_record
 from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings
-from llama_long_utils.training import trainer
-from llama_long_utils.training.planner import plan_training
-from llama_long_utils.training.trainer import run_fingerprint
+from llama_long_utils.training.adapter import train_adapter
 
 ZERO_SHOT = "zero-shot"
 QUESTION = "Which way to scale RoPE, and which way to train it, wins on equal terms?"
@@ -105,11 +99,11 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
         return path
     started = time.perf_counter()
     tokenizer = load_tokenizer(folder)
-    training_documents, held_out = _split(preset, tokenizer)
+    _, held_out = _split(preset, tokenizer)
     if settings is None:
         model: PreTrainedModel | PeftModel = load_arm(preset, "base", scaling=scaling)
     else:
-        model, _ = _trained(preset, scaling, settings, training_documents, tokenizer, run=path.stem)
+        model, _ = trained_arm(preset, scaling, settings, name="race")
     trained = time.perf_counter() - started
     tables = measure(preset, model, tokenizer, held_out)
     for table in tables.values():
@@ -135,25 +129,12 @@ def _split(
     return read_split(data.sources, data.held_out, tokenizer, **options)
 
 
-def _trained(
-    preset: Preset,
-    scaling: Scaling,
-    settings: TrainingSettings,
-    documents: Sequence[TokenizedDocument],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    run: str,
+def trained_arm(
+    preset: Preset, scaling: Scaling, settings: TrainingSettings, *, name: str
 ) -> tuple[PeftModel, list[dict[str, float]]]:
-    """The base with LoRA, trained with what memory needs, and `trainer.train`'s rows; interrupted, it goes on."""
-    settings = dataclasses.replace(settings, memory_savings=plan_training(preset, settings).memory_savings)
-    base = load_base(locate_base(preset), scaling, dtype=preset.base.dtype, attention=settings.attention)
-    model = add_lora(base, preset.lora, seed=settings.seed)
-    sequences = draw_sequences(documents, settings, tokenizer)
-    folder = preset.run_folder / "training" / run_fingerprint(settings, sequences, arm=run)
-    log = trainer.train(model, sequences, settings, folder)
-    if settings.attention == "s2":
-        causal_lm(model).set_attn_implementation("sdpa")  # shifted sparse attention is for training only
-    return model, log
+    """The base with the adapter that these settings train, under full attention, and `train`'s rows."""
+    trained = train_adapter(preset, settings=settings, scaling=scaling, name=name)
+    return load_arm(preset, "extended", adapter=trained.folder, scaling=scaling), trained.log
 
 
 def measure(

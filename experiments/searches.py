@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from experiments.race import Arm, _split, _trained, arm_rope, arm_training
+from experiments.race import Arm, _split, arm_rope, arm_training, trained_arm
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.evaluation.perplexity import nll_table, paired_table, random_stretches, token_nll
 from llama_long_utils.model.arms import load_arm
@@ -157,15 +157,14 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
     arms = [Arm(preset.extension.method, name, seed) for name in names]
     settings = [arm_training(preset, arm) for arm in arms]  # unknown names end here
     tokenizer = load_tokenizer(preset.base.source)
-    documents, held_out = _split(preset, tokenizer)
+    _, held_out = _split(preset, tokenizer)
     evaluation, edges = preset.evaluation, preset.evaluation.near_edges
     cuts = {cut.source: cut for (cut,) in random_stretches(
         held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)}  # fmt: skip
     costs, read = [], {}
     options = {"bootstrap_samples": evaluation.bootstrap_samples, "seed": evaluation.seed}
     for arm, given in zip(arms, settings, strict=True):
-        model, log = _trained(preset, preset.extended_rope, given, documents, tokenizer, run="training-choice")
-        model.eval()
+        model, log = trained_arm(preset, preset.extended_rope, given, name="training-choice")
         cost = {"training": arm.training, "window": given.window, "steps": given.steps, "seed": seed}
         tokens = np.diff([0, *(row["tokens"] for row in log)])
         seconds = sum(tokens / [row["tokens_per_second"] for row in log])

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_utils import set_seed
 
+from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import Document, TokenizedDocument, split_documents, tokenize_documents
 from llama_long_utils.data.packing import TrainingSequence, training_sequences
 from llama_long_utils.data.sequences import draw_sequences
@@ -34,7 +35,7 @@ from llama_long_utils.figures import use_style
 from llama_long_utils.paths import REPOSITORY, write_atomically
 from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import IGNORED_LABEL, MemorySavings, TrainingSettings
-from llama_long_utils.training.trainer import run_fingerprint, train
+from llama_long_utils.training.trainer import run_key, train
 
 FOLDER = REPOSITORY / "data" / "tiny-llama"
 HELD_OUT = {"sotu": 18, "shakespeare": 6}
@@ -357,7 +358,7 @@ def main(folder: Path = FOLDER, run_folder: Path = REPOSITORY / "runs" / "tiny-l
     def on_sequences(settings: TrainingSettings, draw: Callable[[], list[TrainingSequence]]) -> Callable:
         def work(model: LlamaForCausalLM) -> list[dict[str, float]]:
             sequences = draw()
-            checkpoints = run_folder / run_fingerprint(settings, sequences, config=model.config.to_dict())
+            checkpoints = run_folder / digest(run_key(settings, sequences, config=model.config.to_dict()))
             model.model.compile()  # 1.25 times the tokens per second on 2 cores; needs a C++ compiler
             return train(model, sequences, settings, checkpoints, report_every=50)
 

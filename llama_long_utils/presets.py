@@ -1,5 +1,6 @@
 """Reading presets: every number that differs between a laptop and a GPU, in one file each."""
 
+import dataclasses
 import difflib
 import json
 import tomllib
@@ -38,7 +39,7 @@ def load_preset(name: str) -> Preset:
             message names it and the closest known name.
     """
     if name not in preset_names():
-        raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{closest(name, preset_names())}")
+        raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{_closest(name, preset_names())}")
     try:
         values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
         follow_window(values)
@@ -110,7 +111,7 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
         known = name in parameters or name in builtin or name.startswith("_")
         if not known and isinstance(value, literals):
             names = list(parameters)
-            raise ValueError(f"unknown parameter {name!r}: this notebook has {names}{closest(name, names)}")
+            raise ValueError(f"unknown parameter {name!r}: this notebook has {names}{_closest(name, names)}")
     for name, wanted in parameters.items():
         try:
             TypeAdapter(wanted, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(namespace[name])
@@ -118,6 +119,14 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
             reasons = dict.fromkeys(problem["msg"].replace("Input s", "it s") for problem in error.errors())
             raise ValueError(f"parameter {name} = {namespace[name]!r}: {', or '.join(reasons)}") from None
     return load_preset(namespace["preset"])
+
+
+def training_settings(preset: Preset, **numbers: Any) -> TrainingSettings:
+    """The preset's [training] with other numbers, None for its own; ValueError names the one that is wrong."""
+    try:
+        return dataclasses.replace(preset.training, **{name: n for name, n in numbers.items() if n is not None})
+    except ValidationError as error:
+        raise ValueError(f"training: {_explain(error)}") from None
 
 
 def _check_consistency(preset: Preset) -> None:
@@ -161,7 +170,7 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "unexpected_keyword_argument":
-            messages.append(f"unknown key {key!r}{closest(str(problem['loc'][-1]), known)}")
+            messages.append(f"unknown key {key!r}{_closest(str(problem['loc'][-1]), known)}")
         elif problem["type"] in ("missing", "missing_argument"):
             messages.append(f"key {key!r} is missing")
         elif problem["type"] == "value_error":  # one of our own, which names the value
@@ -171,7 +180,6 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(messages)
 
 
-def closest(name: str, known: list[str]) -> str:
-    """A hint at the known name that is meant, or nothing."""
+def _closest(name: str, known: list[str]) -> str:
     match = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""

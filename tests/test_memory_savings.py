@@ -1,7 +1,7 @@
+import subprocess
+import sys
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from transformers import LlamaConfig
 from conftest import LORA, new_llama
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.settings import MemorySavings
-from llama_long_utils.training.host_memory import _MallocInfo, give_back_gaps
-from llama_long_utils.training.memory_savings import OffloadedCheckpoints, apply_memory_savings
-from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
+from llama_long_utils.training.ledger import StepShape, random_llama, training_steps
+from llama_long_utils.training.memory_savings import HostBuffers, HostCopy, OffloadedCheckpoints, apply_memory_savings
 
 IDS = torch.randint(2, 100, (2, 64), generator=torch.Generator().manual_seed(0))
 
@@ -21,48 +21,81 @@ IDS = torch.randint(2, 100, (2, 64), generator=torch.Generator().manual_seed(0))
 PLAIN = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
 
 
-def step(memory_savings, dtype=torch.float32):
-    """Loss and gradients of one step with LoRA-B not at zero."""
+def lora_model(dtype=torch.float32):
+    """A model with LoRA-B not at zero."""
     model = add_lora(new_llama(seed=0).to(dtype), LORA, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
-    apply_memory_savings(model.train(), memory_savings)
-    with OffloadedCheckpoints(64) if memory_savings.offload_checkpoints else nullcontext():
-        hidden = hidden_states(model, IDS)
-    nll = next_token_nll(hidden, causal_lm(model).get_output_embeddings(), IDS)
-    nll.backward()
-    return nll.item(), {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    return model.train()
+
+
+def nll(model, ids):
+    return next_token_nll(hidden_states(model, ids), causal_lm(model).get_output_embeddings(), ids)
+
+
+def gradients(model):
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def step(memory_savings, dtype=torch.float32):
+    """Loss and gradients of one step."""
+    model = lora_model(dtype)
+    apply_memory_savings(model, memory_savings)
+    loss = nll(model, IDS)
+    loss.backward()
+    return loss.item(), gradients(model)
 
 
 @pytest.mark.parametrize("recomputed", [0, 1, 2])
 @pytest.mark.parametrize("tile", [0, 16, 24, 64])  # 24 does not divide 64
 def test_recomputing_and_tiling_change_neither_loss_nor_gradients(tile, recomputed):
     loss, gradients = step(PLAIN)
-    lean = replace(PLAIN, recomputed_layers=recomputed, tile=tile, offload_checkpoints=True)
+    lean = replace(PLAIN, recomputed_layers=recomputed, tile=tile)
     lean_loss, lean_gradients = step(lean)
     assert lean_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         assert (lean_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-def test_checkpoints_that_were_copied_away_and_back_give_the_same_gradients(monkeypatch):
-    """As offloading does on a GPU: here the copies stay on the CPU, and every checkpoint is replaced by its copy."""
-    memory_savings = replace(PLAIN, recomputed_layers=2, tile=16, offload_checkpoints=True)
-    loss, gradients = step(memory_savings)
-    copied = []
+@pytest.fixture
+def host():
+    """Offloading to host memory from a CPU: the copies are real, and so is what takes their place afterwards."""
+    made = []
+    return HostBuffers(lambda nbytes: made.append(nbytes) or torch.empty(nbytes, dtype=torch.uint8)), made
 
-    def to_host(self, tensor):
-        if self.is_checkpoint(tensor):
-            copied.append(tensor.shape)
-        return tensor.device, tensor.clone()
 
-    monkeypatch.setattr(OffloadedCheckpoints, "to_host", to_host)
-    copied_loss, copied_gradients = step(memory_savings)
-    assert copied_loss == loss
-    assert len(copied) >= 2
-    assert all(torch.equal(copied_gradients[name], gradient) for name, gradient in gradients.items())
+def test_checkpoints_that_were_copied_away_and_back_give_the_same_gradients(host):
+    buffers, made = host
+    memory_savings = replace(PLAIN, recomputed_layers=2, tile=16)
+    loss, expected = step(memory_savings)
+    model = lora_model()
+    apply_memory_savings(model, memory_savings)
+    for _ in range(3):
+        with OffloadedCheckpoints(64, buffers):
+            copied = nll(model, IDS)
+        copied.backward()
+        assert copied.item() == loss
+        assert all(torch.equal(gradients(model)[name], gradient) for name, gradient in expected.items())
+        model.zero_grad()
+        del copied
+        assert made == [IDS.numel() * 64 * 4] * 5  # two layers', three of the last norm's; the same in every step
+
+
+def test_two_forward_passes_before_a_backward_pass_keep_their_own_checkpoints(host):
+    """As in preference tuning: a buffer must not be given away while a backward pass still needs it."""
+    model, (first, second) = lora_model(), (IDS, IDS.flip(1))
+    apply_memory_savings(model, replace(PLAIN, recomputed_layers=2))
+    (nll(model, first) - 0.5 * nll(model, second)).backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    with OffloadedCheckpoints(64, host[0]):
+        one = nll(model, first)
+        other = nll(model, second)
+    (one - 0.5 * other).backward()
+    assert all(torch.equal(gradients(model)[name], gradient) for name, gradient in expected.items())
+    assert len(host[1]) == 10
 
 
 def test_optimizer_in_8_bits_moves_weights_almost_as_the_one_in_32():
@@ -112,29 +145,38 @@ class CountedActivation(torch.nn.Module):
         return self.inner(hidden)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc, as the function does")
-@pytest.mark.parametrize(("limit", "returns"), [(-1.0, 4), (1e6, 0)])
-def test_gaps_are_given_back_before_and_after_each_layer_if_they_are_large(limit, returns, monkeypatch):
-    calls = []
+RESIDENT = """
+import platform, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, "tests")
+from conftest import new_llama
+from llama_long_utils.model.loss import hidden_states
+from llama_long_utils.training.host_memory import give_back_gaps, keep_freed_memory
 
-    class Libc:
-        def __init__(self, _name):
-            self.malloc_trim = calls.append
+if platform.libc_ver()[0] != "glibc":
+    sys.exit(77)
+keep_freed_memory()
+model = new_llama(seed=0)
+hooks = give_back_gaps(model, float(sys.argv[1]))
+blocks = [torch.ones(2**18) for _ in range(800)]  # 800 MiB
+del blocks[::2]
+hidden_states(model, torch.arange(8)[None])
+print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20, len(hooks))
+"""
 
-        @staticmethod
-        def mallinfo2():
-            return _MallocInfo()
 
-    monkeypatch.setattr("ctypes.CDLL", Libc)
-    monkeypatch.setattr("llama_long_utils.training.host_memory._glibc", lambda: True)
-    model = add_lora(new_llama(seed=0), LORA, seed=0)
-    hooks = give_back_gaps(model, limit)
-    hidden_states(model.train(), IDS).sum().backward()
-    assert len(calls) == returns
-    for hook in hooks:
-        hook.remove()
-    hidden_states(model, IDS).sum().backward()
-    assert len(calls) == returns
+def test_a_layer_gives_back_gaps_of_freed_memory_above_the_limit():
+    resident = []
+    for limit in ("0.1", "100"):
+        command = [sys.executable, "-c", RESIDENT, limit]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        if done.returncode == 77:
+            pytest.skip("the C library is not glibc")
+        mebibytes, hooks = done.stdout.split()
+        assert hooks == "2"  # one for each layer
+        resident.append(int(mebibytes))
+    assert resident[1] - resident[0] > 300
 
 
 def test_a_tile_is_computed_forward_twice_not_three_times():
@@ -146,9 +188,9 @@ def test_a_tile_is_computed_forward_twice_not_three_times():
     assert sum(tokens) == 2 * IDS.numel()
 
 
-def test_only_hidden_states_are_offloaded_and_nothing_on_a_cpu():
-    offload = OffloadedCheckpoints(hidden_size=64)
-    assert offload.is_checkpoint(torch.zeros(1, 8, 64))
-    assert not offload.is_checkpoint(torch.zeros(1, 8, 32))
-    states = torch.zeros(1, 8, 64)
-    assert offload.to_host(states)[1] is states
+def test_only_hidden_states_are_offloaded_and_nothing_on_a_cpu(host):
+    offload = OffloadedCheckpoints(64, host[0])
+    states, other = torch.zeros(1, 8, 64), torch.zeros(1, 8, 32)
+    assert offload.to_host(other) is other
+    assert isinstance(offload.to_host(states), HostCopy)
+    assert OffloadedCheckpoints(64).to_host(states) is states

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from conftest import LORA, RAISED, new_llama
+from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import skip_positions, training_sequences
 from llama_long_utils.evaluation.perplexity import token_nll
@@ -13,7 +16,8 @@ from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter,
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.weights import weights_sha256
 from llama_long_utils.settings import METHODS, MemorySavings, TrainingSettings
-from llama_long_utils.training.trainer import ChunkedLossTrainer, last_whole_checkpoint, run_fingerprint, train
+from llama_long_utils.training import trainer
+from llama_long_utils.training.trainer import CHECKSUMS, StepLog, last_whole_checkpoint, run_key, train
 
 SETTINGS = TrainingSettings(
     window=64,
@@ -64,7 +68,7 @@ def test_tiles_and_offloading_change_no_step(base_folder, tmp_path):
         assert tiled["loss"] == pytest.approx(plain["loss"], rel=2e-3)  # bf16
 
 
-def test_trap_11_accumulation_does_not_change_the_step(tmp_path):
+def test_accumulation_does_not_change_the_step(tmp_path):
     logs, weights = [], []
     for at_once in (4, 1):
         model = new_llama(seed=0)
@@ -119,56 +123,170 @@ def test_short_training_for_a_long_window(base_folder, tmp_path, reach, attentio
     assert log[-1]["tokens"] == 8 * 63
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_weights(base_folder, tmp_path, monkeypatch):
+def interrupted_after(monkeypatch, step):
+    """Ctrl-C when a step has been logged, and before its checkpoint would be written."""
+    original = StepLog.on_log
+
+    def on_log(self, arguments, state, *others, **options):
+        original(self, arguments, state, *others, **options)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepLog, "on_log", on_log)
+
+
+def assert_equal_weights(model, other):
+    expected = trained_weights(other)
+    assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(model).items())
+
+
+def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(base_folder, tmp_path, monkeypatch, capsys):
     straight = lora_model(base_folder)
     whole_log = train(straight, sequences(), SETTINGS, tmp_path / "straight")
-
-    original = ChunkedLossTrainer.training_step
-
-    def killed(self, *arguments, **options):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return original(self, *arguments, **options)
-
+    stopped = lora_model(base_folder)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ChunkedLossTrainer, "training_step", killed)
-        train(lora_model(base_folder), sequences(), SETTINGS, tmp_path / "killed")
-    (tmp_path / "killed" / "checkpoint-99").mkdir()  # a checkpoint that was not written to its end
+        interrupted_after(patch, 5)
+        train(stopped, sequences(), SETTINGS, tmp_path / "stopped")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(RuntimeError, match="weights of an interrupted run: build it anew"):
+        train(stopped, sequences(), SETTINGS, tmp_path / "stopped")
+    (tmp_path / "stopped" / "checkpoint-99").mkdir()  # one that was not written to its end
 
     resumed = lora_model(base_folder)
-    log = train(resumed, sequences(), SETTINGS, tmp_path / "killed")
+    log = train(resumed, sequences(), SETTINGS, tmp_path / "stopped")
+    said = capsys.readouterr().out
+    assert "checkpoint-99 of stopped is not whole and is passed over" in said
+    assert "an interrupted run continues after step 4 of 6\n" in said
     assert [row["tokens"] for row in log] == [row["tokens"] for row in whole_log]
-    for name, weight in trained_weights(straight).items():
-        torch.testing.assert_close(trained_weights(resumed)[name], weight, atol=1e-6, rtol=1e-4)
+    assert [row["loss"] for row in log] == [row["loss"] for row in whole_log]
+    assert_equal_weights(resumed, straight)
 
 
-def test_a_finished_run_is_only_read(base_folder, tmp_path, monkeypatch):
+def test_a_run_that_left_no_checkpoint_says_that_it_begins_again(base_folder, tmp_path, monkeypatch, capsys):
+    settings = dataclasses.replace(SETTINGS, steps=2, checkpoint_every=100)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_after(patch, 1)
+        train(lora_model(base_folder), sequences(8), settings, tmp_path / "run")
+    train(lora_model(base_folder), sequences(8), settings, tmp_path / "run")
+    assert "after step 0 of 2: it left no checkpoint (there is one every 100)" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_only_read(base_folder, tmp_path, monkeypatch, capsys):
     model = lora_model(base_folder)
-    log = train(model, sequences(), SETTINGS, tmp_path)
+    log = train(model, sequences(), SETTINGS, tmp_path / "run")
 
     def no_step(self, *arguments, **options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(ChunkedLossTrainer, "training_step", no_step)
+    monkeypatch.setattr(StepLog, "on_pre_optimizer_step", no_step)
     again = lora_model(base_folder)
-    assert train(again, sequences(), SETTINGS, tmp_path) == log
-    for name, weight in trained_weights(model).items():
-        torch.testing.assert_close(trained_weights(again)[name], weight)
+    assert train(again, sequences(), SETTINGS, tmp_path / "run") == log
+    assert_equal_weights(again, model)
+    assert capsys.readouterr().out == ""
 
 
-def test_trap_16_training_stops_at_once_if_a_gradient_is_missing(base_folder, tmp_path):
+def test_stages_may_train_one_model_in_turn(tmp_path):
+    model, settings = new_llama(seed=0), dataclasses.replace(SETTINGS, steps=1)
+    first = train(model, sequences(4), settings, tmp_path / "first")
+    assert train(model, sequences(4), settings, tmp_path / "second")[0]["loss"] == pytest.approx(first[0]["loss"])
+
+
+def test_numbers_that_are_not_finite_stop_the_run_at_that_step(base_folder, tmp_path):
+    model = lora_model(base_folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="step 1: loss nan, gradient norm nan: training stops"):
+        train(model, sequences(), SETTINGS, tmp_path / "nan")
+    model, backward_passes = lora_model(base_folder), []
+
+    def overflow_in_step_two(gradient):
+        backward_passes.append(1)
+        return gradient * torch.inf if len(backward_passes) == 3 else gradient
+
+    next(w for name, w in model.named_parameters() if "lora_B" in name).register_hook(overflow_in_step_two)
+    with pytest.raises(RuntimeError, match=r"step 2: loss \d.*, gradient norm (inf|nan): training stops"):
+        train(model, sequences(), SETTINGS, tmp_path / "inf")
+    assert not list(tmp_path.glob("*/checkpoint-*"))
+
+
+@pytest.fixture(scope="module")
+def stopped_run(base_folder, tmp_path_factory):
+    """A run with two checkpoints, of which the newer will be broken, and the model that it ends in."""
+    folder = tmp_path_factory.mktemp("run")
+    model = lora_model(base_folder)
+    train(model, sequences(), SETTINGS, folder)
+    whole = tmp_path_factory.mktemp("stopped") / "run"
+    shutil.copytree(folder / "checkpoint-4", whole / "checkpoint-4")
+    shutil.copytree(folder / "checkpoint-4", whole / "checkpoint-5")
+    return whole, model
+
+
+FAULTS = {
+    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "no schedule": lambda folder: (folder / "scheduler.pt").unlink(),
+    "no random state": lambda folder: (folder / "rng_state.pth").unlink(),
+    "no weights": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "half an optimizer": lambda folder: (folder / "optimizer.pt").write_bytes(
+        (folder / "optimizer.pt").read_bytes()[:1000]
+    ),
+    "a state that is a list": lambda folder: (folder / "trainer_state.json").write_text("[]"),
+    "an empty state": lambda folder: (folder / "trainer_state.json").write_text("{}"),
+    "half a state": lambda folder: (folder / "trainer_state.json").write_text('{"global_st'),
+    "no checksums": lambda folder: (folder / CHECKSUMS).unlink(),
+    "empty checksums": lambda folder: (folder / CHECKSUMS).write_text("{}"),
+    "checksums that are a list": lambda folder: (folder / CHECKSUMS).write_text("[]"),
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(stopped_run, tmp_path, capsys, fault):
+    folder = shutil.copytree(stopped_run[0], tmp_path / "run")
+    (folder / "checkpoint-abc").mkdir()  # an odd name is nobody's
+    assert last_whole_checkpoint(folder) == folder / "checkpoint-5"
+    FAULTS[fault](folder / "checkpoint-5")
+    assert last_whole_checkpoint(folder) == folder / "checkpoint-4"
+    assert "checkpoint-5 of run is not whole and is passed over" in capsys.readouterr().out
+    assert not (folder / "checkpoint-5").exists()
+    assert last_whole_checkpoint(tmp_path / "nothing") is None
+
+
+def test_the_checkpoint_before_leads_to_the_same_weights(base_folder, stopped_run, tmp_path):
+    folder = shutil.copytree(stopped_run[0], tmp_path / "run")
+    (folder / "checkpoint-5" / "rng_state.pth").unlink()
+    resumed = lora_model(base_folder)
+    train(resumed, sequences(), SETTINGS, folder)
+    assert_equal_weights(resumed, stopped_run[1])
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_code_in_a_checkpoint_is_not_executed(base_folder, stopped_run, tmp_path, name):
+    """Even with checksums that fit."""
+    folder = shutil.copytree(stopped_run[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-5")
+    torch.save({"state": Malicious(tmp_path / "executed")}, folder / "checkpoint-4" / name)
+    sums = json.loads((folder / "checkpoint-4" / CHECKSUMS).read_text())
+    sums[name] = trainer._sha256(folder / "checkpoint-4" / name)
+    (folder / "checkpoint-4" / CHECKSUMS).write_text(json.dumps(sums))
+    assert last_whole_checkpoint(folder) is not None
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        train(lora_model(base_folder), sequences(), SETTINGS, folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_training_stops_at_once_if_a_gradient_is_missing(base_folder, tmp_path):
     model = lora_model(base_folder)
     next(w for name, w in model.named_parameters() if "lora_B" in name).requires_grad_(False)
     with pytest.raises(RuntimeError, match="1 of 14 LoRA-B matrices got no gradient"):
         train(model, sequences(), SETTINGS, tmp_path)
-
-
-def test_half_written_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert last_whole_checkpoint(tmp_path / "nothing") is None
 
 
 def test_wrong_number_of_sequences_is_refused(tmp_path):
@@ -181,9 +299,22 @@ def test_settings_are_validated():
         dataclasses.replace(SETTINGS, sequences_per_step=3)
 
 
-def test_fingerprint_follows_settings_and_data():
-    one = run_fingerprint(SETTINGS, sequences())
-    assert one == run_fingerprint(SETTINGS, sequences())
-    assert one != run_fingerprint(dataclasses.replace(SETTINGS, seed=1), sequences())
-    assert one != run_fingerprint(SETTINGS, sequences()[::-1])
-    assert one != run_fingerprint(SETTINGS, sequences(), rope_base=5e5)
+def test_the_key_of_a_run_follows_everything_that_its_weights_depend_on():
+    def name(settings=SETTINGS, data=None, **other):
+        return digest(run_key(settings, data or sequences(), **other))
+
+    one = name()
+    assert one == name()
+    other_labels = sequences()
+    other_labels[5] = dataclasses.replace(other_labels[5], labels=np.full(64, -100))
+    names = [
+        name(dataclasses.replace(SETTINGS, seed=1)),
+        name(data=sequences()[::-1]),
+        name(data=other_labels),
+        name(rope=RAISED),
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)  # other sums, in another order
+    names.append(name())
+    torch.set_num_threads(before)
+    assert len({one, *names}) == 6

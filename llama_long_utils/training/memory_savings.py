@@ -1,5 +1,7 @@
 """Less memory with the same gradients: recomputed layers, tiles over the sequence, checkpoints on the host."""
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,41 +24,41 @@ class _Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, hidden: torch.Tensor, forward_of_tile: Forward, tile: int) -> torch.Tensor:
-        context.save_for_backward(hidden)
-        context.forward_of_tile, context.tile = forward_of_tile, tile
+    def forward(ctx: Any, hidden: torch.Tensor, forward_of_tile: Forward, tile: int) -> torch.Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.forward_of_tile, ctx.tile = forward_of_tile, tile
         device = hidden.device.type
-        context.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (hidden,) = context.saved_tensors
-        of_input = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        device, dtype, enabled = context.autocast
-        rows = zip(*(_tokens(tensor).split(context.tile) for tensor in (hidden, gradient, of_input)), strict=True)
-        for tile, of_result, of_tile in rows:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (hidden,) = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        device, dtype, enabled = ctx.autocast
+        rows = zip(*(_tokens(tensor).split(ctx.tile) for tensor in (hidden, grad_output, grad_hidden)), strict=True)
+        for tile, grad_result, grad_tile in rows:
             tile = tile.detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
-                result = context.forward_of_tile(tile)
-            torch.autograd.backward(result, of_result)
-            of_tile.copy_(tile.grad)
-        return of_input, None, None
+                result = ctx.forward_of_tile(tile)
+            torch.autograd.backward(result, grad_result)
+            grad_tile.copy_(tile.grad)
+        return grad_hidden, None, None
 
 
 class _Compute(torch.autograd.Function):
     """`forward_of_tile` on tile after tile, nothing saved; gradients pass to `_Recompute` as they are."""
 
     @staticmethod
-    def forward(context: Any, hidden: torch.Tensor, forward_of_tile: Forward, tile: int) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, forward_of_tile: Forward, tile: int) -> torch.Tensor:
         output = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        for of_tile, result in zip(_tokens(hidden).split(tile), _tokens(output).split(tile), strict=True):
-            result.copy_(forward_of_tile(of_tile))
+        for inputs, result in zip(_tokens(hidden).split(tile), _tokens(output).split(tile), strict=True):
+            result.copy_(forward_of_tile(inputs))
         return output
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient, None, None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad_output, None, None
 
 
 def _tokens(hidden: torch.Tensor) -> torch.Tensor:
@@ -70,7 +72,7 @@ def _tokens(hidden: torch.Tensor) -> torch.Tensor:
 def apply_memory_savings(model: PreTrainedModel | PeftModel, memory_savings: MemorySavings) -> None:
     """Switch recomputation and tiling on in a model; the optimizer and offloading are the training loop's."""
     if memory_savings.recomputed_layers:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         # The last layers are the ones to spare: their activations are freed first in the backward pass.
         for layer in causal_lm(model).model.layers[memory_savings.recomputed_layers :]:
             layer.gradient_checkpointing = False
@@ -109,26 +111,77 @@ class OffloadedCheckpoints(saved_tensors_hooks):
     """Inside it, the hidden states that checkpointing keeps wait in pinned host memory instead of on the GPU.
 
     Copies are queued behind the layer that made them, on the same stream: the host does not wait for them, the next
-    layer does. torch's `save_on_cpu` moves everything that is saved, the rotary tables once per layer too. On a CPU
-    there is nowhere to go, and nothing is copied; on a GPU it was not run yet.
+    layer does. transformers' own offloading waits for each, and allocates each anew, in torch's pinned memory, which
+    rounds 1.08 GiB (141,312 tokens of Llama 2 7B) up to 2. On a CPU there is nowhere to go, and nothing is copied.
+
+    Args:
+        buffers: where copies go, from a CPU too; default: pinned memory, from a GPU only.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, buffers: "HostBuffers | None" = None) -> None:
         super().__init__(self.to_host, self.to_device)
-        self.hidden_size = hidden_size
+        self.hidden_size, self.buffers = hidden_size, buffers
 
     def is_checkpoint(self, tensor: torch.Tensor) -> bool:
         """Whether it has the shape of hidden states."""
         return tensor.ndim == 3 and tensor.shape[-1] == self.hidden_size
 
-    def to_host(self, tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+    def to_host(self, tensor: torch.Tensor) -> Any:
         """Called for every tensor that the forward pass saves."""
-        if tensor.device.type == "cpu" or not self.is_checkpoint(tensor):
-            return tensor.device, tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return tensor.device, host.copy_(tensor, non_blocking=True)
+        if not self.is_checkpoint(tensor) or (tensor.device.type == "cpu" and not self.buffers):
+            return tensor
+        return HostCopy(tensor, self.buffers or PINNED)
 
-    def to_device(self, saved: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    def to_device(self, saved: Any) -> torch.Tensor:
         """Called when the backward pass needs it."""
-        device, tensor = saved
-        return tensor.to(device, non_blocking=True)
+        return saved.host.to(saved.device, non_blocking=True) if isinstance(saved, HostCopy) else saved
+
+
+class HostBuffers:
+    """Host memory that is allocated once and reused: a buffer is free again when autograd drops its copy.
+
+    By then the backward pass, queued on the same stream as the next copy into the buffer, comes before it.
+    """
+
+    def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
+        self.allocate = allocate
+        self.free: dict[int, list[torch.Tensor]] = {}
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Bytes, shape (nbytes,)."""
+        free = self.free.setdefault(nbytes, [])
+        return free.pop() if free else self.allocate(nbytes)
+
+
+class HostCopy:
+    """A tensor's copy in a buffer."""
+
+    def __init__(self, tensor: torch.Tensor, buffers: HostBuffers) -> None:
+        buffer = buffers.take(tensor.nbytes)
+        self.device = tensor.device
+        self.host = buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+        weakref.finalize(self, buffers.free[tensor.nbytes].append, buffer)
+
+
+def _page_locked(nbytes: int) -> torch.Tensor:
+    """Memory that all threads touch and CUDA then locks: several times faster than torch's pinning on one thread."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8).zero_()
+    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)):  # some containers forbid it
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return buffer
+
+
+PINNED = HostBuffers(_page_locked)
+
+
+def offload_checkpoints(model: PreTrainedModel | PeftModel) -> None:
+    """Let every forward pass of the decoder leave its checkpoints on the host."""
+    decoder = causal_lm(model).model
+    plain_forward = decoder.forward
+
+    @functools.wraps(plain_forward)
+    def forward(*arguments: Any, **options: Any) -> Any:
+        with OffloadedCheckpoints(decoder.config.hidden_size):
+            return plain_forward(*arguments, **options)
+
+    decoder.forward = forward

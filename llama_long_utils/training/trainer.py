@@ -1,73 +1,45 @@
 """One training loop, transformers' `Trainer`, for pretraining the tiny model and for LoRA.
 
-The subclass changes two things only: the loss comes from hidden states in chunks and is divided by
-the token count of the whole accumulated batch, and each step's log says tokens, speed and memory.
+The loss is in the model (`patch_loss`). A callback adds tokens, speed and memory to each step's log, stops at numbers
+that are not finite, and seals each checkpoint with checksums, by which a broken one is recognised.
 """
 
 import hashlib
 import json
+import math
+import re
 import shutil
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import set_seed
 
+from llama_long_utils.cache import digest
 from llama_long_utils.data.packing import TrainingSequence
-from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.loss import patch_loss
+from llama_long_utils.paths import write_atomically
 from llama_long_utils.progress import headless
+from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import TrainingSettings
-from llama_long_utils.training.host_memory import give_back_gaps, keep_freed_memory, peak_memory_gib
-from llama_long_utils.training.memory_savings import OffloadedCheckpoints, apply_memory_savings
+from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
+from llama_long_utils.training.memory_savings import apply_memory_savings, offload_checkpoints
 
-
-class ChunkedLossTrainer(Trainer):
-    """`Trainer` whose loss is a sum over tokens / tokens in the accumulated batch."""
-
-    loss_is_scaled_for_ga = True
-    step_started = 0.0
-    tokens_in_step = 0
-    report_every: int | None = None
-    offload_checkpoints = False
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        labels = inputs.pop("labels")
-        offload = OffloadedCheckpoints(causal_lm(model).config.hidden_size)
-        with offload if self.offload_checkpoints else nullcontext():
-            hidden = hidden_states(model, **inputs)
-        self.tokens_in_step = int(num_items_in_batch)
-        return next_token_nll(hidden, causal_lm(model).get_output_embeddings(), labels) / num_items_in_batch
-
-    def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> torch.Tensor:
-        loss = super().training_step(model, *arguments, **options)
-        if self.state.global_step == 0 and isinstance(model, PeftModel):
-            check_lora_gradients(model)
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            now = time.perf_counter()
-            seen = next((row["tokens"] for row in reversed(self.state.log_history) if "tokens" in row), 0)
-            logs["tokens"] = seen + self.tokens_in_step
-            logs["tokens_per_second"] = self.tokens_in_step / (now - self.step_started)
-            logs["peak_gib"] = peak_memory_gib()
-            self.step_started = now
-            if self.report_every and self.state.global_step % self.report_every == 0:
-                speed = f"{logs['tokens_per_second']:,.0f} tokens/s"
-                print(f"step {self.state.global_step:,}: loss {logs['loss']:.3f}, {speed}", flush=True)
-        super().log(logs, start_time)
+CHECKSUMS = "checksums.json"
+NEEDED = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}  # beside weights and random states
+COLUMNS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_gib")
 
 
 def train(
@@ -76,16 +48,22 @@ def train(
     settings: TrainingSettings,
     folder: Path,
     *,
-    report_every: int | None = None,
+    report_every: int = 0,
+    gaps_gib: float = GAPS_GIB,
 ) -> list[dict[str, float]]:
     """Train in place and return one row per step: step, tokens, loss (nats), learning_rate, ...
 
-    Checkpoints go to `folder`; a second call with the same arguments goes on from the last whole
-    one, or only reads it if the run had finished. `report_every` prints a line every so many steps.
+    Checkpoints go to `folder`; a second call with the same arguments and a new model continues from the last whole
+    one, or only reads it if the run had finished.
+
+    Args:
+        report_every: print a line every so many steps; 0: none.
+        gaps_gib: free memory that may stay resident (`give_back_gaps`).
 
     Raises:
         ValueError: `sequences` are not exactly what the settings ask for.
-        RuntimeError: the first backward pass leaves a LoRA-B matrix without a gradient.
+        RuntimeError: a loss or a gradient is not finite; the first backward pass leaves a LoRA-B matrix without a
+            gradient; or training of this very model was interrupted before.
     """
     wanted = settings.steps * settings.sequences_per_step
     if len(sequences) != wanted or len(sequences[0].input_ids) != settings.window:
@@ -93,10 +71,21 @@ def train(
             f"{settings.steps} steps of {settings.sequences_per_step} sequences need {wanted} sequences of "
             f"{settings.window} tokens, got {len(sequences)} of {len(sequences[0].input_ids)}"
         )
+    if vars(model).get("half_trained"):
+        raise RuntimeError("this model holds the weights of an interrupted run: build it anew, then train it")
+    began_before, checkpoint = folder.exists(), last_whole_checkpoint(folder)
+    step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if began_before and step < settings.steps:
+        why = "" if step else f": it left no checkpoint (there is one every {settings.checkpoint_every})"
+        print(f"an interrupted run continues after step {step:,} of {settings.steps:,}{why}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     set_seed(settings.seed)
     apply_memory_savings(model, settings.memory_savings)
-    hooks = give_back_gaps(model)
+    if settings.memory_savings.offload_checkpoints:
+        offload_checkpoints(model)
+    patch_loss(model)
+    hooks = give_back_gaps(model, gaps_gib)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -121,17 +110,57 @@ def train(
         disable_tqdm=headless(),
         seed=settings.seed,
     )
-    trainer = ChunkedLossTrainer(
-        model=model, args=arguments, train_dataset=[sequence.tensors() for sequence in sequences]
+    tokens = list(accumulate(sequence.label_tokens for sequence in sequences))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[sequence.tensors() for sequence in sequences],
+        callbacks=[StepLog(tokens[settings.sequences_per_step - 1 :: settings.sequences_per_step], report_every)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.report_every, trainer.offload_checkpoints = report_every, settings.memory_savings.offload_checkpoints
-    trainer.step_started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    model.half_trained = True
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.half_trained = False
     for hook in hooks:
         hook.remove()
-    columns = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_gib")
-    return [{name: row[name] for name in columns} for row in trainer.state.log_history if "loss" in row]
+    return [{name: row[name] for name in COLUMNS} for row in trainer.state.log_history if "loss" in row]
+
+
+class StepLog(TrainerCallback):
+    """`tokens`: labels trained on after each step. See the module's docstring."""
+
+    def __init__(self, tokens: list[int], report_every: int) -> None:
+        self.tokens, self.report_every = tokens, report_every
+        self.checked = False
+        self.started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *_: Any, model: PreTrainedModel | PeftModel, **_options: Any) -> None:
+        if not self.checked and isinstance(model, PeftModel):
+            check_lora_gradients(model)
+        self.checked = True
+
+    def on_log(self, _arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
+        row = state.log_history[-1]
+        if "loss" not in row:
+            return
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise RuntimeError(
+                f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}: training stops, and a "
+                "checkpoint before this step is kept; look for weights that are not finite, or lower the learning rate"
+            )
+        now, before = time.perf_counter(), self.tokens[row["step"] - 2] if row["step"] > 1 else 0
+        row["tokens"] = self.tokens[row["step"] - 1]
+        row["tokens_per_second"] = (row["tokens"] - before) / (now - self.started)
+        row["peak_gib"] = peak_memory_gib()
+        self.started = now
+        if self.report_every and row["step"] % self.report_every == 0:
+            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+            print(f"step {row['step']:,} of {len(self.tokens):,}: loss {row['loss']:.3f}, {speed}", flush=True)
+
+    def on_save(self, arguments: TrainingArguments, state: TrainerState, _: TrainerControl, **_options: Any) -> None:
+        folder = Path(arguments.output_dir) / f"checkpoint-{state.global_step}"
+        sums = {path.name: _sha256(path) for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS}
+        write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
 
 
 def check_lora_gradients(model: PeftModel) -> None:
@@ -145,31 +174,36 @@ def check_lora_gradients(model: PeftModel) -> None:
         )
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; half-written newer ones are removed.
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files have the checksums they were written with; a line names each one passed over.
 
-    `Trainer` writes trainer_state.json last, so a checkpoint without a readable one is half-written.
+    Newer broken ones are removed, so that `Trainer`, which keeps two, does not keep them instead of whole ones.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    while checkpoints:
-        newest = checkpoints.pop()
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
-            json.loads((newest / "trainer_state.json").read_text())
-            return str(newest)
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(newest)
+            sums = json.loads((path / CHECKSUMS).read_text())
+            broken = [name for name, checksum in sums.items() if _sha256(path / name) != checksum]
+            broken += sorted(NEEDED - set(sums))
+        except (OSError, ValueError, AttributeError) as error:
+            broken = [f"{CHECKSUMS} ({type(error).__name__})"]
+        if not broken:
+            return path
+        print(f"{path.name} of {folder.name} is not whole and is passed over: {', '.join(broken)}", flush=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return None
 
 
-VERSION = 1  # of the training loop: raise it when its numbers change
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def run_fingerprint(settings: TrainingSettings, sequences: list[TrainingSequence], **other: Any) -> str:
-    """Eight hexadecimal digits that name a run: the same code, settings, data and `other` give the same."""
-    key = hashlib.sha256(
-        json.dumps({"version": VERSION, "settings": asdict(settings), **other}, sort_keys=True).encode()
-    )
-    for sequence in sequences:
-        for array in (sequence.input_ids, sequence.labels, sequence.position_ids):
-            key.update(array.tobytes())
-    return key.hexdigest()[:8]
+VERSION = 2  # of what a run computes: raise it when this loop, the loss, `load_base` or `add_lora` change its numbers
+
+
+def run_key(settings: TrainingSettings, sequences: list[TrainingSequence], **other: Any) -> dict[str, Any]:
+    """Everything that the numbers of a run depend on; equal weights need equal libraries and threads, too."""
+    arrays = [(sequence.input_ids, sequence.labels, sequence.position_ids) for sequence in sequences]
+    versions = {"training": VERSION, **package_versions()}
+    return {"settings": settings, "data": digest(arrays), "device": device_name(), "versions": versions, **other}

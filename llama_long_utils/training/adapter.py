@@ -1,0 +1,142 @@
+"""From a preset to a trained adapter in its run folder: planned, resumed, saved with its card."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from llama_long_utils.cache import Cache
+from llama_long_utils.data.packing import TrainingSequence
+from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sources import read_documents
+from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, save_adapter
+from llama_long_utils.model.base import load_base
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.records import package_versions
+from llama_long_utils.settings import Preset, Scaling, TrainingSettings
+from llama_long_utils.training.planner import USABLE, plan_training
+from llama_long_utils.training.trainer import VERSION, run_key, train
+
+BYTES_PER_TOKEN = 24  # id, label and position, in 8 bytes each
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """A finished run: the adapter's folder, one row of `train` per step, settings with the plan, labels trained on."""
+
+    folder: Path
+    log: list[dict[str, float]]
+    settings: TrainingSettings
+    label_tokens: int
+
+
+def train_adapter(
+    preset: Preset,
+    *,
+    settings: TrainingSettings | None = None,
+    scaling: Scaling | None = None,
+    name: str = "",
+    progress: int = 0,
+) -> TrainedAdapter:
+    """Train LoRA on a preset's base, from a new adapter or the last whole checkpoint; a finished run is only read.
+
+    The run folder, runs/PRESET/training/NAME-KEY, is named by everything that the weights depend on.
+
+    Args:
+        settings: in place of the preset's [training]; the planner adds what the preset's memory needs.
+        scaling: RoPE in place of the preset's extended one.
+        name: how the run folder's name begins; default: the RoPE method.
+        progress: a line every so many steps; 0: none.
+
+    Raises:
+        ValueError: a number, the base or the documents do not fit the preset, or no plan fits the memory.
+        RuntimeError: the base cannot be downloaded, numbers are not finite, or another process is at this run.
+    """
+    settings, scaling = settings or preset.training, scaling or preset.extended_rope
+    _check_size(settings)
+    base = locate_base(preset)
+    plan = plan_training(preset, settings)
+    settings = replace(settings, memory_savings=plan.memory_savings)
+    tokenizer = load_tokenizer(base)
+    documents, _ = read_documents(preset.data, tokenizer, window=settings.window)
+    sequences = draw_sequences(documents, settings, tokenizer)
+    base_sha256 = weights_sha256(base)
+    key = run_key(
+        settings, sequences, base=base_sha256, rope=scaling, dtype=preset.base.dtype, base_bits="nf4", lora=preset.lora
+    )
+    runs, name = Cache(preset.run_folder / "training", VERSION, key), name or scaling.method
+    folder, log_file = runs.path(name, {}, ""), runs.path(name, {}, ".json")
+    card = AdapterCard(
+        base=preset.base.source,
+        base_sha256=base_sha256,
+        rope=scaling,
+        data=asdict(preset.data),
+        training={
+            **asdict(settings),
+            "lora": asdict(preset.lora),
+            "tokens": sum(sequence.label_tokens for sequence in sequences),
+            "run": folder.name,
+        },
+        versions=package_versions(),
+    )
+    with _alone(folder):
+        if not _is_whole(folder / "adapter"):
+            log_file.unlink(missing_ok=True)
+        room = preset.memory_gib * USABLE - plan.device_gib
+        log = runs.value(name, lambda: _train(preset, base, sequences, settings, card, folder, progress, room / 2))
+    return TrainedAdapter(folder / "adapter", log, settings, card.training["tokens"])
+
+
+def _train(
+    preset: Preset,
+    base: Path,
+    sequences: list[TrainingSequence],
+    settings: TrainingSettings,
+    card: AdapterCard,
+    folder: Path,
+    progress: int,
+    gaps_gib: float,
+) -> list[dict[str, float]]:
+    model = load_base(base, card.rope, dtype=preset.base.dtype, attention=settings.attention)
+    model = add_lora(model, preset.lora, seed=settings.seed)
+    log = train(model, sequences, settings, folder, report_every=progress, gaps_gib=gaps_gib)
+    save_adapter(model, card, folder / "adapter")
+    return log
+
+
+def _check_size(settings: TrainingSettings) -> None:
+    """ValueError if the training sequences, which are all drawn before training, are more than the memory holds."""
+    count = settings.steps * settings.sequences_per_step
+    wanted = count * settings.window * BYTES_PER_TOKEN / 2**30
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if wanted > there:
+        raise ValueError(
+            f"training.steps = {settings.steps:,} asks for {count:,} sequences of {settings.window:,} tokens: they "
+            f"take {wanted:,.0f} GiB, and this machine has {there:,.0f}; lower training.steps"
+        )
+
+
+def _is_whole(adapter: Path) -> bool:
+    try:
+        read_card(adapter)
+    except ValueError as error:
+        if adapter.exists():
+            print(f"the adapter is made again from its run's last checkpoint: {error}", flush=True)
+        return False
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the run's lock, which the kernel takes back if the process dies; RuntimeError if another process does."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process is training in {folder}: wait until it has ended, or stop it"
+            ) from None
+        yield

@@ -1,0 +1,198 @@
+import dataclasses
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import LORA, new_llama
+from llama_long_utils.data.sources import read_documents
+from llama_long_utils.evaluation.perplexity import token_nll
+from llama_long_utils.model.adapters import read_card
+from llama_long_utils.model.arms import load_arm
+from llama_long_utils.model.weights import load_tokenizer
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.presets import load_preset
+from llama_long_utils.settings import BaseModel, Data
+from llama_long_utils.training.adapter import _alone, train_adapter
+from llama_long_utils.training.trainer import StepLog
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A preset of a random Llama with the tiny one's tokenizer, and three texts."""
+    folder = tmp_path_factory.mktemp("base with ünicode")
+    new_llama(seed=0, vocab_size=2048).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REPOSITORY / "data" / "tiny-llama" / name, folder)
+    texts = tmp_path_factory.mktemp("texts")
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(" ".join(f"Sentence {n * n + number} of it." for n in range(200)))
+    tiny = load_preset("tiny")
+    training = dataclasses.replace(
+        tiny.training, window=64, reach=64, steps=8, sequences_per_step=2, warmup_steps=2, checkpoint_every=3
+    )
+    return dataclasses.replace(
+        tiny,
+        name="small",
+        base=BaseModel(str(folder), "float32", window=64, rope_base=1e4, head_dim=32),
+        extension=dataclasses.replace(tiny.extension, window=512),
+        data=Data([str(texts)], {str(texts): 1}, minimum_characters=100, split_seed=0),
+        lora=LORA,
+        training=training,
+    )
+
+
+@pytest.fixture
+def preset(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(small), "run_folder", tmp_path / "runs")
+    return small
+
+
+@pytest.fixture(scope="module")
+def expected(small, tmp_path_factory):
+    """The adapter that an uninterrupted run of `small` ends in, and its log."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(small), "run_folder", tmp_path_factory.mktemp("straight"))
+        trained = train_adapter(small)
+    return load_file(trained.folder / "adapter_model.safetensors"), trained.log
+
+
+def assert_equal_weights(folder, expected):
+    found = load_file(folder / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def numbers(log):
+    return [(row["step"], row["tokens"], row["loss"], row["grad_norm"]) for row in log]
+
+
+def no_step(self, *arguments, **options):
+    raise AssertionError("trained again")
+
+
+def stopped_at(monkeypatch, step, error=KeyboardInterrupt):
+    original = StepLog.on_pre_optimizer_step
+
+    def on_pre_optimizer_step(self, arguments, state, *others, **options):
+        if state.global_step == step:
+            raise error
+        original(self, arguments, state, *others, **options)
+
+    monkeypatch.setattr(StepLog, "on_pre_optimizer_step", on_pre_optimizer_step)
+
+
+def test_an_adapter_is_trained_saved_with_its_card_and_read_the_next_time(preset, expected, monkeypatch, capsys):
+    trained = train_adapter(preset, name="mine")
+    assert capsys.readouterr().out == ""
+    assert trained.folder.parent.name.startswith("mine-")
+    assert_equal_weights(trained.folder, expected[0])
+    assert [row["step"] for row in trained.log] == list(range(1, 9))
+    assert trained.log[-1]["tokens"] == trained.label_tokens
+    card = read_card(trained.folder)
+    assert card.rope == preset.extended_rope
+    assert card.training["tokens"] == trained.label_tokens
+    assert card.training["run"] == trained.folder.parent.name
+    monkeypatch.setattr(StepLog, "on_pre_optimizer_step", no_step)
+    assert train_adapter(preset, name="mine") == trained
+    tokenizer = load_tokenizer(REPOSITORY / "data" / "tiny-llama")
+    _, (text,) = read_documents(preset.data, tokenizer)
+    model = load_arm(preset, "extended", adapter=trained.folder)
+    after = token_nll(model, text, 200).mean()
+    with model.disable_adapter():
+        assert after < token_nll(model, text, 200).mean() - 0.1
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_interrupted_and_called_again_it_ends_in_the_same_weights(preset, expected, monkeypatch, capsys, step):
+    """As in a notebook whose kernel is kept: what was half trained is still in memory and must not be used."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_at(patch, step)
+        train_adapter(preset)
+    trained = train_adapter(preset)
+    assert f"an interrupted run continues after step {3 * (step // 3)} of 8" in capsys.readouterr().out
+    assert_equal_weights(trained.folder, expected[0])
+    assert numbers(trained.log) == numbers(expected[1])
+
+
+def test_a_run_shorter_than_its_checkpoints_says_that_it_begins_again(preset, monkeypatch, capsys):
+    settings = dataclasses.replace(preset.training, steps=2, checkpoint_every=25)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_at(patch, 1)
+        train_adapter(preset, settings=settings)
+    train_adapter(preset, settings=settings)
+    assert "after step 0 of 2: it left no checkpoint (there is one every 25)" in capsys.readouterr().out
+
+
+def test_an_adapter_or_a_log_that_was_damaged_is_made_again(preset, expected, capsys):
+    trained = train_adapter(preset)
+    weights = trained.folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    again = train_adapter(preset)
+    assert "the adapter is made again from its run's last checkpoint" in capsys.readouterr().out
+    assert_equal_weights(again.folder, expected[0])
+    assert numbers(again.log) == numbers(expected[1])
+    log = trained.folder.parent.with_suffix(".json")
+    log.write_text(log.read_text()[:100])
+    assert numbers(train_adapter(preset).log) == numbers(expected[1])
+    assert "is not whole" in capsys.readouterr().out
+
+
+def test_what_changes_the_weights_changes_the_folder(preset, tmp_path):
+    short = dataclasses.replace(preset.training, steps=1)
+    changed = dataclasses.replace(preset.lora, alpha=16)
+    texts = shutil.copytree(preset.data.sources[0], tmp_path / "texts")
+    (texts / "more.txt").write_text("Another text. " * 300)
+    data = dataclasses.replace(preset.data, sources=[str(texts)], held_out={str(texts): 1})
+    folders = {
+        train_adapter(one, settings=short, scaling=scaling).folder
+        for one, scaling in (
+            (preset, None),
+            (preset, preset.control_rope),
+            (dataclasses.replace(preset, lora=changed), None),
+            (dataclasses.replace(preset, data=data), None),
+        )
+    }
+    assert len(folders) == 4
+    assert train_adapter(preset, settings=short).folder in folders
+
+
+def test_two_processes_never_train_in_one_folder(preset):
+    folder = train_adapter(preset, settings=dataclasses.replace(preset.training, steps=1)).folder.parent
+    with _alone(folder), pytest.raises(RuntimeError, match=r"another process is training in .*: wait until it has"):
+        train_adapter(preset, settings=dataclasses.replace(preset.training, steps=1))
+    train_adapter(preset, settings=dataclasses.replace(preset.training, steps=1))  # the lock is given back
+
+
+def test_more_sequences_than_the_memory_holds_are_refused_at_once(preset):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"000,000 sequences of 64 tokens: they take 14,305 GiB"):
+        train_adapter(preset, settings=dataclasses.replace(preset.training, steps=10**6, sequences_per_step=10**4))
+    assert time.monotonic() - started < 1
+    assert not (preset.run_folder / "training").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "The same command continues it"),
+        (["--preset", "tinny"], "unknown preset 'tinny'"),
+        (["--steps", "-3"], "steps = -3"),
+        (["--steps", "1000000000"], "steps = 1000000000"),
+        (["--seed", "-1"], "seed = -1"),
+    ],
+)
+def test_the_command_answers_within_a_second_of_computing(arguments, said):
+    code = f"import sys, time, resource; sys.argv[1:] = {arguments!r}; from llama_long_utils.train import main\n"
+    code += "try:\n    main()\nfinally:\n    print('seconds', sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))\n"
+    code += "    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    seconds, torch_imported = done.stdout.split("seconds ")[1].split()
+    assert float(seconds) < 1.0
+    assert torch_imported == "False"
