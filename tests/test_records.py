@@ -61,12 +61,16 @@ COLUMNS = {
             *("documents", "tokens"),
         },
         "full_minus_windows": {
-            *("arm", "tokens_trained", "weights", "position_low", "position_high", "nats", "low", "high", "documents"),
-            *("kinds", "below_zero", "without_one"),
+            *("arm", "tokens_trained", "weights", "position_low", "position_high", "nats", "low", "high"),
+            *("kinds_low", "kinds_high", "documents", "kinds", "below_zero", "without_one"),
+        },
+        "gain_by_dose": {
+            *("arm", "tokens_before", "tokens_after", "position_low", "position_high", "nats", "low", "high"),
+            *("kinds_low", "kinds_high", "documents", "kinds", "below_zero", "without_one"),
         },
         "differences": {
-            *("first", "second", "tokens_trained", "position_low", "position_high", "nats", "low", "high", "documents"),
-            *("kinds", "below_zero", "without_one"),
+            *("first", "second", "tokens_trained", "position_low", "position_high", "nats", "low", "high"),
+            *("kinds_low", "kinds_high", "documents", "kinds", "below_zero", "without_one"),
         },
         "retrieval": {
             *("arm", "tokens_trained", "weights", "task", "length", "fifth_of_depth", "questions", "exact", "low"),
