@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -283,3 +284,19 @@ def test_a_changed_text_of_the_same_name_and_size_is_seen(tmp_path, tokenizer):
         (folder / f"{number}.txt").write_text("or no")
     training, held_out = read_documents(data, tokenizer, cache=tmp_path)
     assert [tokenizer.decode(side[0].token_ids[1:-1]) for side in (training, held_out)] == ["or no", "or no"]
+
+
+def test_notebook_3_draws_texts_shorter_than_its_usual_bins(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"A short text, number {number}.")
+    notebook = json.loads((REPOSITORY / "notebooks" / "03_long_documents.ipynb").read_text())
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {"__name__": "notebook"}
+    exec(code[0], names)
+    names["source"] = str(tmp_path / "texts")
+    exec(code[1], names)
+    names["settings"] = dataclasses.replace(names["settings"], name=str(tmp_path))  # where figures go
+    exec(code[2] + "\n" + code[3], names)
+    assert names["lengths"].tokens.max() < 512
+    assert (tmp_path / "figures" / "03_document_lengths.png").is_file()

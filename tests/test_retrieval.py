@@ -24,7 +24,14 @@ from llama_long_utils.evaluation.retrieval import (
     score,
     summary,
 )
-from llama_long_utils.evaluation.retrieval_items import PLANTED, first_sentence_items, planted_items, sentence_ends
+from llama_long_utils.evaluation.retrieval_items import (
+    PLANTED,
+    TASKS,
+    first_sentence_items,
+    make_items,
+    planted_items,
+    sentence_ends,
+)
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.presets import load_preset
 
@@ -392,11 +399,21 @@ def test_what_was_written_instead_is_told_apart(texts, tokenizer, model):
         assert _wrote(item, f" {text}") == kind
 
 
+def test_every_task_is_asked_at_every_length_as_often_as_asked_for(texts, tokenizer):
+    settings = dataclasses.replace(SETTINGS, lengths=[128, 256])
+    items = make_items(texts, tokenizer, settings, questions=2, seed=0)
+    assert list(items) == [(task, length) for length in (128, 256) for task in TASKS]
+    assert {len(group) for (task, _), group in items.items() if task != "needle"} == {2}
+    for (task, length), group in items.items():
+        assert {(item.task, item.length) for item in group} == {(task, length)}
+
+
 def test_bad_settings_are_one_clear_error(texts, tokenizer, model):
     with pytest.raises(ValueError, match=r"unknown task 'pass': use one of \['passkey', 'needle'"):
         planted("pass", texts, tokenizer)
-    with pytest.raises(ValueError, match="questions = 0: ask at least one"):
-        planted("passkey", texts, tokenizer, questions=0)
+    for questions in (-1, 0, 100_000):
+        with pytest.raises(ValueError, match=f"questions = {questions}: ask 1 to 1,000, or None"):
+            make_items(texts, tokenizer, SETTINGS, questions=questions, seed=0)
     with pytest.raises(ValueError, match=r"length = 64 is too short for task 'multi_key'.*ask at \d+ tokens or more"):
         planted("multi_key", texts, tokenizer, 64)
     with pytest.raises(ValueError, match=r"no document has 100,000 tokens for task 'needle'.*ask at shorter lengths"):

@@ -10,7 +10,7 @@ asked depth), and `multi_key` and `variables` in the manner of RULER (arXiv:2404
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -76,6 +76,32 @@ class Question:
     answer: str
     new: tuple[str, ...]
     others: tuple[str, ...] = ()
+
+
+MOST_QUESTIONS = 1000  # of a task and length: building them takes minutes
+
+
+def make_items(
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Retrieval,
+    *,
+    questions: int,
+    seed: int,
+) -> dict[tuple[str, int], list[RetrievalItem]]:
+    """Questions of every task at every length of the settings, by (task, length); of the first sentence, exact ones."""
+    if not 1 <= questions <= MOST_QUESTIONS:
+        raise ValueError(
+            f"questions = {questions}: ask 1 to {MOST_QUESTIONS:,}, or None for as many as the preset says"
+        )
+    few = replace(settings, documents=min(questions, settings.documents))
+    items = {}
+    for length in settings.lengths:
+        items["first_sentence", length] = first_sentence_items(documents, tokenizer, length, few, seed=seed, exact=True)
+        for task in PLANTED:
+            asked = {"questions": questions, "seed": seed}
+            items[task, length] = planted_items(task, documents, tokenizer, length, settings, **asked)
+    return items
 
 
 def first_sentence_items(
@@ -165,8 +191,6 @@ def planted_items(
     """
     if task not in PLANTED:
         raise ValueError(f"unknown task {task!r}: use one of {list(PLANTED)}")
-    if questions < 1:
-        raise ValueError(f"questions = {questions}: ask at least one, or None for as many as the preset says")
     longest = max((document.tokens - 2 for document in documents), default=0)
     if longest < length:
         raise ValueError(
