@@ -50,29 +50,31 @@ def replies(model: PreTrainedModel | PeftModel, items: Sequence[RetrievalItem], 
     if len({item.length for item in items}) != 1:
         raise ValueError("items scored together need one length, prompt and answer together: group them")
     model.eval()
-    inner, counts = causal_lm(model), [len(item.answer_ids) for item in items]
-    head, most = inner.get_output_embeddings(), max(counts)
-    ids = torch.from_numpy(np.stack([item.token_ids for item in items])).to(model.device)
+    inner, length = causal_lm(model), items[0].length
+    head = inner.get_output_embeddings()
+    counts = torch.tensor([len(item.answer_ids) for item in items])[:, None]
+    most = int(counts.max())
+    ids = torch.from_numpy(np.stack([item.token_ids for item in items]))
     cache = DynamicCache(config=inner.config) if generate else None
     with in_compute_dtype(model):
-        hidden = inner.model(input_ids=ids, past_key_values=cache, use_cache=generate).last_hidden_state
-    logits = head(hidden[:, -most - 1 : -1].to(head.weight.dtype)).float()  # the last token has nothing after it
-    log_probabilities = logits.log_softmax(-1).gather(-1, ids[:, -most:, None])[..., 0].cpu().numpy()
-    likeliest = logits.argmax(-1).cpu()
-    right = (likeliest == ids[:, -most:].cpu()).numpy()
-    written: list[np.ndarray | None] = [None] * len(items)
+        hidden = inner.model(
+            input_ids=ids.to(model.device), past_key_values=cache, use_cache=generate
+        ).last_hidden_state
+    logits = head(hidden[:, -most - 1 : -1].to(head.weight.dtype)).float().cpu()  # the last token has none after it
+    answers, likeliest = ids[:, -most:], logits.argmax(-1)
+    log_probabilities = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+    written = [None] * len(items)
     if generate:
-        first = torch.stack([row[-count] for row, count in zip(likeliest, counts, strict=True)])[:, None]
-        hidden_answers = (torch.arange(ids.shape[1]) < ids.shape[1] - torch.tensor(counts)[:, None]).long()
-        asked, mask = (
-            torch.cat(pair, dim=1) for pair in ((ids.cpu(), first), (hidden_answers, torch.ones_like(first)))
-        )
-        after = (
-            greedy(model, asked, most - 1, mask=mask, past_key_values=cache, eos_token_id=None) if most > 1 else first
-        )
-        written = list(torch.cat([first, after.cpu()], dim=1).numpy())
-    rows = zip(log_probabilities, right, written, counts, strict=True)
-    return [Reply(log[-n:], same[-n:], None if text is None else text[:n]) for log, same, text, n in rows]
+        first = likeliest.gather(1, most - counts)
+        seen = torch.arange(length + 1) < length - counts  # not the answer
+        seen[:, -1] = True  # but what was written first
+        options = {"mask": seen.long(), "past_key_values": cache, "eos_token_id": None}
+        after = greedy(model, torch.cat([ids, first], dim=1), max(most - 1, 1), **options)
+        written = torch.cat([first, after.cpu()], dim=1).numpy()
+    return [
+        Reply(log[-count:].numpy(), right[-count:].numpy(), None if text is None else text[:count])
+        for log, right, text, count in zip(log_probabilities, likeliest == answers, written, counts[:, 0], strict=True)
+    ]
 
 
 def score(
