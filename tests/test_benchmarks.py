@@ -14,12 +14,13 @@ import pytest
 import questions
 import torch
 import yaml
+from sandbox import bubblewrap_fault
+from scoring import score_program
 
 from llama_long_utils.data.documents import Document, tokenize_documents
 from llama_long_utils.evaluation.benchmarks import delta_table, load_tasks, measure, score_table, spread, write_results
 from llama_long_utils.evaluation.harness import Llama, check_lengths
 from llama_long_utils.evaluation.results import Result, choice_metrics
-from llama_long_utils.evaluation.sandbox import bubblewrap_fault
 from llama_long_utils.evaluation.task_files import TASKS, check_names
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import in_compute_dtype
@@ -270,7 +271,15 @@ def test_answers_are_compared_as_squad_does(written, f1, exact):
 @pytest.mark.skipif(bool(bubblewrap_fault()), reason=f"bubblewrap {bubblewrap_fault()}")
 @pytest.mark.parametrize(("written", "passes"), [("    return 1\n", 1), ("    return 2\n", 0), ("    (", 0)])
 def test_a_program_that_passes_its_tests_passes(written, passes):
-    assert questions.score_program(LINES["humaneval"][0], written, allow_execution=False) == {"passed": passes}
+    assert score_program(LINES["humaneval"][0], written, allow_execution=False) == {"passed": passes}
+
+
+def test_programs_are_asked_for_only_where_they_may_run(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sandbox.bubblewrap_fault", bubblewrap_fault.__wrapped__)  # asked anew, and not kept
+    with pytest.raises(RuntimeError, match=r"which is not installed: install it"):
+        requests(folder, "humaneval")
+    assert requests(folder, "humaneval", allow_execution=True)
 
 
 # Asking the model

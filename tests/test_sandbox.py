@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from llama_long_utils.evaluation.sandbox import bubblewrap_fault, require_sandbox, run_program
+from sandbox import bubblewrap_fault, require_sandbox, run_program
 
 needs_bubblewrap = pytest.mark.skipif(bool(bubblewrap_fault()), reason=f"bubblewrap {bubblewrap_fault()}")
 

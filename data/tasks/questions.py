@@ -15,7 +15,6 @@ from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
 from llama_long_utils.data.packages import read_file
-from llama_long_utils.evaluation.sandbox import run_program
 from llama_long_utils.paths import CACHE
 
 Doc = dict[str, Any]
@@ -77,8 +76,7 @@ class Written(ConfigurableTask):
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
         """Scores of what was written."""
-        options = {"allow_execution": self.config.metadata["allow_execution"]} if self.config.unsafe_code else {}
-        return self.config.process_results(doc, results[0], **options)
+        return self.config.process_results(doc, results[0])
 
 
 def without_tags(text: str) -> str:
@@ -103,13 +101,6 @@ def score_number(doc: Doc, written: str) -> dict[str, float]:
     numbers = [marked[1]] if marked else re.findall(r"-?\d[\d,]*(?:\.\d+)?", written)[-1:]
     right = bool(numbers) and float(numbers[0].replace(",", "")) == float(doc["expected"].replace(",", ""))
     return {"exact_match": float(right)}
-
-
-def score_program(doc: Doc, written: str, *, allow_execution: bool) -> dict[str, float]:
-    """Whether the function completed passes its tests."""
-    tests = f"{doc['test']}\ncheck({doc['entry_point']})\n"
-    options = {"given": doc["prompt"] + "    pass\n", "allow_execution": allow_execution}
-    return {"passed": float(run_program(doc["prompt"] + written, tests, doc["entry_point"], **options).passed)}
 
 
 def score_answer(doc: Doc, written: str) -> dict[str, float]:

