@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -510,6 +510,12 @@ DEVICES = (16, 24, 40, 80)
 WITH_NORMS = replace(LORA, train_norms=True)  # as the presets have it
 
 
+def longest_on_line(lengths: Sequence[int], peaks_gib: Sequence[float], gib: float) -> int:
+    """The longest context by the line through two peaks, in steps of 1,024 tokens."""
+    per_token = (peaks_gib[1] - peaks_gib[0]) / (lengths[1] - lengths[0])
+    return max(0, int((gib * USABLE - peaks_gib[0]) / per_token + lengths[0]) // 1024 * 1024)
+
+
 def predicted_peaks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The ledger of every model, context and plan by component, and the longest context on each device."""
     rows, longest = [], []
@@ -531,7 +537,7 @@ def predicted_peaks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 totals.append(sum(found[name] for name in COMPONENTS) / GIB)
                 print(model, plan, context, f"{totals[-1]:.2f} GiB", flush=True)
             for gib in DEVICES:
-                tokens = planner.longest(CONTEXTS[-2:], totals[-2:], gib)
+                tokens = longest_on_line(CONTEXTS[-2:], totals[-2:], gib)
                 longest.append({"model": model, "device_gib": gib, "plan": plan, "tokens": tokens})
     return rows, longest
 

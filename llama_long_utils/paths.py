@@ -1,5 +1,6 @@
 """Where things are, and writing files so that they are always whole."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -18,3 +19,23 @@ def write_atomically(path: Path, content: bytes) -> Path:
     scratch.write_bytes(content)
     scratch.replace(path)
     return path
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content; OSError if there is none."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_state(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file below a folder, or of the file.
+
+    Empty if there is neither, or for a folder that holds this repository: no texts are read from there.
+    """
+    try:
+        if not path.exists() or REPOSITORY.is_relative_to(path.resolve()):
+            return []
+    except (OSError, ValueError):  # no name of a file, such as a text of a thousand characters
+        return []
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

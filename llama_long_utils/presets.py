@@ -39,7 +39,7 @@ def load_preset(name: str) -> Preset:
             message names it and the closest known name.
     """
     if name not in preset_names():
-        raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{_closest(name, preset_names())}")
+        raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{closest(name, preset_names())}")
     try:
         values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
         follow_window(values)
@@ -111,7 +111,7 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
         known = name in parameters or name in builtin or name.startswith("_")
         if not known and isinstance(value, literals):
             names = list(parameters)
-            raise ValueError(f"unknown parameter {name!r}: this notebook has {names}{_closest(name, names)}")
+            raise ValueError(f"unknown parameter {name!r}: this notebook has {names}{closest(name, names)}")
     for name, wanted in parameters.items():
         try:
             TypeAdapter(wanted, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(namespace[name])
@@ -170,7 +170,7 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "unexpected_keyword_argument":
-            messages.append(f"unknown key {key!r}{_closest(str(problem['loc'][-1]), known)}")
+            messages.append(f"unknown key {key!r}{closest(str(problem['loc'][-1]), known)}")
         elif problem["type"] in ("missing", "missing_argument"):
             messages.append(f"key {key!r} is missing")
         elif problem["type"] == "value_error":  # one of our own, which names the value
@@ -180,6 +180,7 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(messages)
 
 
-def _closest(name: str, known: list[str]) -> str:
+def closest(name: str, known: list[str]) -> str:
+    """A hint at the known name that is meant, or nothing."""
     match = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""

@@ -12,8 +12,8 @@ from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.settings import MemorySavings
-from llama_long_utils.training.ledger import StepShape, random_llama, training_steps
 from llama_long_utils.training.memory_savings import HostBuffers, HostCopy, OffloadedCheckpoints, apply_memory_savings
+from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 
 IDS = torch.randint(2, 100, (2, 64), generator=torch.Generator().manual_seed(0))
 

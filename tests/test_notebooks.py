@@ -5,16 +5,14 @@ import re
 import subprocess
 import sys
 
+import matplotlib
 import nbformat
-import papermill
 import pytest
 
+from llama_long_utils import settings
 from llama_long_utils.notebooks import FOLDER, SEQUENCE, check, delivered, finding
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.presets import load_preset
-from tools import run
 from tools.readme import write_generated
-from tools.run import check_parameters, execute
 
 NAMES = [notebook.slug for notebook in delivered()]
 
@@ -44,7 +42,7 @@ def test_delivered_notebooks_are_the_files_there_are():
     assert {"01_rope_explained", "03_long_documents", "05_finetune_qlora", "06_perplexity_by_position"} <= set(NAMES)
 
 
-def test_trap_25_every_cell_was_run_once_in_order(notebook):
+def test_every_cell_was_run_once_in_order(notebook):
     assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
 
 
@@ -129,41 +127,22 @@ def test_check_can_fail(capsys):
     assert capsys.readouterr().out == "does not hold: one is two\n"
 
 
-def test_trap_26_runner_refuses_a_parameter_that_no_cell_receives():
-    with pytest.raises(ValueError, match=r"has no parameter 'presett': it has \['preset'\]"):
-        check_parameters(delivered()[0], {"presett": "tiny"})
-
-
-def test_runner_takes_the_preset_in_one_place_only():
-    with pytest.raises(ValueError, match="give the preset as --preset llama2-7b"):
-        check_parameters(delivered()[0], {"preset": "llama2-7b"})
-
-
-def test_a_failed_run_is_not_taken_for_finished(monkeypatch, tmp_path):
-    preset, notebook = load_preset("tiny"), delivered()[0]
-    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: None)
-    assert execute(notebook, preset, {}, "base", notebook.slug, "line", again=False)
-    assert not execute(notebook, preset, {}, "base", notebook.slug, "line", again=False)
-
-    def fail(*arguments, **options):
-        raise RuntimeError("a cell failed")
-
-    monkeypatch.setattr(papermill, "execute_notebook", fail)
-    with pytest.raises(RuntimeError, match="a cell failed"):
-        execute(notebook, preset, {"other": 1}, "base", notebook.slug, "line", again=False)
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: None)
-    assert execute(notebook, preset, {}, "base", notebook.slug, "line", again=False)
-
-
-def test_runner_stops_before_the_first_notebook_without_the_model(monkeypatch):
-    def refuse(source):
-        raise RuntimeError(f"cannot get the model {source!r}")
-
-    monkeypatch.setattr(run, "locate_base", refuse)
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("executed a notebook"))
-    with pytest.raises(RuntimeError, match="cannot get the model"):
-        run.run(load_preset("llama2-7b"), delivered(), {})
+@pytest.mark.parametrize("notebook", delivered(), ids=NAMES)
+def test_controls_work_where_somebody_watches(notebook, monkeypatch, tmp_path):
+    """Every notebook that asks `headless()` is executed as in JupyterLab, and each of its controls is moved."""
+    cells = code(nbformat.read(notebook.path, as_version=4))
+    if not any("headless()" in cell.source for cell in cells):
+        return
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebook")
+    monkeypatch.setattr(settings, "REPOSITORY", tmp_path)
+    matplotlib.use("Agg")
+    namespace = {"__name__": "__main__"}
+    for cell in cells:
+        exec(cell.source, namespace)
+    control = namespace["control"]
+    assert namespace["METHODS"] == control.children[0].options
+    for method in control.children[0].options:
+        namespace["draw"](**{**control.kwargs, "method": method})
 
 
 def head_of_first_notebook(folder, cells=8):
@@ -176,7 +155,7 @@ def head_of_first_notebook(folder, cells=8):
 
 
 @pytest.mark.parametrize("folder", [REPOSITORY, FOLDER], ids=["from the root", "from notebooks/"])
-def test_trap_26_papermill_works_from_both_folders(tmp_path, folder):
+def test_papermill_refuses_a_misspelt_parameter_from_both_folders(tmp_path, folder):
     path, _ = head_of_first_notebook(tmp_path, cells=5)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(path), str(tmp_path / "out.ipynb")]
     done = subprocess.run([*command, "-p", "preset", "tiny"], cwd=folder, capture_output=True, text=True)
@@ -204,6 +183,6 @@ def test_mutation_of_one_stored_number_fails(tmp_path):
     assert "1 failed" in outcome.stdout
 
 
-def test_trap_27_check_lines_do_not_depend_on_order_or_address(notebook):
+def test_check_lines_do_not_depend_on_order_or_address(notebook):
     for cell in code(notebook):
         assert not re.search(r"0x[0-9a-f]{6,}|\{'.*'\}", stdout(cell))

@@ -53,7 +53,7 @@ def test_no_tracked_file_holds_a_path_of_this_machine():
 PACKAGE = REPOSITORY / "llama_long_utils"
 # Lowest first. A file imports from its own layer and those below it.
 LAYERS = (
-    ("paths", "progress"),
+    ("paths", "progress", "commands"),
     ("settings",),
     ("presets", "rope", "records", "cache", "figures"),
     ("data",),

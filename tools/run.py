@@ -1,26 +1,25 @@
 """Runs the notebooks headless: `make run`, `make notebooks`, or one with `--only`.
 
-A run writes below runs/PRESET/ only. Run again, it skips every notebook that finished with the same
-code, preset and parameters, so an interrupted run goes on where it stopped.
+A run writes below runs/PRESET/ only. Run again, it passes over every notebook that finished with the same code, preset,
+parameters, model, adapter and texts, and whose outputs are still as it left them.
 """
 
 import argparse
+import ast
 import hashlib
 import json
+import logging
 import time
+from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
-import yaml
-
-from llama_long_utils.model.weights import locate_base, weights_sha256
+from llama_long_utils.commands import run_command
 from llama_long_utils.notebooks import Notebook, delivered
-from llama_long_utils.paths import REPOSITORY, RESULTS, write_atomically
-from llama_long_utils.presets import load_preset
+from llama_long_utils.paths import REPOSITORY, RESULTS, file_sha256, folder_state, write_atomically
+from llama_long_utils.presets import closest, load_preset
 from llama_long_utils.settings import Preset
-from tools.readme import write_generated
-from tools.store import store_outputs, store_record
+
+LITERALS = {"none": None, "null": None, "true": True, "false": False}
 
 
 def run(
@@ -34,21 +33,27 @@ def run(
 
     Raises:
         ValueError: a parameter that a chosen notebook does not have.
-        papermill.PapermillExecutionError: a cell failed; the notebook so far is in runs/.
+        RuntimeError: a cell failed; the notebook so far is in runs/.
     """
     for notebook in chosen:
         check_parameters(notebook, parameters)
-    base_sha256 = weights_sha256(locate_base(preset))
+    base_sha256 = _base_sha256(preset) if any(notebook.needs_base for notebook in chosen) else ""
     for number, notebook in enumerate(chosen, start=1):
         line = f"[{number}/{len(chosen)}] {notebook.slug}"
         if store and notebook.record_with:
             entry = f"{notebook.slug}, record"
             if execute(notebook, preset, notebook.record_with, base_sha256, entry, f"{line}, its record", again=again):
+                from tools.store import store_record
+
                 store_record(preset.run_folder / "records" / f"{notebook.slug}.json", RESULTS / preset.name)
         execute(notebook, preset, parameters, base_sha256, notebook.slug, line, again=again)
-    figures = sorted(preset.run_folder.glob("figures/*.png"))
-    print(f"executed notebooks: {(preset.run_folder / 'notebooks').relative_to(REPOSITORY)}")
-    print("figures:", *(path.relative_to(REPOSITORY) for path in figures), sep="\n  ")
+    print(f"executed notebooks: {_shown(preset.run_folder / 'notebooks')}")
+    figures = [path for notebook in chosen for path in outputs(notebook, preset) if path.suffix == ".png"]
+    print("figures:", *map(_shown, figures), sep="\n  ")
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
 
 
 def execute(
@@ -64,83 +69,154 @@ def execute(
     """Execute one notebook and return True, or False if it finished before as it would now.
 
     Args:
-        entry: name under which done.json remembers that it finished.
+        entry: name under which runs/PRESET/done remembers that it finished.
         line: start of its progress lines.
     """
-    done_file = preset.run_folder / "done.json"
-    done = json.loads(done_file.read_text()) if done_file.is_file() else {}
+    done = preset.run_folder / "done"  # one file for each, so that runs side by side do not overwrite each other's
     key = run_key(notebook, preset, parameters, base_sha256)
-    if done.get(entry) == key and not again:
+    if not again and finished(done / f"{entry}.json", key):
         print(f"{line}: finished before (--again runs it anew)", flush=True)
         return False
     print(f"{line} ...", flush=True)
     for name in {entry, notebook.slug}:  # what they left in runs/ is overwritten from now on
-        done.pop(name, None)
-    write_atomically(done_file, json.dumps(done, indent=1).encode())
+        (done / f"{name}.json").unlink(missing_ok=True)
     started = time.perf_counter()
     output = preset.run_folder / "notebooks" / notebook.path.name
     output.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        notebook.path,
-        output,
-        parameters={"preset": preset.name, **parameters},
-        cwd=notebook.path.parent,
-        progress_bar=False,
-        extra_arguments=["--IPKernelApp.log_level=40"],  # no warnings of the kernel between our lines
-    )
-    done[entry] = key
-    write_atomically(done_file, json.dumps(done, indent=1).encode())
+    _papermill(notebook.path, output, {"preset": preset.name, **parameters})
+    left = {str(path.relative_to(preset.run_folder)): file_sha256(path) for path in outputs(notebook, preset)}
+    write_atomically(done / f"{entry}.json", json.dumps({"key": key, "outputs": left}, indent=1).encode())
     print(f"{line}: {time.perf_counter() - started:.0f} s", flush=True)
     return True
+
+
+def _papermill(path: Path, output: Path, parameters: dict[str, Any]) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # the kernel manager's lines between ours
+    where = _shown(output.parent)
+    try:
+        papermill.execute_notebook(
+            path,
+            output,
+            parameters=parameters,
+            cwd=path.parent,
+            progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=50"],  # not even that it was interrupted
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from None
+        raise RuntimeError(f"{error.ename}: {error.evalue} (the notebook up to there: {where})") from None
+    except DeadKernelError:
+        raise RuntimeError(f"the kernel of {path.stem} was killed, most often for lack of memory: {where}") from None
+
+
+def outputs(notebook: Notebook, preset: Preset) -> list[Path]:
+    """What a notebook has left in runs/: itself, its figures, its record and the arrays beside it."""
+    number, folder = notebook.slug[:2], preset.run_folder
+    patterns = (f"notebooks/{notebook.slug}.ipynb", f"figures/{number}_*.png", f"records/{notebook.slug}.*")
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def finished(entry: Path, key: str) -> bool:
+    """Whether it finished with this key, and all that it left is still there, unchanged."""
+    try:
+        done = json.loads(entry.read_bytes())
+        same = [file_sha256(entry.parent.parent / name) == sha256 for name, sha256 in done["outputs"].items()]
+        return done["key"] == key and bool(same) and all(same)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def check_parameters(notebook: Notebook, parameters: dict[str, Any]) -> None:
     """Raise ValueError for a parameter that the notebook does not have (papermill only warns)."""
     if "preset" in parameters:
         raise ValueError(f"give the preset as --preset {parameters['preset']}, not as a parameter")
-    known = papermill.inspect_notebook(notebook.path)
-    for name in {"preset", *parameters}:
+    cells = json.loads(notebook.path.read_bytes())["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    known = [name.id for line in ast.parse(source).body if isinstance(line, ast.Assign) for name in line.targets]
+    for name in parameters:
         if name not in known:
-            raise ValueError(f"{notebook.slug} has no parameter {name!r}: it has {sorted(known)}")
+            raise ValueError(f"{notebook.slug} has no parameter {name!r}: it has {known}{closest(name, known)}")
 
 
 def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base_sha256: str) -> str:
-    """A hash of everything a notebook's results depend on."""
-    cells = [cell.source for cell in nbformat.read(notebook.path, as_version=4).cells]
-    key = hashlib.sha256(json.dumps([cells, parameters, base_sha256], sort_keys=True).encode())
-    modules = sorted((REPOSITORY / "llama_long_utils").glob("*.py"))
-    for path in [*modules, REPOSITORY / "presets" / f"{preset.name}.toml"]:
-        key.update(path.read_bytes())
-    return key.hexdigest()
+    """A hash of everything that a notebook's results depend on; comments and prose are no part of it."""
+    cells = [cell for cell in json.loads(notebook.path.read_bytes())["cells"] if cell["cell_type"] == "code"]
+    code = [_without_comments("".join(cell["source"])) for cell in cells]
+    code += [
+        _without_comments(path.read_text("utf-8")) for path in sorted((REPOSITORY / "llama_long_utils").rglob("*.py"))
+    ]
+    given = [value for value in parameters.values() if isinstance(value, str)]
+    folders = {name: folder_state(REPOSITORY / name) for name in [*preset.data.sources, *given]}
+    adapter = ""
+    if notebook.needs_adapter:
+        from llama_long_utils.model.adapters import find_adapter
+
+        try:
+            adapter = file_sha256(find_adapter(preset) / "adapter_model.safetensors")
+        except ValueError:
+            adapter = "none"  # the notebook says so
+    of_base = base_sha256 if notebook.needs_base else ""
+    parts = [code, repr(preset), parameters, of_base, adapter, folders]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _without_comments(source: str) -> str:
+    return ast.unparse(ast.parse(source))
+
+
+def _base_sha256(preset: Preset) -> str:
+    from llama_long_utils.model.weights import locate_base, weights_sha256
+
+    return weights_sha256(locate_base(preset))
+
+
+def parameter(text: str) -> Any:
+    """The value of a parameter: none, a truth value, a number, a list or an object in JSON; all else is a string."""
+    if text.lower() in LITERALS:
+        return LITERALS[text.lower()]
+    for read in (int, float, json.loads if text[:1] in ("[", "{", '"') else int):
+        try:
+            return read(text)
+        except ValueError:
+            pass
+    return text
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for; heavy modules are imported only after this."""
+    parser = argparse.ArgumentParser(prog="python -m tools.run", description=__doc__)
+    parser.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
+    parser.add_argument("--only", metavar="NN", default="", help="run one notebook: its number or name")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    parser.add_argument("--again", action="store_true", help="run notebooks anew that finished before")
+    parser.add_argument("--store", action="store_true", help="store outputs, figures and records in the repository")
+    asked = parser.parse_args()
+    wanted = asked.only.zfill(2) if asked.only.isdecimal() else asked.only
+    asked.chosen = [notebook for notebook in delivered() if notebook.slug.startswith(wanted)]
+    if not asked.chosen:
+        parser.error(f"no notebook {asked.only!r}: there are {[notebook.slug for notebook in delivered()]}")
+    if asked.store and (asked.only or asked.p or asked.preset != parser.get_default("preset")):
+        parser.error("--store stores a run of all notebooks at their defaults: leave out --only, --preset and -p")
+    return asked
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.run", description=__doc__)
-    parser.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
-    parser.add_argument("--only", metavar="NN", help="run one notebook: its number or name")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    parser.add_argument("--again", action="store_true", help="run notebooks anew that finished before")
-    parser.add_argument("--store", action="store_true", help="store outputs, figures and records in the repository")
-    arguments = parser.parse_args()
-    wanted = (arguments.only or "").zfill(2) if (arguments.only or "").isdecimal() else (arguments.only or "")
-    chosen = [n for n in delivered() if n.slug.startswith(wanted)]
-    if not chosen:
-        parser.error(f"no notebook {arguments.only!r}: there are {[notebook.slug for notebook in delivered()]}")
-    if arguments.store and (arguments.only or arguments.p or arguments.preset != parser.get_default("preset")):
-        parser.error("--store stores a run of all notebooks at their defaults: leave out --only, --preset and -p")
-    try:
-        parameters = {name: yaml.safe_load(value) for name, value in arguments.p}
-        run(load_preset(arguments.preset), chosen, parameters, again=arguments.again, store=arguments.store)
-    except papermill.PapermillExecutionError as error:
-        where = (REPOSITORY / "runs" / arguments.preset / "notebooks").relative_to(REPOSITORY)
-        raise SystemExit(f"error: {error.ename}: {error.evalue}\n(the notebook up to there: {where})") from None
-    except (ValueError, RuntimeError, yaml.YAMLError) as error:
-        raise SystemExit(f"error: {error}") from None
-    if arguments.store:
-        store_outputs(load_preset(arguments.preset))
+    asked = arguments()
+    preset = load_preset(asked.preset)
+    parameters = {name: parameter(value) for name, value in asked.p}
+    run(preset, asked.chosen, parameters, again=asked.again, store=asked.store)
+    if asked.store:
+        from tools.readme import write_generated
+        from tools.store import store_outputs
+
+        store_outputs(preset)
         write_generated()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

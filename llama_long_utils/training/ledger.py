@@ -1,38 +1,37 @@
 """What one training step needs in memory, by component, without a GPU and without weights.
 
-The ledger runs the real model class, PEFT's adapters, bitsandbytes' 4-bit operators and our loss under
-torch's fake tensors, which have shapes and no data, and notes every storage that is allocated and freed.
-torch's own `MemTracker` does not take frozen parameters (it hooks every gradient), hence `StorageTracker`.
-The same steps run with real tensors and random weights (`random_llama`, `training_steps`), to compare.
+The ledger runs the real model class, PEFT's adapters, bitsandbytes' 4-bit operators and our loss under torch's fake
+tensors, which have shapes and no data, and notes every storage that is allocated and freed. torch's own `MemTracker`
+refuses frozen parameters (it hooks every gradient), hence `StorageTracker`.
+
+Three layers are run, at two short lengths. The bytes at each moment are a line in the length, as the operators are the
+same, and every further layer repeats the segment of its kind: the two runs give the peak at any length and depth.
+The same steps run with real tensors (`random_llama.py`), to compare.
 """
 
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
-from bitsandbytes.functional import quantize_4bit
-from bitsandbytes.nn import Linear4bit
-from bitsandbytes.optim import AdamW8bit
 from peft import PeftModel
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import LlamaConfig
 
-from llama_long_utils.model.adapters import add_lora
-from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.cache import Cache
+from llama_long_utils.model.loss import causal_lm
+from llama_long_utils.paths import CACHE
+from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Lora, MemorySavings
-from llama_long_utils.training.memory_savings import OffloadedCheckpoints, apply_memory_savings
+from llama_long_utils.training.memory_savings import OffloadedCheckpoints
+from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 
 # Where the bytes of a step are: frozen weights; trainable weights; their gradients; what the optimizer keeps; what the
 # forward pass leaves for the backward pass (with checkpointing: one hidden state per layer); the loss; and what the
@@ -40,70 +39,80 @@ from llama_long_utils.training.memory_savings import OffloadedCheckpoints, apply
 COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "saved", "loss", "backward")
 HOST = "host"  # what offloading keeps in host memory
 MOVED = "moved"  # what operations read and write that compute little: their time is that of the memory
+COLUMNS = (*COMPONENTS, HOST, MOVED)
+ON_DEVICE = np.array([name in COMPONENTS for name in COLUMNS], dtype=float)
 INTENSITY = 20  # operations per byte, above which a matrix product counts as computing
-# Whole sequences need no mask. transformers sees that in the data, and fake tensors have none.
-UNMASKED = "sdpa_unmasked"
-AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-AttentionMaskInterface.register(UNMASKED, lambda *_arguments, **_options: None)
-LAYERS_RUN = 2  # of each kind, recomputed or not
+# Layers that are run: the first, whose input has no gradient; another recomputed one; a plain one. A first layer
+# that is plain counts like other plain ones, up to two hidden states too much.
+FIRST, RECOMPUTED, PLAIN = range(3)
+LAYERS_RUN = 3
+SHORT = 1024  # tokens: up to here a step is run as it is
+MOST_TILES = 32  # more of them are counted as so many
 WARM_UP = 16  # tokens
-BLOCK = 64  # weights that share a scale in bitsandbytes' NF4
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """A training step: `length` tokens in each of `sequences` rows, computed in `dtype` ("bfloat16" or "float32").
-
-    Whole sequences: packed ones need a mask of length x length as well. `accumulated`: gradients of an earlier batch
-    are there already.
-    """
-
-    length: int
-    dtype: str
-    memory_savings: MemorySavings
-    sequences: int = 1
-    accumulated: bool = False
+VERSION = 1  # of the numbers that are kept: raise it when they change
 
 
 class StorageTracker(TorchDispatchMode):
-    """Adds up the bytes of all storages that live, by the component that was current when they were allocated."""
+    """Adds up the bytes of all storages that live, by the component that was current when they were allocated.
+
+    Attributes:
+        segments: of the step, by name: the counts at its begin, and after each allocation in it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.component = "weights"
         self.now: Counter[str] = Counter()
-        self.peak: dict[str, int] = {}
-        self.highest = self.host = self.moved = 0
+        self.segments: dict[str, list[tuple[int, ...]]] = {}
+        self._current: list[tuple[int, ...]] = []
         self._live: dict[int, tuple[int, str]] = {}
+        self._counted: dict[Any, bool] = {}
+
+    @property
+    def moved(self) -> int:
+        """Bytes that operations read and wrote in this step."""
+        return self.now[MOVED]
+
+    def counts(self) -> tuple[int, ...]:
+        """What lives now, in the order of COLUMNS."""
+        return tuple(self.now[name] for name in COLUMNS)
 
     def enter(self, component: str) -> None:
         """What is allocated from now on belongs to this component; a new step starts with "saved"."""
         self.component = component
         if component == "saved":
-            self.highest = self.moved = 0
+            self.now[MOVED] = 0
+        if component != "loss":  # goes with the last norm
+            self.begin(component)
+
+    def begin(self, segment: str) -> None:
+        """The segment before ends here."""
+        self._current.append(self.counts())
+        self._current = self.segments[segment] = [self.counts()]
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
         options = options or {}
+        if operator is torch.ops.prim.device.default:  # most calls by far: autograd asks again and again
+            return arguments[0].fake_device
         output = operator(*arguments, **options)
-        made, read = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-            for tree in (output, (arguments, options))
-        )
+        made, read = _tensors([output]), _tensors([*arguments, *options.values()])
         for tensor in made:
             self.add(tensor)
+        if operator not in self._counted:
+            # Attention and the products with 4-bit weights are counted by their operations, and `empty` moves nothing.
+            elsewhere = ("scaled_dot_product", "gemm_4bit", "aten::empty")
+            self._counted[operator] = not any(name in operator.name() for name in elsewhere)
         known = {tensor.untyped_storage()._cdata for tensor in read}
         is_new = any(tensor.untyped_storage()._cdata not in known for tensor in made)
-        # Attention and the products with 4-bit weights are counted by their operations, and `empty` moves nothing.
-        counted = any(name in operator.name() for name in ("scaled_dot_product", "gemm_4bit", "aten::empty"))
-        if (is_new or operator._schema.is_mutable) and not counted:
-            if "aten::copy_" in operator.name():
+        if self._counted[operator] and (is_new or operator._schema.is_mutable):
+            if operator is torch.ops.aten.copy_.default:
                 read = read[1:]  # what is overwritten is not read
             moved = sum(tensor.nbytes for tensor in read + made)
             count = flop_registry.get(operator.overloadpacket)
             if not count or count(*arguments, **options, out_val=output) < INTENSITY * moved:
-                self.moved += moved
+                self.now[MOVED] += moved
         return output
 
     def add(self, tensor: torch.Tensor, component: str | None = None) -> None:
@@ -121,21 +130,28 @@ class StorageTracker(TorchDispatchMode):
         self._live[key] = size, component
         self.now[component] += size
         weakref.finalize(storage, self._free, key)
-        total = self.now.total() - self.now[HOST]
-        if total > self.highest:
-            self.highest, self.peak = total, dict(self.now)
-        self.host = max(self.host, self.now[HOST])
+        self._current.append(self.counts())
 
     def _free(self, key: int) -> None:
         size, component = self._live.pop(key)
         self.now[component] -= size
 
 
+def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments or results, those in lists too."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
 def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     """Bytes of each component at the moment when one training step needs most memory.
 
-    The step is a second one: the optimizer's state exists. A few seconds for any model, on any machine: beyond two
-    layers of a kind, recomputed or not, every further one adds what the second added to one.
+    The step is a second one: the optimizer's state exists.
 
     Args:
         config: of the model; its linear layers are taken as NF4 with double quantisation, but for the head.
@@ -145,19 +161,39 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
         what the step's operations read and write, but for attention and large matrix products, as "moved".
     """
     recomputed = min(shape.memory_savings.recomputed_layers, config.num_hidden_layers)
-    wanted = [recomputed, config.num_hidden_layers - recomputed]
-    run = [min(count, LAYERS_RUN) for count in wanted]
-    any_count = replace(shape, memory_savings=replace(shape.memory_savings, recomputed_layers=0))
-    counted = partial(_run, config.to_json_string(use_diff=False), json.dumps(asdict(lora)), any_count)
-    most = counted(*run)
-    total = dict(most)
-    for kind, left_out in enumerate(count - LAYERS_RUN for count in wanted):
-        if left_out > 0:
-            less = counted(*(count - (index == kind) for index, count in enumerate(run)))
-            total = {name: total[name] + left_out * (most[name] - less[name]) for name in total}
+    plain, first = config.num_hidden_layers - recomputed, min(recomputed, 1)
+    trace = _trace_at(config, lora, shape)
+    live = trace["before"] + (config.num_hidden_layers - LAYERS_RUN) * trace["layer"]
+    # Autocast's copies of LoRA's weights live until the last layer is left, which frees those of the layers that ran.
+    copies = (trace[f"forward {RECOMPUTED}"][-1] + trace[f"backward {RECOMPUTED}"][-1]) * ON_DEVICE
+    copies[COLUMNS.index("gradients")] = 0
+    highest, host = live, live[COLUMNS.index(HOST)]
+    for segment, times in (
+        ("saved", 1),
+        (f"forward {FIRST}", first),
+        (f"forward {RECOMPUTED}", recomputed - first),
+        (f"forward {PLAIN}", plain),
+        ("head", 1),
+        ("backward", 1),
+        (f"backward {PLAIN}", plain),
+        (f"backward {RECOMPUTED}", recomputed - first),
+        (f"backward {FIRST}", first),
+        ("optimizer", 1),
+    ):
+        *moments, change = trace[segment] - (copies * (recomputed - PLAIN) if segment == "head" else 0)
+        for repetition in {0, times - 1} if times else ():  # what lives before changes evenly: the extremes are enough
+            before = live + repetition * change
+            highest = max((highest, *(before + moment for moment in moments)), key=_on_device)
+            host = max(host, *(before[COLUMNS.index(HOST)] + moment[COLUMNS.index(HOST)] for moment in moments))
+        live = live + times * change
+    total = dict(zip(COLUMNS, highest.round().astype(int).tolist(), strict=True))
     if shape.accumulated:
         total["gradients"] = total["adapters"]  # as many, in the same type
-    return total
+    return total | {HOST: round(host), MOVED: round(live[COLUMNS.index(MOVED)])}
+
+
+def _on_device(counts: np.ndarray) -> float:
+    return counts @ ON_DEVICE
 
 
 def above_weights(counts: dict[str, int]) -> int:
@@ -165,18 +201,63 @@ def above_weights(counts: dict[str, int]) -> int:
     return sum(counts[name] for name in COMPONENTS) - counts["weights"] - counts["adapters"]
 
 
+def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
+    """The trace of a step of any length, by the line through two short ones with as many tiles."""
+    model = json.dumps(config.to_dict() | {"num_hidden_layers": LAYERS_RUN}), json.dumps(asdict(lora))
+    wanted = replace(shape.memory_savings, recomputed_layers=PLAIN)
+    savings = replace(wanted, optimizer="adamw_torch_fused")
+    shape = replace(shape, accumulated=False, memory_savings=savings)
+    tiles = min(MOST_TILES, shape.sequences * shape.length // savings.tile) if savings.tile else 0
+    short = max(SHORT, 64 * tiles)
+    if shape.length <= short:
+        trace = dict(_kept_trace(*model, shape))
+    else:
+        tile = shape.sequences * short // tiles if tiles else 0
+        first, second = (
+            _kept_trace(
+                *model, replace(shape, length=times * short, memory_savings=replace(savings, tile=times * tile))
+            )
+            for times in (1, 2)
+        )
+        trace = {name: found + (shape.length / short - 1) * (second[name] - found) for name, found in first.items()}
+    if "8bit" in wanted.optimizer:  # its state is as large at any length
+        eight_bits = MemorySavings(PLAIN, 0, False, "adamw_8bit")
+        other = _kept_trace(*model, StepShape(WARM_UP, shape.dtype, eight_bits))
+        for name in ("before", "layer"):
+            trace[name] = np.where(np.array(COLUMNS) == "optimizer", other[name], trace[name])
+    return trace
+
+
 @cache
-def _run(config_json: str, lora_json: str, shape: StepShape, recomputed: int, plain: int) -> dict[str, int]:
-    """The counts of a model with so many layers; kept, because a planner asks for the same ones again."""
-    config = LlamaConfig(**{**json.loads(config_json), "num_hidden_layers": recomputed + plain})
-    lora = Lora(**json.loads(lora_json))
-    shape = replace(shape, memory_savings=replace(shape.memory_savings, recomputed_layers=recomputed))
-    tracker = StorageTracker()
+def _kept_trace(config_json: str, lora_json: str, shape: StepShape) -> dict[str, np.ndarray]:
+    """The trace of a run, from data/cache if it was run before."""
+    config, lora = LlamaConfig(**json.loads(config_json)), Lora(**json.loads(lora_json))
+    kept = Cache(CACHE / "ledgers", VERSION, {"versions": package_versions()})
+    return kept.arrays(
+        "trace", lambda: _trace(config, lora, shape), config=json.loads(config_json), lora=lora, shape=shape
+    )
+
+
+def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
+    """What a step of three layers allocates, segment by segment.
+
+    Returns:
+        Arrays with one column for each of COLUMNS. By segment: after each allocation, bytes above those before the
+        segment; the last row is after its end. "before" the step; and of what lives then, the part of one "layer".
+    """
+    tracker, of_layer = StorageTracker(), Counter()
+
+    def made(tensor: torch.Tensor, component: str, name: str) -> None:
+        tracker.add(tensor, component)
+        if f".layers.{PLAIN}." in name:
+            of_layer[component] += tensor.untyped_storage().nbytes()
+
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = random_llama(config, lora, shape.dtype, made=tracker.add)
+        model = random_llama(config, lora, shape.dtype, made=made)
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(lambda weight: tracker.add(weight.grad, "gradients"))
+        _begin_segments(model, tracker)
         with tracker:
             offloading = _CountedOffload(config.hidden_size, tracker)
             # A short step first: it makes the optimizer's state.
@@ -184,52 +265,37 @@ def _run(config_json: str, lora_json: str, shape: StepShape, recomputed: int, pl
                 model, shape, [WARM_UP, shape.length], entering=tracker.enter, offloading=offloading
             ):
                 pass
-    return {**{name: tracker.peak.get(name, 0) for name in COMPONENTS}, HOST: tracker.host, MOVED: tracker.moved}
+            tracker.begin("end")
+    before = np.array(tracker.segments["saved"][0], dtype=float)
+    of_layer["optimizer"] = before[COLUMNS.index("optimizer")] * of_layer["adapters"] / tracker.now["adapters"]
+    trace = {name: np.array(counts, dtype=float) for name, counts in tracker.segments.items() if name != "end"}
+    trace = {name: counts[1:] - counts[0] for name, counts in trace.items()}
+    # The loss takes chunk after chunk, as many as the length asks for: only its peak is alike at every length.
+    head = trace["head"]
+    trace["head"] = np.stack([max(head, key=_on_device), head[-1]])
+    return {**trace, "before": before, "layer": np.array([of_layer[name] for name in COLUMNS], dtype=float)}
 
 
-def training_steps(
-    model: PeftModel,
-    shape: StepShape,
-    lengths: Sequence[int],
-    *,
-    entering: Callable[[str], None] = lambda _component: None,
-    offloading: AbstractContextManager | None = None,
-) -> Iterator[torch.Tensor]:
-    """Steps of the training loop on random tokens, without the `Trainer` around them.
+def _begin_segments(model: PeftModel, tracker: StorageTracker) -> None:
+    """Let the forward and backward pass of each layer, and what lies behind the last one, begin a segment."""
 
-    Args:
-        model: from `random_llama`.
-        shape: everything about the steps but their length.
-        lengths: tokens per sequence of each step.
-        entering: called with the name of each component whose turn it is.
-        offloading: what offloads checkpoints if the memory_savings ask for it.
+    def forward(index: int, hidden: torch.Tensor) -> None:
+        tracker.begin(f"forward {index}" if index < LAYERS_RUN else "head")
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _gradient: tracker.begin(f"backward {index - 1}") if index else None)
 
-    Yields:
-        After each step its loss in nats per token, a scalar.
-    """
-    apply_memory_savings(model.train(), shape.memory_savings)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    in_8_bits = "8bit" in shape.memory_savings.optimizer
-    with unset_fake_temporarily():  # 8 bits need a table of real numbers
-        optimizer = AdamW8bit(trained) if in_8_bits else torch.optim.AdamW(trained, fused=True)
-    head = causal_lm(model).get_output_embeddings()
-    offloading = offloading or OffloadedCheckpoints(head.weight.shape[1])
-    for length in lengths:
-        entering("saved")
-        ids = torch.randint(len(head.weight), (shape.sequences, length))
-        with offloading if shape.memory_savings.offload_checkpoints else nullcontext():
-            hidden = hidden_states(model, ids)
-        entering("loss")
-        nll = next_token_nll(hidden, head, ids) / ids.numel()
-        entering("backward")
-        nll.backward()
-        loss = nll.detach()
-        del hidden, nll
-        entering("optimizer")
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss
+    inner = causal_lm(model).model
+    kind = type(inner.layers[0])
+
+    # A hook would run when the layer is recomputed, too, and after checkpointing has kept its input.
+    class Segment(kind):
+        def __call__(self, hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            forward(self.self_attn.layer_idx, hidden)
+            return super().__call__(hidden, *arguments, **options)
+
+    for layer in inner.layers:
+        layer.__class__ = Segment
+    inner.norm.register_forward_pre_hook(lambda _norm, inputs: forward(LAYERS_RUN, inputs[0]))
 
 
 class _CountedOffload(OffloadedCheckpoints):
@@ -249,73 +315,3 @@ class _CountedOffload(OffloadedCheckpoints):
 
     def to_device(self, saved: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
         return saved[1].clone() if self.is_checkpoint(saved[1]) else saved[1]
-
-
-Made = Callable[[torch.Tensor, str], None]
-
-
-def random_llama(
-    config: LlamaConfig, lora: Lora, dtype: str, *, made: Made = lambda _tensor, _component: None
-) -> PeftModel:
-    """A Llama with random weights in NF4 and adapters on it, as transformers, bitsandbytes and PEFT build it.
-
-    It is built without weights; then each gets its own and is packed to 4 bits before the next, so that no more than
-    one weight exists in 16 bits at a time.
-
-    Args:
-        dtype: "bfloat16" or "float32", as in `models.load_base`.
-        made: called with each tensor and its component.
-    """
-    config = type(config)(**{**config.to_dict(), "dtype": dtype})
-    config._attn_implementation = UNMASKED
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
-    before = torch.get_default_dtype()
-    with unset_fake_temporarily(), torch.device("meta"):
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            model = LlamaForCausalLM(config)
-        finally:
-            torch.set_default_dtype(before)
-        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
-        model.is_loaded_in_4bit = True
-        adapted = add_lora(model, lora, seed=0)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    _fill(adapted, made)
-    model.tie_weights()
-    return adapted
-
-
-def _fill(model: PeftModel, made: Made) -> None:
-    with unset_fake_temporarily():  # makes its tables, with real data
-        quantize_4bit(torch.ones(BLOCK), compress_statistics=True, quant_type="nf4")
-    tied = causal_lm(model).config.tie_word_embeddings
-    for module_name, module in model.named_modules():
-        if tied and module_name.endswith("lm_head"):
-            continue
-        for name, weight in list(module._parameters.items()):
-            if weight is None:
-                continue
-            full_name = f"{module_name}.{name}"
-            values = torch.empty(weight.shape, dtype=weight.dtype)
-            if "norm" in full_name:
-                values.fill_(1.0)
-            elif "lora_B" in full_name:
-                values.zero_()
-            else:
-                values.normal_(std=0.02)
-            component = "adapters" if weight.requires_grad else "weights"
-            if isinstance(module, Linear4bit) and name == "weight":
-                values, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-                module.support_avx512bf16_for_cpu = False  # as models.load_base sets it
-                for scales in (state.absmax, state.state2.absmax, state.state2.code, state.code):
-                    made(scales, component)
-            new = nn.Parameter(values, requires_grad=weight.requires_grad)
-            if isinstance(module, Linear4bit) and name == "weight":
-                vars(new).update(quant_state=state, bnb_quantized=True)
-            module._parameters[name] = new
-            made(new, component)

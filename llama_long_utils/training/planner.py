@@ -1,16 +1,15 @@
-"""What a training step costs before it is run: floating-point operations, memory, and the plan that fits.
+"""What a training step costs before it is run: floating-point operations, seconds, memory, and the plan that fits.
 
 A step of LoRA on frozen weights has no weight gradients but the adapters': its backward pass costs as much as
 its forward pass, not twice as much. Attention is counted causal (half of the square), as the kernels compute it.
 """
 
 import bisect
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
-from llama_long_utils.model.weights import base_config
+from llama_long_utils.model.weights import model_config
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
 from llama_long_utils.training.ledger import COMPONENTS, HOST, MOVED, StepShape, ledger
@@ -18,14 +17,28 @@ from llama_long_utils.training.ledger import COMPONENTS, HOST, MOVED, StepShape,
 GIB = 2**30
 USABLE = 0.92  # share of a device's memory that tensors can have: the driver takes some, and gaps between blocks
 MLP = ("gate_proj", "up_proj", "down_proj")
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
 
 
 def model_shape(name: str) -> LlamaConfig:
-    """The configuration of a model in data/published/model_shapes.json; ValueError if it has no such name."""
+    """The configuration of a model, without its weights.
+
+    Args:
+        name: one in data/published/model_shapes.json or the source given there, a folder with config.json, or a model
+            on the hub, of which only config.json is fetched.
+
+    Raises:
+        ValueError, RuntimeError: it is none of these, or not built like Llama.
+    """
     models = read_published("model_shapes")["models"]
-    if name not in models:
-        raise ValueError(f"unknown model {name!r}: use one of {sorted(models)}")
-    return LlamaConfig(**models[name])
+    for shape in [models[name]] if name in models else models.values():
+        if name in models or shape.get("source") == name:
+            return LlamaConfig(**{key: value for key, value in shape.items() if key != "source"})
+    found = model_config(name)
+    shape = {key: getattr(found, key) for key in SHAPE}
+    biased = found.model_type == "qwen2" or getattr(found, "attention_bias", False)
+    return LlamaConfig(**shape, head_dim=getattr(found, "head_dim", None), attention_bias=biased)
 
 
 def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -100,7 +113,7 @@ def attention_crossover(config: LlamaConfig) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """MemorySavings, the predicted peak on the device and on the host in GiB, and a step's operations."""
+    """Memory savings, the predicted peak on the device and on the host in GiB, and a step's operations."""
 
     memory_savings: MemorySavings
     device_gib: float
@@ -121,31 +134,35 @@ def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
         sequences=settings.sequences_at_once,
         accumulated=settings.sequences_per_step > settings.sequences_at_once,
     )
-    return plan(base_config(preset), preset.lora, shape, preset.memory_gib)
+    return plan(model_shape(preset.base.source), preset.lora, shape, preset.memory_gib)
 
 
 def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
-    """The memory_savings with the fewest operations with which a step fits.
+    """The memory savings with the fewest operations with which a step fits.
 
     In this order: as few recomputed layers as fit, with tiles or without. Only if all layers are not enough,
     checkpoints go to the host, and then the optimizer to 8 bits.
 
     Args:
-        shape: of the step; its memory_savings are used in any case.
+        shape: of the step; its memory savings are used in any case.
         gib: memory of the device; a share of `USABLE` is planned for.
 
     Raises:
         ValueError: nothing fits; it names the longest context that does.
     """
-    least = shape.memory_savings
-    tiled = replace(least, tile=least.tile or tile_for(shape.length))
-    rungs = [[least, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, shape.length, least)]]
+    wanted = shape.memory_savings
+    tiled = replace(wanted, tile=wanted.tile or tile_for(shape.length))
+    rungs = [[wanted, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, shape.length, wanted)]]
+    layers = range(wanted.recomputed_layers, max(config.num_hidden_layers, wanted.recomputed_layers) + 1)
     for rung in rungs:
-        shapes = [replace(shape, memory_savings=ways) for ways in rung]
-        fitting = [_fewest_recomputed(config, lora, way, gib * USABLE) for way in shapes]
-        found = [choice for choice in fitting if choice]
-        if found:
-            return min(found, key=lambda choice: choice.flops)
+        found = []
+        for savings in rung:
+            counts = (
+                predict(config, lora, replace(shape, memory_savings=savings), recomputed) for recomputed in layers
+            )
+            found += [next((choice for choice in counts if choice.device_gib <= gib * USABLE), None)]
+        if any(found):
+            return min(filter(None, found), key=lambda choice: choice.flops)
     most = longest_context(config, lora, shape, gib)
     advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
     raise ValueError(
@@ -154,31 +171,14 @@ def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
     )
 
 
-def leanest(config: LlamaConfig, length: int, least: MemorySavings) -> MemorySavings:
-    """Every technique at once; tiles as `least` has them, if it has any."""
-    return MemorySavings(config.num_hidden_layers, least.tile or tile_for(length), True, "paged_adamw_8bit")
+def leanest(config: LlamaConfig, length: int, wanted: MemorySavings) -> MemorySavings:
+    """Every saving at once; tiles as `wanted` has them, if it has any."""
+    return MemorySavings(config.num_hidden_layers, wanted.tile or tile_for(length), True, "paged_adamw_8bit")
 
 
 def tile_for(length: int) -> int:
     """A sixteenth of the sequence: by then the activations of a tile are small beside one hidden state."""
     return max(256, length // 16)
-
-
-def _fewest_recomputed(config: LlamaConfig, lora: Lora, shape: StepShape, most_gib: float) -> Plan | None:
-    """Memory falls by the same amount with every layer that is recomputed: two ledgers tell how many are needed."""
-    layers, fewest = config.num_hidden_layers, shape.memory_savings.recomputed_layers
-    least = predict(config, lora, shape, layers)
-    if least.device_gib > most_gib:
-        return None
-    most = predict(config, lora, shape, fewest)
-    if most.device_gib <= most_gib:
-        return most
-    per_layer = (most.device_gib - least.device_gib) / (layers - fewest)
-    for recomputed in range(fewest + int((most.device_gib - most_gib) / per_layer), layers):
-        chosen = predict(config, lora, shape, recomputed)
-        if chosen.device_gib <= most_gib:
-            return chosen
-    return least
 
 
 def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int | None = None) -> Plan:
@@ -201,24 +201,9 @@ def longest_context(config: LlamaConfig, lora: Lora, shape: StepShape, gib: floa
         0 if not even 1,024 tokens fit.
     """
 
-    def peak(length: int) -> float:
-        ways = leanest(config, length, shape.memory_savings)
-        return predict(config, lora, replace(shape, length=length, memory_savings=ways)).device_gib
+    def peak(steps: int) -> float:
+        length = 1024 * steps
+        savings = leanest(config, length, shape.memory_savings)
+        return predict(config, lora, replace(shape, length=length, memory_savings=savings)).device_gib
 
-    for lengths in ((16_384, 32_768), (1024, 2048)):  # below a few thousand tokens the line is another one
-        found = longest(lengths, [peak(length) for length in lengths], gib)
-        if found >= lengths[0]:
-            break
-    if not found or peak(found) <= gib * USABLE:
-        return found
-    # The line runs too low where tiles begin to grow: halve what is left.
-    return (
-        1024 * bisect.bisect_right(range(found // 1024), gib * USABLE, lo=1, key=lambda steps: peak(1024 * steps))
-        - 1024
-    )
-
-
-def longest(lengths: Sequence[int], peaks_gib: Sequence[float], gib: float) -> int:
-    """The longest context by the line through two peaks: memory is linear from some thousand tokens on."""
-    per_token = (peaks_gib[1] - peaks_gib[0]) / (lengths[1] - lengths[0])
-    return max(0, int((gib * USABLE - peaks_gib[0]) / per_token + lengths[0]) // 1024 * 1024)
+    return 1024 * bisect.bisect_right(range(1, 2**20), gib * USABLE, key=peak)

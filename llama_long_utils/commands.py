@@ -1,0 +1,24 @@
+"""How a command ends: one line for what went wrong, and the exit code that a shell expects."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+INTERRUPTED, CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+
+
+def run_command(main: Callable[[], object]) -> NoReturn:
+    """Run it and exit: 0, or 1 with one line on stderr, or as a shell shows Ctrl-C and a closed pipe."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        raise SystemExit(CLOSED) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+    raise SystemExit(0)

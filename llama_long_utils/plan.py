@@ -1,0 +1,147 @@
+"""What fits on a GPU: `python -m llama_long_utils.plan "Llama 2 7B" --window 32768 --memory 24`.
+
+Predicts, without weights and without a GPU, how a QLoRA step is to be run so that it fits, what it needs by component,
+how long it takes, and the longest window that would fit.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from llama_long_utils.commands import run_command
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.presets import load_preset, preset_names
+from llama_long_utils.records import read_published
+from llama_long_utils.settings import Lora, MemorySavings, Preset
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PLAIN = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
+
+
+def at_least(kind: type, least: float) -> Any:
+    """A converter for argparse: a finite number of this kind, `least` or more."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < 1e12:
+            raise argparse.ArgumentTypeError(f"{text} must be a number of {least:g} or more")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for; heavy modules are imported only after this."""
+    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.plan", description=__doc__)
+    shapes = read_published("model_shapes")["models"]
+    named = ", ".join([*preset_names(), *shapes])
+    parser.add_argument("model", help=f"{named}, a folder with config.json, or owner/name on the hub")
+    count = at_least(int, 1)
+    parser.add_argument("--window", type=count, metavar="N", help="tokens of a sequence (default: the preset's)")
+    parser.add_argument("--memory", type=at_least(float, 0.1), metavar="GIB", help="of a GPU (default: the preset's)")
+    parser.add_argument("--devices", type=count, default=1, metavar="K", help="GPUs, each with a copy of the model")
+    parser.add_argument("--sequences", type=count, default=1, metavar="B", help="sequences at once on a GPU")
+    parser.add_argument("--rank", type=count, metavar="R", help="of LoRA (default: the preset's, or 16)")
+    parser.add_argument("--layers", nargs="+", choices=LINEAR, metavar="NAME", help="linear layers with LoRA")
+    parser.add_argument("--no-norms", action="store_true", help="norms are not trained")
+    parser.add_argument("--utilisation", type=float, default=0.4, metavar="SHARE", help="of a GPU's peak operations")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    asked = parser.parse_args()
+    if not 0 < asked.utilisation <= 1:
+        parser.error(f"--utilisation {asked.utilisation} must be above 0 and at most 1")
+    asked.preset = load_preset(asked.model) if asked.model in preset_names() else None
+    known = asked.preset or asked.model in shapes or (REPOSITORY / asked.model).is_dir()
+    if not known and asked.model.count("/") != 1:
+        parser.error(f"unknown model {asked.model!r}: use one of {[*preset_names(), *shapes]}, a folder or owner/name")
+    for name in ("window", "memory"):
+        if getattr(asked, name) is None and not asked.preset:
+            parser.error(f"--{name} is missing: only presets have one")
+    return asked
+
+
+def lora_of(asked: argparse.Namespace, preset: Preset | None) -> Lora:
+    """LoRA as the preset has it, with what was asked for in its place."""
+    rank = asked.rank or (preset.lora.rank if preset else 16)
+    layers = asked.layers or (preset.lora.target_modules if preset else LINEAR)
+    norms = not asked.no_norms and (preset.lora.train_norms if preset else True)
+    return Lora(rank, 2 * rank, layers, norms, preset.lora.train_embeddings if preset else False)
+
+
+def predictions(asked: argparse.Namespace) -> dict[str, Any]:
+    """The plan and what it costs, by name.
+
+    Raises:
+        ValueError: the model is unknown, or the step does not fit; the message names the longest window that does.
+    """
+    from llama_long_utils.training import planner
+    from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger
+
+    preset, lora = asked.preset, lora_of(asked, asked.preset)
+    window, memory = asked.window or preset.training.window, asked.memory or preset.memory_gib
+    config = planner.model_shape(preset.base.source if preset else asked.model)
+    shape = StepShape(window, "bfloat16", preset.training.memory_savings if preset else PLAIN, asked.sequences)
+    plan = planner.plan(config, lora, shape, memory)
+    counts = ledger(config, lora, StepShape(window, "bfloat16", plan.memory_savings, asked.sequences))
+    longest = planner.longest_context(config, lora, shape, memory)
+    lean = StepShape(longest, "bfloat16", planner.leanest(config, longest, PLAIN), asked.sequences)
+    gpus = read_published("gpus")["rows"]
+    return {
+        "model": asked.model,
+        "window": window,
+        "memory_gib": memory,
+        "usable_gib": memory * planner.USABLE,
+        "devices": asked.devices,
+        "sequences_per_step": asked.devices * asked.sequences,
+        "lora": asdict(lora),
+        "memory_savings": asdict(plan.memory_savings),
+        "plan": str(plan.memory_savings),
+        "peak_gib": plan.device_gib,
+        "peak_gib_by_component": {name: counts[name] / planner.GIB for name in COMPONENTS},
+        "host_gib": plan.host_gib * asked.devices,
+        "longest_window": longest,
+        "longest_window_host_gib": planner.predict(config, lora, lean).host_gib * asked.devices,
+        "flops": plan.flops,
+        "utilisation": asked.utilisation,
+        "seconds_per_step": {row["gpu"]: plan.flops / row["bf16_tflops"] / 1e12 / asked.utilisation for row in gpus},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The predictions for people."""
+    lora, devices = found["lora"], found["devices"]
+    norms = " and the norms" * lora["train_norms"]
+    host = f"{found['host_gib']:.1f} GiB" if found["host_gib"] else "nothing"
+    lines = {
+        "model": f"{found['model']} in NF4, LoRA of rank {lora['rank']} on {len(lora['target_modules'])} "
+        f"linear layers of each decoder layer{norms}",
+        "step": f"{found['sequences_per_step']:,} x {found['window']:,} tokens, bfloat16",
+        "plan": found["plan"],
+        "peak": f"{found['peak_gib']:.2f} GiB of {found['usable_gib']:.2f} usable (8% are left free)",
+        **{f"  {name}": f"{gib:.2f} GiB" for name, gib in found["peak_gib_by_component"].items()},
+        "host memory": host,
+        "longest window": f"{found['longest_window']:,} tokens, with every saving and "
+        f"{found['longest_window_host_gib']:.1f} GiB of host memory",
+        "seconds a step": f"at {found['utilisation']:.0%} of a GPU's peak, {found['flops']:.3g} operations on each",
+        **{f"  {gpu}": f"{seconds:,.1f} s" for gpu, seconds in found["seconds_per_step"].items()},
+    }
+    width = max(map(len, lines))
+    shown = [f"{name:{width}}  {value}" for name, value in lines.items()]
+    if devices > 1:
+        shown += [
+            f"{devices} GPUs are data parallel: each holds the whole model and takes its own sequences. Peak, longest "
+            "window and seconds are those of one; tokens of a step and host memory are those of all."
+        ]
+    return "\n".join([*shown, "All of it is predicted, nothing measured on a GPU."])
+
+
+def main() -> None:
+    """The command line."""
+    asked = arguments()
+    found = predictions(asked)
+    print(json.dumps(found, indent=1) if asked.json else table(found))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,216 @@
+"""The runner and how commands end: at once, in one line, with nothing taken for finished that is not."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+
+import nbformat
+import pytest
+
+from llama_long_utils import notebooks
+from llama_long_utils.commands import run_command
+from llama_long_utils.notebooks import Notebook, delivered
+from llama_long_utils.paths import PRESETS, REPOSITORY, file_sha256
+from llama_long_utils.presets import load_preset
+from tools.run import check_parameters, execute, finished, outputs, parameter, run, run_key
+
+METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
+SMALL = Notebook("01_small", "Small", "Does it run?", needs_base=False)
+
+
+def write_small(folder, code="assert not fail, 'a cell failed'", prose="Prose."):
+    notebook = nbformat.v4.new_notebook(metadata=METADATA)
+    parameters = nbformat.v4.new_code_cell('preset = "tiny"  # a file in presets/\nfail = False  # whether it fails')
+    parameters.metadata["tags"] = ["parameters"]
+    notebook.cells = [parameters, nbformat.v4.new_markdown_cell(prose), nbformat.v4.new_code_cell(code)]
+    nbformat.write(notebook, folder / "01_small.ipynb")
+
+
+@pytest.fixture
+def preset(tmp_path, monkeypatch):
+    """A preset that runs in tmp_path, where SMALL lies."""
+    preset = load_preset("tiny")
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path / "runs")
+    write_small(tmp_path)
+    return preset
+
+
+def once(preset, parameters=(), again=False):
+    return execute(SMALL, preset, dict(parameters), "", SMALL.slug, "line", again=again)
+
+
+def test_a_notebook_is_finished_until_it_fails_or_what_it_left_is_changed(preset):
+    assert once(preset)
+    assert not once(preset)
+    with pytest.raises(RuntimeError, match="AssertionError: a cell failed"):
+        once(preset, {"fail": True})
+    assert once(preset)
+    (left,) = outputs(SMALL, preset)
+    left.write_text(left.read_text() + " ")  # as an interactive run would
+    assert once(preset)
+    left.unlink()
+    assert once(preset)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b"\xff\xfe", b"{}", b'{"key": "k"}', b'{"key": "k", "outputs": {}}']
+)
+def test_an_entry_that_says_nothing_is_not_believed(tmp_path, content):
+    entry = tmp_path / "done" / "01.json"
+    entry.parent.mkdir()
+    (tmp_path / "figure.png").write_bytes(b"figure")
+    entry.write_text(json.dumps({"key": "k", "outputs": {"figure.png": file_sha256(tmp_path / "figure.png")}}))
+    assert finished(entry, "k")
+    assert not finished(entry, "other")
+    entry.write_bytes(content)
+    assert not finished(entry, "k")
+    entry.unlink()
+    entry.mkdir()
+    assert not finished(entry, "k")
+
+
+def test_the_key_covers_code_parameters_base_and_texts_but_no_prose(preset, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "one.txt").write_text("one")
+    with_texts = replace(preset, data=replace(preset.data, sources=[str(texts)], held_out={}))
+    base = replace(SMALL, needs_base=True)
+    keys = [
+        run_key(SMALL, preset, {}, "sum"),
+        run_key(SMALL, preset, {"fail": True}, "sum"),
+        run_key(SMALL, with_texts, {}, "sum"),
+        run_key(SMALL, preset, {"source": str(texts)}, "sum"),
+        run_key(base, preset, {}, "sum"),
+        run_key(base, preset, {}, "another sum"),
+    ]
+    (texts / "one.txt").write_text("another")
+    keys += [run_key(SMALL, with_texts, {}, "sum"), run_key(SMALL, preset, {"source": str(texts)}, "sum")]
+    write_small(tmp_path, code="assert not fail")
+    keys.append(run_key(SMALL, preset, {}, "sum"))
+    assert len(set(keys)) == len(keys)
+    write_small(tmp_path, code="# Why.\nassert not  fail  # because", prose="Other prose.")
+    assert run_key(SMALL, preset, {}, "sum") == keys[-1]
+
+
+def test_a_run_lists_its_own_figures_only(preset, capsys):
+    figures = preset.run_folder / "figures"
+    figures.mkdir(parents=True)
+    for name in ("01_mine", "02_other"):
+        (figures / f"{name}.png").write_bytes(b"png")
+    assert [path.stem for path in outputs(SMALL, preset)] == ["01_mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("/x/corpus #2", "/x/corpus #2"),
+        ("a: b", "a: b"),
+        ("2024-01-01", "2024-01-01"),
+        ("{1, 2}", "{1, 2}"),
+        ("12", 12),
+        ("1e-3", 1e-3),
+        ("none", None),
+        ("true", True),
+        ('["a", 2]', ["a", 2]),
+        ('"12"', "12"),
+        ("", ""),
+    ],
+)
+def test_no_part_of_a_parameter_is_dropped(text, value):
+    assert parameter(text) == value
+    assert type(parameter(text)) is type(value)
+
+
+def test_a_parameter_that_no_cell_receives_is_refused():
+    with pytest.raises(ValueError, match=r"no parameter 'presett': it has \['preset'\] \(did you mean 'preset'\?\)"):
+        check_parameters(delivered()[0], {"presett": "tiny"})
+    with pytest.raises(ValueError, match="give the preset as --preset llama2-7b"):
+        check_parameters(delivered()[0], {"preset": "llama2-7b"})
+
+
+def test_weights_are_asked_for_only_where_they_are_read(preset):
+    missing = replace(preset, base=replace(preset.base, source="nowhere/to-be-found"))
+    run(missing, [SMALL], {})
+    with pytest.raises(RuntimeError, match="cannot get the model 'nowhere/to-be-found'"):
+        run(missing, [SMALL, replace(SMALL, needs_base=True)], {})
+    assert {notebook.slug[:2] for notebook in notebooks.SEQUENCE if not notebook.needs_base} == {"01", "02", "04"}
+
+
+def test_what_cannot_be_written_is_one_line(preset, capsys):
+    preset.run_folder.write_text("a file")
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: once(preset))
+    assert str(ended.value).startswith("error: ")
+    assert "\n" not in str(ended.value)
+    assert str(preset.run_folder) in str(ended.value)
+
+
+def test_interrupted_commands_end_as_shells_expect(capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(interrupt)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    code = "from llama_long_utils.commands import run_command; run_command(lambda: print('line\\n' * 100_000))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+ANSWERS = {
+    "tools.run --help": "run one notebook",
+    "tools.run --preset tinny": "did you mean 'tiny'",
+    "tools.run --preset broken": "broken.toml is not valid TOML",
+    "tools.run --only 77": "no notebook '77'",
+    "tools.run --only 01 -p presett x": "did you mean 'preset'",
+    "llama_long_utils.plan --help": "--window",
+    "llama_long_utils.plan nothing --window 1 --memory 1": "unknown model 'nothing'",
+    "llama_long_utils.plan tiny --window -1": "must be a number of 1 or more",
+    "llama_long_utils.plan tiny --memory inf": "must be a number of 0.1 or more",
+    "llama_long_utils.plan tiny --utilisation nan": "must be above 0 and at most 1",
+}
+
+
+@pytest.mark.parametrize("command", ANSWERS)
+def test_commands_answer_at_once(command, tmp_path):
+    """Within a second of computing: other processes make the clock, but not this, run on."""
+    for path in PRESETS.glob("*.toml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / "broken.toml").write_text("rank = 16 16")
+    module, *arguments = command.split()
+    code = f"""
+import pathlib, runpy, sys
+from llama_long_utils import paths
+paths.PRESETS = pathlib.Path({str(tmp_path)!r})
+sys.argv[1:] = {arguments!r}
+try:
+    runpy.run_module({module!r}, run_name="__main__")
+finally:
+    heavy = {{"torch", "transformers", "pandas", "papermill", "matplotlib", "nbformat"}} & set(sys.modules)
+    print(f"heavy: {{sorted(heavy)}}")
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ANSWERS[command] in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "heavy: []" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_terminal_without_utf_8_is_no_obstacle():
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = (
+        "from tools.run import *; [run_key(n, load_preset('tiny'), {}, '') for n in delivered() if not n.needs_adapter]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
