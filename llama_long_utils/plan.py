@@ -6,7 +6,7 @@ how long it takes, and the longest window that would fit.
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from llama_long_utils.commands import run_command
@@ -81,15 +81,17 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     preset, lora = asked.preset, lora_of(asked, asked.preset)
     window, memory = asked.window or preset.training.window, asked.memory or preset.memory_gib
     config = planner.model_shape(preset.base.source if preset else asked.model)
-    shape = StepShape(window, "bfloat16", preset.training.memory_savings if preset else PLAIN, asked.sequences)
+    dtype, savings = (preset.base.dtype, preset.training.memory_savings) if preset else ("bfloat16", PLAIN)
+    shape = StepShape(window, dtype, savings, asked.sequences)
     plan = planner.plan(config, lora, shape, memory)
-    counts = ledger(config, lora, StepShape(window, "bfloat16", plan.memory_savings, asked.sequences))
+    counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)
-    lean = StepShape(longest, "bfloat16", planner.leanest(config, longest, PLAIN), asked.sequences)
+    lean = replace(shape, length=longest, memory_savings=planner.leanest(config, longest, savings))
     gpus = read_published("gpus")["rows"]
     return {
         "model": asked.model,
         "window": window,
+        "dtype": dtype,
         "memory_gib": memory,
         "usable_gib": memory * planner.USABLE,
         "devices": asked.devices,
@@ -116,7 +118,7 @@ def table(found: dict[str, Any]) -> str:
     lines = {
         "model": f"{found['model']} in NF4, LoRA of rank {lora['rank']} on {len(lora['target_modules'])} "
         f"linear layers of each decoder layer{norms}",
-        "step": f"{found['sequences_per_step']:,} x {found['window']:,} tokens, bfloat16",
+        "step": f"{found['sequences_per_step']:,} x {found['window']:,} tokens, {found['dtype']}",
         "plan": found["plan"],
         "peak": f"{found['peak_gib']:.2f} GiB of {found['usable_gib']:.2f} usable (8% are left free)",
         **{f"  {name}": f"{gib:.2f} GiB" for name, gib in found["peak_gib_by_component"].items()},

@@ -12,12 +12,10 @@ import os
 import platform
 import shlex
 import subprocess
-import time
 import zipfile
-from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -134,36 +132,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"arrays {path} are missing or corrupt ({error}): run their notebook again") from error
-
-
-class Keyed(Protocol):
-    """Something to measure, with a name that changes when it changes."""
-
-    @property
-    def key(self) -> str: ...
-
-
-def item_results(
-    path: Path, items: Sequence[Keyed], measure: Callable[[list], list[dict[str, Any]]], *, at_once: int, say: str = ""
-) -> list[dict[str, Any]]:
-    """What was measured of every item; those that are in the file already are not measured again.
-
-    Args:
-        path: JSON, written anew after every `at_once` items, all or nothing.
-        measure: gives a result, as JSON has it, for each of a few items.
-        say: start of the progress lines, at most one a minute; empty: none.
-    """
-    done: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-    waiting = [item for item in items if item.key not in done]
-    said = time.monotonic()
-    for first in range(0, len(waiting), at_once):
-        part = waiting[first : first + at_once]
-        done |= {item.key: result for item, result in zip(part, measure(part), strict=True)}
-        write_atomically(path, json.dumps(done).encode())
-        if say and time.monotonic() - said > 60:
-            said = time.monotonic()
-            print(f"{say}: {len(items) - len(waiting) + first + len(part):,} of {len(items):,}", flush=True)
-    return [done[item.key] for item in items]
 
 
 def read_published(name: str) -> dict[str, Any]:

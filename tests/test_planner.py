@@ -127,7 +127,6 @@ def test_savings_come_in_the_order_of_what_they_cost():
     ranks = [(found.memory_savings.offload_checkpoints, "8bit" in found.memory_savings.optimizer) for found in chosen]
     assert ranks == sorted(ranks)
     assert ranks[1] == (False, False)
-    assert [found.flops for found in chosen] == sorted(found.flops for found in chosen)
 
 
 @pytest.mark.parametrize("gib", [0.1, 0.5])

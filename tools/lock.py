@@ -16,13 +16,13 @@ FROM_PIP |= {"transformers"}
 
 def declared() -> list[Requirement]:
     """What pyproject.toml asks for, tests included."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
     return [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["test"]]]
 
 
 def environment_file() -> str:
     """Text of environment.yml: conda-forge for what is pure Python or numpy, pip for the torch stack."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
     conda = sorted(str(requirement) for requirement in declared() if requirement.name not in FROM_PIP)
     lines = ["# Made from pyproject.toml by `make lock`.", "name: llama-long", "channels:", "  - conda-forge"]
     lines += ["dependencies:", f"  - python{project['requires-python']}", *(f"  - {name}" for name in conda)]
@@ -58,5 +58,5 @@ def _normal(name: str) -> str:
 
 
 if __name__ == "__main__":
-    (REPOSITORY / "environment.yml").write_text(environment_file())
-    (REPOSITORY / "requirements.lock").write_text(lock_file())
+    (REPOSITORY / "environment.yml").write_text(environment_file(), "utf-8")
+    (REPOSITORY / "requirements.lock").write_text(lock_file(), "utf-8")

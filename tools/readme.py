@@ -21,7 +21,7 @@ def write_generated(check: bool = False) -> list[Path]:
     """
     changed = []
     readme = REPOSITORY / "README.md"
-    text = readme.read_text()
+    text = readme.read_text("utf-8")
     new = text
     for name, content in {"index": index(), "results": results_summary()}.items():
         new = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", new)

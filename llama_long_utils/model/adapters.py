@@ -124,13 +124,13 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
         model.save_pretrained(scratch, save_embedding_layers=False)
         card = replace(card, weights_sha256=weights_sha256(scratch), config_digest=_config_digest(scratch))
         (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
-        (scratch / "README.md").write_text(_readme(card))
+        (scratch / "README.md").write_text(_readme(card), "utf-8")
 
 
 def _config_digest(folder: Path) -> str:
     """A hash of everything in adapter_config.json that changes what the adapter computes."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         numbers = {name: value for name, value in config.items() if name not in NO_NUMBERS}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"adapter_config.json is missing or not whole ({error})") from None

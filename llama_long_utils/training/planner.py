@@ -167,7 +167,7 @@ def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
     advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
     raise ValueError(
         f"a step of {shape.length:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
-        f"choose a shorter training.window, or set memory_gib if the device has more"
+        "choose a shorter window, or set the memory if the device has more"
     )
 
 
