@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -39,3 +42,16 @@ def folder_state(path: Path) -> list[tuple[str, int, int]]:
         return []
     files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
     return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `folder`; after an error the old one stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.replace(Path(scratch, "old"))
+        new.replace(folder)

