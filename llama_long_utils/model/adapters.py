@@ -4,11 +4,7 @@ PEFT loads an adapter onto another base, with another RoPE, or with an edited co
 adapter travels with a card that names all of these by hash, and is compared with it when it is found.
 """
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +22,11 @@ from transformers import PreTrainedModel
 from llama_long_utils.cache import digest
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.paths import ADAPTERS, REPOSITORY
+from llama_long_utils.paths import ADAPTERS, REPOSITORY, whole_folder
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
 
 CARD = "adapter_card.json"
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]  # ends of names: "norm" means q_norm and k_norm, too
-EMBEDDINGS = ["embed_tokens"]
 # Entries of adapter_config.json that change nothing that the adapter computes.
 NO_NUMBERS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 
@@ -51,11 +46,10 @@ class AdapterCard:
 
 
 def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
-    """Add trainable LoRA matrices and, through `modules_to_save`, trainable norms and embeddings.
+    """The model with trainable LoRA matrices and, through `modules_to_save`, trainable norms and embeddings.
 
-    Trainable copies are fp32 (a bf16 norm weight near 1 moves in steps of 1/128), but what they put
-    out has the base's dtype, so that a bf16 residual stream and its layer checkpoints stay bf16.
-    PEFT's `prepare_model_for_kbit_training` turns them to fp32; that is why it is not used.
+    Trainable copies are fp32 (a bf16 norm weight near 1 moves in steps of 1/128), but their outputs have the base's
+    dtype, so that a bf16 residual stream stays bf16. PEFT's `prepare_model_for_kbit_training` would make it fp32.
 
     Raises:
         ValueError: embeddings are to be trained but are tied to the head, or a target module does not exist.
@@ -64,7 +58,6 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
     unknown = set(settings.target_modules) - linear
     if unknown:
         raise ValueError(f"lora.target_modules names {sorted(unknown)}: the model's linear layers are {sorted(linear)}")
-    saved = NORMS * settings.train_norms + EMBEDDINGS * settings.train_embeddings
     if settings.train_embeddings and model.config.tie_word_embeddings:
         raise ValueError("train_embeddings = true needs a base with untied embeddings: set it to false")
     torch.manual_seed(seed)
@@ -73,7 +66,7 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=settings.target_modules,
-        modules_to_save=saved or None,
+        modules_to_save=(NORMS * settings.train_norms + ["embed_tokens"] * settings.train_embeddings) or None,
     )
     return _wrap(model, config)
 
@@ -92,22 +85,6 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return adapted
 
 
-@contextlib.contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes the place of `folder` when it is full; after an error the old one stays."""
-    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
-    replaced = folder.with_name(f"{folder.name}.{os.getpid()}.replaced")
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        if folder.exists():
-            folder.replace(replaced)
-        scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
     """Write a standard PEFT adapter, its card and a README into a new folder, all or nothing.
 
@@ -119,12 +96,19 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
             raise ValueError(f"{name} holds numbers that are not finite: the adapter is not saved")
     for config in model.peft_config.values():
         config.base_model_name_or_path = card.base  # PEFT would write the absolute path of this machine
-    with _whole_folder(folder) as scratch:
+    with whole_folder(folder) as scratch:
         # Embeddings are saved if modules_to_save names them; left to guess, PEFT would ask the hub about the base.
         model.save_pretrained(scratch, save_embedding_layers=False)
         card = replace(card, weights_sha256=weights_sha256(scratch), config_digest=_config_digest(scratch))
         (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
-        (scratch / "README.md").write_text(_readme(card), "utf-8")
+        (scratch / "README.md").write_text(
+            f"---\nlibrary_name: peft\nbase_model: {card.base}\n---\n"
+            f"# LoRA adapter: window {card.rope.window:,} tokens\n\n"
+            f"Trained on the NF4 base with RoPE scaled: {card.rope}. PEFT does not store that: load it with\n"
+            "`llama_long_utils.model.adapters.load_adapter`, which refuses a base with other RoPE settings.\n"
+            f"Where it comes from: `{CARD}`.\n",
+            encoding="utf-8",
+        )
 
 
 def _config_digest(folder: Path) -> str:
@@ -147,46 +131,39 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
     Raises:
         ValueError: there is none, or the one named is not whole or not for this preset.
     """
-    wanted = {
-        "rope": rope or preset.extended_rope,
-        "base": preset.base.source,
-        "base_sha256": weights_sha256(locate_base(preset)),
-        "data": asdict(preset.data),
-    }
+    rope = rope or preset.extended_rope
+    needed = {"rope": rope, "base": preset.base.source, "base_sha256": weights_sha256(locate_base(preset))}
     if folder:
         card = read_card(REPOSITORY / folder)
-        for name in ("rope", "base", "base_sha256"):
-            if getattr(card, name) != wanted[name]:
+        for name, value in needed.items():
+            if getattr(card, name) != value:
                 raise ValueError(
                     f"the adapter in {folder} was trained with {name} = {getattr(card, name)}, while preset "
-                    f"{preset.name!r} has {wanted[name]}: use the preset it was trained with"
+                    f"{preset.name!r} has {value}: use the preset it was trained with"
                 )
         return REPOSITORY / folder
-    cards = sorted(preset.run_folder.glob(f"training/*/adapter/{CARD}"), key=lambda path: path.stat().st_mtime)
-    stored = ADAPTERS / preset.name / CARD
     numbers = {**asdict(preset.training), "lora": asdict(preset.lora)}
     del numbers["memory_savings"]  # they change no gradient
-    for path in [*reversed(cards), *([stored] if stored.is_file() else [])]:
+    trained = preset.run_folder.glob(f"training/*/adapter/{CARD}")
+    newest_first = sorted(trained, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in [*newest_first, *ADAPTERS.glob(f"{preset.name}/{CARD}")]:
         try:
             card = read_card(path.parent)
         except ValueError as error:
             print(f"passed over: {error}", flush=True)
             continue
-        same_numbers = all(card.training.get(name) == value for name, value in numbers.items())
-        if same_numbers and all(getattr(card, name) == value for name, value in wanted.items()):
+        fits = all(getattr(card, name) == value for name, value in needed.items())
+        if fits and card.data == asdict(preset.data) and numbers.items() <= card.training.items():
             return path.parent
     raise ValueError(
-        f"no adapter was trained with preset {preset.name!r} and RoPE {wanted['rope']} yet: run 05_finetune_qlora first"
+        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run 05_finetune_qlora first"
     )
 
 
 def read_card(folder: Path) -> AdapterCard:
     """An adapter's card; ValueError if there is none, or if it does not fit the adapter's weights and config."""
     if not (folder / CARD).is_file():
-        raise ValueError(
-            f"{folder} has no {CARD}: it is not an adapter of this collection; 05_finetune_qlora leaves one in "
-            "runs/PRESET/training/RUN/adapter"
-        )
+        raise ValueError(f"{folder} has no {CARD}: it is not an adapter of this collection (05_finetune_qlora)")
     try:
         card = TypeAdapter(AdapterCard).validate_json((folder / CARD).read_bytes())
         if not card.config_digest:
@@ -202,15 +179,10 @@ def read_card(folder: Path) -> AdapterCard:
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
-    """Put a saved adapter on a base, refusing a base that it was not trained on.
-
-    Args:
-        model: the loaded base.
-        adapter: folder of the adapter.
-        base: folder that `model` was loaded from.
+    """A saved adapter on a loaded base, of which `base` is the folder.
 
     Raises:
-        ValueError: the adapter is not whole, or the weights or the RoPE settings differ from the card's.
+        ValueError: the adapter is not whole, or the base's weights or RoPE settings differ from the card's.
     """
     card = read_card(adapter)
     try:
@@ -235,10 +207,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel
 
 
 def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Path:
-    """Merge an adapter into the 16-bit base: a standalone bf16 model with the right RoPE in its config.
-
-    The adapter was trained beside 4-bit weights; merged into the 16-bit ones it meets weights
-    without the quantisation error. `05_finetune_qlora` measures what that changes.
+    """`folder` with the adapter merged into the 16-bit base: a standalone bf16 model with the right RoPE in its config.
 
     Args:
         dtype: of the merging arithmetic, as in `load_base`.
@@ -251,18 +220,7 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Pat
         raise ValueError(f"the adapter in {adapter} needs xPos, which no config.json can ask for: load it unmerged")
     model = load_base(base, card.rope, dtype=dtype, quantized=False)
     merged = load_adapter(model, adapter, base).merge_and_unload()
-    with _whole_folder(folder) as scratch:
+    with whole_folder(folder) as scratch:
         merged.to(torch.bfloat16).save_pretrained(scratch)
         load_tokenizer(base).save_pretrained(scratch)
     return folder
-
-
-def _readme(card: AdapterCard) -> str:
-    lines = [f"- {name}: {value}" for name, value in asdict(card).items()]
-    return (
-        f"---\nlibrary_name: peft\nbase_model: {card.base}\n---\n# LoRA adapter: window {card.rope.window:,} tokens\n\n"
-        f"Trained on the NF4 base with RoPE scaled: {card.rope}. PEFT does not store that: load it with\n"
-        "`llama_long_utils.model.adapters.load_adapter`, which refuses a base with other RoPE settings.\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )

@@ -56,10 +56,9 @@ def load_arm(
     Args:
         arm: one of ARMS.
         adapter: its folder, for the arms that have one; default: what `find_adapter` finds.
-        quantized: the linear layers in NF4, else in `dtype`, too.
+        quantized, attention: as in `load_base`.
         merged: the adapter is merged into the weights in memory, which takes `quantized=False`.
-        dtype: of everything else; default: the preset's.
-        attention: name of the attention implementation in transformers.
+        dtype: as in `load_base`; default: the preset's.
         scaling: in place of the arm's own RoPE.
 
     Raises:

@@ -12,7 +12,6 @@ from transformers.masking_utils import sdpa_mask
 from llama_long_utils.rope import xpos_decay
 
 XPOS = "xpos"
-S2 = "s2"
 S2_GROUPS = 4  # LongLoRA's choice, arXiv:2309.12307, section 3.2
 
 
@@ -62,9 +61,8 @@ def s2_attention(
 ) -> tuple[torch.Tensor, None]:
     """Shifted sparse attention (S2-Attn, LongLoRA): cheap, for training only; evaluate under full attention.
 
-    Tokens attend within groups of a quarter of the length; in the second half of the heads the groups
-    are shifted by half a group. LongLoRA lets the shifted groups wrap around, so that the first tokens
-    meet the last ones; here the first and the last half group stay by themselves.
+    Tokens attend within groups of a quarter of the length; in the second half of the heads the groups are shifted by
+    half a group. The first and the last half group stay by themselves, while LongLoRA's wrap around and meet.
 
     Args:
         query: shape (batch, heads, length, head_dim); key and value may have fewer heads.
@@ -86,16 +84,13 @@ def s2_attention(
 
     straight = within(slice(None), slice(half_heads), group)
     edge, shifted = group // 2, slice(half_heads, None)
-    parts = [
-        within(slice(edge), shifted, edge),
-        within(slice(edge, length - edge), shifted, group),
-        within(slice(length - edge, None), shifted, edge),
-    ]
-    output = torch.cat([straight, torch.cat(parts, dim=2)], dim=1)
+    first = within(slice(edge), shifted, edge)
+    middle = within(slice(edge, length - edge), shifted, group)
+    last = within(slice(length - edge, None), shifted, edge)
+    output = torch.cat([straight, torch.cat([first, middle, last], dim=2)], dim=1)
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(XPOS, xpos_attention)
-AttentionMaskInterface.register(XPOS, sdpa_mask)
-AttentionInterface.register(S2, s2_attention)
-AttentionMaskInterface.register(S2, sdpa_mask)
+for name, attention in ((XPOS, xpos_attention), ("s2", s2_attention)):
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)

@@ -18,14 +18,11 @@ from llama_long_utils.settings import Scaling
 def load_base(
     folder: Path, rope: Scaling, *, dtype: str, quantized: bool = True, attention: str = "sdpa"
 ) -> PreTrainedModel:
-    """Load a base with its RoPE scaled as given, on the process' own GPU if there is one.
+    """The base in a folder with its RoPE scaled as given, on the process' own GPU if there is one.
 
     Args:
-        folder: from `locate_model`.
-        rope: passed at load, where it takes effect, and verified on the built model.
         dtype: "bfloat16" or "float32": of embeddings, head, norms, the residual stream and all arithmetic.
-        quantized: NF4 with double quantisation for the linear layers, through bitsandbytes on a CPU
-            as on a GPU; else they are in `dtype` too.
+        quantized: the linear layers in NF4 with double quantisation, on a CPU as on a GPU; else in `dtype`, too.
         attention: name of the attention implementation in transformers; xPos brings its own.
     """
     quantization = BitsAndBytesConfig(
