@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.sources import read_split
+from llama_long_utils.data.sources import read_documents
 from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches, token_nll
 from llama_long_utils.evaluation.retrieval import rouge_l
@@ -124,9 +124,7 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
 def _split(
     preset: Preset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:
-    data = preset.data
-    options = {"minimum_characters": data.minimum_characters, "split_seed": data.split_seed}
-    return read_split(data.sources, data.held_out, tokenizer, **options)
+    return read_documents(preset.data, tokenizer)
 
 
 def trained_arm(

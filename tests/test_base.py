@@ -56,7 +56,7 @@ def test_base_arm_is_the_pretrained_model_whatever_its_rope(rule, tmp_path):
 def test_base_with_rope_of_its_own_is_refused_if_the_preset_does_not_say_so(tmp_path):
     pretrained("llama3", tmp_path)
     preset = small_preset(tmp_path, window=131072, rope_base=5e5)
-    with pytest.raises(ValueError, match=r"with rope_scaling = \{ factor = 8\.0, .* rope_type = \"llama3\" \}$"):
+    with pytest.raises(ValueError, match=r"with rope_scaling = \{factor = 8\.0, .* rope_type = \"llama3\"\}$"):
         locate_base(preset)
 
 

@@ -56,13 +56,12 @@ LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  #
 
 
 def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
-    """Every document of one source.
+    """Every document of one source, which is one of these:
 
-    Args:
-        source: a name in `CORPORA`; or "python-stdlib", the files of the Python that runs (their content changes with
-            its version); or a folder (absolute or seen from the repository) with `.txt` files (one
-            document each) and `.jsonl` files (one document a line, in the field "text"), hidden ones left out; or
-            `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text").
+    - a name in `CORPORA`; or "python-stdlib", the files of the Python that runs (they change with its version)
+    - a folder, absolute or seen from the repository, with `.txt` files (one document each) and `.jsonl` files (one
+      document a line, in the field "text"), hidden ones left out
+    - `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text")
 
     Raises:
         ValueError: the source is none of these, holds no text, or holds something that is none; the message names it.
@@ -86,10 +85,7 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
 
 
 def check_sources(sources: Sequence[str], held_out: Mapping[str, int]) -> dict[str, int]:
-    """How many documents of each source to hold out, after checks that read no text.
-
-    Args:
-        held_out: counts by source. A folder may go by its own name: {"reports": 2} for "/home/me/reports".
+    """How many documents of each source to hold out: `held_out`, where a folder may go by its own name; reads no text.
 
     Raises:
         ValueError: a source is unknown or there twice, or `held_out` asks for what there is not.
@@ -221,19 +217,6 @@ def read_documents(
             )
     training, kept = (tokenize_documents(side, tokenizer, cache=cache) for side in sides)
     return training, kept
-
-
-def read_split(
-    sources: list[str],
-    held_out: Mapping[str, int],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    minimum_characters: int,
-    split_seed: int,
-    cache: Path = CACHE,
-) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:
-    """`read_documents` by its former name and arguments: to be removed when nothing calls it."""
-    return read_documents(Data(sources, dict(held_out), minimum_characters, split_seed), tokenizer, cache=cache)
 
 
 if __name__ == "__main__":

@@ -86,11 +86,7 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
-    """Write a standard PEFT adapter, its card and a README into a new folder, all or nothing.
-
-    Raises:
-        ValueError: a trained number is not finite.
-    """
+    """Write a PEFT adapter, its card and a README, all or nothing; ValueError if a trained number is not finite."""
     for name, weight in model.named_parameters():
         if weight.requires_grad and not weight.isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite: the adapter is not saved")
@@ -124,9 +120,7 @@ def _config_digest(folder: Path) -> str:
 def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling | None = None) -> Path:
     """The adapter folder named; else the newest trained with the preset's numbers and data; else the stored one.
 
-    Args:
-        folder: absolute, or seen from the repository.
-        rope: that it must have been trained with; default: the preset's extended one.
+    `folder` is absolute or seen from the repository; it was trained with `rope`, by default the preset's extended one.
 
     Raises:
         ValueError: there is none, or the one named is not whole or not for this preset.
@@ -155,9 +149,7 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
         fits = all(getattr(card, name) == value for name, value in needed.items())
         if fits and card.data == asdict(preset.data) and numbers.items() <= card.training.items():
             return path.parent
-    raise ValueError(
-        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run 05_finetune_qlora first"
-    )
+    raise ValueError(f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run 05_finetune_qlora")
 
 
 def read_card(folder: Path) -> AdapterCard:
@@ -179,11 +171,7 @@ def read_card(folder: Path) -> AdapterCard:
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
-    """A saved adapter on a loaded base, of which `base` is the folder.
-
-    Raises:
-        ValueError: the adapter is not whole, or the base's weights or RoPE settings differ from the card's.
-    """
+    """A saved adapter on a loaded base, of which `base` is the folder; ValueError unless it is as the card says."""
     card = read_card(adapter)
     try:
         check_rope(model, card.rope)
@@ -209,11 +197,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel
 def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Path:
     """`folder` with the adapter merged into the 16-bit base: a standalone bf16 model with the right RoPE in its config.
 
-    Args:
-        dtype: of the merging arithmetic, as in `load_base`.
-
-    Raises:
-        ValueError: the adapter needs an attention that plain transformers does not have.
+    The arithmetic is done in `dtype`. ValueError if the adapter needs xPos, which plain transformers does not have.
     """
     card = read_card(adapter)
     if card.rope.method == "xpos_abf":

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -17,23 +17,21 @@ S2_GROUPS = 4  # LongLoRA's choice, arXiv:2309.12307, section 3.2
 
 def xpos_attention(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
     *,
-    position_ids: torch.Tensor,
+    position_ids: Tensor,
     **options: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """SDPA on queries and keys (already rotated) that grow and shrink with position, as in xPos.
 
     The query at position m is multiplied by zeta ** (m / S), the key at n by zeta ** (-n / S), so the score of
-    pair j carries zeta_j ** ((m - n) / S). S is the config's `xpos_window`. A cache holds keys before this scaling.
+    pair j carries zeta_j ** ((m - n) / S). S is the config's `xpos_window`.
 
-    Args:
-        query: shape (batch, heads, length, head_dim); key and value may have fewer heads, and more tokens if
-            they come from a cache, which must start at position 0 and hold no padding.
-        position_ids: of the queries, shape (batch, length) or (1, length).
+    Shapes: query (batch, heads, length, head_dim), position_ids (batch or 1, length). Keys and values may have fewer
+    heads, and more tokens if they come from a cache, which holds unscaled keys from position 0 on and no padding.
     """
     decay = xpos_decay(query.shape[-1]).to(query.device).log().repeat(2)  # pairs are split in halves
     cached = key.shape[2] > query.shape[2]
@@ -41,44 +39,36 @@ def xpos_attention(
     # Counted from the middle, so that neither side overflows in bf16; only differences matter.
     middle = position_ids.amax(dim=-1, keepdim=True) / 2
 
-    def grown(states: torch.Tensor, positions: torch.Tensor, sign: int) -> torch.Tensor:
+    def grown(states: Tensor, positions: Tensor, sign: int) -> Tensor:
         exponent = sign * ((positions - middle) / module.config.xpos_window)[:, None, :, None] * decay
         return states * exponent.exp().to(states.dtype)
 
     query, key = grown(query, position_ids, 1), grown(key, key_positions, -1)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
 
 
 def s2_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    **_options: Any,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
     """Shifted sparse attention (S2-Attn, LongLoRA): cheap, for training only; evaluate under full attention.
 
     Tokens attend within groups of a quarter of the length; in the second half of the heads the groups are shifted by
     half a group. The first and the last half group stay by themselves, while LongLoRA's wrap around and meet.
 
-    Args:
-        query: shape (batch, heads, length, head_dim); key and value may have fewer heads.
+    Shapes: query (batch, heads, length, head_dim); keys and values may have fewer heads.
 
     Raises:
         ValueError: the length does not divide into groups, or the batch is packed or padded.
     """
     length = query.shape[2]
-    if attention_mask is not None:
+    if mask is not None:
         raise ValueError("S2 attention takes whole sequences only: no packing, no padding (packing.whole_pieces)")
     if length % (2 * S2_GROUPS):
         raise ValueError(f"S2 attention needs a length that is a multiple of {2 * S2_GROUPS}, got {length}")
     group, half_heads = length // S2_GROUPS, query.shape[1] // 2
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
 
-    def within(part: slice, heads: slice, size: int) -> torch.Tensor:
+    def within(part: slice, heads: slice, size: int) -> Tensor:
         states = [states[:, heads, part].unflatten(2, (-1, size)) for states in (query, key, value)]
         return F.scaled_dot_product_attention(*states, is_causal=True, scale=scaling).flatten(2, 3)
 

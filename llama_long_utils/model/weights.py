@@ -7,6 +7,7 @@ numbers and go on.
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def locate_base(preset: Preset) -> Path:
 
 
 def base_config(preset: Preset) -> PreTrainedConfig:
-    """The configuration of a preset's base, for which no weights are needed.
+    """The configuration of a preset's base, for which no weights are needed; raises as `locate_model` does.
 
     Raises:
-        RuntimeError, ValueError: as `locate_model`; or the base is not as the preset describes it.
+        ValueError: the base is not as the preset describes it.
     """
     config = _read_config(_located(preset.base.source, CONFIG))
     if getattr(config, "sliding_window", None):
@@ -99,18 +100,13 @@ def base_config(preset: Preset) -> PreTrainedConfig:
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "rope_scaling": {} if rule == {"rope_type": "default"} else rule,
     }
-    wrong = [f"{name} = {_toml(value)}" for name, value in found.items() if getattr(preset.base, name) != value]
+    wrong = [f"{name} = {json.dumps(value)}" for name, value in found.items() if getattr(preset.base, name) != value]
     if wrong:
+        right = re.sub(r'"(\w+)": ', r"\1 = ", ", ".join(wrong))  # TOML's tables
         raise ValueError(
-            f"presets/{preset.name}.toml, correct [base]: {preset.base.source} was pretrained with {', '.join(wrong)}"
+            f"presets/{preset.name}.toml, correct [base]: {preset.base.source} was pretrained with {right}"
         )
     return config
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {_toml(item)}" for name, item in value.items()) + " }"
-    return json.dumps(value)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -134,15 +130,12 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _inspect(file: Path) -> tuple[bytes, dict[str, list[int]], str]:
-    """A safetensors file's sha256, its tensors' shapes, and the first tensor that is not finite, or "".
-
-    A process reads it once as long as its size and time stay: an 8B model takes half a minute.
-    """
+    """A safetensors file's sha256, its tensors' shapes, and the first tensor that is not finite, or ""."""
     status = file.stat()
     return _read_weights(file, status.st_size, status.st_mtime_ns)
 
 
-@functools.cache
+@functools.cache  # read again in a process only if size or time differ: an 8B model takes half a minute
 def _read_weights(file: Path, _size: int, _modified: int) -> tuple[bytes, dict[str, list[int]], str]:
     with safe_open(file, framework="pt") as tensors, file.open("rb") as stream:
         names = list(tensors.keys())
@@ -167,11 +160,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model, empty if it holds something else.
-
-    Raises:
-        ValueError: it is not whole, or it asks to run code that comes with the model.
-    """
+    """The object in a JSON file of a model; ValueError if it is not whole or asks to run the model's own code."""
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
@@ -192,10 +181,8 @@ def _located(source: str, patterns: Sequence[str]) -> Path:
     """The folder of a model, whose JSON files are whole; from the hub, only the files that match are fetched."""
     if source in PACKAGED:
         folder = _packaged(source)
-    elif (REPOSITORY / source).is_dir():
-        folder = REPOSITORY / source
     else:
-        folder = _download(source, patterns)
+        folder = REPOSITORY / source if (REPOSITORY / source).is_dir() else _download(source, patterns)
     for file in sorted(folder.glob("*.json")):
         _read_object(file)
     return folder
