@@ -58,7 +58,7 @@ LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  #
 def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
     """Every document of one source, which is one of these:
 
-    - a name in `CORPORA`; or "python-stdlib", the files of the Python that runs (they change with its version)
+    - a name in `CORPORA`, or "python-stdlib", the files of the Python that runs
     - a folder, absolute or seen from the repository, with `.txt` files (one document each) and `.jsonl` files (one
       document a line, in the field "text"), hidden ones left out
     - `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text")
@@ -198,12 +198,9 @@ def read_documents(
 ) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:
     """(training documents, held-out documents) of a preset's sources, as token ids.
 
-    Args:
-        window: of training, in tokens: at least one training document must fill it.
-        length: of the stretches to evaluate on, in tokens: at least one held-out document must be as long.
-
     Raises:
-        ValueError: a source or a count is wrong, or all texts are too short; as soon as it can be known.
+        ValueError: a source or a count is wrong, or no training document has `window` tokens, or no held-out one has
+            `length` tokens; as soon as it can be known.
     """
     held_out = check_sources(data.sources, data.held_out)
     documents = [document for source in data.sources for document in load_documents(source, cache=cache)]

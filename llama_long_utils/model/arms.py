@@ -1,6 +1,7 @@
 """The arms of a comparison: a base, its RoPE, an adapter and a dtype, loaded in one way for everybody."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,9 @@ def load_arm(
     """The model of an arm in eval mode; everything that is cheap was checked before its weights are read.
 
     Args:
-        arm: one of ARMS.
         adapter: its folder, for the arms that have one; default: what `find_adapter` finds.
-        quantized, attention: as in `load_base`.
+        quantized, dtype, attention: as in `load_base`; default of dtype: the preset's.
         merged: the adapter is merged into the weights in memory, which takes `quantized=False`.
-        dtype: as in `load_base`; default: the preset's.
         scaling: in place of the arm's own RoPE.
 
     Raises:
@@ -76,26 +75,18 @@ def load_arm(
     return (model.merge_and_unload() if merged else model).eval()
 
 
-def arm_inputs(
-    preset: Preset,
-    arm: str,
-    *,
-    adapter: Path | str | None = None,
-    quantized: bool = True,
-    merged: bool = False,
-    dtype: str | None = None,
-    attention: str = "sdpa",
-    scaling: Scaling | None = None,
-) -> dict[str, Any]:
+def arm_inputs(preset: Preset, arm: str, **options: Any) -> dict[str, Any]:
     """Everything that the numbers of `load_arm` with the same arguments depend on, for the key of a cache."""
-    rope = scaling or arm_scaling(preset, arm)
+    given = inspect.signature(load_arm).bind(preset, arm, **options)
+    given.apply_defaults()
+    chosen = given.kwargs
+    rope = chosen.pop("scaling") or arm_scaling(preset, arm)
+    adapter = chosen.pop("adapter")
     found = find_adapter(preset, adapter, rope) if arm in ADAPTED else None
     return {
         "base_sha256": weights_sha256(locate_base(preset)),
         "adapter_sha256": weights_sha256(found) if found else None,
         "rope": dataclasses.asdict(rope),
-        "dtype": dtype or preset.base.dtype,
-        "attention": attention,
-        "quantized": quantized,
-        "merged": merged,
+        **chosen,
+        "dtype": chosen["dtype"] or preset.base.dtype,
     }
