@@ -21,6 +21,7 @@ class Notebook:
     Attributes:
         needs_base: it reads the base's weights or tokenizer.
         needs_adapter: it reads the adapter that notebook 5 trained.
+        leaves: what it leaves in runs/PRESET besides itself, its figures and its record.
         record_with: parameters with which its committed record is measured, where its defaults are a quick look.
     """
 
@@ -29,6 +30,7 @@ class Notebook:
     question: str
     needs_base: bool = True
     needs_adapter: bool = False
+    leaves: tuple[str, ...] = ()
     record_with: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -43,7 +45,12 @@ SEQUENCE = [
     Notebook("02_rope_scaling", "RoPE scaling", "How can RoPE be scaled, and what is kept?", needs_base=False),
     Notebook("03_long_documents", "Long documents", "What does a model have to read to learn long context?"),
     Notebook("04_one_gpu_budget", "One GPU", "What fits on one GPU, and how long does it take?", needs_base=False),
-    Notebook("05_finetune_qlora", "Finetuning with QLoRA", "How is a 4-bit Llama taken from a short to a long window?"),
+    Notebook(
+        "05_finetune_qlora",
+        "Finetuning with QLoRA",
+        "How is a 4-bit Llama taken from a short to a long window?",
+        leaves=("training/*/adapter/adapter_model.safetensors",),
+    ),
     Notebook(
         "06_perplexity_by_position",
         "Perplexity by position",

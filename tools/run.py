@@ -114,10 +114,9 @@ def _papermill(path: Path, output: Path, parameters: dict[str, Any]) -> None:
 
 
 def outputs(notebook: Notebook, preset: Preset) -> list[Path]:
-    """What a notebook has left in runs/: itself, its figures, its record and the arrays beside it."""
-    number, folder = notebook.slug[:2], preset.run_folder
-    patterns = (f"notebooks/{notebook.slug}.ipynb", f"figures/{number}_*.png", f"records/{notebook.slug}.*")
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    """What a notebook has left in runs/: itself, its figures, its record and the arrays beside it, and what else."""
+    own = (f"notebooks/{notebook.slug}.ipynb", f"figures/{notebook.slug[:2]}_*.png", f"records/{notebook.slug}.*")
+    return [path for pattern in (*own, *notebook.leaves) for path in sorted(preset.run_folder.glob(pattern))]
 
 
 def finished(entry: Path, key: str) -> bool:
