@@ -20,7 +20,8 @@ class Programs(Written):
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
         """Whether the program that was written passes."""
-        return score_program(doc, results[0], allow_execution=self.config.metadata["allow_execution"])
+        allow_execution = self.config.metadata["allow_execution"]
+        return self.config.process_results(doc, results[0], allow_execution=allow_execution)
 
 
 def score_program(doc: Doc, written: str, *, allow_execution: bool) -> dict[str, float]:
