@@ -25,37 +25,28 @@ def main() -> None:
     parser.add_argument("--adapter", default="", help="its folder (default: the newest of the preset)")
     parser.add_argument("--allow-execution", action="store_true", help="run written programs without bubblewrap")
     parser.add_argument("--record", action="store_true", help="write to data/results, not to runs/PRESET/records")
-    given = parser.parse_args()
+    options = vars(parser.parse_args())
+    name, tasks, record = (options.pop(key) for key in ("preset", "tasks", "record"))
     started = time.perf_counter()
     try:
         from llama_long_utils.evaluation.task_files import check_names
         from llama_long_utils.presets import load_preset
 
-        preset = load_preset(given.preset)
-        check_names(given.tasks)
+        preset = load_preset(name)
+        check_names(tasks)
 
         from llama_long_utils.evaluation.benchmarks import measure, write_results
 
-        results = measure(
+        results = measure(preset, tasks, **options)
+        path = write_results(
             preset,
-            given.tasks,
-            arms=given.arms,
-            items=given.items,
-            long_count=given.long_count,
-            lengths=given.lengths,
-            adapter=given.adapter,
-            allow_execution=given.allow_execution,
+            results,
+            RESULTS / preset.name if record else preset.run_folder / "records",
+            pairs=[(options["arms"][0], other) for other in options["arms"][1:]],
+            seconds=time.perf_counter() - started,
+            provenance={"command": " ".join(["python -m llama_long_utils.benchmark", *sys.argv[1:]])},
         )
-        print(
-            write_results(
-                preset,
-                results,
-                RESULTS / preset.name if given.record else preset.run_folder / "records",
-                seconds=time.perf_counter() - started,
-                pairs=[(given.arms[0], other) for other in given.arms[1:]],
-                command=" ".join(["python -m llama_long_utils.benchmark", *sys.argv[1:]]),
-            )
-        )
+        print(path)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ import pytest
 import questions
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 from sandbox import bubblewrap_fault
 from scoring import score_program
 
@@ -287,7 +288,7 @@ def test_programs_are_asked_for_only_where_they_may_run(folder, monkeypatch, tmp
 
 @pytest.fixture(scope="module")
 def llama(tokenizer):
-    return Llama(load_arm(load_preset("tiny"), "base"), tokenizer, window=512)
+    return Llama(lambda: load_arm(load_preset("tiny"), "base"), tokenizer)
 
 
 @pytest.mark.parametrize("together", [1, 7])
@@ -323,12 +324,41 @@ def test_prompts_are_continued_together_as_alone(llama, folder):
     assert not [text for text in alone if " the" in text]
 
 
+def test_a_prompt_is_read_once_for_the_answer_that_is_written_and_the_one_that_is_read(llama, folder):
+    written, read = requests(folder, "gsm8k")[:2]
+    options = {"until": [" the"], "max_gen_toks": 12, "do_sample": False}
+    ((likelihood, _),) = llama.loglikelihood([read])
+    written.arguments = (written.args[0], options)
+    (expected,) = llama.generate_until([written])
+    both = Instance("read_and_write", {}, (written.args[0], {**options, "right": read.args[1]}), 0)
+    counts: list[int] = []
+    hook = llama.model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].numel()))
+    (found,) = llama.read_and_write([both])
+    hook.remove()
+    assert found["written"] == expected
+    assert found["answer_nll"] == pytest.approx(-likelihood / llama.tokens[read.args], abs=1e-5)
+    assert counts[0] == len(llama.tok_encode(written.args[0])) - 1
+    assert (max(counts[1:]), counts[2:]) == (llama.tokens[read.args], [1] * (len(counts) - 2))
+
+
+def test_answers_drawn_at_random_are_not_offered(llama):
+    with pytest.raises(ValueError, match="draws its answers at random"):
+        llama.generate_until([Instance("generate_until", {}, ("The", {"until": [], "do_sample": True}), 0)])
+
+
 def test_bos_starts_a_text_where_the_tokenizer_adds_none(llama):
     ids = llama.tokenizer("The people", add_special_tokens=False)["input_ids"]
     assert llama.tok_encode("The people") == llama.tok_encode("<s>The people") == [0, *ids]
     assert llama.tok_encode("The people", add_special_tokens=False) == ids
-    batch, mask = llama.tok_batch_encode(["The people", "The people of the land"])
-    assert (batch[0][mask[0] == 1].tolist(), int(mask[0][0])) == ([0, *ids], 0)
+    read: list[list[int]] = []
+    hook = llama.model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].tolist()))
+    options = {"until": [], "max_gen_toks": 1}
+    llama.generate_until([Instance("generate_until", {}, (text, options), 0) for text in ("The people", "<s>The")])
+    hook.remove()
+    assert [row[-len(ids) - 1 :] for row in read[0]] == [
+        [llama.tokenizer.eos_token_id] * (len(ids) - 1) + [0, ids[0]],
+        [0, *ids],
+    ]
 
 
 def test_a_prompt_longer_than_the_window_is_refused_and_never_cut(tokenizer, folder):

@@ -79,6 +79,20 @@ class Written(ConfigurableTask):
         return self.config.process_results(doc, results[0])
 
 
+class WrittenAfterLongPrompt(Written):
+    """The same in one request, so that the prompt is read once. Such a prompt fills a batch by itself."""
+
+    def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
+        """One request for both."""
+        write, read = super().construct_requests(doc, ctx, **options)
+        asked = (ctx, {**write.args[1], "right": read.args[1]})
+        return [Instance("read_and_write", doc, asked, 0, metadata=options["metadata"])]
+
+    def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
+        """Scores of what was written."""
+        return super().process_results(doc, [results[0]["written"]])
+
+
 def without_tags(text: str) -> str:
     """HellaSwag's text without the tags of its wikiHow part, as is customary."""
     text = re.sub(r"\[[^\]]*\]", "", text.replace(" [title]", ". "))

@@ -2,8 +2,7 @@
 
 Tasks are those of `data/tasks`, whose questions lie inside packages on PyPI, and all that lm-evaluation-harness has,
 whose data come from the hub. The harness makes the prompts and asks the model (`evaluation.harness`). Ours are the
-metrics that tell small changes, and the paired comparison: two models that answer the same items are told apart by
-those on which they differ.
+metrics that tell small changes, and the paired comparison.
 """
 
 import contextlib
@@ -20,15 +19,10 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from llama_long_utils.cache import Cache
-from llama_long_utils.evaluation.harness import KeptAnswers, Llama, check_lengths
+from llama_long_utils.evaluation.generation import Model
+from llama_long_utils.evaluation.harness import Llama, check_lengths
 from llama_long_utils.evaluation.results import Result, logged_results
-from llama_long_utils.evaluation.statistics import (
-    SEED,
-    mean_interval,
-    paired_accuracy,
-    paired_mean,
-    share_interval,
-)
+from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_accuracy, paired_mean, share_interval
 from llama_long_utils.evaluation.task_files import HUB, TASKS, check_names, is_ours
 from llama_long_utils.model.arms import arm_inputs, load_arm
 from llama_long_utils.model.weights import load_tokenizer, locate_base
@@ -36,8 +30,7 @@ from llama_long_utils.records import write_arrays, write_record
 from llama_long_utils.settings import Preset
 
 SLUG = "08_benchmark_deltas"
-QUESTION = "What does the extension do to short and long tasks?"
-ANSWERS = 1  # raised by hand when the code that asks a model changes: kept answers are then asked again
+ANSWERS = 2  # raised by hand when the code that asks a model changes: kept answers are then asked again
 BINARY = {"accuracy", "accuracy_per_character", "exact_match", "passed", "acc", "acc_norm"}  # 0 or 1 for each item
 
 
@@ -53,7 +46,7 @@ def measure(
     allow_execution: bool = False,
     folder: Path = TASKS,
 ) -> list[Result]:
-    """Measure tasks on arms, or go on with it: every answer is kept in runs/PRESET/benchmarks as soon as it is given.
+    """Measure tasks on arms, or resume it: every answer is kept in runs/PRESET/benchmarks as soon as it is given.
 
     Args:
         names: of tasks in `folder`, or of tasks and groups of the harness ("hub:mmlu" where both have one).
@@ -68,8 +61,9 @@ def measure(
     check_names(names, folder)
     for name, number in (("items", items), ("long_count", long_count)):
         if number is not None and number < 1:
-            raise ValueError(f"{name} = {number}: use at least 1{', or None for all' if name == 'items' else ''}")
+            raise ValueError(f"{name} = {number}: use at least 1")
     base = locate_base(preset)
+    tokenizer, window = load_tokenizer(base), preset.extension.window
     inputs = {arm: arm_inputs(preset, arm, adapter=adapter) for arm in arms}
     metadata = {
         "tokenizer": str(base),
@@ -84,22 +78,20 @@ def measure(
         if getattr(task, "UNSAFE_CODE", False) and not allow_execution:
             raise ValueError(f"{leaf} runs written programs without a sandbox: accept that with allow_execution")
     chosen = {leaf: spread(task.eval_docs, items) for leaf, task in leaves.items()} if items else None
-    tokenizer = load_tokenizer(base)
+    options = {"samples": chosen, "bootstrap_iters": 0, "confirm_run_unsafe_code": allow_execution}
     results = []
     for arm in arms:
 
-        def load(arm: str = arm) -> Llama:
+        def load(arm: str = arm) -> Model:
             for task in leaves.values():
-                check_lengths(task.instances, tokenizer, preset.extension.window)
-            return Llama(load_arm(preset, arm, adapter=adapter), tokenizer, preset.extension.window)
+                check_lengths(task.instances, tokenizer, window)
+            return load_arm(preset, arm, adapter=adapter)
 
-        lm = KeptAnswers(Cache(preset.run_folder / "benchmarks", ANSWERS, inputs[arm]), arm, load)
+        llama = Llama(load, tokenizer, Cache(preset.run_folder / "benchmarks", ANSWERS, inputs[arm]), arm)
         with contextlib.redirect_stderr(io.StringIO()):  # bars: the cache prints how far it is
-            samples = evaluate(
-                lm=lm, task_dict={"tasks": leaves}, samples=chosen, bootstrap_iters=0, confirm_run_unsafe_code=True
-            )["samples"]
+            samples = evaluate(llama, {"tasks": leaves}, **options)["samples"]
         for name, group in tasks.items():
-            results += logged_results(name, arm, {leaf: samples[leaf] for leaf in group}, lm.tokens)
+            results += logged_results(name, arm, {leaf: samples[leaf] for leaf in group}, llama.tokens)
     return results
 
 
@@ -128,8 +120,9 @@ def load_tasks(names: Sequence[str], metadata: dict[str, Any], folder: Path = TA
         except Exception as error:
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise RuntimeError(f"the harness could not load {name!r} ({what}); most tasks need the hub") from None
-    for task in (task for group in tasks.values() for task in group.values()):
-        task.set_fewshot_seed(SEED)
+    for group in tasks.values():
+        for task in group.values():
+            task.set_fewshot_seed(SEED)
     return tasks
 
 
@@ -145,7 +138,8 @@ def spread(docs: Iterable[dict[str, Any]], count: int) -> list[int]:
     return sorted(chosen)
 
 
-# Comparing
+def _is_binary(metric: str) -> bool:
+    return metric.partition(" (")[0] in BINARY  # in brackets: the harness' filter
 
 
 def score_table(results: Sequence[Result]) -> pd.DataFrame:
@@ -157,11 +151,9 @@ def score_table(results: Sequence[Result]) -> pd.DataFrame:
     for result in results:
         for metric in result.numbers:
             values = result.values(metric)
-            binary = metric.partition(" (")[0] in BINARY
-            low, high = share_interval(int(values.sum()), len(values)) if binary else mean_interval(values)
-            entry = {"task": result.task, "length": result.length, "arm": result.arm, "metric": metric}
-            rows.append({**entry, "items": len(values), "value": values.mean(), "low": low, "high": high})
-    return pd.DataFrame(rows)
+            bounds = share_interval(int(values.sum()), len(values)) if _is_binary(metric) else mean_interval(values)
+            rows.append((result.task, result.length, result.arm, metric, len(values), values.mean(), *bounds))
+    return pd.DataFrame(rows, columns=["task", "length", "arm", "metric", "items", "value", "low", "high"])
 
 
 def delta_table(results: Sequence[Result], before: str = "base", after: str = "extended") -> pd.DataFrame:
@@ -182,7 +174,7 @@ def delta_table(results: Sequence[Result], before: str = "base", after: str = "e
         if first.asked != second.asked:
             raise ValueError(f"{task}: {before!r} and {after!r} were asked other items, measure them together")
         for metric in first.numbers:
-            compare = paired_accuracy if metric.partition(" (")[0] in BINARY else paired_mean
+            compare = paired_accuracy if _is_binary(metric) else paired_mean
             found = compare(first.values(metric), second.values(metric))
             entry = {"task": task, "length": length, "pair": f"{before} -> {after}", "metric": metric}
             rows.append({**entry, "items": len(first.items), **asdict(found)})
@@ -194,36 +186,33 @@ def write_results(
     results: Sequence[Result],
     folder: Path,
     *,
-    seconds: float,
     pairs: Sequence[tuple[str, str]] = (("base", "extended"),),
-    parameters: dict[str, Any] | None = None,
-    command: str = "",
+    **options: Any,
 ) -> Path:
     """Write folder/08_benchmark_deltas.json, and beside it as .npz every item's score and every text written.
 
     Arrays: `TASK_LENGTH_items` (names), `TASK_LENGTH_ARM_METRIC`, `TASK_LENGTH_ARM_written`.
+
+    Args:
+        options: `seconds`, `parameters` and `provenance`, as in `write_record`.
     """
     arrays: dict[str, np.ndarray] = {}
     for result in results:
         start = f"{result.task}_{result.length}"
         arrays[f"{start}_items"] = np.array(result.items)
-        for metric in result.numbers:
-            arrays[f"{start}_{result.arm}_{metric}"] = result.values(metric).astype(np.float32)
-        if "written" in result.metrics[0]:
-            arrays[f"{start}_{result.arm}_written"] = np.array([row["written"] for row in result.metrics])
-    tables = {
-        "deltas": pd.concat([delta_table(results, *pair) for pair in pairs]),
-        "scores": score_table(results),
-    }
+        for metric in result.metrics[0]:
+            values = [row[metric] for row in result.metrics]
+            arrays[f"{start}_{result.arm}_{metric}"] = np.array(values, None if metric == "written" else np.float32)
     write_arrays(folder / f"{SLUG}.npz", arrays)
     return write_record(
         folder,
         SLUG,
         preset=preset.name,
-        question=QUESTION,
-        tables=tables,
+        question="What does the extension do to short and long tasks?",
+        tables={
+            "deltas": pd.concat([delta_table(results, *pair) for pair in pairs]),
+            "scores": score_table(results),
+        },
         seeds={"items": SEED, "bootstrap": SEED, "split": preset.data.split_seed},
-        seconds=seconds,
-        parameters=parameters,
-        provenance={"command": command} if command else None,
+        **options,
     )

@@ -24,6 +24,7 @@ def write(
     tokens: int,
     stops: Sequence[str] = (),
     tokens_at_once: int = TOKENS_AT_ONCE,
+    **options: Any,
 ) -> list[str]:
     """What the model writes after each prompt, up to EOS or the first stop text.
 
@@ -33,11 +34,12 @@ def write(
         prompts: texts, which BOS is put before, or token ids with it: int64 of shape (tokens,).
         tokens: at most, of each answer.
         tokens_at_once: of padded prompts in one batch; a longer prompt runs alone.
+        options: as in `greedy`.
     """
     rows = [_with_bos(tokenizer, prompt) for prompt in prompts]
-    options: dict[str, Any] = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
+    options |= {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
     written = {}
-    for numbers in _batches(rows, tokens_at_once):
+    for numbers in batches(rows, tokens_at_once):
         batch = [rows[number] for number in numbers]
         padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
         ids, mask = padded(batch, padding_value=tokenizer.eos_token_id), padded([torch.ones_like(row) for row in batch])
@@ -73,7 +75,7 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str | np.ndarray) -> t
     return torch.from_numpy(prompt)
 
 
-def _batches(rows: Sequence[torch.Tensor], tokens_at_once: int) -> Iterator[list[int]]:
+def batches(rows: Sequence[torch.Tensor], tokens_at_once: int) -> Iterator[list[int]]:
     """Numbers of rows of about the same length, as many as fit when padded to the longest."""
     batch: list[int] = []
     for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):

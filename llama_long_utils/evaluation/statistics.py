@@ -1,8 +1,7 @@
 """Intervals and paired comparisons: the one home of bootstraps.
 
-An interval is the 95% percentile interval of a bootstrap that resamples what is independent: items, documents, or
-kinds of documents and documents within them. Of fewer than `FEWEST` items there is none, and its bounds are NaN: five
-numbers are to be shown, not summed up.
+An interval is the 95% percentile interval of a bootstrap that resamples what is independent. Of fewer than `FEWEST`
+items there is none, and its bounds are NaN: five numbers are to be shown, not summed up.
 """
 
 import math
@@ -22,9 +21,7 @@ class Bootstrap:
     """Resampled units (documents or items), the same for every arm, so that differences are paired.
 
     Attributes:
-        units: how many there are.
-        samples: how often they are drawn.
-        kinds: the kind of each unit. With it kinds are drawn first, and within each draw its units: units of one kind
+        kinds: of each unit. With them kinds are drawn first, and within each draw its units: units of one kind
             (speeches, plays) are alike, so that nine documents of three kinds tell less than nine of nine.
     """
 
