@@ -5,7 +5,11 @@ how long it takes, and the longest window that would fit.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -69,6 +73,20 @@ def lora_of(asked: argparse.Namespace, preset: Preset | None) -> Lora:
     return Lora(rank, 2 * rank, layers, norms, preset.lora.train_embeddings if preset else False)
 
 
+def in_second_process(count: Callable[[], object]) -> Callable[[], object]:
+    """Let a copy of this process count, which leaves its ledgers in data/cache; returns what waits for it."""
+    if sys.platform != "linux":
+        return lambda: None
+
+    def quietly() -> None:
+        with contextlib.suppress(BaseException):
+            count()
+
+    copy = multiprocessing.get_context("fork").Process(target=quietly, daemon=True)
+    copy.start()
+    return copy.join
+
+
 def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     """The plan and what it costs, by name.
 
@@ -83,7 +101,9 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     config = planner.model_shape(preset.base.source if preset else asked.model)
     dtype, savings = (preset.base.dtype, preset.training.memory_savings) if preset else ("bfloat16", PLAIN)
     shape = StepShape(window, dtype, savings, asked.sequences)
+    meanwhile = in_second_process(lambda: planner.longest_context(config, lora, shape, memory))
     plan = planner.plan(config, lora, shape, memory)
+    meanwhile()
     counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)
     lean = replace(shape, length=longest, memory_savings=planner.leanest(config, longest, savings))
