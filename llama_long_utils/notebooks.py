@@ -1,108 +1,12 @@
-"""The notebooks: their one order, and what each of them does first and last."""
+"""What every notebook does: it starts with checked parameters, checks claims and states findings."""
 
 import logging
 import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import preset_from_parameters
 from llama_long_utils.progress import headless
 from llama_long_utils.settings import Preset
-
-FOLDER = REPOSITORY / "notebooks"
-
-
-@dataclass(frozen=True)
-class Notebook:
-    """One notebook of the sequence.
-
-    Attributes:
-        needs_base: it reads the base's weights or tokenizer.
-        needs_adapter: it reads the adapter that notebook 5 trained.
-        leaves: what it leaves in runs/PRESET besides itself, its figures and its record.
-        record_with: parameters with which its committed record is measured, where its defaults are a quick look.
-    """
-
-    slug: str
-    title: str
-    question: str
-    needs_base: bool = True
-    needs_adapter: bool = False
-    leaves: tuple[str, ...] = ()
-    record_with: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        return FOLDER / f"{self.slug}.ipynb"
-
-
-# The one list: the README's index, the links between notebooks and `make run` follow it. A notebook
-# is delivered when its file exists; the others are the plan.
-SEQUENCE = [
-    Notebook("01_rope_explained", "RoPE explained", "How does a Llama know where a token stands?", needs_base=False),
-    Notebook("02_rope_scaling", "RoPE scaling", "How can RoPE be scaled, and what is kept?", needs_base=False),
-    Notebook("03_long_documents", "Long documents", "What does a model have to read to learn long context?"),
-    Notebook("04_one_gpu_budget", "One GPU", "What fits on one GPU, and how long does it take?", needs_base=False),
-    Notebook(
-        "05_finetune_qlora",
-        "Finetuning with QLoRA",
-        "How is a 4-bit Llama taken from a short to a long window?",
-        leaves=("training/*/adapter/adapter_model.safetensors",),
-    ),
-    Notebook(
-        "06_perplexity_by_position",
-        "Perplexity by position",
-        "Does the extended model use what lies far back?",
-        needs_adapter=True,
-        record_with={"stretches_per_document": None},
-    ),
-    Notebook(
-        "07_long_range_retrieval",
-        "Long-range retrieval",
-        "Can it find one sentence in a long text?",
-        needs_adapter=True,
-        record_with={"questions": None},
-    ),
-    Notebook(
-        "08_benchmark_deltas",
-        "Benchmark deltas",
-        "What does the extension do to short and long tasks?",
-        needs_adapter=True,
-        record_with={"items": 100, "tasks": "hellaswag truthfulqa_mc1 mmlu"},
-    ),
-    Notebook("09_instruction_tuning", "Instruction tuning", "How does a long base model become a chat model?"),
-    Notebook("10_preference_tuning", "Preference tuning", "Does preference tuning keep long context?"),
-    Notebook("11_ablations", "Ablations", "Which of the choices matter?"),
-    Notebook("12_pretraining_curriculum", "Pretraining curriculum", "When should pretraining sequences become long?"),
-]
-
-
-def delivered() -> list[Notebook]:
-    """The notebooks that exist, in order."""
-    return [notebook for notebook in SEQUENCE if notebook.path.is_file()]
-
-
-def links(slug: str) -> str:
-    """Markdown with the delivered notebooks before and after this one."""
-    present = delivered()
-    place = [notebook.slug for notebook in present].index(slug)
-    parts = []
-    if place > 0:
-        parts.append(f"← [{present[place - 1].title}]({present[place - 1].slug}.ipynb)")
-    parts.append("[all notebooks](../README.md#the-notebooks)")
-    if place + 1 < len(present):
-        parts.append(f"[{present[place + 1].title}]({present[place + 1].slug}.ipynb) →")
-    return " · ".join(parts)
-
-
-def index() -> str:
-    """Markdown table of the delivered notebooks, then one line that names the planned ones."""
-    rows = [f"| [{n.slug[:2]}](notebooks/{n.slug}.ipynb) | {n.title} | {n.question} |" for n in delivered()]
-    planned = [f"{n.slug[:2]} {n.title}" for n in SEQUENCE if n not in delivered()]
-    table = "\n".join(["| | notebook | its question |", "|---|---|---|", *rows])
-    return table + (f"\n\nPlanned, not there yet: {', '.join(planned)}." if planned else "")
 
 
 def check(claim: str, holds: bool) -> None:

@@ -10,9 +10,10 @@ import nbformat
 import pytest
 
 from llama_long_utils import settings
-from llama_long_utils.notebooks import FOLDER, SEQUENCE, check, delivered, finding
+from llama_long_utils.notebooks import check, finding
 from llama_long_utils.paths import REPOSITORY
 from tools.readme import write_generated
+from tools.sequence import FOLDER, SEQUENCE, delivered
 
 NAMES = [notebook.slug for notebook in delivered()]
 

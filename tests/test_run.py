@@ -10,12 +10,12 @@ from dataclasses import replace
 import nbformat
 import pytest
 
-from llama_long_utils import notebooks
 from llama_long_utils.commands import run_command
-from llama_long_utils.notebooks import Notebook, delivered
 from llama_long_utils.paths import PRESETS, REPOSITORY, file_sha256
 from llama_long_utils.presets import load_preset
+from tools import sequence
 from tools.run import check_parameters, execute, finished, outputs, parameter, run, run_key
+from tools.sequence import Notebook, delivered
 
 METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
 SMALL = Notebook("01_small", "Small", "Does it run?", needs_base=False)
@@ -33,7 +33,7 @@ def write_small(folder, code="assert not fail, 'a cell failed'", prose="Prose.")
 def preset(tmp_path, monkeypatch):
     """A preset that runs in tmp_path, where SMALL lies."""
     preset = load_preset("tiny")
-    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    monkeypatch.setattr(sequence, "FOLDER", tmp_path)
     monkeypatch.setattr(type(preset), "run_folder", tmp_path / "runs")
     write_small(tmp_path)
     return preset
@@ -137,7 +137,7 @@ def test_weights_are_asked_for_only_where_they_are_read(preset):
     run(missing, [SMALL], {})
     with pytest.raises(RuntimeError, match="cannot get the model 'nowhere/to-be-found'"):
         run(missing, [SMALL, replace(SMALL, needs_base=True)], {})
-    assert {notebook.slug[:2] for notebook in notebooks.SEQUENCE if not notebook.needs_base} == {"01", "02", "04"}
+    assert {notebook.slug[:2] for notebook in sequence.SEQUENCE if not notebook.needs_base} == {"01", "02", "04"}
 
 
 def test_what_cannot_be_written_is_one_line(preset, capsys):

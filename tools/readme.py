@@ -7,9 +7,9 @@ import nbformat
 import pandas as pd
 
 from llama_long_utils.figures import LABELS
-from llama_long_utils.notebooks import delivered, index, links
 from llama_long_utils.paths import REPOSITORY, RESULTS, write_atomically
 from llama_long_utils.records import read_published, read_record, read_table
+from tools.sequence import delivered, index, links
 from tools.store import write_notebook
 
 

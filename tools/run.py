@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_long_utils.commands import run_command
-from llama_long_utils.notebooks import Notebook, delivered
 from llama_long_utils.paths import REPOSITORY, RESULTS, file_sha256, folder_state, write_atomically
 from llama_long_utils.presets import closest, load_preset
 from llama_long_utils.settings import Preset
+from tools.sequence import Notebook, delivered
 
 LITERALS = {"none": None, "null": None, "true": True, "false": False}
 
@@ -145,9 +145,8 @@ def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base
     """A hash of everything that a notebook's results depend on; comments and prose are no part of it."""
     cells = [cell for cell in json.loads(notebook.path.read_bytes())["cells"] if cell["cell_type"] == "code"]
     code = [_without_comments("".join(cell["source"])) for cell in cells]
-    code += [
-        _without_comments(path.read_text("utf-8")) for path in sorted((REPOSITORY / "llama_long_utils").rglob("*.py"))
-    ]
+    files = [path for name in ("llama_long_utils", "experiments") for path in sorted((REPOSITORY / name).rglob("*.py"))]
+    code += [_without_comments(path.read_text("utf-8")) for path in files]
     given = [value for value in parameters.values() if isinstance(value, str)]
     folders = {name: folder_state(REPOSITORY / name) for name in [*preset.data.sources, *given]}
     adapter = ""

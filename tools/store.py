@@ -8,10 +8,10 @@ import nbformat
 
 from llama_long_utils.model.adapters import find_adapter
 from llama_long_utils.model.weights import weights_sha256
-from llama_long_utils.notebooks import delivered
 from llama_long_utils.paths import ADAPTERS, REPOSITORY, RESULTS, write_atomically
 from llama_long_utils.records import read_record
 from llama_long_utils.settings import Preset
+from tools.sequence import delivered
 
 # They differ between two runs that agree in every result.
 TIMING_COLUMNS = {"tokens_per_second", "peak_gib"}
