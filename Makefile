@@ -3,11 +3,12 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PRESET ?= tiny
 
-.PHONY: run test lab data notebooks longrope race bench tiny-llama lock help
+.PHONY: run test test-slow lab data notebooks longrope race bench tiny-llama lock help
 
 help:
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
 	@echo "make test        install, then all tests, notebooks included"
+	@echo "make test-slow   runs that are killed at 23 moments, disturbed and attacked (two minutes)"
 	@echo "make lab         install, then open the notebooks in JupyterLab"
 	@echo "make data        fetch the corpora into data/cache (part of the installation)"
 	@echo "make notebooks   execute the notebooks and store their outputs, figures and records"
@@ -29,7 +30,10 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg tests notebooks
+		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow tests notebooks
+
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slow
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
