@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.training.planner import USABLE, plan_training
 from llama_long_utils.training.trainer import VERSION, run_key, train
 
+FULL = 2**20  # bytes: a disk with less room
 BYTES_PER_TOKEN = 24  # id, label and position, in 8 bytes each
 
 
@@ -52,7 +54,8 @@ def train_adapter(
 
     Raises:
         ValueError: a number, the base or the documents do not fit the preset, or no plan fits the memory.
-        RuntimeError: the base cannot be downloaded, numbers are not finite, or another process is at this run.
+        RuntimeError: the base cannot be downloaded, numbers are not finite, the disk is full, or another process is at
+            this run.
     """
     settings, scaling = settings or preset.training, scaling or preset.extended_rope
     _check_size(settings)
@@ -85,7 +88,15 @@ def train_adapter(
         if not _is_whole(folder / "adapter"):
             log_file.unlink(missing_ok=True)
         room = preset.memory_gib * USABLE - plan.device_gib
-        log = runs.value(name, lambda: _train(preset, base, sequences, settings, card, folder, progress, room / 2))
+        try:
+            log = runs.value(name, lambda: _train(preset, base, sequences, settings, card, folder, progress, room / 2))
+        except (OSError, RuntimeError) as error:  # torch does not say that a disk is full
+            if shutil.disk_usage(folder.parent).free > FULL:
+                raise
+            raise RuntimeError(
+                f"the disk that holds {folder} is full: make room and run again; training continues from the last "
+                f"whole checkpoint ({error})"
+            ) from error
     return TrainedAdapter(folder / "adapter", log, settings, card.training["tokens"])
 
 

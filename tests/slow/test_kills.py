@@ -36,8 +36,7 @@ from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_record, write_record
 from llama_long_utils.settings import Preset
-from llama_long_utils.training import adapter
-from llama_long_utils.training.planner import Plan, plan_training
+from llama_long_utils.training.adapter import train_adapter
 
 STEPS, EVERY = 6, 2  # checkpoints after 2, 4 and 6, of which two are kept
 WINDOW = 128
@@ -120,19 +119,15 @@ STEPS_LEFT = {  # at most; elsewhere all of them
 
 
 def train_and_merge(preset: Preset) -> None:
-    trained = adapter.train_adapter(preset)
+    trained = train_adapter(preset)
     merge_adapter(trained.folder, locate_base(preset), preset.run_folder / "merged", dtype=preset.base.dtype)
     losses = [(row["step"], row["tokens"], row["loss"], row["grad_norm"]) for row in trained.log]
     (preset.run_folder / "losses.json").write_text(json.dumps(losses))
 
 
-def in_process(output: Path, plan: Plan, kill: Kill | None, action: Callable[..., None], arguments: tuple) -> None:
-    """What a forked process does; an error ends it with status 1 and is the last line of its output.
-
-    `plan` is what the planner says every time: it takes longer than all else in a doll's run, so it is asked once.
-    """
+def in_process(output: Path, kill: Kill | None, action: Callable[..., None], arguments: tuple) -> None:
+    """What a forked process does; an error ends it with status 1 and is the last line of its output."""
     gc.freeze()  # the server's objects are never garbage: looking through them takes a second
-    adapter.plan_training = lambda *_: plan
     with output.open("w") as stream:
         for number in (1, 2):
             os.dup2(stream.fileno(), number)
@@ -178,7 +173,6 @@ class Doll:
             data=dataclasses.replace(tiny.data, sources=[str(texts)], held_out={str(texts): 1}, minimum_characters=500),
             training=dataclasses.replace(tiny.training, **training),
         )
-        self.plan = plan_training(self.preset, self.preset.training)
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(
             [
@@ -197,7 +191,7 @@ class Doll:
     def start(self, action: Callable[..., None], *arguments: Any, kill: Kill | None = None) -> tuple[Any, Path]:
         output = self.folder / f"output {len(list(self.folder.glob('output *')))}"
         output.touch()
-        process = self.processes.Process(target=in_process, args=(output, self.plan, kill, action, arguments))
+        process = self.processes.Process(target=in_process, args=(output, kill, action, arguments))
         process.start()
         return process, output
 
