@@ -99,7 +99,7 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
         return path
     started = time.perf_counter()
     tokenizer = load_tokenizer(folder)
-    _, held_out = _split(preset, tokenizer)
+    _, held_out = read_documents(preset.data, tokenizer, length=preset.evaluation.tokens)
     if settings is None:
         model: PreTrainedModel | PeftModel = load_arm(preset, "base", scaling=scaling)
     else:
@@ -119,12 +119,6 @@ def run_arm(preset: Preset, arm: Arm) -> Path:
         seconds=trained,
         provenance={"command": papermill_command("11_ablations", {"preset": preset.name, **asdict(arm)})},
     )
-
-
-def _split(
-    preset: Preset, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:
-    return read_documents(preset.data, tokenizer)
 
 
 def trained_arm(

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from experiments.race import Arm, _split, arm_rope, arm_training, trained_arm
+from experiments.race import Arm, arm_rope, arm_training, trained_arm
 from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.data.sources import read_documents
 from llama_long_utils.evaluation.perplexity import nll_table, paired_table, random_stretches, token_nll
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import causal_lm
@@ -157,7 +158,7 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
     arms = [Arm(preset.extension.method, name, seed) for name in names]
     settings = [arm_training(preset, arm) for arm in arms]  # unknown names end here
     tokenizer = load_tokenizer(preset.base.source)
-    _, held_out = _split(preset, tokenizer)
+    _, held_out = read_documents(preset.data, tokenizer)
     evaluation, edges = preset.evaluation, preset.evaluation.near_edges
     cuts = {cut.source: cut for (cut,) in random_stretches(
         held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)}  # fmt: skip
@@ -193,7 +194,7 @@ def _base_and_texts(
     preset: Preset, tokens: int, texts: int, seed: int
 ) -> tuple[PreTrainedModel, list[TokenizedDocument]]:
     """The base as pretrained, and stretches of `tokens` tokens of training documents, one of each."""
-    documents, _ = _split(preset, load_tokenizer(preset.base.source))
+    documents, _ = read_documents(preset.data, load_tokenizer(preset.base.source))
     cuts = random_stretches(documents, tokens, at_most=1, seed=seed)
     chosen = np.random.default_rng(seed).choice(len(cuts), texts, replace=False)
     return load_arm(preset, "base"), [cuts[index][0] for index in chosen]
