@@ -14,7 +14,7 @@ from llama_long_utils.commands import run_command
 from llama_long_utils.paths import PRESETS, REPOSITORY, file_sha256
 from llama_long_utils.presets import load_preset
 from tools import sequence
-from tools.run import check_parameters, execute, finished, outputs, parameter, run, run_key
+from tools.run import check_parameters, execute, finished, outputs, parameter, run, run_key, run_side_by_side
 from tools.sequence import Notebook, delivered
 
 METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
@@ -214,3 +214,10 @@ def test_a_terminal_without_utf_8_is_no_obstacle():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_notebooks_that_fail_side_by_side_are_named_together(capfd):
+    chosen = [notebook for notebook in delivered() if not notebook.needs_base][:2]
+    with pytest.raises(RuntimeError, match=f"failed, as said above: {chosen[0].slug}, {chosen[1].slug}"):
+        run_side_by_side(load_preset("tiny"), chosen, ["-p", "no_such_parameter", "1"], workers=2)
+    assert capfd.readouterr().err.count("has no parameter 'no_such_parameter'") == 2

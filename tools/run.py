@@ -9,7 +9,11 @@ import ast
 import hashlib
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,31 @@ def run(
     print(f"executed notebooks: {_shown(preset.run_folder / 'notebooks')}")
     figures = [path for notebook in chosen for path in outputs(notebook, preset) if path.suffix == ".png"]
     print("figures:", *map(_shown, figures), sep="\n  ")
+
+
+def run_side_by_side(preset: Preset, chosen: list[Notebook], options: list[str], workers: int) -> None:
+    """Execute several notebooks at a time, each in a process of its own that computes on one thread.
+
+    What reads an adapter waits for notebook 5, which trains it and starts first because it takes longest.
+
+    Args:
+        options: of this command, for each of the processes.
+
+    Raises:
+        RuntimeError: a notebook failed; its process has said why.
+    """
+    command = [sys.executable, "-m", "tools.run", "--preset", preset.name, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = sorted((n for n in chosen if not n.needs_adapter), key=lambda n: n.slug != "05_finetune_qlora")
+    for together in (first, [n for n in chosen if n.needs_adapter]):
+        commands = [[*command, "--only", notebook.slug] for notebook in together]
+        with ThreadPoolExecutor(workers) as pool:
+            ended = list(
+                pool.map(lambda one: subprocess.run(one, env=environment, cwd=REPOSITORY).returncode, commands)
+            )
+        failed = [notebook.slug for notebook, code in zip(together, ended, strict=True) if code]
+        if failed:
+            raise RuntimeError(f"failed, as said above: {', '.join(failed)}")
 
 
 def _shown(path: Path) -> Path:
@@ -192,7 +221,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--again", action="store_true", help="run notebooks anew that finished before")
     parser.add_argument("--store", action="store_true", help="store outputs, figures and records in the repository")
+    parser.add_argument("--workers", type=int, default=1, help="notebooks at a time, on one thread each (default: 1)")
     asked = parser.parse_args()
+    if asked.workers < 1 or (asked.workers > 1 and asked.store):
+        parser.error(f"--workers {asked.workers}: give at least 1, and only 1 with --store")
     wanted = asked.only.zfill(2) if asked.only.isdecimal() else asked.only
     asked.chosen = [notebook for notebook in delivered() if notebook.slug.startswith(wanted)]
     if not asked.chosen:
@@ -207,6 +239,12 @@ def main() -> None:
     asked = arguments()
     preset = load_preset(asked.preset)
     parameters = {name: parameter(value) for name, value in asked.p}
+    if asked.workers > 1 and len(asked.chosen) > 1:
+        for notebook in asked.chosen:
+            check_parameters(notebook, parameters)
+        options = [part for name, value in asked.p for part in ("-p", name, value)] + ["--again"] * asked.again
+        run_side_by_side(preset, asked.chosen, options, asked.workers)
+        return
     run(preset, asked.chosen, parameters, again=asked.again, store=asked.store)
     if asked.store:
         from tools.readme import write_generated
