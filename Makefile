@@ -5,7 +5,7 @@ PRESET ?= tiny
 # Two small notebooks at a time take less time than one on two threads; a large model has the machine to itself.
 WORKERS ?= $(if $(filter tiny,$(PRESET)),2,1)
 
-.PHONY: run test test-slow lab data notebooks longrope race bench tiny-llama lock help
+.PHONY: run test test-slow lab data notebooks longrope race bench gpu tiny-llama lock help
 
 help:
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
@@ -17,6 +17,7 @@ help:
 	@echo "make longrope    search LongRoPE's factors for the preset's [race] and store their record (10 minutes)"
 	@echo "make race        measure every arm of notebook 11 and store its record (one to two hours; goes on if stopped)"
 	@echo "make bench       measure training steps against other trainers, for notebook 4 (two hours; goes on if stopped)"
+	@echo "make gpu         measure training steps on a GPU against the ledger, for notebook 4 (9 minutes; goes on if stopped)"
 	@echo "make tiny-llama  train data/tiny-llama again (one to two hours; needs a C++ compiler)"
 	@echo "make lock        write environment.yml and requirements.lock from pyproject.toml"
 
@@ -55,6 +56,9 @@ race: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock ".[bench]"
 	$(BIN)/python -W ignore -m experiments bench
+
+gpu: $(INSTALLED)
+	PYTORCH_ALLOC_CONF=expandable_segments:True $(BIN)/python -W ignore -m experiments gpu
 
 tiny-llama: $(INSTALLED)
 	$(BIN)/python -m experiments tiny-llama

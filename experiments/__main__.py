@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from llama_long_utils.paths import RESULTS
+from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
 
 
@@ -17,6 +17,14 @@ def rope_base(text: str) -> float:
         value = math.nan
     if not 1 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no RoPE base: give a finite number above 1, for example 1e6")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no duration: give seconds above 0")
     return value
 
 
@@ -36,8 +44,22 @@ def arguments() -> argparse.Namespace:
     for command in (race, longrope, bases, trainings):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     commands.add_parser("bench", help="measure training steps beside other trainers, for notebook 4 (two hours)")
+    gpu = commands.add_parser(
+        "gpu", help="measure training steps on a GPU against the ledger, for notebook 4 (9 minutes)"
+    )
+    gpu.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cuda (default), or cpu with --doll")
+    gpu.add_argument("--doll", action="store_true", help="tiny shapes: a rehearsal without a GPU")
+    gpu.add_argument(
+        "--seconds", type=seconds, default=480.0, help="nothing starts that would end later (default: 480)"
+    )
+    gpu.add_argument(
+        "--out", type=Path, default=REPOSITORY / "runs" / "gpu", help="folder of the record (default: runs/gpu)"
+    )
     commands.add_parser("tiny-llama", help="train data/tiny-llama again (one to two hours; needs a C++ compiler)")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.command == "gpu" and asked.device == "cpu" and not asked.doll:
+        parser.error("a CPU is too slow for models of 8B parameters: add --doll")
+    return asked
 
 
 def run(asked: argparse.Namespace) -> Path | None:
@@ -55,6 +77,10 @@ def run(asked: argparse.Namespace) -> Path | None:
         if asked.command == "rope-bases":
             return searches.search_rope_base(preset, asked.bases, texts=2, seed=0)
         return searches.compare_trainings(preset, asked.names, seed=0)
+    if asked.command == "gpu":
+        from experiments import gpu_budget
+
+        return gpu_budget.run(asked.device, asked.seconds, asked.out, doll=asked.doll)
     if asked.command == "bench":
         from experiments import bench
 

@@ -220,7 +220,7 @@ def run_ours(model: Any, ids: np.ndarray, memory_savings: MemorySavings, folder:
     return {"seconds": [ids.shape[1] / row["tokens_per_second"] for row in log], "losses": [row["loss"] for row in log]}
 
 
-def common_arguments(dtype: str, steps: int, folder: str) -> dict[str, Any]:
+def common_arguments(dtype: str, steps: int, folder: str, on_gpu: bool = False) -> dict[str, Any]:
     """What every contender's trainer is told."""
     return {
         "output_dir": folder,
@@ -231,7 +231,7 @@ def common_arguments(dtype: str, steps: int, folder: str) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "gradient_checkpointing": True,
         "bf16": dtype == "bfloat16",
-        "use_cpu": True,
+        "use_cpu": not on_gpu,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -241,7 +241,7 @@ def common_arguments(dtype: str, steps: int, folder: str) -> dict[str, Any]:
     }
 
 
-def run_trainer(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
+def run_trainer(model: Any, ids: np.ndarray, dtype: str, folder: str, on_gpu: bool = False) -> dict:
     """As PEFT's guide to quantisation and transformers' guide to its `Trainer` show it."""
     model = prepare_model_for_kbit_training(model)
     settings = LoraConfig(task_type="CAUSAL_LM", r=LORA.rank, lora_alpha=LORA.alpha, target_modules=MODULES)
@@ -250,7 +250,7 @@ def run_trainer(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
     timer = StepTimer()
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**common_arguments(dtype, len(ids), folder)),
+        args=TrainingArguments(**common_arguments(dtype, len(ids), folder, on_gpu)),
         train_dataset=data,
         data_collator=default_data_collator,
         callbacks=[timer],
@@ -280,6 +280,12 @@ def run_trl(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
     return {"seconds": timer.seconds, "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
 
 
+def wait() -> None:
+    """Until a GPU has done what was queued."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class StepTimer(TrainerCallback):
     """Seconds of each optimizer step."""
 
@@ -287,9 +293,11 @@ class StepTimer(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *_arguments: Any, **_options: Any) -> None:
+        wait()
         self.started = time.perf_counter()
 
     def on_step_end(self, *_arguments: Any, **_options: Any) -> None:
+        wait()
         self.seconds.append(time.perf_counter() - self.started)
 
 

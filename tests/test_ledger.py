@@ -15,7 +15,7 @@ from conftest import LORA
 from experiments import bench
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.records import read_table
-from llama_long_utils.settings import MemorySavings
+from llama_long_utils.settings import Lora, MemorySavings
 from llama_long_utils.training import ledger as ledger_module
 from llama_long_utils.training.ledger import (
     COLUMNS,
@@ -26,11 +26,12 @@ from llama_long_utils.training.ledger import (
     StorageTracker,
     _CountedOffload,
     above_weights,
+    attention_workspace,
     ledger,
     random_llama,
     training_steps,
 )
-from llama_long_utils.training.planner import GIB, model_shape
+from llama_long_utils.training.planner import GIB, leanest, model_shape, predict
 
 PLAIN = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
 CHECKPOINTED = replace(PLAIN, recomputed_layers=99)
@@ -178,3 +179,30 @@ def test_recorded_peaks_are_within_5_percent_of_predicted_ones():
     rows = read_table(RESULTS / "tiny" / "04_one_gpu_budget.json", "ledger_check")
     assert len(rows) >= 8
     assert ((rows.predicted_gib / rows.measured_gib - 1).abs() < 0.05).all()
+
+
+def test_attention_needs_on_a_gpu_what_its_kernels_were_measured_to_need():
+    """cuDNN: three gradients and the workspace. FlashAttention copied the output's gradient besides, 2 bytes each."""
+    rows = read_table(RESULTS / "gpu" / "04_one_gpu_budget.json", "attention")
+    assert set(rows.kernel) == {"torch's choice", "flash", "cudnn"}
+    for row in rows.itertuples():
+        query, key = (torch.empty(1, heads, 1, 128) for heads in (row.query_heads, row.key_value_heads))
+        expected = 2 * query.numel() + 4 * key.numel() + attention_workspace(query, key)
+        expected += 2 * query.numel() * (row.kernel == "flash")
+        assert row.peak_bytes_per_token == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize(("model", "rank"), [("Llama 2 7B", 16), ("Llama 3.1 8B", 32)])
+def test_steps_on_a_gpu_need_what_was_measured_there_less_the_gradient_that_the_loss_then_kept(model, rank):
+    rows = read_table(RESULTS / "gpu" / "04_one_gpu_budget.json", "steps")
+    rows = rows[(rows.model == model) & (rows.host_gib > 0)]
+    assert len(rows) >= 3
+    lora = Lora(rank, 2 * rank, bench.MODULES, train_norms=False, train_embeddings=False)
+    for row in rows.itertuples():
+        lean = leanest(model_shape(model), row.context, PLAIN)
+        shape = StepShape(row.context, "bfloat16", lean, gpu=True)
+        kept = 2 * row.context * model_shape(model).hidden_size
+        now, before = (predict(model_shape(model), lora, replace(shape, gpu=gpu)).device_gib for gpu in (True, False))
+        assert now + kept / GIB == pytest.approx(row.allocated_gib, rel=0.03)
+        assert now + kept / GIB == pytest.approx(row.predicted_gib, rel=0.005)
+        assert before <= now

@@ -83,6 +83,22 @@ def test_checkpoints_that_were_copied_away_and_back_give_the_same_gradients(host
         assert made == [IDS.numel() * 64 * 4] * 5  # two layers', three of the last norm's; the same in every step
 
 
+def test_buffers_that_are_free_can_be_given_back():
+    released = []
+    buffers = HostBuffers(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), released.append)
+    model = lora_model()
+    apply_memory_savings(model, replace(PLAIN, recomputed_layers=2))
+    with OffloadedCheckpoints(64, buffers):
+        loss = nll(model, IDS)
+    buffers.give_back()
+    assert not released  # the backward pass still needs them
+    loss.backward()
+    del loss
+    buffers.give_back()
+    assert len(released) == 5
+    assert not any(buffers.free.values())
+
+
 def test_two_forward_passes_before_a_backward_pass_keep_their_own_checkpoints(host):
     """As in preference tuning: a buffer must not be given away while a backward pass still needs it."""
     model, (first, second) = lora_model(), (IDS, IDS.flip(1))
@@ -133,6 +149,20 @@ def test_only_the_first_layers_are_recomputed():
         layer.mlp.act_fn = CountedActivation(layer.mlp.act_fn, passes, number)
     hidden_states(model, IDS).sum().backward()
     assert passes == {0: 2, 1: 1}
+
+
+def test_savings_can_be_switched_off_again():
+    model = add_lora(new_llama(seed=0), LORA, seed=0).train()
+    apply_memory_savings(model, replace(PLAIN, recomputed_layers=2, tile=3))
+    apply_memory_savings(model, replace(PLAIN, tile=5))  # not nested in the first ones
+    apply_memory_savings(model, PLAIN)
+    passes, tokens = Counter(), []
+    for number, layer in enumerate(causal_lm(model).model.layers):
+        layer.mlp.act_fn = CountedActivation(layer.mlp.act_fn, passes, number)
+        layer.mlp.register_forward_hook(lambda _mlp, inputs, _output: tokens.append(inputs[0].shape[1]))
+    hidden_states(model, IDS).sum().backward()
+    assert passes == {0: 1, 1: 1}
+    assert tokens == [IDS.shape[1]] * 2
 
 
 class CountedActivation(torch.nn.Module):

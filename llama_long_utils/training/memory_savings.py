@@ -3,6 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -70,7 +71,11 @@ def _tokens(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def apply_memory_savings(model: PreTrainedModel | PeftModel, memory_savings: MemorySavings) -> None:
-    """Switch recomputation and tiling on in a model; the optimizer and offloading are the training loop's."""
+    """Switch recomputation and tiling on in a model, and off if another call switched them on.
+
+    The optimizer and offloading are the training loop's.
+    """
+    model.activation_checkpointing_disable()
     if memory_savings.recomputed_layers:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # The last layers are the ones to spare: their activations are freed first in the backward pass.
@@ -87,13 +92,14 @@ def tile_over_sequence(model: PreTrainedModel | PeftModel, tile: int) -> None:
     with checkpointing alone.
 
     Args:
-        tile: tokens; 0 leaves the model as it is.
+        tile: tokens; 0 for the whole sequence at once.
     """
-    if not tile:
-        return
     for layer in (module for module in model.modules() if hasattr(module, "mlp") and hasattr(module, "self_attn")):
         for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            module.forward = _tiled(module.forward, tile)
+            if hasattr(module.forward, "plain_forward"):
+                module.forward = module.forward.plain_forward
+            if tile:
+                module.forward = _tiled(module.forward, tile)
 
 
 def _tiled(forward: Forward, tile: int) -> Forward:
@@ -104,6 +110,7 @@ def _tiled(forward: Forward, tile: int) -> Forward:
             hidden = hidden.detach().requires_grad_()
         return _Compute.apply(_Recompute.apply(hidden, forward, tile), forward, tile)
 
+    run.plain_forward = forward
     return run
 
 
@@ -143,14 +150,22 @@ class HostBuffers:
     By then the backward pass, queued on the same stream as the next copy into the buffer, comes before it.
     """
 
-    def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
-        self.allocate = allocate
+    def __init__(
+        self, allocate: Callable[[int], torch.Tensor], release: Callable[[torch.Tensor], Any] = lambda _buffer: None
+    ) -> None:
+        self.allocate, self.release = allocate, release
         self.free: dict[int, list[torch.Tensor]] = {}
 
     def take(self, nbytes: int) -> torch.Tensor:
         """Bytes, shape (nbytes,)."""
         free = self.free.setdefault(nbytes, [])
         return free.pop() if free else self.allocate(nbytes)
+
+    def give_back(self) -> None:
+        """Release the buffers that are free: steps of another length need others."""
+        for free in self.free.values():
+            while free:
+                self.release(free.pop())
 
 
 class HostCopy:
@@ -166,12 +181,24 @@ class HostCopy:
 def _page_locked(nbytes: int) -> torch.Tensor:
     """Memory that all threads touch and CUDA then locks: several times faster than torch's pinning on one thread."""
     buffer = torch.empty(nbytes, dtype=torch.uint8).zero_()
-    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)):  # some containers forbid it
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    return buffer
+    if _succeeded(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)):
+        return buffer
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # some containers forbid the other way
 
 
-PINNED = HostBuffers(_page_locked)
+def _unlock(buffer: torch.Tensor) -> None:
+    _succeeded(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+
+
+def _succeeded(error: Any) -> bool:
+    """Whether a call of CUDA did; CUDA keeps an error for the next kernel to report, so a small one takes it here."""
+    if int(error):
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
+    return not int(error)
+
+
+PINNED = HostBuffers(_page_locked, _unlock)
 
 
 def offload_checkpoints(model: PreTrainedModel | PeftModel) -> None:

@@ -133,6 +133,7 @@ def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
         settings.memory_savings,
         sequences=settings.sequences_at_once,
         accumulated=settings.sequences_per_step > settings.sequences_at_once,
+        gpu=True,
     )
     return plan(model_shape(preset.base.source), preset.lora, shape, preset.memory_gib)
 

@@ -33,7 +33,7 @@ class StepShape:
     """A training step: `length` tokens in each of `sequences` rows, computed in `dtype` ("bfloat16" or "float32").
 
     Whole sequences: packed ones need a mask of length x length as well. `accumulated`: gradients of an earlier batch
-    are there already.
+    are there already. `gpu`: what attention needs there is counted too, see `ledger.attention_workspace`.
     """
 
     length: int
@@ -41,6 +41,7 @@ class StepShape:
     memory_savings: MemorySavings
     sequences: int = 1
     accumulated: bool = False
+    gpu: bool = False
 
 
 def training_steps(
