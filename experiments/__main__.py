@@ -1,12 +1,15 @@
 """The experiments, one command each: `python -m experiments NAME --help`."""
 
 import argparse
+import importlib
 import math
+import os
 import sys
 from pathlib import Path
 
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
+from llama_long_utils.settings import Preset
 
 
 def rope_base(text: str) -> float:
@@ -21,10 +24,13 @@ def rope_base(text: str) -> float:
 
 
 def seconds(text: str) -> float:
-    """A positive number of seconds."""
-    value = float(text)
+    """A finite number of seconds above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no duration: give seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds above 0, for example 435")
     return value
 
 
@@ -41,7 +47,17 @@ def arguments() -> argparse.Namespace:
     bases.add_argument("bases", type=rope_base, nargs="+", metavar="BASE")
     trainings = commands.add_parser("trainings", help="train in several ways of [race.trainings] and compare them")
     trainings.add_argument("names", nargs="+", metavar="NAME")
-    for command in (race, longrope, bases, trainings):
+    dose = commands.add_parser("dose", help="train at growing doses in several ways, for notebook 6 (minutes on a GPU)")
+    dose.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    dose.add_argument(
+        "--seconds", type=seconds, default=435.0, help="begin nothing that would end later (default: 435)"
+    )
+    dose.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: runs/PRESET/dose)")
+    dose.add_argument("--doll", action="store_true", help="a few steps and texts, to see that everything runs")
+    dose.add_argument(
+        "--record", action="store_true", help="write the record into data/results, not beside the results"
+    )
+    for command in (race, longrope, bases, trainings, dose):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     commands.add_parser("bench", help="measure training steps beside other trainers, for notebook 4 (two hours)")
     gpu = commands.add_parser(
@@ -60,6 +76,26 @@ def arguments() -> argparse.Namespace:
     if asked.command == "gpu" and asked.device == "cpu" and not asked.doll:
         parser.error("a CPU is too slow for models of 8B parameters: add --doll")
     return asked
+
+
+def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
+    """The dose experiment's record, after checks that cost nothing."""
+    out = asked.out or preset.run_folder / "dose"
+    if asked.doll and asked.record:
+        raise ValueError("a doll's numbers are no record: leave out --record or --doll")
+    if (out / "results.jsonl").exists():
+        raise ValueError(f"{out} holds results of an earlier run: name another folder with --out, or remove it")
+    if asked.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
+    elif not importlib.import_module("torch").cuda.is_available():
+        raise ValueError("there is no CUDA device here: use --device cpu, which takes hours, or --doll with it")
+    from experiments.dose import run_dose
+
+    record = RESULTS / preset.name if asked.record else None
+    try:
+        return run_dose(preset, out, seconds=asked.seconds, device=asked.device, doll=asked.doll, record=record)
+    except KeyboardInterrupt:
+        raise RuntimeError(f"interrupted: what was read is in {out}; another run begins from the start") from None
 
 
 def run(asked: argparse.Namespace) -> Path | None:
@@ -81,6 +117,8 @@ def run(asked: argparse.Namespace) -> Path | None:
         from experiments import gpu_budget
 
         return gpu_budget.run(asked.device, asked.seconds, asked.out, doll=asked.doll)
+    if asked.command == "dose":
+        return run_dose_checked(preset, asked)
     if asked.command == "bench":
         from experiments import bench
 

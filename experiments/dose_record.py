@@ -21,10 +21,7 @@ from llama_long_utils.records import read_arrays, write_arrays, write_record
 
 SLUG = "06_dose_response"
 BIN = 128  # positions whose NLL is summed up in the arrays
-EDGES = (0, 2048, 4096, 8192, 16_384, 24_576, 32_768)
-BUCKETS = (*pairwise(EDGES), (0, 8192), (16_384, 32_768))
 BASE, SIXTEEN_BIT, RAISED, YARN = "base-nf4/window", "base/window", "raised-nf4/full", "yarn-nf4/full"
-CONTROL = "control8k-s0"
 Rows = list[dict[str, Any]]
 
 
@@ -36,11 +33,19 @@ class Readings:
         nats: reading ("ARM-DOSE/full" or "ARM-DOSE/window") to an array of shape (documents, bins).
         tokens: of each document.
         kinds: of each document.
+        window: the old one, in tokens.
     """
 
     nats: dict[str, np.ndarray]
     tokens: np.ndarray
     kinds: list[str]
+    window: int
+
+    def buckets(self, above: int = 0) -> list[tuple[int, int]]:
+        """(first position, end) of the buckets that begin at `above` or later: parts of the old window and beyond."""
+        old, new = self.window, int(self.tokens.max())
+        edges = [0, old // 4, old // 2, old, new // 2, 3 * new // 4, new]
+        return [bucket for bucket in (*pairwise(edges), (0, old), (new // 2, new)) if bucket[0] >= above]
 
     def bucket(self, reading: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """(mean NLL at positions low to high - 1, place in the list) of each document that is long enough."""
@@ -86,7 +91,7 @@ def write_dose_record(out: Path, folder: Path, *, preset: str, provenance: dict[
     held_out, sums = pd.DataFrame(start["heldout"]), read_arrays(out / "nll.npz")
     longest = max(start["texts"]) // BIN
     nats = {name: values[:, :longest] for name, values in sums.items()}
-    readings = Readings(nats, np.array(start["texts"]), held_out.kind.tolist()[: len(start["texts"])])
+    readings = Readings(nats, np.array(start["texts"]), held_out.kind.tolist(), start["window"])
     trained = {row["name"]: row for row in rows if row["kind"] == "nll"}
     tables = {
         "arms": _arms(rows),
@@ -151,12 +156,8 @@ def _nll(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.DataFrame
     for reading in readings.nats:
         name, _, way = reading.partition("/")
         about = {**_about(name, trained), "read": way}
-        table += [{**about, **readings.mean(reading, low, high)} for low, high in _buckets(readings)]
+        table += [{**about, **readings.mean(reading, low, high)} for low, high in readings.buckets()]
     return pd.DataFrame(table)
-
-
-def _buckets(readings: Readings, above: int = 0) -> list[tuple[int, int]]:
-    return [(low, high) for low, high in BUCKETS if low >= above and high <= readings.tokens.max()]
 
 
 def _full_minus_windows(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -164,7 +165,7 @@ def _full_minus_windows(readings: Readings, trained: dict[str, dict[str, Any]]) 
     for reading in readings.nats:
         name, _, way = reading.partition("/")
         if way == "full" and f"{name}/window" in readings.nats:
-            for low, high in _buckets(readings, 8192):
+            for low, high in readings.buckets(readings.window):
                 row = readings.difference(reading, f"{name}/window", low, high)
                 table.append({**_about(name, trained), **row})
     return pd.DataFrame(table)
@@ -179,7 +180,7 @@ def _gain_by_dose(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.
     table = []
     for arm, found in doses.items():
         for (before, less), (after, more) in pairwise(sorted(found)):
-            for low, high in _buckets(readings, 8192):
+            for low, high in readings.buckets(readings.window):
                 gains = []
                 for name in (more, less):
                     full, documents = readings.bucket(f"{name}/full", low, high)
@@ -193,16 +194,18 @@ def _gain_by_dose(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.
 def _differences(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Each trained arm against the bases, against the control and the other arms of its dose, and 16 bits against 4."""
     pairs = [(SIXTEEN_BIT, BASE), (RAISED, BASE), (YARN, BASE)]
-    arms = [name for name, row in trained.items() if row["tokens_trained"]]
-    for name in arms:
-        dose = trained[name]["tokens_trained"]
+    for name, row in trained.items():
+        if not row["tokens_trained"]:
+            continue
+        same_dose = [other for other in trained if other.endswith(f"-s0-{row['tokens_trained']}") and other != name]
         for way in ("full", "window"):
             pairs += [(f"{name}/{way}", other) for other in (BASE, SIXTEEN_BIT)]
-            pairs.append((f"{name}/{way}", f"{CONTROL}-{dose}/window"))
+            pairs += [(f"{name}/{way}", f"{other}/window") for other in same_dose if other.startswith("control")]
         pairs += [(f"{name}/full", other) for other in (RAISED, YARN)]
-        pairs += [(f"{name}-16bit/{way}", f"{name}/{way}") for way in ("full", "window")]
-        if name.startswith("full16k"):
-            pairs += [(f"{name}/{way}", f"pose2k-s0-{dose}/{way}") for way in ("full", "window")]
+        for way in ("full", "window"):
+            pairs.append((f"{name}-16bit/{way}", f"{name}/{way}"))
+            if name.startswith("full"):
+                pairs += [(f"{name}/{way}", f"{other}/{way}") for other in same_dose if other.startswith("pose")]
     table = []
     for first, second in dict.fromkeys(pairs):
         if first in readings.nats and second in readings.nats and first != second:
@@ -211,7 +214,7 @@ def _differences(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.D
                 "second": second,
                 "tokens_trained": trained[first.partition("/")[0]]["tokens_trained"],
             }
-            table += [{**about, **readings.difference(first, second, *bucket)} for bucket in _buckets(readings)]
+            table += [{**about, **readings.difference(first, second, *bucket)} for bucket in readings.buckets()]
     return pd.DataFrame(table)
 
 

@@ -1,0 +1,337 @@
+"""From how many trained tokens on does a longer context pay? One base at growing doses, in several ways, on one GPU.
+
+A way of training has one trunk with a constant rate. For each dose a branch leaves the trunk after 80% of the dose's
+tokens and lets the rate fall to zero, so that every dose is a finished run. Four doses of up to 10.5 million tokens
+then take 11.4 million, where four runs of their own would take 15.0; Trainer has one schedule and no way back, so the
+loop is written out. At each dose the held-out texts are read, with full context and in windows, and questions asked.
+Stages that would not fit into the time are left out, by the speed measured so far.
+
+The frozen weights are NF4's, dequantised once: the numbers that bitsandbytes multiplies with, without unpacking them
+at each product. The record's run had LoRA written out in one flat vector and drew another random start.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from experiments.dose_questions import COLUMNS, ask, haystacks
+from experiments.dose_record import BIN, write_dose_record
+from experiments.dose_texts import read_texts
+from llama_long_utils.data.packing import TrainingSequence
+from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.evaluation.perplexity import nll_in_windows, sliding_window, token_nll
+from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.model.arms import arm_scaling, load_arm
+from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.weights import load_tokenizer, locate_base
+from llama_long_utils.records import device_name, write_arrays
+from llama_long_utils.settings import Preset, Scaling
+
+RATE = 5e-4  # the preset's 1e-3 at rank 4: a step of the product B A grows with the root of the rank
+RANK, ALPHA = 16, 32
+WARMUP_STEPS, DECAY = 4, 0.2  # DECAY: last share of a dose's tokens, in which the rate falls to zero
+STEPS = (20, 64, 192, 640)  # of the doses, each of as many tokens as a whole sequence
+CHUNK = 4096  # tokens whose logits exist at once
+# By speed, forward and backward at 16,384 tokens on an H200: 2.8 ms a layer by cuDNN, 4.5 by flash attention.
+KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+Model = PreTrainedModel | PeftModel
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an arm is trained. `full_context`: it is read with full context too, and asked behind longer texts."""
+
+    name: str
+    window: int
+    reach: int
+    rope: Scaling
+    quoting: float = 0.35
+    seed: int = 0
+    full_context: bool = True
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-s{self.seed}"
+
+
+def ways_of(preset: Preset) -> dict[str, Way]:
+    """The ways by name, in lengths of the preset's windows."""
+    old, new = preset.base.window, preset.extension.window
+    whole, short = new // 2, old // 4
+    raised, plain = preset.extended_rope, preset.base_rope
+
+    def size(tokens: int) -> str:
+        return f"{tokens // 1024}k" if tokens >= 1024 else f"{tokens}"
+
+    full, pose = Way(f"full{size(whole)}", whole, whole, raised), Way(f"pose{size(short)}", short, new, raised)
+    return {
+        "full": full,
+        "pose": pose,
+        "control": Way(f"control{size(old)}", old, old, plain, full_context=False),
+        "short": Way(f"short{size(short)}", short, short, raised),
+        "far": Way(f"full{size(new)}", new, new, raised),
+        "unquoted": replace(full, name=f"{full.name}-noquote", quoting=0.0),
+        **{f"full{seed}": replace(full, seed=seed) for seed in (1, 2)},
+        **{f"pose{seed}": replace(pose, seed=seed) for seed in (1, 2)},
+    }
+
+
+def plan_of(steps: Sequence[int], doll: bool) -> list[tuple[str, list[int], bool]]:
+    """(way, steps of its doses, whether the last is read beside 16-bit weights too), most important first."""
+    if doll:
+        return [("full", [2, 4], True), ("pose", [2], False), ("control", [2], False)]
+    d0, d1, d3, d10 = steps
+    first = [("full", [d0, d1, d3], False), ("pose", [d0, d1, d3], False), ("control", [d1, d3], False)]
+    largest = [("full", [d10], True), ("pose", [d10], False), ("control", [d10], False)]
+    short = [("short", [d1, d3], False), ("far", [d1, d3], False)]
+    seeds = [(f"{way}{seed}", [d0, d1], False) for seed in (1, 2) for way in ("full", "pose")]
+    return [*first, *largest, *short, *seeds, ("unquoted", [d3], False), ("short", [d10], False), ("far", [d10], False)]
+
+
+def linear_layers(model: Model) -> list[nn.Linear]:
+    """The frozen linear layers, in order, with or without LoRA beside them."""
+    named = causal_lm(model).named_modules()
+    return [m for name, m in named if isinstance(m, nn.Linear) and name.removesuffix(".base_layer").endswith("_proj")]
+
+
+def load(preset: Preset, rope: Scaling, *, four_bit: bool) -> PreTrainedModel:
+    """The base with this RoPE; its linear layers hold NF4's numbers if `four_bit`."""
+    dtype = "bfloat16" if torch.cuda.is_available() else preset.base.dtype
+    model = load_arm(preset, "base", quantized=False, dtype=dtype, scaling=rope)
+    for layer in linear_layers(model) if four_bit else []:
+        packed, state = bnb.quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
+        layer.weight.data = bnb.dequantize_4bit(packed, state).to(layer.weight.dtype)
+    return model
+
+
+@dataclass
+class Arm:
+    """A way with its model and what it reads; `done` steps of the trunk are trained."""
+
+    way: Way
+    model: PeftModel
+    sequences: list[TrainingSequence]
+    per_step: int
+    optimizer: torch.optim.AdamW
+    done: int = 0
+
+    def step(self, number: int, rate: float) -> float:
+        """One step of AdamW on the sequences of step `number`; returns the loss in nats per token."""
+        batch = [row.tensors() for row in self.sequences[number * self.per_step : (number + 1) * self.per_step]]
+        stacked = {name: torch.stack([row[name] for row in batch]).to(self.model.device) for name in batch[0]}
+        labels = stacked["labels"]
+        skips = "attention_mask" in stacked  # all ones: positions may jump within a document
+        places = (stacked["position_ids"], stacked["attention_mask"]) if skips else ()
+        hidden = hidden_states(self.model, stacked["input_ids"], *places)
+        head = causal_lm(self.model).get_output_embeddings()
+        loss = next_token_nll(hidden, head, labels, chunk=CHUNK) / (labels.numel() - len(labels))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained(), 1.0)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def trained(self) -> list[nn.Parameter]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    def snapshot(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        return [weight.detach().clone() for weight in self.trained()], copy.deepcopy(self.optimizer.state_dict())
+
+    @torch.no_grad()
+    def restore(self, saved: tuple[list[torch.Tensor], dict[str, Any]]) -> None:
+        for weight, value in zip(self.trained(), saved[0], strict=True):
+            weight.copy_(value)
+        self.optimizer.load_state_dict(saved[1])
+
+
+def run_dose(
+    preset: Preset, out: Path, *, seconds: float, device: str, doll: bool = False, record: Path | None = None
+) -> Path:
+    """Train and read everything that fits into the time; returns the record.
+
+    Args:
+        out: folder for results.jsonl and nll.npz, written as they come.
+        seconds: after which no stage is begun that is not expected to end before.
+        device: "cuda" or "cpu"; what there is is used.
+        doll: a few steps and texts only, to see that everything runs.
+        record: folder of the record; default: `out`.
+    """
+    command = (
+        f"python -m experiments dose --preset {preset.name} --device {device} --seconds {seconds:g}{' --doll' * doll}"
+    )
+    kernels = sdpa_kernel(KERNELS, set_priority=True) if torch.cuda.is_available() else nullcontext()
+    return _Experiment(preset, out, seconds, doll).run(kernels, record or out, {"command": command})
+
+
+class _Experiment:
+    def __init__(self, preset: Preset, out: Path, limit: float, doll: bool) -> None:
+        self.preset, self.out, self.limit, self.doll = preset, out, limit, doll
+        self.begun, self.sums = time.perf_counter(), {}
+        self.seconds: dict[str, float] = {}  # of readings and questions, by kind; of a step, by its way's window
+        self.tokenizer = load_tokenizer(locate_base(preset))
+        new = preset.extension.window
+        data, lengths = preset.data, (new, new // 2)
+        if doll:
+            data, lengths = (
+                replace(data, sources=data.sources[-1:], held_out={data.sources[-1]: 2}),
+                (new // 2, new // 2),
+            )
+        training, texts, self.about = read_texts(data, self.tokenizer, lengths, more=not doll)
+        self.texts = texts[:2] if doll else texts
+        self.about = self.about[: len(self.texts)]
+        self.step_tokens = new // 2
+        self.documents = [document for document in training if document.tokens >= self.step_tokens]
+        asked = [preset.base.window * factor for factor in (1, 2, 4)]
+        long = {text.source: text for text in reversed(self.texts) if text.tokens == lengths[0]}  # one of each kind
+        chosen = list(long.values())[-5:]
+        self.haystacks = haystacks(chosen[: 1 if doll else 5], self.tokenizer, asked, keys=4 if doll else 20)
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def write(self, kind: str, **row: Any) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / "results.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": kind, **row, "at": round(self.elapsed(), 2)}) + "\n")
+
+    def read(self, name: str, model: Model, ways: Sequence[str], longest: int, **about: Any) -> None:
+        """Read all texts with full context ("full") or in windows ("window"), and ask behind up to `longest` tokens."""
+        window = self.preset.base.window
+        for way in ways:
+            begin, rows = time.perf_counter(), []
+            for text in self.texts:
+                rows.append(
+                    token_nll(model, text) if way == "full" else sliding_window(nll_in_windows(model, text, window))
+                )
+            sums = np.full((len(rows), max(text.tokens for text in self.texts) // BIN), np.nan, dtype=np.float32)
+            for line, costs in zip(sums, rows, strict=True):  # position 0 costs nothing
+                bins = np.concatenate([[0.0], costs]).reshape(-1, BIN).sum(axis=1, dtype=np.float64)
+                line[: len(bins)] = bins
+            self.sums[f"{name}/{way}"] = sums
+            write_arrays(self.out / "nll.npz", self.sums)
+            self.seconds[way] = time.perf_counter() - begin
+            self.write("nll", name=name, way=way, seconds=round(self.seconds[way], 2), **about)
+            print(f"{self.elapsed():6.0f} s  {name} {way}: {np.nansum(sums) / np.isfinite(sums).sum() / BIN:.4f} nats")
+        if longest:
+            begin = time.perf_counter()
+            table = [row for stack in self.haystacks if stack.length <= longest for row in ask(model, stack)]
+            self.seconds[f"ask {longest}"] = time.perf_counter() - begin
+            self.write("retrieval", name=name, columns=COLUMNS, rows=table, **about)
+
+    def arm(self, way: Way, steps: int) -> Arm:
+        """A new arm with the sequences of `steps` steps."""
+        per_step = max(self.step_tokens // way.window, 1)
+        settings = replace(
+            self.preset.training,
+            **{"window": way.window, "reach": way.reach, "pack": False, "attention": "sdpa", "steps": steps},
+            **{"sequences_per_step": per_step, "sequences_at_once": 1, "long_document_weight": 2.0},
+            **{"self_quoting_share": way.quoting, "seed": way.seed},
+        )
+        sequences = draw_sequences(self.documents, settings, self.tokenizer)
+        lora = replace(self.preset.lora, rank=RANK, alpha=ALPHA)
+        model = add_lora(load(self.preset, way.rope, four_bit=True), lora, seed=way.seed)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        usable = sum(document.tokens for document in self.documents)
+        about = {"window": way.window, "reach": way.reach, "rope_base": way.rope.base, "quoting": way.quoting}
+        self.write("arm", arm=way.label, **about, seed=way.seed, usable_tokens={"all": usable})
+        return Arm(way, model, sequences, per_step, optimizer)
+
+    def train(self, arm: Arm, first: int, rates: list[float], what: str) -> None:
+        if not rates:
+            return
+        begin = time.perf_counter()
+        arm.model.train()
+        losses = [arm.step(first + index, rate) for index, rate in enumerate(rates)]
+        arm.model.eval()
+        per_step = (time.perf_counter() - begin) / len(rates)
+        self.seconds[f"step {arm.way.window}"] = per_step
+        tokens = arm.per_step * arm.way.window
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+        speed = {"seconds_per_step": per_step, "tokens_per_second": tokens / per_step, "peak_gib": peak}
+        about = {
+            "first_step": first,
+            "steps": len(rates),
+            "tokens_per_step": tokens,
+            "loss": np.round(losses, 4).tolist(),
+        }
+        self.write("training", arm=arm.way.label, what=what, **about, **speed)
+        if not np.isfinite(losses).all():
+            raise RuntimeError(f"{arm.way.label} diverged: a loss is not finite")
+
+    def give(self, arm: Arm, steps: int, sixteen_bit: bool) -> None:
+        """Train the trunk to where the dose's branch leaves it, then the branch; read there, and go back."""
+        decay = max(round(steps * DECAY), 1)
+        trunk, way = steps - decay, arm.way
+        rates = [RATE * min((index + 1) / WARMUP_STEPS, 1.0) for index in range(arm.done, trunk)]
+        self.train(arm, arm.done, rates, "trunk")
+        arm.done, saved = max(trunk, arm.done), arm.snapshot()
+        dose = steps * arm.per_step * way.window
+        self.train(arm, trunk, [RATE * (1 - index / decay) for index in range(decay)], f"branch to {dose}")
+        about = {"arm": way.label, "tokens_trained": dose, "weights": "nf4"}
+        ways, longest = (("full", "window"), 4) if way.full_context else (("window",), 1)
+        self.read(f"{way.label}-{dose}", arm.model, ways, longest * self.preset.base.window, **about)
+        if sixteen_bit:
+            layers, exact = linear_layers(arm.model), linear_layers(load(self.preset, way.rope, four_bit=False))
+            four_bit = [layer.weight.data for layer in layers]
+            for layer, other in zip(layers, exact, strict=True):
+                layer.weight.data = other.weight.data
+            self.read(f"{way.label}-{dose}-16bit", arm.model, ways, 0, **{**about, "weights": "bf16"})
+            for layer, weight in zip(layers, four_bit, strict=True):
+                layer.weight.data = weight
+        arm.restore(saved)
+
+    def expected(self, way: Way, steps: int) -> float:
+        """Seconds that so many steps and what is read after them take, by the slowest that was measured."""
+        known = {name: value for name, value in self.seconds.items() if name.startswith("step ")}
+        per_step = known.get(f"step {way.window}", 1.5 * max(known.values(), default=0.0))
+        readings = sum(value for name, value in self.seconds.items() if name not in known)
+        return 1.05 * (steps * per_step + readings) + 1.0
+
+    def run(self, kernels: AbstractContextManager, record: Path, provenance: dict[str, Any]) -> Path:
+        window, new = self.preset.base.window, self.preset.extension.window
+        lengths = [text.tokens for text in self.texts]
+        self.write("start", window=window, texts=lengths, heldout=self.about, device=device_name())
+        ways, arms = ways_of(self.preset), {}
+        plan = plan_of(STEPS, self.doll)
+        most = {key: max(max(doses) for other, doses, _ in plan if other == key) for key, _, _ in plan}
+        with kernels:
+            plain = ("window",), window
+            self.read(
+                "base",
+                load(self.preset, self.preset.base_rope, four_bit=False),
+                *plain,
+                tokens_trained=0,
+                weights="bf16",
+            )
+            for name, arm in (("base-nf4", "base"), ("raised-nf4", "rope_base_only"), ("yarn-nf4", "yarn")):
+                reading = plain if arm == "base" else (("full",), new)
+                model = load(self.preset, arm_scaling(self.preset, arm), four_bit=True)
+                self.read(name, model, *reading, tokens_trained=0, weights="nf4")
+            for key, doses, sixteen_bit in plan:
+                for steps in doses:
+                    done = arms[key].done if key in arms else 0
+                    needed = self.expected(ways[key], steps - done)
+                    if self.elapsed() + needed > self.limit:
+                        dose = steps * self.step_tokens
+                        self.write("left out", arm=ways[key].label, dose=dose, needed=round(needed, 1))
+                        break
+                    if key not in arms:
+                        arms[key] = self.arm(ways[key], most[key])
+                    self.give(arms[key], steps, sixteen_bit and steps == doses[-1])
+        self.write("end")
+        return write_dose_record(self.out, record, preset=self.preset.name, provenance=provenance)
