@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llama_long_utils.paths import write_atomically
+from llama_long_utils.progress import compared
 
 T = TypeVar("T")
 MINUTE = 60.0
@@ -117,7 +118,8 @@ class Cache:
             measure: gives one result, as JSON has it, for each of a few items.
             item_key: everything that an item's result depends on.
             at_once: items measured between two writes of the file.
-            progress: start of the lines that say how far it is, at most one a minute; empty: none.
+            progress: start of the lines that say how far it is, at most one a minute and none in a
+                stored output; empty: none.
         """
         path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
         done: dict[str, Any] = _read(path, lambda: _read_json(path, key)) or {}
@@ -129,7 +131,7 @@ class Cache:
             results = measure([items[number] for number in part])
             done |= {keys[number]: result for number, result in zip(part, results, strict=True)}
             _write_json(path, key, done)
-            if progress and time.monotonic() - said > MINUTE:
+            if progress and time.monotonic() - said > MINUTE and not compared():
                 said = time.monotonic()
                 count = len(items) - len(waiting) + first + len(part)
                 print(f"{progress}: {count:,} of {len(items):,}", flush=True)
