@@ -115,10 +115,9 @@ def _with_loss(plain_forward: Any) -> Any:
 def next_token_nll(
     hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *, reduction: str = "sum", chunk: int = CHUNK
 ) -> torch.Tensor:
-    """Negative log-likelihood of each next token, in nats, in fp32.
+    """Negative log-likelihood of each next token, in nats, in fp32, from hidden states (batch, length, hidden).
 
     Args:
-        hidden: shape (batch, length, hidden).
         head: the linear map to the vocabulary, without bias.
         labels: shape (batch, length), not shifted; positions with label -100 count nothing.
         reduction: "sum" for a scalar (0 if no label counts), "sequence" for shape (batch,), "none" for shape
@@ -133,20 +132,16 @@ def labelled_nll(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *,
     """Nats of each label, shape (batch, length), fp32, where hidden[b, t] predicts labels[b, t]; 0 where it is -100."""
     flat = hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype)
     labels = labels.reshape(-1).to(hidden.device)
-    nll = _ChunkedNLL.apply(flat, head.weight, labels, _counted(labels), chunk, torch.is_grad_enabled())
+    # The ledger's fake tensors have no data to tell by, so there all labels count.
+    fake = isinstance(labels, FakeTensor)
+    counted = torch.arange(len(labels)) if fake else (labels != IGNORED_LABEL).nonzero()[:, 0]
+    nll = _ChunkedNLL.apply(flat, head.weight, labels, counted, chunk, torch.is_grad_enabled())
     return nll.reshape(hidden.shape[:2])
 
 
 def _shifted(labels: torch.Tensor) -> torch.Tensor:
     """The label of each position's next token; the last has none."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-
-
-def _counted(labels: torch.Tensor) -> torch.Tensor:
-    """Places of the labels that count. Fake tensors (the ledger's) have no data to tell by: all of them."""
-    if isinstance(labels, FakeTensor):
-        return torch.arange(len(labels), device=labels.device)
-    return (labels != IGNORED_LABEL).nonzero()[:, 0]
 
 
 class _ChunkedNLL(torch.autograd.Function):
