@@ -15,8 +15,8 @@ from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, save_adapter
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.weights import weights_sha256
+from llama_long_utils.paths import file_sha256
 from llama_long_utils.settings import METHODS, MemorySavings, TrainingSettings
-from llama_long_utils.training import trainer
 from llama_long_utils.training.trainer import CHECKSUMS, StepLog, last_whole_checkpoint, run_key, train
 
 SETTINGS = TrainingSettings(
@@ -274,7 +274,7 @@ def test_code_in_a_checkpoint_is_not_executed(base_folder, stopped_run, tmp_path
     shutil.rmtree(folder / "checkpoint-5")
     torch.save({"state": Malicious(tmp_path / "executed")}, folder / "checkpoint-4" / name)
     sums = json.loads((folder / "checkpoint-4" / CHECKSUMS).read_text())
-    sums[name] = trainer._sha256(folder / "checkpoint-4" / name)
+    sums[name] = file_sha256(folder / "checkpoint-4" / name)
     (folder / "checkpoint-4" / CHECKSUMS).write_text(json.dumps(sums))
     assert last_whole_checkpoint(folder) is not None
     with pytest.raises(Exception, match=r"[Ww]eights.only"):

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llama_long_utils.cache import Cache
-from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.data.sequences import draw_sequences
 from llama_long_utils.data.sources import read_documents
 from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, save_adapter
@@ -84,12 +83,20 @@ def train_adapter(
         },
         versions=package_versions(),
     )
+
+    def work() -> list[dict[str, float]]:
+        model = load_base(base, scaling, dtype=preset.base.dtype, attention=settings.attention)
+        model = add_lora(model, preset.lora, seed=settings.seed)
+        room = preset.memory_gib * USABLE - plan.device_gib
+        log = train(model, sequences, settings, folder, report_every=progress, gaps_gib=room / 2)
+        save_adapter(model, card, folder / "adapter")
+        return log
+
     with _alone(folder):
         if not _is_whole(folder / "adapter"):
             log_file.unlink(missing_ok=True)
-        room = preset.memory_gib * USABLE - plan.device_gib
         try:
-            log = runs.value(name, lambda: _train(preset, base, sequences, settings, card, folder, progress, room / 2))
+            log = runs.value(name, work)
         except (OSError, RuntimeError) as error:  # torch does not say that a disk is full
             if shutil.disk_usage(folder.parent).free > FULL:
                 raise
@@ -98,23 +105,6 @@ def train_adapter(
                 f"whole checkpoint ({error})"
             ) from error
     return TrainedAdapter(folder / "adapter", log, settings, card.training["tokens"])
-
-
-def _train(
-    preset: Preset,
-    base: Path,
-    sequences: list[TrainingSequence],
-    settings: TrainingSettings,
-    card: AdapterCard,
-    folder: Path,
-    progress: int,
-    gaps_gib: float,
-) -> list[dict[str, float]]:
-    model = load_base(base, card.rope, dtype=preset.base.dtype, attention=settings.attention)
-    model = add_lora(model, preset.lora, seed=settings.seed)
-    log = train(model, sequences, settings, folder, report_every=progress, gaps_gib=gaps_gib)
-    save_adapter(model, card, folder / "adapter")
-    return log
 
 
 def _check_size(settings: TrainingSettings) -> None:

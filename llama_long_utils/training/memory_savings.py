@@ -1,9 +1,8 @@
 """Less memory with the same gradients: recomputed layers, tiles over the sequence, checkpoints on the host."""
 
-import functools
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ContextDecorator, suppress
 from typing import Any
 
 import torch
@@ -114,7 +113,7 @@ def _tiled(forward: Forward, tile: int) -> Forward:
     return run
 
 
-class OffloadedCheckpoints(saved_tensors_hooks):
+class OffloadedCheckpoints(saved_tensors_hooks, ContextDecorator):
     """Inside it, the hidden states that checkpointing keeps wait in pinned host memory instead of on the GPU.
 
     Copies are queued behind the layer that made them, on the same stream: the host does not wait for them, the next
@@ -204,11 +203,4 @@ PINNED = HostBuffers(_page_locked, _unlock)
 def offload_checkpoints(model: PreTrainedModel | PeftModel) -> None:
     """Let every forward pass of the decoder leave its checkpoints on the host."""
     decoder = causal_lm(model).model
-    plain_forward = decoder.forward
-
-    @functools.wraps(plain_forward)
-    def forward(*arguments: Any, **options: Any) -> Any:
-        with OffloadedCheckpoints(decoder.config.hidden_size):
-            return plain_forward(*arguments, **options)
-
-    decoder.forward = forward
+    decoder.forward = OffloadedCheckpoints(decoder.config.hidden_size)(decoder.forward)

@@ -4,7 +4,6 @@ The loss is in the model (`patch_loss`). A callback adds tokens, speed and memor
 that are not finite, and seals each checkpoint with checksums, by which a broken one is recognised.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -16,21 +15,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from llama_long_utils.cache import digest
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.loss import patch_loss
-from llama_long_utils.paths import write_atomically
+from llama_long_utils.paths import file_sha256, write_atomically
 from llama_long_utils.progress import headless
 from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import TrainingSettings
@@ -157,9 +148,9 @@ class StepLog(TrainerCallback):
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             print(f"step {row['step']:,} of {len(self.tokens):,}: loss {row['loss']:.3f}, {speed}", flush=True)
 
-    def on_save(self, arguments: TrainingArguments, state: TrainerState, _: TrainerControl, **_options: Any) -> None:
+    def on_save(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
         folder = Path(arguments.output_dir) / f"checkpoint-{state.global_step}"
-        sums = {path.name: _sha256(path) for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS}
+        sums = {path.name: file_sha256(path) for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS}
         write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
 
 
@@ -183,7 +174,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             sums = json.loads((path / CHECKSUMS).read_text())
-            broken = [name for name, checksum in sums.items() if _sha256(path / name) != checksum]
+            broken = [name for name, checksum in sums.items() if file_sha256(path / name) != checksum]
             broken += sorted(NEEDED - set(sums))
         except (OSError, ValueError, AttributeError) as error:
             broken = [f"{CHECKSUMS} ({type(error).__name__})"]
@@ -192,11 +183,6 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         print(f"{path.name} of {folder.name} is not whole and is passed over: {', '.join(broken)}", flush=True)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 VERSION = 2  # of what a run computes: raise it when this loop, the loss, `load_base` or `add_lora` change its numbers
