@@ -135,6 +135,16 @@ def test_three_layers_at_two_short_lengths_give_the_peak_of_any_step(memory_savi
     assert derived[HOST] == pytest.approx(host, rel=1e-6)
 
 
+@pytest.mark.parametrize(("hidden", "tiles"), [(1024, 0), (2048, 16), (4096, 32)])
+def test_models_as_wide_as_a_run_is_long_have_a_peak_too(hidden, tiles):
+    """Offloading knows a hidden state by its shape, (batch, length, hidden): a run must not be that long."""
+    wide = LlamaConfig(**{**config(4).to_dict(), "hidden_size": hidden, "head_dim": hidden // 8})
+    savings = replace(CHECKPOINTED, tile=8192 // tiles if tiles else 0, offload_checkpoints=True)
+    found = ledger(wide, LORA, replace(SHAPE, length=8192, memory_savings=savings))
+    # One for each layer; of the last norm, one in bf16 and two in fp32.
+    assert found[HOST] == pytest.approx((4 + 1 + 2 * 2) * 8192 * hidden * 2, rel=0.01)
+
+
 def test_a_first_layer_that_is_plain_counts_at_most_two_hidden_states_too_much():
     shape = replace(SHAPE, length=4096, memory_savings=PLAIN)
     whole, _host = run_whole(config(5), shape)

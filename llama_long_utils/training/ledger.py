@@ -229,6 +229,11 @@ def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np
     shape = replace(shape, accumulated=False, memory_savings=savings)
     tiles = min(MOST_TILES, shape.sequences * shape.length // savings.tile) if savings.tile else 0
     short = max(SHORT, 64 * tiles)
+    if config.hidden_size in (
+        short,
+        2 * short,
+    ):  # then offloading takes other tensors for hidden states, by their shape
+        short = short * 3 // 2
     if shape.length <= short:
         trace = dict(_kept_trace(*model, shape))
     else:
