@@ -1,9 +1,18 @@
-"""How all figures look: one style, one colour for a method everywhere, one way to save."""
+"""How all figures look: one style, one colour and marker for a method everywhere, one way to draw and save.
+
+Colours of what is compared differ in hue and lightness, also for the colour-blind, and in their markers; every one has
+a contrast of at least 3 on white.
+"""
 
 import io
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import PIL.Image
 import seaborn as sns
 from IPython.display import Image, Markdown, display
@@ -11,86 +20,62 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# One colour for an arm, a method or a component in all figures.
-_PALETTE = sns.color_palette("colorblind")
-COLOURS = {
-    "base": _PALETTE[3],
-    "rope_base_only": _PALETTE[2],
-    "yarn": _PALETTE[5],
-    "extended": _PALETTE[0],
-    "rope_unchanged": _PALETTE[1],
-    "sliding_window": (0.35, 0.35, 0.35),
+RED, TEAL, PURPLE, BLUE, BLACK, GREY = "#bf3a0a", "#00917c", "#4b1d73", "#0072b2", "#1a1a1a", "#6e6e6e"
+AMBER, GREEN, PINK, SKY = "#b37c00", "#2b5a12", "#c2359f", "#2e8fce"
+
+# Label, colour and marker of everything that is compared.
+ARMS = {
+    "base": ("base", RED, "o"),
+    "rope_base_only": ("base, only RoPE base raised", TEAL, "^"),
+    "yarn": ("base, YaRN", PURPLE, "X"),
+    "extended": ("extended (LoRA)", BLUE, "s"),
+    "rope_unchanged": ("trained, RoPE unchanged", BLACK, "D"),
+    "sliding_window": ("base, sliding window", GREY, ""),
 }
-LABELS = {
-    "base": "base",
-    "rope_base_only": "base, only RoPE base raised",
-    "yarn": "base, YaRN",
-    "extended": "extended (LoRA)",
-    "rope_unchanged": "trained, RoPE unchanged",
-    "sliding_window": "base, sliding window",
+METHODS = {
+    "none": ("RoPE, unscaled", RED, "o"),
+    "pi": ("PI", AMBER, "v"),
+    "abf": ("ABF", BLUE, "s"),
+    "ntk": ("NTK-aware", TEAL, "^"),
+    "dynamic_ntk": ("dynamic NTK", GREEN, "P"),
+    "ntk_by_parts": ("NTK by parts (Llama 3)", PINK, "D"),
+    "yarn": ("YaRN", PURPLE, "X"),
+    "longrope": ("LongRoPE", SKY, "*"),
+    "xpos_abf": ("xPos ABF", BLACK, "h"),
+    "proportional": ("proportional", GREY, "<"),
 }
-METHOD_COLOURS = {
-    "none": _PALETTE[3],
-    "pi": _PALETTE[1],
-    "abf": _PALETTE[0],
-    "ntk": _PALETTE[2],
-    "dynamic_ntk": _PALETTE[9],
-    "ntk_by_parts": _PALETTE[4],
-    "yarn": _PALETTE[5],
-    "longrope": _PALETTE[6],
-    "xpos_abf": (0.2, 0.2, 0.2),
-    "proportional": _PALETTE[8],
+TRAININGS = {
+    "full-length": ("full length", BLUE, "s"),
+    "short": ("short", RED, "o"),
+    "pose": ("PoSE", TEAL, "^"),
+    "s2": ("S2-Attn", AMBER, "v"),
 }
-METHOD_LABELS = {
-    "none": "RoPE, unscaled",
-    "pi": "PI",
-    "abf": "ABF",
-    "ntk": "NTK-aware",
-    "dynamic_ntk": "dynamic NTK",
-    "ntk_by_parts": "NTK by parts (Llama 3)",
-    "yarn": "YaRN",
-    "longrope": "LongRoPE",
-    "xpos_abf": "xPos ABF",
-    "proportional": "proportional",
-}
-TRAINING_COLOURS = {
-    "full-length": _PALETTE[0],
-    "short": _PALETTE[3],
-    "pose": _PALETTE[2],
-    "s2": _PALETTE[1],
-    "short-equal-seconds": _PALETTE[3],
-    "pose-equal-seconds": _PALETTE[2],
-    "s2-equal-seconds": _PALETTE[1],
-}
-TRAINING_LABELS = {
-    "full-length": "full length",
-    "short": "short",
-    "pose": "PoSE",
-    "s2": "S2-Attn",
-    "short-equal-seconds": "short, equal seconds",
-    "pose-equal-seconds": "PoSE, equal seconds",
-    "s2-equal-seconds": "S2-Attn, equal seconds",
-}
+TRAININGS |= {f"{name}-equal-seconds": (f"{TRAININGS[name][0]}, equal seconds", *TRAININGS[name][1:])
+              for name in ("short", "pose", "s2")}  # fmt: skip
+KINDS = {"arm": ARMS, "method": METHODS, "training": TRAININGS}
+COLOURS, METHOD_COLOURS, TRAINING_COLOURS = ({name: one[1] for name, one in kind.items()} for kind in KINDS.values())
+LABELS, METHOD_LABELS, TRAINING_LABELS = ({name: one[0] for name, one in kind.items()} for kind in KINDS.values())
 # Components of a step's memory (memory.COMPONENTS).
 COMPONENT_COLOURS = {
-    "weights": (0.55, 0.55, 0.55),
-    "adapters": _PALETTE[9],
-    "gradients": _PALETTE[2],
-    "optimizer": _PALETTE[8],
-    "saved": _PALETTE[0],
-    "loss": _PALETTE[3],
-    "backward": _PALETTE[1],
+    "weights": GREY,
+    "adapters": SKY,
+    "gradients": TEAL,
+    "optimizer": AMBER,
+    "saved": BLUE,
+    "loss": RED,
+    "backward": PURPLE,
 }
 
 
 def use_style() -> None:
     """Set the one style of all figures."""
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    sns.set_theme(context="notebook", style="ticks")
     plt.rcParams.update(
         {
             "figure.figsize": (8.0, 4.2),
             "figure.dpi": 110,
             "figure.constrained_layout.use": True,
+            "axes.prop_cycle": plt.cycler(color=[BLUE, RED, TEAL, PURPLE, AMBER, PINK, BLACK, GREY]),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 12,
@@ -105,12 +90,88 @@ def use_style() -> None:
             "legend.frameon": False,
             "legend.fontsize": 10,
             "lines.linewidth": 1.8,
+            "lines.markersize": 5,
         }
     )
 
 
+def look(name: str, kind: str = "arm") -> dict[str, Any]:
+    """Label, colour, marker and line style of an arm, a "method" or a "training", for any of matplotlib's plots."""
+    label, colour, marker = KINDS[kind][name]
+    return {"label": label, "color": colour, "marker": marker, "linestyle": "-" if marker else "--"}
+
+
+def by_position(axes: Axes, table: pd.DataFrame, *, value: str = "nll", name: str = "arm", kind: str = "arm") -> None:
+    """Lines over the middles of position buckets, with bands from low to high where the table has them.
+
+    Args:
+        table: columns `name`, position_low, position_high, `value` and, for bands, low and high. Arms without a
+            marker (controls) are dashed and have no band.
+    """
+    ticks = set()
+    for one, rows in table.groupby(name, sort=False):
+        form = look(one, kind)
+        centre = np.sqrt(rows.position_low * rows.position_high)
+        axes.plot(centre, rows[value], markersize=4, **form)
+        if "low" in rows and form["marker"]:
+            axes.fill_between(centre, rows.low, rows.high, color=form["color"], alpha=0.15, linewidth=0)
+        ticks |= {*rows.position_low, *rows.position_high}
+    first, last = np.ceil(np.log2(max(1, min(ticks)))), np.floor(np.log2(max(ticks)))
+    token_axis(axes, [2 ** int(power) for power in np.arange(first, last + 1)], "position in the text (tokens)")
+
+
+def intervals(
+    axes: Axes,
+    table: pd.DataFrame,
+    *,
+    row: str,
+    colour: str | None = None,
+    kind: str = "arm",
+    value: str = "value",
+    samples: str | None = None,
+    zero: float | None = None,
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """One line of the figure for each value of column `row`, top down: a marker at `value`, a bar from low to high.
+
+    Where low is missing there were fewer than eight samples, and the samples themselves are drawn.
+
+    Args:
+        table: columns `row`, `value`, low, high and those named by the other arguments.
+        colour: column that tells markers in one line apart; they stand below each other.
+        samples: column with a sequence of numbers in each cell, or None.
+        zero: where to draw the line of no difference.
+        styles: how the values of `colour` look, in place of `look(value, kind)`.
+    """
+    names = list(dict.fromkeys(table[row]))
+    groups = list(dict.fromkeys(table[colour])) if colour else [None]
+    for number, group in enumerate(groups):
+        part = table[table[colour] == group] if colour else table
+        form = {"color": BLUE, "marker": "o"} if group is None else dict((styles or {}).get(group) or look(group, kind))
+        form.pop("linestyle", None)
+        heights = np.array([names.index(one) for one in part[row]]) + 0.22 * (number - (len(groups) - 1) / 2)
+        axes.hlines(heights, part.low, part.high, color=form["color"], linewidth=1.6)
+        axes.scatter(part[value], heights, s=34, zorder=3, **{**form, "marker": form["marker"] or "|"})
+        for height, numbers in zip(heights, part[samples] if samples else (), strict=False):
+            axes.scatter(numbers, [height] * len(numbers), s=16, facecolors="none", edgecolors=form["color"], zorder=2)
+    if zero is not None:
+        axes.axvline(zero, color="0.35", linewidth=1)
+    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axes.grid(axis="y", visible=False)
+
+
+def mark_window(axes: Axes, window: int, text: str = "old window") -> None:
+    """A dotted line at a window's end, named at its top."""
+    axes.axvline(window, color="0.4", linestyle=":", linewidth=1.2)
+    place = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "va": "top"}
+    axes.annotate(text, (window, 1), xycoords=("data", "axes fraction"), fontsize=9, color="0.35", **place)
+
+
 def save_figure(figure: Figure, folder: Path, slug: str, number: str, caption: str, alt: str) -> None:
-    """Write folder/SLUG.png, show it with alt text, and print its caption under it.
+    """Write folder/SLUG.png, show it, and under it print its caption and what it shows in words.
+
+    The words stand in the output's text. JupyterLab and nbconvert drop the alt text of an image's metadata, and an
+    `<img>` with its data inside is removed from notebooks that JupyterLab does not trust yet.
 
     Args:
         slug: "NN_what_it_shows".
@@ -126,10 +187,11 @@ def save_figure(figure: Figure, folder: Path, slug: str, number: str, caption: s
     # 256 colours are enough for a plot and take a third of the bytes in the notebook.
     PIL.Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
     display(Image(data=path.read_bytes(), alt=alt, width=int(figure.get_figwidth() * 100)))
-    display(Markdown(f"**Figure {number}.** {caption}"))
+    words = f"<details><summary>The figure in words</summary>\n\n{escape(alt, quote=False)}\n\n</details>"
+    display(Markdown(f"**Figure {number}.** {caption}\n\n{words}"))
 
 
-def token_axis(axes: Axes, ticks: list[int], label: str) -> None:
+def token_axis(axes: Axes, ticks: Sequence[int], label: str) -> None:
     """A logarithmic x axis in tokens with ticks written 512, 1,024, 4K, ..."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))

@@ -1,12 +1,28 @@
-"""What every notebook does: it starts with checked parameters, checks claims and states findings."""
+"""What every notebook does: it starts with checked parameters, checks claims, says what it found and saves it."""
 
+import ast
+import inspect
+import json
 import logging
+import math
+import shutil
+import time
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown, display
+
+from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import preset_from_parameters
 from llama_long_utils.progress import headless
+from llama_long_utils.records import recorded, write_arrays, write_record
 from llama_long_utils.settings import Preset
+
+_run: dict[str, Any] = {}  # of the notebook in this kernel: when it started, with which parameters
 
 
 def check(claim: str, holds: bool) -> None:
@@ -21,6 +37,32 @@ def finding(claim: str, holds: bool) -> None:
     print(f"{'holds' if holds else 'does not hold'}: {claim}")
 
 
+def say(text: str) -> None:
+    """Show prose with measured numbers in it: Markdown, indented as the code is."""
+    display(Markdown(inspect.cleandoc(text)))
+
+
+def measured(value: float, low: float = math.nan, high: float = math.nan, *, digits: int = 2, sign: bool = True) -> str:
+    """A number for prose, with its interval if there is one: "-0.083 [-0.104, -0.062]"."""
+    form = f"{'+' if sign else ''}z,.{digits}f"
+    interval = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+    return f"{value:{form}}{interval}"
+
+
+def show_table(table: pd.DataFrame, digits: int = 2) -> None:
+    """Show a table as Markdown, which nbval compares: columns as they are named, floats with so many digits."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return "-" if math.isnan(value) else f"{value:z,.{digits}f}"
+        return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
+
+    numbers = [pd.api.types.is_numeric_dtype(table[name]) for name in table]
+    lines = [[str(name) for name in table], ["---:" if number else "---" for number in numbers]]
+    lines += [[text(value) for value in row] for row in table.itertuples(index=False, name=None)]
+    display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
+
+
 def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
     """The preset of a notebook, after its parameters were checked. Sets the style and silences the libraries.
 
@@ -29,6 +71,7 @@ def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
         parameters: the notebook's parameters and their types, see `preset_from_parameters`.
     """
     preset = preset_from_parameters(namespace, parameters)
+    _run.update(started=time.perf_counter(), parameters={name: namespace[name] for name in parameters})
     for name in ("transformers", "peft", "torch", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
@@ -43,3 +86,60 @@ def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
     use_style()
     keep_freed_memory()
     return preset
+
+
+def live_or_recorded(
+    preset: Preset, slug: str, live: pd.DataFrame, table: str | None = None, *, own: bool = False
+) -> tuple[pd.DataFrame, str]:
+    """What to show, and where it comes from in words: a quick look's larger record if there is one, else `live`.
+
+    Args:
+        table: of the record; None: its arrays, which are columns.
+        own: the run is no quick look, or one of another adapter: show it.
+    """
+    record = None if own else recorded(preset.name, slug)
+    if record is None:
+        return live, "computed live"
+    return record.table(table) if table else pd.DataFrame(record.arrays), record.origin
+
+
+def save(
+    preset: Preset,
+    slug: str,
+    question: str,
+    tables: Mapping[str, pd.DataFrame],
+    arrays: Mapping[str, np.ndarray] | None = None,
+    seeds: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write runs/PRESET/records/SLUG.json, and SLUG.npz beside it; parts that were kept meanwhile are removed.
+
+    Time and parameters are those of the notebook since `start`. Seeds are, unless given, those of split and bootstrap.
+    """
+    folder, defaults = preset.run_folder, _defaults(slug)
+    changed = {name: value for name, value in _run["parameters"].items() if defaults.get(name, _run) != value}
+    if arrays:
+        write_arrays(folder / "records" / f"{slug}.npz", dict(arrays))
+    path = write_record(
+        folder / "records",
+        slug,
+        preset=preset.name,
+        question=question,
+        tables=dict(tables),
+        seeds=dict(seeds or {"split": preset.data.split_seed, "bootstrap": preset.evaluation.seed}),
+        seconds=time.perf_counter() - _run["started"],
+        parameters=changed,
+    )
+    shutil.rmtree(folder / "measuring" / slug[:2], ignore_errors=True)
+    print("recorded:", ", ".join(tables))
+    return path
+
+
+def _defaults(slug: str) -> dict[str, Any]:
+    """The parameters of a notebook as its file has them; none if it is not in notebooks/."""
+    path = REPOSITORY / "notebooks" / f"{slug}.ipynb"
+    cells = json.loads(path.read_bytes())["cells"] if path.is_file() else []
+    for cell in cells:
+        if "parameters" in cell["metadata"].get("tags", []):
+            lines = ast.parse("".join(cell["source"])).body
+            return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+    return {}

@@ -13,13 +13,15 @@ import platform
 import shlex
 import subprocess
 import zipfile
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_long_utils.paths import PUBLISHED, REPOSITORY, write_atomically
+from llama_long_utils.paths import PUBLISHED, REPOSITORY, RESULTS, write_atomically
 
 if TYPE_CHECKING:  # records are read by commands that must answer at once
     import pandas as pd
@@ -107,6 +109,37 @@ def read_record(path: Path) -> dict[str, Any]:
     if problems:
         raise ValueError(f"record {path}: {'; '.join(problems)}")
     return record
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured before: a committed record and the arrays beside it, each read when it is asked for."""
+
+    path: Path
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        return read_record(self.path)
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return read_arrays(self.path.with_suffix(".npz"))
+
+    @property
+    def origin(self) -> str:
+        """In words: when and on what it was recorded."""
+        return f"recorded by us {self.content['provenance']['date']} on {self.content['provenance']['device']}"
+
+    def table(self, name: str) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(self.content["tables"][name])
+
+
+def recorded(preset: str, slug: str) -> Record | None:
+    """The committed record of a preset under this name, or None."""
+    path = RESULTS / preset / f"{slug}.json"
+    return Record(path) if path.is_file() else None
 
 
 def read_table(path: Path, table: str) -> pd.DataFrame:
