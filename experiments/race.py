@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import experiments.attention  # noqa: F401 (registers xPos and S2-Attn)
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.sources import read_documents
 from llama_long_utils.evaluation.generation import write

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.signal import correlate
 
+from experiments.attention import S2_GROUPS
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import Bootstrap
-from llama_long_utils.model.attention import S2_GROUPS
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.records import read_arrays, read_table
 from llama_long_utils.settings import Preset, TrainingSettings

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 from conftest import PLAIN, new_llama
-from llama_long_utils.model.attention import S2_GROUPS, s2_attention
+from experiments.attention import S2_GROUPS, s2_attention
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.loss import hidden_states
 

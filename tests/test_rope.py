@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conftest import PLAIN, RAISED
-from llama_long_utils.model.attention import xpos_attention
+from experiments.attention import xpos_attention
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import hidden_states
 from llama_long_utils.rope import attention_score, inverse_frequencies, rotation, wavelengths, xpos_decay

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import experiments.attention  # noqa: F401 (registers s2)
 from conftest import LORA, RAISED, new_llama
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument

@@ -8,11 +8,12 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from llama_long_utils.model.attention import XPOS
 from llama_long_utils.model.loss import causal_lm
 from llama_long_utils.model.weights import LOCAL
 from llama_long_utils.rope import rotation
 from llama_long_utils.settings import Scaling
+
+XPOS = "xpos"  # this attention and "s2" are in experiments/attention.py
 
 
 def load_base(

@@ -1,4 +1,4 @@
-"""Attention that transformers does not have, plugged in through its interface: `load_base(..., attention=name)`."""
+"""Attention that transformers does not have: importing this file lets `load_base` build "xpos" and "s2"."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llama_long_utils.model.base import XPOS
 from llama_long_utils.rope import xpos_decay
 
-XPOS = "xpos"
 S2_GROUPS = 4  # LongLoRA's choice, arXiv:2309.12307, section 3.2
 
 
