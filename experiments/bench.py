@@ -33,6 +33,7 @@ from transformers import (
     default_data_collator,
 )
 
+from experiments.roofline import Rates, step_seconds
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.base import load_base
@@ -43,25 +44,8 @@ from llama_long_utils.records import write_record
 from llama_long_utils.settings import Lora, MemorySavings, Scaling
 from llama_long_utils.training import planner, trainer
 from llama_long_utils.training.host_memory import GAPS_GIB, keep_freed_memory
-from llama_long_utils.training.ledger import (
-    COMPONENTS,
-    HOST,
-    StepShape,
-    above_weights,
-    ledger,
-    random_llama,
-    training_steps,
-)
-from llama_long_utils.training.planner import (
-    GIB,
-    USABLE,
-    Rates,
-    leanest,
-    linear_shapes,
-    model_shape,
-    step_flops,
-    step_seconds,
-)
+from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger, random_llama, training_steps
+from llama_long_utils.training.planner import GIB, USABLE, leanest, linear_shapes, model_shape, step_flops
 from llama_long_utils.training.trainer import train
 
 FOLDER = REPOSITORY / "runs" / "bench"
@@ -395,6 +379,11 @@ def ledger_check() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def above_weights(counts: dict[str, int]) -> int:
+    """Bytes of a ledger's peak that are not there before the step: all but weights and adapters."""
+    return sum(counts[name] for name in COMPONENTS) - counts["weights"] - counts["adapters"]
 
 
 def in_words(memory_savings: MemorySavings, layers: int) -> str:

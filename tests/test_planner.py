@@ -3,11 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from conftest import LORA
+from experiments.roofline import MovedBytes, Rates, step_seconds
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import hidden_states
 from llama_long_utils.paths import REPOSITORY
@@ -19,14 +21,12 @@ from llama_long_utils.training.memory_savings import apply_memory_savings
 from llama_long_utils.training.planner import (
     GIB,
     USABLE,
-    Rates,
     attention_crossover,
     model_shape,
     plan,
     plan_training,
     predict,
     step_flops,
-    step_seconds,
     tile_for,
 )
 
@@ -181,6 +181,22 @@ def test_seconds_are_those_of_products_attention_and_memory_traffic():
     assert found["attention"] == flops["attention"] / 1e9
     twice = step_seconds(SMALL, LORA, replace(shape, length=2048), Rates(1e9, 1e9, 2e9))
     assert twice["memory"] == pytest.approx(found["memory"], rel=0.05)
+
+
+def test_what_computes_little_is_counted_by_the_bytes_that_it_moves():
+    counter = MovedBytes()
+    with FakeTensorMode(), counter:
+        one = torch.empty(512, 512)
+        one.view(-1)[1:].t()
+        one @ one
+        assert counter.moved == 0
+        one @ one[:, :8]  # thin
+        assert counter.moved == pytest.approx(one.nbytes, rel=0.05)
+        counter.enter("saved")
+        one + one.exp()
+        assert counter.moved == 5 * one.nbytes
+        one.copy_(one.exp())
+        assert counter.moved == 9 * one.nbytes
 
 
 def test_shapes_of_models_are_known_by_name():

@@ -22,7 +22,6 @@ import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig
 
 from llama_long_utils.cache import Cache
@@ -38,10 +37,8 @@ from llama_long_utils.training.random_llama import StepShape, random_llama, trai
 # backward pass makes: recomputed activations and their gradients.
 COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "saved", "loss", "backward")
 HOST = "host"  # what offloading keeps in host memory
-MOVED = "moved"  # what operations read and write that compute little: their time is that of the memory
-COLUMNS = (*COMPONENTS, HOST, MOVED)
+COLUMNS = (*COMPONENTS, HOST)
 ON_DEVICE = np.array([name in COMPONENTS for name in COLUMNS], dtype=float)
-INTENSITY = 20  # operations per byte, above which a matrix product counts as computing
 # Layers that are run: the first, whose input has no gradient; another recomputed one; a plain one. A first layer
 # that is plain counts like other plain ones, up to two hidden states too much.
 FIRST, RECOMPUTED, PLAIN = range(3)
@@ -49,7 +46,7 @@ LAYERS_RUN = 3
 SHORT = 1024  # tokens: up to here a step is run as it is
 MOST_TILES = 32  # more of them are counted as so many
 WARM_UP = 16  # tokens
-VERSION = 1  # of the numbers that are kept: raise it when they change
+VERSION = 2  # of the numbers that are kept: raise it when they change
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -68,22 +65,14 @@ class StorageTracker(TorchDispatchMode):
         self.segments: dict[str, list[tuple[int, ...]]] = {}
         self._current: list[tuple[int, ...]] = []
         self._live: dict[int, tuple[int, str]] = {}
-        self._counted: dict[Any, bool] = {}
-
-    @property
-    def moved(self) -> int:
-        """Bytes that operations read and wrote in this step."""
-        return self.now[MOVED]
 
     def counts(self) -> tuple[int, ...]:
         """What lives now, in the order of COLUMNS."""
         return tuple(self.now[name] for name in COLUMNS)
 
     def enter(self, component: str) -> None:
-        """What is allocated from now on belongs to this component; a new step starts with "saved"."""
+        """What is allocated from now on belongs to this component."""
         self.component = component
-        if component == "saved":
-            self.now[MOVED] = 0
         if component != "loss":  # goes with the last norm
             self.begin(component)
 
@@ -95,31 +84,16 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        options = options or {}
         if operator is torch.ops.prim.device.default:  # most calls by far: autograd asks again and again
             return arguments[0].fake_device
-        output = operator(*arguments, **options)
-        made, read = _tensors([output]), _tensors([*arguments, *options.values()])
-        for tensor in made:
+        output = operator(*arguments, **(options or {}))
+        for tensor in tensors_in([output]):
             self.add(tensor)
         if self.gpu and operator is ATTENTION_BACKWARD:
             workspace = attention_workspace(*arguments[1:3])
             self.now[self.component] += workspace
             self._current.append(self.counts())
             self.now[self.component] -= workspace
-        if operator not in self._counted:
-            # Attention and the products with 4-bit weights are counted by their operations, and `empty` moves nothing.
-            elsewhere = ("scaled_dot_product", "gemm_4bit", "aten::empty")
-            self._counted[operator] = not any(name in operator.name() for name in elsewhere)
-        known = {tensor.untyped_storage()._cdata for tensor in read}
-        is_new = any(tensor.untyped_storage()._cdata not in known for tensor in made)
-        if self._counted[operator] and (is_new or operator._schema.is_mutable):
-            if operator is torch.ops.aten.copy_.default:
-                read = read[1:]  # what is overwritten is not read
-            moved = sum(tensor.nbytes for tensor in read + made)
-            count = flop_registry.get(operator.overloadpacket)
-            if not count or count(*arguments, **options, out_val=output) < INTENSITY * moved:
-                self.now[MOVED] += moved
         return output
 
     def add(self, tensor: torch.Tensor, component: str | None = None) -> None:
@@ -157,14 +131,14 @@ def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
     return batch * heads * length * (4 * width + 4 + 4 * width * (key.shape[1] < heads))
 
 
-def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:
     """The tensors among an operator's arguments or results, those in lists too."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
+            found += tensors_in(value)
     return found
 
 
@@ -177,8 +151,7 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
         config: of the model; its linear layers are taken as NF4 with double quantisation, but for the head.
 
     Returns:
-        Bytes by name: those of COMPONENTS, whose sum is the peak; the most that offloading keeps on the "host"; and
-        what the step's operations read and write, but for attention and large matrix products, as "moved".
+        Bytes by name: those of COMPONENTS, whose sum is the peak, and the most that offloading keeps on the "host".
     """
     recomputed = min(shape.memory_savings.recomputed_layers, config.num_hidden_layers)
     plain, first = config.num_hidden_layers - recomputed, min(recomputed, 1)
@@ -209,16 +182,11 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     total = dict(zip(COLUMNS, highest.round().astype(int).tolist(), strict=True))
     if shape.accumulated:
         total["gradients"] = total["adapters"]  # as many, in the same type
-    return total | {HOST: round(host), MOVED: round(live[COLUMNS.index(MOVED)])}
+    return total | {HOST: round(host)}
 
 
 def _on_device(counts: np.ndarray) -> float:
     return counts @ ON_DEVICE
-
-
-def above_weights(counts: dict[str, int]) -> int:
-    """Bytes of a ledger's peak that are not there before the step: all but weights and adapters."""
-    return sum(counts[name] for name in COMPONENTS) - counts["weights"] - counts["adapters"]
 
 
 def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:

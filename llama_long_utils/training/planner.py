@@ -1,4 +1,4 @@
-"""What a training step costs before it is run: floating-point operations, seconds, memory, and the plan that fits.
+"""What a training step costs before it is run: floating-point operations, memory, and the plan that fits.
 
 A step of LoRA on frozen weights has no weight gradients but the adapters': its backward pass costs as much as
 its forward pass, not twice as much. Attention is counted causal (half of the square), as the kernels compute it.
@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from llama_long_utils.model.weights import model_config
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
-from llama_long_utils.training.ledger import COMPONENTS, HOST, MOVED, StepShape, ledger
+from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger
 
 GIB = 2**30
 USABLE = 0.92  # share of a device's memory that tensors can have: the driver takes some, and gaps between blocks
@@ -76,29 +76,6 @@ def step_flops(config: LlamaConfig, lora: Lora, length: int, memory_savings: Mem
         "adapters": sum((3 * layers + passes[name]) * cost for name, cost in adapters.items()),
         "attention": (7 * layers + 2 * recomputed) * attention // 2,  # backward: five products for two
         "head": 4 * config.hidden_size * config.vocab_size * length,
-    }
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a machine does per second: operations in large matrix products and in attention, bytes read and written."""
-
-    products: float
-    attention: float
-    bandwidth: float
-
-
-def step_seconds(config: LlamaConfig, lora: Lora, shape: StepShape, rates: Rates) -> dict[str, float]:
-    """Predicted seconds of a training step, by what they go to: a roofline, operation by operation.
-
-    The adapters' products are too thin to compute much, up to rank 20 or so: their time is in "memory", with that of
-    all other operations.
-    """
-    flops = step_flops(config, lora, shape.length, shape.memory_savings)
-    return {
-        "products": shape.sequences * (flops["linear"] + flops["head"]) / rates.products,
-        "attention": shape.sequences * flops["attention"] / rates.attention,
-        "memory": ledger(config, lora, shape)[MOVED] / rates.bandwidth,
     }
 
 
