@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -20,10 +19,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llama_long_utils.paths import write_atomically
-from llama_long_utils.progress import compared
+from llama_long_utils.progress import progress_bar
 
 T = TypeVar("T")
-MINUTE = 60.0
 KEY = "__key__"  # the member of an .npz that holds its key
 
 
@@ -118,23 +116,19 @@ class Cache:
             measure: gives one result, as JSON has it, for each of a few items.
             item_key: everything that an item's result depends on.
             at_once: items measured between two writes of the file.
-            progress: start of the lines that say how far it is, at most one a minute and none in a
-                stored output; empty: none.
+            progress: what is measured, for the bar that a person sees; default: the name.
         """
         path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
         done: dict[str, Any] = _read(path, lambda: _read_json(path, key)) or {}
         keys = [digest(item_key(item)) for item in items]
         waiting = [number for number, item_digest in enumerate(keys) if item_digest not in done]
-        said = time.monotonic()
-        for first in range(0, len(waiting), at_once):
-            part = waiting[first : first + at_once]
-            results = measure([items[number] for number in part])
-            done |= {keys[number]: result for number, result in zip(part, results, strict=True)}
-            _write_json(path, key, done)
-            if progress and time.monotonic() - said > MINUTE and not compared():
-                said = time.monotonic()
-                count = len(items) - len(waiting) + first + len(part)
-                print(f"{progress}: {count:,} of {len(items):,}", flush=True)
+        with progress_bar(progress or name, len(items), already=len(items) - len(waiting)) as report:
+            for first in range(0, len(waiting), at_once):
+                part = waiting[first : first + at_once]
+                results = measure([items[number] for number in part])
+                done |= {keys[number]: result for number, result in zip(part, results, strict=True)}
+                _write_json(path, key, done)
+                report(len(items) - len(waiting) + first + len(part))
         return [done[item_digest] for item_digest in keys]
 
 

@@ -18,7 +18,6 @@ from IPython.display import Markdown, display
 
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import preset_from_parameters
-from llama_long_utils.progress import headless
 from llama_long_utils.records import recorded, write_arrays, write_record
 from llama_long_utils.settings import Preset
 
@@ -81,8 +80,7 @@ def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
 
     transformers_logging.set_verbosity_error()  # the import has set its own level
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if headless():
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # a bar of its own would stay in the stored outputs
     use_style()
     keep_freed_memory()
     return preset

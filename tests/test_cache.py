@@ -1,5 +1,4 @@
 import json
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,23 +69,6 @@ def test_a_file_that_is_not_whole_is_made_again_and_a_line_says_so(tmp_path, kin
     assert "is not whole" in capsys.readouterr().out
     np.testing.assert_equal(call(), expected)
     assert make.calls == 2
-
-
-@pytest.mark.parametrize(
-    ("modules", "variables", "lines"),
-    [((), {}, 2), (("ipykernel",), {}, 0), (("ipykernel",), {"JPY_SESSION_NAME": "x"}, 2)],
-)
-def test_lines_say_how_far_it_is_to_those_who_watch(tmp_path, capsys, monkeypatch, modules, variables, lines):
-    """And stay out of outputs that are compared: on a slow machine they were in notebook 8's."""
-    monkeypatch.setattr("llama_long_utils.cache.MINUTE", -1.0)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    for name in modules:
-        monkeypatch.setitem(sys.modules, name, sys)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    Cache(tmp_path, 1).items("x", ["one", "two"], list, item_key=str, progress="task")
-    assert capsys.readouterr().out.splitlines() == ["task: 1 of 2", "task: 2 of 2"][:lines]
 
 
 def test_a_file_under_another_results_name_is_not_taken_for_this_one(tmp_path):

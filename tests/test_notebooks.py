@@ -5,11 +5,10 @@ import re
 import subprocess
 import sys
 
-import matplotlib
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
-from llama_long_utils import settings
 from llama_long_utils.notebooks import check, finding
 from llama_long_utils.paths import REPOSITORY
 from tools.readme import write_generated
@@ -127,22 +126,34 @@ def test_check_can_fail(capsys):
     assert capsys.readouterr().out == "does not hold: one is two\n"
 
 
-@pytest.mark.parametrize("notebook", delivered(), ids=NAMES)
-def test_controls_work_where_somebody_watches(notebook, monkeypatch, tmp_path):
-    """Every notebook that asks `headless()` is executed as in JupyterLab, and each of its controls is moved."""
-    cells = code(nbformat.read(notebook.path, as_version=4))
-    if not any("headless()" in cell.source for cell in cells):
-        return
-    monkeypatch.setenv("JPY_SESSION_NAME", "notebook")
-    monkeypatch.setattr(settings, "REPOSITORY", tmp_path)
-    matplotlib.use("Agg")
-    namespace = {"__name__": "__main__"}
-    for cell in cells:
-        exec(cell.source, namespace)
-    control = namespace["control"]
-    assert namespace["METHODS"] == control.children[0].options
-    for method in control.children[0].options:
-        namespace["draw"](**{**control.kwargs, "method": method})
+def test_the_control_works_where_somebody_watches_and_starts_on_a_setting_that_shows_something(tmp_path):
+    """Executed in a kernel as JupyterLab starts it, where the only notebook with a control takes its other branch."""
+    with_control = [one for one in delivered() if "headless()" in one.path.read_text("utf-8")]
+    assert [one.slug for one in with_control] == ["02_rope_scaling"]
+    notebook = nbformat.read(with_control[0].path, as_version=4)
+    elsewhere = "from pathlib import Path\nfrom llama_long_utils import settings\n"
+    elsewhere += f"settings.REPOSITORY = Path({str(tmp_path)!r})"
+    moving = """
+first = {**common, **control.kwargs, "window": control.kwargs["factor"] * original_window}
+scaling = Scaling(**{name: value for name, value in first.items() if name != "factor"})
+slower = plain / rope.rotation(scaling, scaling.window)[0]
+assert slower.max() > 2 * slower.min(), "it starts on a flat line"
+assert new_angle_share(plain / slower).max() > 0.05, "it starts where no angle is new"
+picture, drawn = figures / "02_one_setting.png", 0
+for chosen in control.children[:3]:
+    for option in reversed(chosen.options):
+        value = option[1] if isinstance(option, tuple) else option
+        if value != chosen.value:
+            picture.unlink()
+            chosen.value = value
+            assert picture.is_file(), f"{chosen.description} = {value} draws nothing"
+            drawn += 1
+print(drawn, "settings drawn")
+"""
+    notebook.cells = [nbformat.v4.new_code_cell(elsewhere), *notebook.cells, nbformat.v4.new_code_cell(moving)]
+    NotebookClient(notebook).execute(env={**os.environ, "JPY_SESSION_NAME": "02_rope_scaling.ipynb"}, cwd=FOLDER)
+    settings = stdout(notebook.cells[-1]).split()
+    assert int(settings[0]) >= 15
 
 
 def head_of_first_notebook(folder, cells=8):

@@ -2,10 +2,15 @@
 
 import json
 import os
+import re
 import resource
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -21,12 +26,12 @@ METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "lang
 SMALL = Notebook("01_small", "Small", "Does it run?", needs_base=False)
 
 
-def write_small(folder, code="assert not fail, 'a cell failed'", prose="Prose."):
+def write_small(folder, code="assert not fail, 'a cell failed'", prose="Prose.", name="01_small"):
     notebook = nbformat.v4.new_notebook(metadata=METADATA)
     parameters = nbformat.v4.new_code_cell('preset = "tiny"  # a file in presets/\nfail = False  # whether it fails')
     parameters.metadata["tags"] = ["parameters"]
     notebook.cells = [parameters, nbformat.v4.new_markdown_cell(prose), nbformat.v4.new_code_cell(code)]
-    nbformat.write(notebook, folder / "01_small.ipynb")
+    nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
 @pytest.fixture
@@ -147,6 +152,107 @@ def test_what_cannot_be_written_is_one_line(preset, capsys):
     assert str(ended.value).startswith("error: ")
     assert "\n" not in str(ended.value)
     assert str(preset.run_folder) in str(ended.value)
+
+
+def left_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_read_only_run_folder_is_one_line_before_anything_is_executed(preset, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(type(preset), "run_folder", Path(folder) / "runs")
+        assert once(preset)
+        before, user = left_in(Path(folder)), os.geteuid()
+        done = preset.run_folder / "done"
+        Path(folder).chmod(0o755)
+        done.chmod(0o555)
+        if user == 0:  # root may write anywhere
+            os.seteuid(65534)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                run_command(lambda: once(preset, again=True))
+        finally:
+            os.seteuid(user)
+        assert str(ended.value) == f"error: cannot write to {done}: Permission denied; a run writes only there"
+        done.chmod(0o755)
+        assert left_in(Path(folder)) == before
+        assert not once(preset)
+
+
+def test_a_killed_kernel_is_one_line_and_what_others_left_stays(preset, tmp_path):
+    assert once(preset)
+    before = left_in(preset.run_folder)
+    write_small(tmp_path, code="import os; os.kill(os.getpid(), 9)", name="02_killed")
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: run(preset, [SMALL, replace(SMALL, slug="02_killed")], {}))
+    where = preset.run_folder / "notebooks"
+    reason = "the kernel of 02_killed was killed, most often for lack of memory"
+    assert str(ended.value) == f"error: {reason} (the notebook up to there: {where})"
+    assert before.items() <= left_in(preset.run_folder).items()
+    assert (where / "02_killed.ipynb").is_file()
+    assert not once(preset)
+
+
+RUNNER = """
+import sys
+import tempfile
+import time
+from pathlib import Path
+from llama_long_utils.commands import run_command
+from llama_long_utils.presets import load_preset
+from tools import sequence
+from tools.run import run
+from tools.sequence import Notebook
+
+preset, sequence.FOLDER = load_preset("tiny"), Path(sys.argv[1])
+type(preset).run_folder = sequence.FOLDER / "runs"
+run_command(lambda: run(preset, [Notebook("01_small", "Small", "Does it run?", needs_base=False)], {}))
+"""
+
+
+def start_runner(folder):
+    """A runner in a process of its own whose notebook waits for the file "go"; returned when it waits."""
+    here = "from pathlib import Path; import time; Path('here').touch()\n"
+    write_small(folder, code=f"{here}while not Path('go').exists():\n    time.sleep(0.1)")
+    command = [sys.executable, "-c", RUNNER, str(folder)]
+    runner = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (folder / "here").exists():
+        assert runner.poll() is None, runner.stderr.read()
+        time.sleep(0.1)
+    return runner
+
+
+def test_the_second_of_two_runners_is_refused_and_the_first_ends_as_if_alone(preset, tmp_path):
+    runner = start_runner(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: once(preset, again=True))
+    (tmp_path / "go").touch()
+    out, err = runner.communicate()
+    assert str(ended.value) == "error: another run is executing 01_small: wait until it has ended, or stop it"
+    assert (runner.returncode, err) == (0, "")
+    assert "[1/1] 01_small ..." in out
+    assert not once(preset)
+
+
+def test_an_interrupted_runner_says_nothing_but_that(tmp_path):
+    """Some kernels used to print "[IPKernelApp] ERROR | KeyboardInterrupt caught in kernel" at shutdown."""
+    for _ in range(3):
+        runner = start_runner(tmp_path)
+        runner.send_signal(signal.SIGINT)
+        _, err = runner.communicate()
+        assert (runner.returncode, err) == (130, "interrupted\n")
+        (tmp_path / "here").unlink()
+
+
+def test_lines_say_how_far_a_long_cell_is(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.run.PAUSE", 0.3)
+    code = "import time\nfrom llama_long_utils.progress import track\nfor _ in track(range(6), 'training'):\n"
+    write_small(tmp_path, code=f"{code}    time.sleep(0.7)")
+    assert once(preset)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line: training: ")]
+    assert any(re.fullmatch(r"line: training: \d\d%, about 0:0\d left", line) for line in lines), lines
+    (notebook,) = outputs(SMALL, preset)
+    assert all(not cell.get("outputs") for cell in nbformat.read(notebook, as_version=4).cells)
 
 
 def test_interrupted_commands_end_as_shells_expect(capsys):

@@ -6,23 +6,30 @@ parameters, model, adapter and texts, and whose outputs are still as it left the
 
 import argparse
 import ast
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llama_long_utils.commands import run_command
 from llama_long_utils.paths import REPOSITORY, RESULTS, file_sha256, folder_state, write_atomically
 from llama_long_utils.presets import closest, load_preset
+from llama_long_utils.progress import FILE
 from llama_long_utils.settings import Preset
 from tools.sequence import Notebook, delivered
 
+PAUSE = 15.0  # seconds between two lines that say how far a notebook is
 LITERALS = {"none": None, "null": None, "true": True, "false": False}
 
 
@@ -100,23 +107,90 @@ def execute(
     Args:
         entry: name under which runs/PRESET/done remembers that it finished.
         line: start of its progress lines.
+
+    Raises:
+        RuntimeError: a cell failed, the kernel died, or another run is at this notebook.
+        OSError: the run folder cannot be written to.
     """
     done = preset.run_folder / "done"  # one file for each, so that runs side by side do not overwrite each other's
+    check_writable(done)
+    with _alone(done / f"{notebook.slug}.lock", notebook.slug):
+        return _execute_alone(notebook, preset, parameters, base_sha256, done / f"{entry}.json", line, again=again)
+
+
+def _execute_alone(
+    notebook: Notebook,
+    preset: Preset,
+    parameters: dict[str, Any],
+    base_sha256: str,
+    entry: Path,
+    line: str,
+    *,
+    again: bool,
+) -> bool:
     key = run_key(notebook, preset, parameters, base_sha256)
-    if not again and finished(done / f"{entry}.json", key):
+    if not again and finished(entry, key):
         print(f"{line}: finished before (--again runs it anew)", flush=True)
         return False
     print(f"{line} ...", flush=True)
-    for name in {entry, notebook.slug}:  # what they left in runs/ is overwritten from now on
-        (done / f"{name}.json").unlink(missing_ok=True)
+    for name in {entry.stem, notebook.slug}:  # what they left in runs/ is overwritten from now on
+        entry.with_stem(name).unlink(missing_ok=True)
     started = time.perf_counter()
     output = preset.run_folder / "notebooks" / notebook.path.name
     output.parent.mkdir(parents=True, exist_ok=True)
-    _papermill(notebook.path, output, {"preset": preset.name, **parameters})
+    with _lines_of_progress(line):
+        _papermill(notebook.path, output, {"preset": preset.name, **parameters})
     left = {str(path.relative_to(preset.run_folder)): file_sha256(path) for path in outputs(notebook, preset)}
-    write_atomically(done / f"{entry}.json", json.dumps({"key": key, "outputs": left}, indent=1).encode())
+    write_atomically(entry, json.dumps({"key": key, "outputs": left}, indent=1).encode())
     print(f"{line}: {time.perf_counter() - started:.0f} s", flush=True)
     return True
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder; raise OSError in words if nothing can be written to it, before anything heavy is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {_shown(folder)}: {error.strerror}; a run writes only there") from None
+
+
+@contextmanager
+def _alone(path: Path, slug: str) -> Iterator[None]:
+    """Holds a notebook's lock, which the kernel takes back if the process dies; RuntimeError if another run does."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another run is executing {slug}: wait until it has ended, or stop it") from None
+        yield
+
+
+@contextmanager
+def _lines_of_progress(line: str) -> Iterator[None]:
+    """While a notebook runs, a line now and then says how far its long cell is."""
+    ended = threading.Event()
+    with tempfile.NamedTemporaryFile("r", prefix="llama-long-progress-", encoding="utf-8") as file:
+
+        def follow() -> None:
+            said = ""
+            while not ended.wait(PAUSE):
+                file.seek(0)
+                text = file.read()
+                if text and text != said:
+                    print(f"{line}: {text}", flush=True)
+                said = text
+
+        os.environ[FILE] = file.name  # the kernel inherits it
+        thread = threading.Thread(target=follow)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            del os.environ[FILE]
 
 
 def _papermill(path: Path, output: Path, parameters: dict[str, Any]) -> None:
@@ -139,7 +213,9 @@ def _papermill(path: Path, output: Path, parameters: dict[str, Any]) -> None:
             raise KeyboardInterrupt from None
         raise RuntimeError(f"{error.ename}: {error.evalue} (the notebook up to there: {where})") from None
     except DeadKernelError:
-        raise RuntimeError(f"the kernel of {path.stem} was killed, most often for lack of memory: {where}") from None
+        raise RuntimeError(
+            f"the kernel of {path.stem} was killed, most often for lack of memory (the notebook up to there: {where})"
+        ) from None
 
 
 def outputs(notebook: Notebook, preset: Preset) -> list[Path]:

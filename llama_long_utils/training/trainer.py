@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from llama_long_utils.cache import digest
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.loss import patch_loss
 from llama_long_utils.paths import file_sha256, write_atomically
-from llama_long_utils.progress import headless
+from llama_long_utils.progress import progress_bar
 from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import TrainingSettings
 from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
@@ -98,19 +99,17 @@ def train(
         dataloader_pin_memory=False,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=headless(),
+        disable_tqdm=True,
         seed=settings.seed,
     )
     tokens = list(accumulate(sequence.label_tokens for sequence in sequences))
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[sequence.tensors() for sequence in sequences],
-        callbacks=[StepLog(tokens[settings.sequences_per_step - 1 :: settings.sequences_per_step], report_every)],
-    )
+    log = StepLog(tokens[settings.sequences_per_step - 1 :: settings.sequences_per_step], report_every)
+    data = [sequence.tensors() for sequence in sequences]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log])
     trainer.remove_callback(PrinterCallback)
     model.half_trained = True
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with progress_bar("training", settings.steps, already=step) as log.report_done:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.half_trained = False
     for hook in hooks:
         hook.remove()
@@ -124,6 +123,7 @@ class StepLog(TrainerCallback):
         self.tokens, self.report_every = tokens, report_every
         self.checked = False
         self.started = time.perf_counter()
+        self.report_done: Callable[[float], None] = lambda _steps: None
 
     def on_pre_optimizer_step(self, *_: Any, model: PreTrainedModel | PeftModel, **_options: Any) -> None:
         if not self.checked and isinstance(model, PeftModel):
@@ -144,6 +144,7 @@ class StepLog(TrainerCallback):
         row["tokens_per_second"] = (row["tokens"] - before) / (now - self.started)
         row["peak_gib"] = peak_memory_gib()
         self.started = now
+        self.report_done(row["step"])
         if self.report_every and row["step"] % self.report_every == 0:
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             print(f"step {row['step']:,} of {len(self.tokens):,}: loss {row['loss']:.3f}, {speed}", flush=True)
