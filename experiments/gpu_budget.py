@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from experiments.gpu_checks import Machine, Row, kernels, run_checks
 from llama_long_utils.records import write_record
 from llama_long_utils.settings import Lora
 from llama_long_utils.training import planner
-from llama_long_utils.training.memory_savings import PINNED, apply_memory_savings
+from llama_long_utils.training.memory_savings import PINNED, HostBuffers, apply_memory_savings, succeeded
 from llama_long_utils.training.planner import Plan
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 
@@ -159,7 +160,7 @@ class Budget:
         if task.contender == TRAINER:
             return self.trainer_step(task, shape.length)
         model = self.model(task)
-        PINNED.give_back()
+        give_back(PINNED, unlock)
         steps = training_steps(model, shape, [min(WARM_UP, shape.length), shape.length])
         try:
             next(steps)
@@ -184,6 +185,18 @@ class Budget:
             return run_trainer(model, ids, "bfloat16", str(scratch), on_gpu=self.machine.on_gpu)["seconds"][-1]
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def give_back(buffers: HostBuffers, release: Callable[[torch.Tensor], Any]) -> None:
+    """Release the buffers that are free: steps of another length need others."""
+    for free in buffers.free.values():
+        while free:
+            release(free.pop())
+
+
+def unlock(buffer: torch.Tensor) -> None:
+    """Undo the locking of a buffer of `PINNED`."""
+    succeeded(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
 
 
 def plain_base(model: PeftModel) -> Any:

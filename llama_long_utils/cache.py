@@ -1,8 +1,7 @@
 """Results that survive an interruption: each is kept in a file that is named by everything it depends on.
 
 A key holds the inputs, spelled out, and a version that a person raises when the code's numbers change. Source text is
-no part of it: a comment must not throw two hours of work away, and changed code that the version does not tell of is a
-mistake that a test can find. Every file carries a checksum of its content. One that is not whole is made again.
+no part of it: a comment must not throw two hours of work away. A file that fails its checksum is made again.
 """
 
 import hashlib
@@ -30,11 +29,7 @@ class NotWhole(Exception):
 
 
 def digest(*parts: Any) -> str:
-    """Sixteen hexadecimal digits that name these parts: plain values, dataclasses, arrays, bytes.
-
-    Raises:
-        ValueError: a number is not finite; it would name nothing.
-    """
+    """Sixteen hexadecimal digits that name values, dataclasses, arrays, bytes; ValueError for a number not finite."""
     return hashlib.sha256(json.dumps([_plain(part) for part in parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -59,12 +54,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cache:
-    """Results below `folder`.
-
-    Attributes:
-        version: of the code that makes them: raise it when its numbers change.
-        inputs: what all of them depend on; each call adds its own.
-    """
+    """Results below `folder`, of code of this `version`; `inputs` are what all depend on, each call adds its own."""
 
     folder: Path
     version: int
@@ -133,7 +123,7 @@ class Cache:
 
 
 def _read(path: Path, read: Callable[[], T]) -> T | None:
-    """What the file holds, or None if it has to be made: it is not there, or not whole, which a line says."""
+    """What the file holds; None if it is not there, or not whole, which a line says."""
     if not path.is_file():
         return None
     try:

@@ -31,10 +31,7 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_state(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file below a folder, or of the file.
-
-    Empty if there is neither, or for a folder that holds this repository: no texts are read from there.
-    """
+    """Name, size and time of change of each file below a path; none for a folder that holds this repository."""
     try:
         if not path.exists() or REPOSITORY.is_relative_to(path.resolve()):
             return []

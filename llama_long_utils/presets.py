@@ -9,21 +9,9 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from llama_long_utils import settings
 from llama_long_utils.paths import PRESETS
-from llama_long_utils.settings import (
-    BaseModel,
-    Data,
-    Evaluation,
-    Extension,
-    Lora,
-    MemorySavings,
-    Preset,
-    Race,
-    RaceTraining,
-    Retrieval,
-    RetrievalTasks,
-    TrainingSettings,
-)
+from llama_long_utils.settings import Preset, TrainingSettings
 
 
 def preset_names() -> list[str]:
@@ -32,12 +20,7 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> Preset:
-    """Read and validate presets/NAME.toml.
-
-    Raises:
-        ValueError: there is no such preset, or a key is unknown, missing or of the wrong type; the
-            message names it and the closest known name.
-    """
+    """Read presets/NAME.toml; ValueError names what is wrong in it, and the closest known name."""
     if name not in preset_names():
         raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{closest(name, preset_names())}")
     try:
@@ -54,13 +37,10 @@ def load_preset(name: str) -> Preset:
 
 
 def follow_window(values: dict[str, Any]) -> None:
-    """Fill in the lengths that a preset leaves out: they follow [extension] window.
+    """Fill in, in place, the lengths that a preset leaves out: they follow [extension] window.
 
-    Training, every training of the race and evaluation reach the window. Bucket edges and retrieval lengths are the
-    window halved again and again, after a few short ones.
-
-    Args:
-        values: the preset as TOML has it; changed in place.
+    Every training and evaluation reach the window. Bucket edges and retrieval lengths are the window halved again and
+    again, after a few short ones.
     """
     window, old = (_tokens(values, section) for section in ("extension", "base"))
     evaluation = {"tokens": window, "far_tokens": window, **_section(values, "evaluation")}
@@ -92,18 +72,13 @@ def _tokens(values: dict[str, Any], section: str) -> int:
 
 
 def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
-    """The preset that a notebook's parameters ask for, after checking that all of them are known.
+    """The preset that a notebook's parameters ask for; ValueError for an unknown name or a value of the wrong type.
 
-    papermill only warns about a parameter that the notebook does not have; it still defines it, so
-    an unknown one is a literal in the namespace under a name that is not in `parameters`.
+    papermill only warns about a parameter that the notebook does not have, and defines it.
 
     Args:
         namespace: the notebook's `globals()`, in the cell right after the parameters.
-        parameters: the names that the notebook has, and their types: str, int | None, or one of `settings` that has
-            bounds too, such as Share or Questions.
-
-    Raises:
-        ValueError: a name is unknown or a value of the wrong type.
+        parameters: the names that the notebook has, and their types, such as str, int | None or `settings.Share`.
     """
     literals = (str, int, float, bool, list, dict, type(None))
     builtin = {"In", "Out", "exit", "quit"}
@@ -164,8 +139,8 @@ def _check_consistency(preset: Preset) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    parts = [Preset, BaseModel, Extension, Data, Lora, TrainingSettings, MemorySavings, Evaluation, Retrieval, Race]
-    known = [field for part in [*parts, RetrievalTasks, RaceTraining] for field in part.__dataclass_fields__]
+    parts = filter(dataclasses.is_dataclass, vars(settings).values())
+    known = [field.name for part in parts for field in dataclasses.fields(part)]
     messages = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])

@@ -42,9 +42,9 @@ def dynamic_ntk_base(head_dim: int, base: float, factor: float, original_window:
 def ntk_by_parts(
     inv_freq: torch.Tensor, factor: float, original_window: int, slow: float = 1.0, fast: float = 4.0
 ) -> torch.Tensor:
-    """Llama 3's rule: pairs with over `fast` turns in the window stay, those with under `slow` are interpolated.
+    """Llama 3's rule (arXiv:2407.21783): pairs with over `fast` turns in the window stay, under `slow` are slowed.
 
-    Between the two the frequencies are blended (arXiv:2407.21783; rope_type "llama3" in transformers).
+    Between the two the frequencies are blended.
     """
     turns = original_window / wavelengths(inv_freq)
     keep = ((turns - slow) / (fast - slow)).clamp(0, 1)
@@ -104,14 +104,7 @@ def attention_score(
     The curves of Figure 4 of Llama 2 Long (arXiv:2309.16039):
     s(D) = (1 / sqrt(d)) * sum_j 2 cos(inv_freq[j] * D) * decay[j] ** (D / decay_window).
 
-    Args:
-        inv_freq: shape (d/2,).
-        distance: shape (n,), in tokens.
-        decay: shape (d/2,), from `xpos_decay`; none without xPos.
-        decay_window: tokens after which a pair has shrunk by its decay.
-
-    Returns:
-        Scores of shape (n,), computed in float64.
+    Shapes: inv_freq (d/2,), distance (n,) in tokens, decay (d/2,) from `xpos_decay`; scores (n,), in float64.
     """
     terms = 2 * (distance[:, None].double() * inv_freq[None, :].double()).cos()
     if decay is not None:
@@ -120,10 +113,7 @@ def attention_score(
 
 
 def rotation(scaling: Scaling, length: int = 0) -> tuple[torch.Tensor, float]:
-    """Frequencies, shape (head_dim / 2,), and the factor of cos and sin, for a text of `length` tokens.
-
-    Only dynamic NTK depends on the length.
-    """
+    """Frequencies, shape (head_dim / 2,), and the factor of cos and sin; only dynamic NTK depends on `length`."""
     if scaling.pretrained:
         return _by_transformers(scaling)
     plain = inverse_frequencies(scaling.head_dim, scaling.base)

@@ -23,12 +23,11 @@ class MemorySavings:
     """What a training step does to need less memory. Loss and gradients stay the same; 0 and false switch it off.
 
     Attributes:
-        recomputed_layers: the first layers, which keep only their input and are computed again in the backward pass
-            (gradient checkpointing). A number above the model's layers means all of them.
+        recomputed_layers: the first layers, which are computed again in the backward pass (gradient checkpointing). A
+            number above the model's layers means all of them.
         tile: tokens that MLPs and norms compute at a time.
         offload_checkpoints: the inputs of recomputed layers wait in host memory.
-        optimizer: its name in transformers. "adamw_8bit" keeps its two numbers per weight in 8 bits,
-            "paged_adamw_8bit" keeps them in memory that can move to the host.
+        optimizer: its name in transformers; paged memory can move to the host.
     """
 
     recomputed_layers: NonNegativeInt
@@ -80,10 +79,8 @@ class TrainingSettings:
         if self.pack and (self.reach > self.window or self.attention == "s2"):
             raise ValueError("skipped positions (reach > window) and s2 attention need pack = false")
         if self.sequences_per_step % self.sequences_at_once:
-            raise ValueError(
-                f"sequences_per_step = {self.sequences_per_step} must be a multiple of "
-                f"sequences_at_once = {self.sequences_at_once}"
-            )
+            both = f"sequences_per_step = {self.sequences_per_step}", f"sequences_at_once = {self.sequences_at_once}"
+            raise ValueError(" must be a multiple of ".join(both))
 
 
 IGNORED_LABEL = -100
@@ -94,10 +91,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 
 def ntk_base(head_dim: int, base: float, factor: float) -> float:
-    """The base with which NTK-aware scaling slows the slowest pair `factor` times and leaves the fastest alone.
-
-    (bloc97; as "NTK-aware" in YaRN, arXiv:2309.00071, definition 1.)
-    """
+    """The base that slows the slowest pair `factor` times, the fastest not at all (YaRN, arXiv:2309.00071, def. 1)."""
     return base * factor ** (head_dim / (head_dim - 2))
 
 
@@ -108,13 +102,11 @@ class Scaling:
     Args:
         method: one of METHODS; "none" and "abf" (adjusted base frequency) are plain RoPE at `base`.
         base: the RoPE base b; for "abf" and "xpos_abf" the raised one, for the others the pretrained one.
-        head_dim: d.
-        original_window: tokens the model was pretrained with.
-        window: tokens it is scaled to.
+        original_window, window: tokens the model was pretrained with, and tokens it is scaled to.
         pair_factors: for "longrope", head_dim / 2 factors.
         rotated_share: for "proportional", the share of pairs that turn.
-        pretrained: the base's own rule, where it is not plain RoPE: the `rope_parameters` of its config without the
-            base, such as {"rope_type": "llama3", ...}. "none" keeps it; "abf" keeps it and raises its base.
+        pretrained: the base's own rule, where it is not plain RoPE: `rope_parameters` of its config without the base.
+            "none" keeps it; "abf" keeps it and raises its base.
     """
 
     method: Method
@@ -159,10 +151,9 @@ class Scaling:
         return self.original_window if self.method == "dynamic_ntk" else self.window
 
     def parameters(self) -> dict[str, Any]:
-        """The whole dictionary for `from_pretrained(rope_parameters=...)`, so that transformers does the rest.
+        """What `from_pretrained(rope_parameters=...)` takes; set on the config of a built model it changes nothing.
 
-        It must be given at load: set on the config of a built model it changes nothing. YaRN and
-        Llama 3's rule need the original window spelled out, or they silently build another ramp.
+        YaRN and Llama 3's rule need the original window spelled out, or they silently build another ramp.
         """
         numbers: dict[str, Any] = {"rope_theta": self.base, "factor": self.factor}
         original = {"original_max_position_embeddings": self.original_window}
@@ -195,9 +186,8 @@ class Scaling:
 class BaseModel:
     """The model to extend. `source` is a folder of this repository or a model on the hub.
 
-    `dtype` is what it computes in: bfloat16 where the hardware multiplies it (GPUs, some CPUs), float32
-    elsewhere. A CPU that emulates bfloat16 multiplies it 50 to 80 times slower than float32 (measured on AVX2).
-    `rope_scaling` is the one in its config.json, empty for plain RoPE.
+    `dtype` is what it computes in; a CPU that emulates bfloat16 is 50 to 80 times slower than with float32 (measured
+    on AVX2). `rope_scaling` is the one in its config.json, empty for plain RoPE.
     """
 
     source: str
@@ -243,10 +233,8 @@ class Evaluation:
     """What notebook 6 reads, and how it averages.
 
     Attributes:
-        tokens: length of the stretches that are read of each held-out document.
-        far_tokens: length of the stretches of one document of each source, at least `tokens`.
-        stretches: of each document, at most.
-        copied_documents: documents that the test of copying reads, at most.
+        tokens, far_tokens: of the stretches that are read of each held-out document, and of one of each source.
+        stretches, copied_documents: at most, of each document and for the test of copying.
         bucket_edges: positions at which the buckets begin, and where the last one ends.
     """
 
@@ -270,12 +258,11 @@ class RetrievalTasks:
 
     Attributes:
         questions: of each task and length.
-        depths: of the needle, as a share of the text before it, rising from 0 to 1 at most.
+        depths: of the needle, as a share of the text before it, rising.
         keys: statements of the multi-key task, one of which is asked for.
         hops: references from the variable that is asked for to the one that is a number.
-        generate_up_to: longest prompt, in tokens, after which answers are generated. That takes the keys and values
-            of the whole prompt. Probabilities, which are measured at every length, take none.
-        threshold: score from 0 to 1 that counts as retrieved, for the effective length.
+        generate_up_to: longest prompt, in tokens, after which answers are generated, which takes its keys and values.
+        threshold: score that counts as retrieved, for the effective length.
     """
 
     questions: Questions
@@ -352,17 +339,8 @@ class Preset:
     @property
     def extended_rope(self) -> Scaling:
         """RoPE as the extension scales it."""
-        base, extension = self.base, self.extension
-        return Scaling(
-            extension.method,
-            extension.rope_base,
-            base.head_dim,
-            base.window,
-            extension.window,
-            extension.pair_factors,
-            extension.rotated_share,
-            base.rope_scaling,
-        )
+        extension = dataclasses.asdict(self.extension)
+        return dataclasses.replace(self.base_rope, base=extension.pop("rope_base"), **extension)
 
     @property
     def control_rope(self) -> Scaling:

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from conftest import LORA, new_llama
+from experiments.gpu_budget import give_back
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.paths import REPOSITORY
@@ -85,16 +86,16 @@ def test_checkpoints_that_were_copied_away_and_back_give_the_same_gradients(host
 
 def test_buffers_that_are_free_can_be_given_back():
     released = []
-    buffers = HostBuffers(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), released.append)
+    buffers = HostBuffers(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     model = lora_model()
     apply_memory_savings(model, replace(PLAIN, recomputed_layers=2))
     with OffloadedCheckpoints(64, buffers):
         loss = nll(model, IDS)
-    buffers.give_back()
+    give_back(buffers, released.append)
     assert not released  # the backward pass still needs them
     loss.backward()
     del loss
-    buffers.give_back()
+    give_back(buffers, released.append)
     assert len(released) == 5
     assert not any(buffers.free.values())
 

@@ -49,10 +49,7 @@ class TokenizedDocument:
 def tokenize_documents(
     documents: list[Document], tokenizer: "PreTrainedTokenizerBase", *, cache: Path | None = CACHE
 ) -> list[TokenizedDocument]:
-    """Documents as token ids, BOS at the start and EOS at the end of each.
-
-    The ids are kept in `cache` by texts and tokenizer: 20 MB of text cost ten seconds, and three notebooks need them.
-    """
+    """Documents as token ids, BOS first and EOS last, kept in `cache`: 20 MB of text take ten seconds."""
 
     def tokenize() -> dict[str, np.ndarray]:
         rows = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)
@@ -79,19 +76,12 @@ def _tokenizer_key(tokenizer: "PreTrainedTokenizerBase") -> str:
 def split_documents(
     documents: list[Document], held_out: Mapping[str, int], *, minimum_characters: int, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """Split whole documents into training and held-out ones, before any tokenizer sees them.
+    """(training documents, held-out documents), in the order given; ValueError if too few are long enough.
 
     Args:
         held_out: how many documents of each source to hold out, for example {"sotu": 18}.
         minimum_characters: only documents at least this long can be held out.
-        seed: the order of candidates is the order of sha256("seed:source:name"), so a document
-            drops out of the held-out side only if one added later precedes it.
-
-    Returns:
-        (training documents, held-out documents), both in the order given.
-
-    Raises:
-        ValueError: a source has too few documents of that length.
+        seed: candidates are taken in the order of sha256("seed:source:name"), which a new document hardly changes.
     """
 
     def draw(document: Document) -> str:

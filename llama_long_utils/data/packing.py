@@ -20,9 +20,8 @@ from llama_long_utils.settings import IGNORED_LABEL
 class TrainingSequence:
     """One row of a batch: int64 arrays of shape (window,).
 
-    `labels` are not shifted (labels[t] belongs to input_ids[t], as in transformers); padding and the
-    first token of each piece hold -100. Labels are masked by place, never by token id, so a padding
-    id that equals EOS does not hide the real EOS labels.
+    `labels` are not shifted (labels[t] belongs to input_ids[t], as in transformers). Padding and the first token of a
+    piece hold -100, by place: a padding id that equals EOS does not hide the real EOS labels.
     """
 
     input_ids: np.ndarray
@@ -69,11 +68,7 @@ def pack_pieces(pieces: list[np.ndarray], window: int) -> list[list[np.ndarray]]
 
 
 def join_pieces(pieces: list[np.ndarray], window: int, padding_id: int, bos_id: int | None = None) -> TrainingSequence:
-    """Lay pieces side by side in one sequence of `window` tokens, padding the end.
-
-    Args:
-        bos_id: stands in place of the first token of each piece, which carries no label anyway.
-    """
+    """Pieces side by side, padded to `window` tokens; `bos_id` replaces each one's first token, which has no label."""
     if bos_id is not None:
         pieces = [np.concatenate([[bos_id], piece[1:]]) for piece in pieces]
     padding = window - sum(len(piece) for piece in pieces)
@@ -98,21 +93,15 @@ def training_sequences(
     long_document_weight: float = 1.0,
     pack: bool = True,
 ) -> list[TrainingSequence]:
-    """Draw `count` training sequences in the order they are to be trained on.
+    """`count` training sequences in their order; ValueError if no document is as long as the window.
 
     The documents are passed over as often as needed; every pass draws new cut points and a new order.
 
     Args:
-        window: tokens per sequence.
-        padding_id: token id for the unused end of a sequence (it carries no label).
         bos_id: put in front of every piece, also of those cut from the middle of a document, as in evaluation.
-        long_document_weight: expected number of times that a document of at least `window` tokens
-            is used in one pass; shorter documents are used once. Llama 2 Long up-weights long text
-            (arXiv:2309.16039, section 2.1) without giving the factor.
+        long_document_weight: expected uses, in one pass, of a document of at least `window` tokens; shorter ones are
+            used once. Llama 2 Long up-weights long text (arXiv:2309.16039, section 2.1) without giving the factor.
         pack: use the left-overs and short documents too, several to a sequence; else only whole windows.
-
-    Raises:
-        ValueError: there are no documents, or none is as long as the window.
     """
     longest = max((document.tokens for document in documents), default=0)
     if longest < window:
@@ -137,12 +126,9 @@ def training_sequences(
 def skip_positions(sequences: list[TrainingSequence], reach: int, *, seed: int) -> list[TrainingSequence]:
     """PoSE (arXiv:2309.10400): train at a short length on distances of a long one.
 
-    Each sequence is cut in two at a random place and the second part's positions are moved on by a
-    random number of tokens, up to position `reach`. If `reach` is the length of the sequences there is nothing to
-    skip and they are returned as they are.
-
-    The result carries an all-ones attention mask: without it, transformers reads a jump in the
-    positions as the start of another document, which could not see the first part.
+    Each sequence is cut in two at a random place, and the second part's positions move on by a random number, up to
+    `reach`. All carry an all-ones attention mask: without it, transformers takes a jump in the positions for the start
+    of another document, which cannot see the first part.
 
     Raises:
         ValueError: a sequence holds several pieces, or is longer than `reach`.

@@ -9,12 +9,9 @@ from llama_long_utils.settings import IGNORED_LABEL
 
 
 def with_excerpts(ids: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Let a text quote itself: half of its stretches become excerpts of 12 to 64 tokens from what stands before them.
+    """The ids of a text that quotes itself, and for each token the place that it is copied from, or -1.
 
-    Only the content tells an excerpt from new text, neither its place nor a marker.
-
-    Returns:
-        The changed ids, and for each token the place that it is copied from, or -1.
+    Half of its stretches become excerpts of 12 to 64 tokens from what stands before them, without any marker.
     """
     window = len(ids)
     place = used = int(generator.integers(48, 129))

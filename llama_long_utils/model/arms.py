@@ -47,7 +47,6 @@ def load_arm(
     *,
     adapter: Path | str | None = None,
     quantized: bool = True,
-    merged: bool = False,
     dtype: str | None = None,
     attention: str = "sdpa",
     scaling: Scaling | None = None,
@@ -57,7 +56,6 @@ def load_arm(
     Args:
         adapter: its folder, for the arms that have one; default: what `find_adapter` finds.
         quantized, dtype, attention: as in `load_base`; default of dtype: the preset's.
-        merged: the adapter is merged into the weights in memory, which takes `quantized=False`.
         scaling: in place of the arm's own RoPE.
 
     Raises:
@@ -67,12 +65,8 @@ def load_arm(
     rope = scaling or arm_scaling(preset, arm)
     folder = locate_base(preset)
     found = find_adapter(preset, adapter, rope) if arm in ADAPTED else None
-    if merged and (quantized or not found):
-        raise ValueError(f"merged=True needs quantized=False and an arm with an adapter ({', '.join(ADAPTED)})")
     model = load_base(folder, rope, dtype=dtype or preset.base.dtype, quantized=quantized, attention=attention)
-    if found:
-        model = load_adapter(model, found, folder)
-    return (model.merge_and_unload() if merged else model).eval()
+    return (load_adapter(model, found, folder) if found else model).eval()
 
 
 def arm_inputs(preset: Preset, arm: str, **options: Any) -> dict[str, Any]:

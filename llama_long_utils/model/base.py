@@ -23,8 +23,8 @@ def load_base(
 
     Args:
         dtype: "bfloat16" or "float32": of embeddings, head, norms, the residual stream and all arithmetic.
-        quantized: the linear layers in NF4 with double quantisation, on a CPU as on a GPU; else in `dtype`, too.
-        attention: name of the attention implementation in transformers; xPos brings its own.
+        quantized: the linear layers in NF4 with double quantisation; else in `dtype`, too.
+        attention: as transformers names it; xPos brings its own.
     """
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -49,10 +49,8 @@ def hidden_states(
     """Last hidden states, shape (batch, length, hidden), under bf16 autocast if the weights are bf16.
 
     Args:
-        input_ids: shape (batch, length).
-        position_ids: shape (batch, length). With `attention_mask=None`, a jump in the positions
-            starts a new document that cannot see the one before it.
-        attention_mask: shape (batch, length). Pass all ones if positions jump inside one document.
+        input_ids, position_ids, attention_mask: shape (batch, length). Without a mask, a jump in the positions starts a
+            new document that cannot see the one before it; pass all ones if positions jump inside one document.
         options: others of the decoder's, for example `inputs_embeds`.
     """
     options |= {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": False}
@@ -66,9 +64,8 @@ def patch_loss(model: PreTrainedModel | PeftModel) -> None:
     The forward pass then takes, besides transformers' own arguments:
         labels: shape (batch, length), not shifted; -100 counts nothing.
         shift_labels: instead of `labels`: those that are shifted already (where a sequence is spread over processes).
-        num_items_in_batch: labels that count in the whole accumulated batch, of all processes; without it the loss is
-            the mean over this call's. `Trainer` passes it, and multiplies by the number of processes, whose
-            gradients DDP averages.
+        num_items_in_batch: what the sum is divided by (`Trainer` passes the labels of the whole accumulated batch);
+            without it, the labels of this call.
         reduction: "mean", as above, or "sequence": nats of each sequence, shape (batch,), with gradient.
 
     Raises:
@@ -118,11 +115,8 @@ def next_token_nll(
     """Negative log-likelihood of each next token, in nats, in fp32, from hidden states (batch, length, hidden).
 
     Args:
-        head: the linear map to the vocabulary, without bias.
         labels: shape (batch, length), not shifted; positions with label -100 count nothing.
-        reduction: "sum" for a scalar (0 if no label counts), "sequence" for shape (batch,), "none" for shape
-            (batch, length - 1), where labels that do not count have 0.
-        chunk: tokens whose logits exist at the same time.
+        reduction: "sum", "sequence" for shape (batch,), or "none" for (batch, length - 1), 0 where no label counts.
     """
     nll = labelled_nll(hidden, head, _shifted(labels), chunk=chunk)
     return {"sum": nll.sum, "sequence": lambda: nll.sum(dim=1), "none": lambda: nll[:, :-1]}[reduction]()

@@ -25,7 +25,7 @@ BYTES_PER_TOKEN = 24  # id, label and position, in 8 bytes each
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """A finished run: the adapter's folder, one row of `train` per step, settings with the plan, labels trained on."""
+    """A finished run: the adapter's folder, `train`'s rows, settings with the plan, labels trained on."""
 
     folder: Path
     log: list[dict[str, float]]
@@ -53,8 +53,7 @@ def train_adapter(
 
     Raises:
         ValueError: a number, the base or the documents do not fit the preset, or no plan fits the memory.
-        RuntimeError: the base cannot be downloaded, numbers are not finite, the disk is full, or another process is at
-            this run.
+        RuntimeError: no base can be had, numbers are not finite, the disk is full, or another process is at this run.
     """
     settings, scaling = settings or preset.training, scaling or preset.extended_rope
     _check_size(settings)

@@ -32,9 +32,8 @@ from llama_long_utils.settings import Lora, MemorySavings
 from llama_long_utils.training.memory_savings import OffloadedCheckpoints
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 
-# Where the bytes of a step are: frozen weights; trainable weights; their gradients; what the optimizer keeps; what the
-# forward pass leaves for the backward pass (with checkpointing: one hidden state per layer); the loss; and what the
-# backward pass makes: recomputed activations and their gradients.
+# Frozen weights; trainable weights; their gradients; what the optimizer keeps; what the forward pass leaves for the
+# backward pass (with checkpointing: a hidden state per layer); the loss; recomputed activations and their gradients.
 COMPONENTS = ("weights", "adapters", "gradients", "optimizer", "saved", "loss", "backward")
 HOST = "host"  # what offloading keeps in host memory
 COLUMNS = (*COMPONENTS, HOST)
@@ -53,8 +52,7 @@ ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_
 class StorageTracker(TorchDispatchMode):
     """Adds up the bytes of all storages that live, by the component that was current when they were allocated.
 
-    Attributes:
-        segments: of the step, by name: the counts at its begin, and after each allocation in it.
+    `segments` of the step, by name: the counts at its begin, and after each allocation in it.
     """
 
     def __init__(self, gpu: bool = False) -> None:
@@ -122,10 +120,7 @@ def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
     """Bytes that attention's backward pass needs on a GPU besides its results, in cuDNN and in FlashAttention-2.
 
     The query's gradient in fp32, a number for each of its rows, and if heads share keys and values, the gradients of
-    both for each query head. Measured on an H200 (torch 2.11, cuDNN 9.19).
-
-    Args:
-        query, key: shape (batch, heads, length, width).
+    both for each query head. Measured on an H200 (torch 2.11, cuDNN 9.19). Shapes: (batch, heads, length, width).
     """
     batch, heads, length, width = query.shape
     return batch * heads * length * (4 * width + 4 + 4 * width * (key.shape[1] < heads))
@@ -145,13 +140,9 @@ def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:
 def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     """Bytes of each component at the moment when one training step needs most memory.
 
-    The step is a second one: the optimizer's state exists.
-
-    Args:
-        config: of the model; its linear layers are taken as NF4 with double quantisation, but for the head.
-
     Returns:
         Bytes by name: those of COMPONENTS, whose sum is the peak, and the most that offloading keeps on the "host".
+        Linear layers are taken as NF4 with double quantisation, but for the head; the optimizer's state exists.
     """
     recomputed = min(shape.memory_savings.recomputed_layers, config.num_hidden_layers)
     plain, first = config.num_hidden_layers - recomputed, min(recomputed, 1)
@@ -200,7 +191,7 @@ def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np
     if config.hidden_size in (
         short,
         2 * short,
-    ):  # then offloading takes other tensors for hidden states, by their shape
+    ):  # offloading would mistake other tensors for hidden states
         short = short * 3 // 2
     if shape.length <= short:
         trace = dict(_kept_trace(*model, shape))

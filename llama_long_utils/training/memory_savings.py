@@ -19,8 +19,8 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 class _Recompute(torch.autograd.Function):
     """Identity that keeps its input; its backward pass takes the gradient of the *result* of `forward_of_tile`.
 
-    `_Compute` behind it lets that gradient through. So the input is saved before the result is computed, and when a
-    checkpointed layer is recomputed, torch stops right there: no tile is computed a third time.
+    `_Compute` lets that gradient through. As the input is saved before the result is computed, torch stops there when
+    it recomputes a checkpointed layer: no tile is computed a third time.
     """
 
     @staticmethod
@@ -62,18 +62,12 @@ class _Compute(torch.autograd.Function):
 
 
 def _tokens(hidden: torch.Tensor) -> torch.Tensor:
-    """Shape (batch, length, width) -> (batch * length, width).
-
-    A tile of this is multiplied as it is; of a slice of three dimensions torch makes a batch, and copies the weight.
-    """
+    """(batch, length, width) -> (batch * length, width): of a slice of three dimensions torch would copy the weight."""
     return hidden.reshape(-1, hidden.shape[-1])
 
 
 def apply_memory_savings(model: PreTrainedModel | PeftModel, memory_savings: MemorySavings) -> None:
-    """Switch recomputation and tiling on in a model, and off if another call switched them on.
-
-    The optimizer and offloading are the training loop's.
-    """
+    """Switch recomputation and tiling on in a model, and off if another call switched them on."""
     model.activation_checkpointing_disable()
     if memory_savings.recomputed_layers:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -84,14 +78,10 @@ def apply_memory_savings(model: PreTrainedModel | PeftModel, memory_savings: Mem
 
 
 def tile_over_sequence(model: PreTrainedModel | PeftModel, tile: int) -> None:
-    """Let every MLP and every norm in the layers work on `tile` tokens at a time, in both directions.
+    """Let every MLP and every norm in the layers work on `tile` tokens at a time, in both directions (0: all at once).
 
     They map each token by itself, so nothing changes but the memory: activations of one tile live instead of a
-    whole sequence's, the MLP's being 2.7 times as wide as the model. Each tile is computed forward twice, as often as
-    with checkpointing alone.
-
-    Args:
-        tile: tokens; 0 for the whole sequence at once.
+    whole sequence's. Each tile is computed forward twice, as often as with checkpointing alone.
     """
     for layer in (module for module in model.modules() if hasattr(module, "mlp") and hasattr(module, "self_attn")):
         for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
@@ -118,10 +108,8 @@ class OffloadedCheckpoints(saved_tensors_hooks, ContextDecorator):
 
     Copies are queued behind the layer that made them, on the same stream: the host does not wait for them, the next
     layer does. transformers' own offloading waits for each, and allocates each anew, in torch's pinned memory, which
-    rounds 1.08 GiB (141,312 tokens of Llama 2 7B) up to 2. On a CPU there is nowhere to go, and nothing is copied.
-
-    Args:
-        buffers: where copies go, from a CPU too; default: pinned memory, from a GPU only.
+    rounds 1.08 GiB (141,312 tokens of Llama 2 7B) up to 2. Copies go to `buffers`, by default pinned memory; then
+    nothing is copied from a CPU.
     """
 
     def __init__(self, hidden_size: int, buffers: "HostBuffers | None" = None) -> None:
@@ -149,22 +137,14 @@ class HostBuffers:
     By then the backward pass, queued on the same stream as the next copy into the buffer, comes before it.
     """
 
-    def __init__(
-        self, allocate: Callable[[int], torch.Tensor], release: Callable[[torch.Tensor], Any] = lambda _buffer: None
-    ) -> None:
-        self.allocate, self.release = allocate, release
+    def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
+        self.allocate = allocate
         self.free: dict[int, list[torch.Tensor]] = {}
 
     def take(self, nbytes: int) -> torch.Tensor:
         """Bytes, shape (nbytes,)."""
         free = self.free.setdefault(nbytes, [])
         return free.pop() if free else self.allocate(nbytes)
-
-    def give_back(self) -> None:
-        """Release the buffers that are free: steps of another length need others."""
-        for free in self.free.values():
-            while free:
-                self.release(free.pop())
 
 
 class HostCopy:
@@ -180,16 +160,12 @@ class HostCopy:
 def _page_locked(nbytes: int) -> torch.Tensor:
     """Memory that all threads touch and CUDA then locks: several times faster than torch's pinning on one thread."""
     buffer = torch.empty(nbytes, dtype=torch.uint8).zero_()
-    if _succeeded(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)):
+    if succeeded(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)):
         return buffer
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # some containers forbid the other way
 
 
-def _unlock(buffer: torch.Tensor) -> None:
-    _succeeded(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
-
-
-def _succeeded(error: Any) -> bool:
+def succeeded(error: Any) -> bool:
     """Whether a call of CUDA did; CUDA keeps an error for the next kernel to report, so a small one takes it here."""
     if int(error):
         with suppress(RuntimeError):
@@ -197,7 +173,7 @@ def _succeeded(error: Any) -> bool:
     return not int(error)
 
 
-PINNED = HostBuffers(_page_locked, _unlock)
+PINNED = HostBuffers(_page_locked)
 
 
 def offload_checkpoints(model: PreTrainedModel | PeftModel) -> None:

@@ -22,14 +22,10 @@ SHAPE += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings
 
 
 def model_shape(name: str) -> LlamaConfig:
-    """The configuration of a model, without its weights.
+    """The configuration of a model, without its weights; raises as `model_config` does.
 
-    Args:
-        name: one in data/published/model_shapes.json or the source given there, a folder with config.json, or a model
-            on the hub, of which only config.json is fetched.
-
-    Raises:
-        ValueError, RuntimeError: it is none of these, or not built like Llama.
+    `name` is one in data/published/model_shapes.json or the source given there, a folder with config.json, or a model
+    on the hub, of which only config.json is fetched.
     """
     models = read_published("model_shapes")["models"]
     for shape in [models[name]] if name in models else models.values():
@@ -58,11 +54,9 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def step_flops(config: LlamaConfig, lora: Lora, length: int, memory_savings: MemorySavings) -> dict[str, int]:
-    """Floating-point operations of one training step on one sequence of `length` tokens.
+    """Floating-point operations of one training step on one sequence of `length` tokens, recomputation included.
 
-    Returns:
-        By kind, for forward pass, recomputation and backward pass together: "linear" (frozen linear layers),
-        "adapters", "attention" and "head".
+    By kind: "linear" (frozen linear layers), "adapters", "attention" and "head".
     """
     shapes, layers = linear_shapes(config), config.num_hidden_layers
     linear = {name: 2 * inputs * outputs * length for name, (inputs, outputs) in shapes.items()}
@@ -116,17 +110,11 @@ def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
 
 
 def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
-    """The memory savings with the fewest operations with which a step fits.
+    """The memory savings, beside those of the shape, with the fewest operations with which a step fits.
 
     In this order: as few recomputed layers as fit, with tiles or without. Only if all layers are not enough,
-    checkpoints go to the host, and then the optimizer to 8 bits.
-
-    Args:
-        shape: of the step; its memory savings are used in any case.
-        gib: memory of the device; a share of `USABLE` is planned for.
-
-    Raises:
-        ValueError: nothing fits; it names the longest context that does.
+    checkpoints go to the host, and then the optimizer to 8 bits. A share of `USABLE` of the device's `gib` is planned
+    for. If nothing fits, ValueError names the longest context that does.
     """
     wanted = shape.memory_savings
     tiled = replace(wanted, tile=wanted.tile or tile_for(shape.length))
@@ -170,14 +158,7 @@ def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int |
 
 
 def longest_context(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> int:
-    """The most tokens, in steps of 1,024, with which a step fits in the usable share of `gib` by the leanest plan.
-
-    Args:
-        shape: everything about the step but its length.
-
-    Returns:
-        0 if not even 1,024 tokens fit.
-    """
+    """The most tokens, in steps of 1,024 from 0, with which a step fits in the usable `gib` by the leanest plan."""
 
     def peak(steps: int) -> float:
         length = 1024 * steps

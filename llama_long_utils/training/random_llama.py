@@ -30,10 +30,9 @@ Made = Callable[[torch.Tensor, str, str], None]
 
 @dataclass(frozen=True)
 class StepShape:
-    """A training step: `length` tokens in each of `sequences` rows, computed in `dtype` ("bfloat16" or "float32").
+    """A training step: `length` tokens in each of `sequences` whole rows, computed in `dtype`.
 
-    Whole sequences: packed ones need a mask of length x length as well. `accumulated`: gradients of an earlier batch
-    are there already. `gpu`: what attention needs there is counted too, see `ledger.attention_workspace`.
+    `accumulated`: gradients of an earlier batch are there. `gpu`: `ledger.attention_workspace` is counted, too.
     """
 
     length: int
@@ -55,11 +54,10 @@ def training_steps(
     """Steps of the training loop on random tokens, without the `Trainer` around them.
 
     Args:
-        model: from `random_llama`.
         shape: everything about the steps but their length.
         lengths: tokens per sequence of each step.
         entering: called with the name of each component whose turn it is.
-        offloading: what offloads checkpoints if the memory_savings ask for it.
+        offloading: in place of `OffloadedCheckpoints`.
 
     Yields:
         After each step its loss in nats per token, a scalar.
@@ -101,12 +99,8 @@ def random_llama(
 ) -> PeftModel:
     """A Llama with random weights in NF4 and adapters on it, as transformers, bitsandbytes and PEFT build it.
 
-    It is built without weights; then each gets its own and is packed to 4 bits before the next, so that no more than
-    one weight exists in 16 bits at a time.
-
-    Args:
-        dtype: "bfloat16" or "float32", as in `models.load_base`.
-        made: called with each tensor, its component and the name of its weight.
+    Each weight is packed to 4 bits before the next is made, so that one exists in 16 bits at a time. `made` is called
+    with each tensor, its component and the name of its weight.
     """
     config = type(config)(**{**config.to_dict(), "dtype": dtype})
     config._attn_implementation = UNMASKED

@@ -54,8 +54,7 @@ def train(
 
     Raises:
         ValueError: `sequences` are not exactly what the settings ask for.
-        RuntimeError: a loss or a gradient is not finite; the first backward pass leaves a LoRA-B matrix without a
-            gradient; or training of this very model was interrupted before.
+        RuntimeError: a number is not finite, a LoRA-B matrix gets no gradient, or this model was half trained before.
     """
     wanted = settings.steps * settings.sequences_per_step
     if len(sequences) != wanted or len(sequences[0].input_ids) != settings.window:
