@@ -1,6 +1,7 @@
 """The experiments, one command each: `python -m experiments NAME --help`."""
 
 import argparse
+import dataclasses
 import importlib
 import math
 import os
@@ -53,6 +54,11 @@ def arguments() -> argparse.Namespace:
         "--seconds", type=seconds, default=435.0, help="begin nothing that would end later (default: 435)"
     )
     dose.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: runs/PRESET/dose)")
+    dose.add_argument("--prepare", type=Path, metavar="FILE", help="write texts and tasks as token ids, and stop")
+    dose.add_argument("--inputs", type=Path, metavar="FILE", help="what --prepare wrote, maybe on another machine")
+    dose.add_argument("--stages", nargs="+", metavar="WAY:STEPS", help="in place of those in experiments/dose.toml")
+    dose.add_argument("--no-bases", action="store_true", help="do not read the untrained arms again")
+    dose.add_argument("--record-of", type=Path, nargs="+", metavar="FOLDER", help="write the record of earlier runs")
     dose.add_argument("--doll", action="store_true", help="a few steps and texts, to see that everything runs")
     dose.add_argument(
         "--record", action="store_true", help="write the record into data/results, not beside the results"
@@ -79,21 +85,42 @@ def arguments() -> argparse.Namespace:
 
 
 def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
-    """The dose experiment's record, after checks that cost nothing."""
-    out = asked.out or preset.run_folder / "dose"
+    """The dose experiment's record or inputs, after checks that cost nothing."""
+    from experiments.dose_settings import doll, read_doses, read_stages, ways_of
+
+    doses, out = read_doses(preset.name), asked.out or preset.run_folder / "dose"
+    record = RESULTS / preset.name if asked.record else None
     if asked.doll and asked.record:
         raise ValueError("a doll's numbers are no record: leave out --record or --doll")
+    if asked.doll:
+        doses = doll(doses, preset)
+    if asked.stages:
+        doses = dataclasses.replace(doses, stages=read_stages(asked.stages, ways_of(preset)))
+    if asked.record_of:
+        from experiments.dose_record import write_dose_record
+
+        return write_dose_record(asked.record_of, record or out, preset=preset.name)
     if (out / "results.jsonl").exists():
         raise ValueError(f"{out} holds results of an earlier run: name another folder with --out, or remove it")
-    if asked.device == "cpu":
+    if asked.device == "cpu" or asked.prepare:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
     elif not importlib.import_module("torch").cuda.is_available():
         raise ValueError("there is no CUDA device here: use --device cpu, which takes hours, or --doll with it")
     from experiments.dose import run_dose
+    from experiments.dose_inputs import load_inputs, prepare, save_inputs
+    from llama_long_utils.model.weights import load_tokenizer
 
-    record = RESULTS / preset.name if asked.record else None
+    if asked.inputs:
+        inputs = load_inputs(asked.inputs)
+    else:
+        inputs = prepare(preset, doses, load_tokenizer(preset.base.source), doll=asked.doll)
+    if asked.prepare:
+        save_inputs(inputs, asked.prepare)
+        return asked.prepare
+    options = {"seconds": asked.seconds, "bases": not asked.no_bases, "sixteen_bit": not asked.no_bases}
+    command = " ".join(["python -m experiments", *sys.argv[1:]])
     try:
-        return run_dose(preset, out, seconds=asked.seconds, device=asked.device, doll=asked.doll, record=record)
+        return run_dose(preset, doses, inputs, out, **options, command=command, record=record)
     except KeyboardInterrupt:
         raise RuntimeError(f"interrupted: what was read is in {out}; another run begins from the start") from None
 

@@ -14,7 +14,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,17 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from experiments.dose_questions import COLUMNS, ask, haystacks
+from experiments.dose_inputs import Inputs
+from experiments.dose_questions import COLUMNS, ask
 from experiments.dose_record import BIN, write_dose_record
-from experiments.dose_texts import read_texts
+from experiments.dose_settings import Doses, Way, ways_of
+from experiments.task_requests import answer
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.data.sequences import draw_sequences
 from llama_long_utils.evaluation.perplexity import nll_in_windows, sliding_window, token_nll
@@ -37,68 +40,15 @@ from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.arms import arm_scaling, load_arm
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.model.weights import load_tokenizer, locate_base
+from llama_long_utils.paths import write_atomically
 from llama_long_utils.records import device_name, write_arrays
 from llama_long_utils.settings import Preset, Scaling
 
-RATE = 5e-4  # the preset's 1e-3 at rank 4: a step of the product B A grows with the root of the rank
-RANK, ALPHA = 16, 32
 WARMUP_STEPS, DECAY = 4, 0.2  # DECAY: last share of a dose's tokens, in which the rate falls to zero
-STEPS = (20, 64, 192, 640)  # of the doses, each of as many tokens as a whole sequence
 CHUNK = 4096  # tokens whose logits exist at once
 # By speed, forward and backward at 16,384 tokens on an H200: 2.8 ms a layer by cuDNN, 4.5 by flash attention.
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Model = PreTrainedModel | PeftModel
-
-
-@dataclass(frozen=True)
-class Way:
-    """How an arm is trained. `full_context`: it is read with full context too, and asked behind longer texts."""
-
-    name: str
-    window: int
-    reach: int
-    rope: Scaling
-    quoting: float = 0.35
-    seed: int = 0
-    full_context: bool = True
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}-s{self.seed}"
-
-
-def ways_of(preset: Preset) -> dict[str, Way]:
-    """The ways by name, in lengths of the preset's windows."""
-    old, new = preset.base.window, preset.extension.window
-    whole, short = new // 2, old // 4
-    raised, plain = preset.extended_rope, preset.base_rope
-
-    def size(tokens: int) -> str:
-        return f"{tokens // 1024}k" if tokens >= 1024 else f"{tokens}"
-
-    full, pose = Way(f"full{size(whole)}", whole, whole, raised), Way(f"pose{size(short)}", short, new, raised)
-    return {
-        "full": full,
-        "pose": pose,
-        "control": Way(f"control{size(old)}", old, old, plain, full_context=False),
-        "short": Way(f"short{size(short)}", short, short, raised),
-        "far": Way(f"full{size(new)}", new, new, raised),
-        "unquoted": replace(full, name=f"{full.name}-noquote", quoting=0.0),
-        **{f"full{seed}": replace(full, seed=seed) for seed in (1, 2)},
-        **{f"pose{seed}": replace(pose, seed=seed) for seed in (1, 2)},
-    }
-
-
-def plan_of(steps: Sequence[int], doll: bool) -> list[tuple[str, list[int], bool]]:
-    """(way, steps of its doses, whether the last is read beside 16-bit weights too), most important first."""
-    if doll:
-        return [("full", [2, 4], True), ("pose", [2], False), ("control", [2], False)]
-    d0, d1, d3, d10 = steps
-    first = [("full", [d0, d1, d3], False), ("pose", [d0, d1, d3], False), ("control", [d1, d3], False)]
-    largest = [("full", [d10], True), ("pose", [d10], False), ("control", [d10], False)]
-    short = [("short", [d1, d3], False), ("far", [d1, d3], False)]
-    seeds = [(f"{way}{seed}", [d0, d1], False) for seed in (1, 2) for way in ("full", "pose")]
-    return [*first, *largest, *short, *seeds, ("unquoted", [d3], False), ("short", [d10], False), ("far", [d10], False)]
 
 
 def linear_layers(model: Model) -> list[nn.Linear]:
@@ -128,22 +78,27 @@ class Arm:
     optimizer: torch.optim.AdamW
     done: int = 0
 
-    def step(self, number: int, rate: float) -> float:
+    def step(self, number: int, rate: float, tokens_at_once: int) -> float:
         """One step of AdamW on the sequences of step `number`; returns the loss in nats per token."""
-        batch = [row.tensors() for row in self.sequences[number * self.per_step : (number + 1) * self.per_step]]
-        stacked = {name: torch.stack([row[name] for row in batch]).to(self.model.device) for name in batch[0]}
-        labels = stacked["labels"]
-        skips = "attention_mask" in stacked  # all ones: positions may jump within a document
-        places = (stacked["position_ids"], stacked["attention_mask"]) if skips else ()
-        hidden = hidden_states(self.model, stacked["input_ids"], *places)
-        head = causal_lm(self.model).get_output_embeddings()
-        loss = next_token_nll(hidden, head, labels, chunk=CHUNK) / (labels.numel() - len(labels))
-        loss.backward()
+        rows = [row.tensors() for row in self.sequences[number * self.per_step : (number + 1) * self.per_step]]
+        together = max(tokens_at_once // len(rows[0]["labels"]), 1)
+        scored = sum(row["labels"].numel() - 1 for row in rows)
+        total = torch.zeros((), device=self.model.device)
+        for first in range(0, len(rows), together):
+            batch = rows[first : first + together]
+            stacked = {name: torch.stack([row[name] for row in batch]).to(self.model.device) for name in batch[0]}
+            skips = "attention_mask" in stacked  # all ones: positions may jump within a document
+            places = (stacked["position_ids"], stacked["attention_mask"]) if skips else ()
+            hidden = hidden_states(self.model, stacked["input_ids"], *places)
+            head = causal_lm(self.model).get_output_embeddings()
+            loss = next_token_nll(hidden, head, stacked["labels"], chunk=CHUNK) / scored
+            loss.backward()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(self.trained(), 1.0)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return total.item()
 
     def trained(self) -> list[nn.Parameter]:
         return [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -159,46 +114,44 @@ class Arm:
 
 
 def run_dose(
-    preset: Preset, out: Path, *, seconds: float, device: str, doll: bool = False, record: Path | None = None
+    preset: Preset,
+    doses: Doses,
+    inputs: Inputs,
+    out: Path,
+    *,
+    seconds: float,
+    bases: bool = True,
+    sixteen_bit: bool = True,
+    command: str = "",
+    record: Path | None = None,
 ) -> Path:
     """Train and read everything that fits into the time; returns the record.
 
     Args:
-        out: folder for results.jsonl and nll.npz, written as they come.
+        out: folder for results.jsonl, nll.npz and the adapters, written as they come.
         seconds: after which no stage is begun that is not expected to end before.
-        device: "cuda" or "cpu"; what there is is used.
-        doll: a few steps and texts only, to see that everything runs.
+        bases: read the untrained arms too.
+        sixteen_bit: read the arm of most steps with 16-bit weights too.
         record: folder of the record; default: `out`.
     """
-    command = (
-        f"python -m experiments dose --preset {preset.name} --device {device} --seconds {seconds:g}{' --doll' * doll}"
-    )
     kernels = sdpa_kernel(KERNELS, set_priority=True) if torch.cuda.is_available() else nullcontext()
-    return _Experiment(preset, out, seconds, doll).run(kernels, record or out, {"command": command})
+    experiment = _Experiment(preset, doses, inputs, out, seconds)
+    with kernels:
+        if bases:
+            experiment.read_bases()
+        experiment.run_stages(sixteen_bit=sixteen_bit)
+    return write_dose_record([out], record or out, preset=preset.name, provenance={"command": command})
 
 
 class _Experiment:
-    def __init__(self, preset: Preset, out: Path, limit: float, doll: bool) -> None:
-        self.preset, self.out, self.limit, self.doll = preset, out, limit, doll
+    def __init__(self, preset: Preset, doses: Doses, inputs: Inputs, out: Path, limit: float) -> None:
+        self.preset, self.doses, self.inputs, self.out, self.limit = preset, doses, inputs, out, limit
         self.begun, self.sums = time.perf_counter(), {}
         self.seconds: dict[str, float] = {}  # of readings and questions, by kind; of a step, by its way's window
         self.tokenizer = load_tokenizer(locate_base(preset))
-        new = preset.extension.window
-        data, lengths = preset.data, (new, new // 2)
-        if doll:
-            data, lengths = (
-                replace(data, sources=data.sources[-1:], held_out={data.sources[-1]: 2}),
-                (new // 2, new // 2),
-            )
-        training, texts, self.about = read_texts(data, self.tokenizer, lengths, more=not doll)
-        self.texts = texts[:2] if doll else texts
-        self.about = self.about[: len(self.texts)]
-        self.step_tokens = new // 2
-        self.documents = [document for document in training if document.tokens >= self.step_tokens]
-        asked = [preset.base.window * factor for factor in (1, 2, 4)]
-        long = {text.source: text for text in reversed(self.texts) if text.tokens == lengths[0]}  # one of each kind
-        chosen = list(long.values())[-5:]
-        self.haystacks = haystacks(chosen[: 1 if doll else 5], self.tokenizer, asked, keys=4 if doll else 20)
+        self.step_tokens = preset.extension.window // 2
+        lengths = [text.tokens for text in inputs.texts]
+        self.write("start", window=preset.base.window, texts=lengths, heldout=inputs.about, device=device_name())
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.begun
@@ -213,11 +166,11 @@ class _Experiment:
         window = self.preset.base.window
         for way in ways:
             begin, rows = time.perf_counter(), []
-            for text in self.texts:
+            for text in self.inputs.texts:
                 rows.append(
                     token_nll(model, text) if way == "full" else sliding_window(nll_in_windows(model, text, window))
                 )
-            sums = np.full((len(rows), max(text.tokens for text in self.texts) // BIN), np.nan, dtype=np.float32)
+            sums = np.full((len(rows), max(text.tokens for text in self.inputs.texts) // BIN), np.nan, dtype=np.float32)
             for line, costs in zip(sums, rows, strict=True):  # position 0 costs nothing
                 bins = np.concatenate([[0.0], costs]).reshape(-1, BIN).sum(axis=1, dtype=np.float64)
                 line[: len(bins)] = bins
@@ -228,9 +181,20 @@ class _Experiment:
             print(f"{self.elapsed():6.0f} s  {name} {way}: {np.nansum(sums) / np.isfinite(sums).sum() / BIN:.4f} nats")
         if longest:
             begin = time.perf_counter()
-            table = [row for stack in self.haystacks if stack.length <= longest for row in ask(model, stack)]
+            table = [row for stack in self.inputs.haystacks if stack.length <= longest for row in ask(model, stack)]
             self.seconds[f"ask {longest}"] = time.perf_counter() - begin
             self.write("retrieval", name=name, columns=COLUMNS, rows=table, **about)
+
+    def ask_tasks(self, name: str, model: Model, *, written: bool) -> None:
+        """Ask every task, or only those whose answers are read, not `written`; the answers go into a file."""
+        requests = [request for request in self.inputs.requests if written or not request.tokens]
+        if not requests:
+            return
+        begin = time.perf_counter()
+        answers = answer(model, self.tokenizer, requests, tokens_at_once=self.doses.tokens_at_once)
+        write_atomically(self.out / f"answers-{name}.json", json.dumps(answers).encode())
+        self.seconds["tasks"] = time.perf_counter() - begin
+        self.write("tasks", name=name, requests=len(requests), seconds=round(self.seconds["tasks"], 2))
 
     def arm(self, way: Way, steps: int) -> Arm:
         """A new arm with the sequences of `steps` steps."""
@@ -241,12 +205,14 @@ class _Experiment:
             **{"sequences_per_step": per_step, "sequences_at_once": 1, "long_document_weight": 2.0},
             **{"self_quoting_share": way.quoting, "seed": way.seed},
         )
-        sequences = draw_sequences(self.documents, settings, self.tokenizer)
-        lora = replace(self.preset.lora, rank=RANK, alpha=ALPHA)
+        sequences = draw_sequences(self.inputs.training, settings, self.tokenizer)
+        lora = replace(self.preset.lora, rank=self.doses.rank, alpha=self.doses.alpha)
         model = add_lora(load(self.preset, way.rope, four_bit=True), lora, seed=way.seed)
+        if way.window > self.doses.tokens_at_once:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        usable = sum(document.tokens for document in self.documents)
+        usable = sum(document.tokens for document in self.inputs.training)
         about = {"window": way.window, "reach": way.reach, "rope_base": way.rope.base, "quoting": way.quoting}
         self.write("arm", arm=way.label, **about, seed=way.seed, usable_tokens={"all": usable})
         return Arm(way, model, sequences, per_step, optimizer)
@@ -256,7 +222,7 @@ class _Experiment:
             return
         begin = time.perf_counter()
         arm.model.train()
-        losses = [arm.step(first + index, rate) for index, rate in enumerate(rates)]
+        losses = [arm.step(first + index, rate, self.doses.tokens_at_once) for index, rate in enumerate(rates)]
         arm.model.eval()
         per_step = (time.perf_counter() - begin) / len(rates)
         self.seconds[f"step {arm.way.window}"] = per_step
@@ -277,20 +243,28 @@ class _Experiment:
         """Train the trunk to where the dose's branch leaves it, then the branch; read there, and go back."""
         decay = max(round(steps * DECAY), 1)
         trunk, way = steps - decay, arm.way
-        rates = [RATE * min((index + 1) / WARMUP_STEPS, 1.0) for index in range(arm.done, trunk)]
+        highest = self.doses.learning_rate
+        rates = [highest * min((index + 1) / WARMUP_STEPS, 1.0) for index in range(arm.done, trunk)]
         self.train(arm, arm.done, rates, "trunk")
         arm.done, saved = max(trunk, arm.done), arm.snapshot()
         dose = steps * arm.per_step * way.window
-        self.train(arm, trunk, [RATE * (1 - index / decay) for index in range(decay)], f"branch to {dose}")
+        self.train(arm, trunk, [highest * (1 - index / decay) for index in range(decay)], f"branch to {dose}")
         about = {"arm": way.label, "tokens_trained": dose, "weights": "nf4"}
-        ways, longest = (("full", "window"), 4) if way.full_context else (("window",), 1)
-        self.read(f"{way.label}-{dose}", arm.model, ways, longest * self.preset.base.window, **about)
+        name = f"{way.label}-{dose}"
+        save_file(
+            {key: value.contiguous() for key, value in get_peft_model_state_dict(arm.model).items()},
+            self.out / f"adapter-{name}.safetensors",
+        )
+        asked = self.doses.asked[-1] if way.full_context else self.preset.base.window
+        ways = ("full", "window") if way.full_context else ("window",)
+        self.read(name, arm.model, ways, asked, **about)
+        self.ask_tasks(name, arm.model, written=way.full_context)
         if sixteen_bit:
             layers, exact = linear_layers(arm.model), linear_layers(load(self.preset, way.rope, four_bit=False))
             four_bit = [layer.weight.data for layer in layers]
             for layer, other in zip(layers, exact, strict=True):
                 layer.weight.data = other.weight.data
-            self.read(f"{way.label}-{dose}-16bit", arm.model, ways, 0, **{**about, "weights": "bf16"})
+            self.read(f"{name}-16bit", arm.model, ways, 0, **{**about, "weights": "bf16"})
             for layer, weight in zip(layers, four_bit, strict=True):
                 layer.weight.data = weight
         arm.restore(saved)
@@ -302,36 +276,30 @@ class _Experiment:
         readings = sum(value for name, value in self.seconds.items() if name not in known)
         return 1.05 * (steps * per_step + readings) + 1.0
 
-    def run(self, kernels: AbstractContextManager, record: Path, provenance: dict[str, Any]) -> Path:
-        window, new = self.preset.base.window, self.preset.extension.window
-        lengths = [text.tokens for text in self.texts]
-        self.write("start", window=window, texts=lengths, heldout=self.about, device=device_name())
+    def read_bases(self) -> None:
+        """Read the untrained arms: the base in 16 and in 4 bits, and in 4 with its RoPE scaled in two ways."""
+        arms = (("base", "base"), ("base-nf4", "base"), ("raised-nf4", "rope_base_only"), ("yarn-nf4", "yarn"))
+        for name, arm in arms:
+            four_bit = name.endswith("nf4")
+            model = load(self.preset, arm_scaling(self.preset, arm), four_bit=four_bit)
+            asked = self.preset.base.window if arm == "base" else self.doses.asked[-1]
+            about = {"tokens_trained": 0, "weights": "nf4" if four_bit else "bf16"}
+            self.read(name, model, ("window",) if arm == "base" else ("full",), asked, **about)
+            self.ask_tasks(name, model, written=name == "base-nf4")
+
+    def run_stages(self, *, sixteen_bit: bool) -> None:
+        """Train and read the stages in order, leaving out what does not fit into the time."""
         ways, arms = ways_of(self.preset), {}
-        plan = plan_of(STEPS, self.doll)
-        most = {key: max(max(doses) for other, doses, _ in plan if other == key) for key, _, _ in plan}
-        with kernels:
-            plain = ("window",), window
-            self.read(
-                "base",
-                load(self.preset, self.preset.base_rope, four_bit=False),
-                *plain,
-                tokens_trained=0,
-                weights="bf16",
-            )
-            for name, arm in (("base-nf4", "base"), ("raised-nf4", "rope_base_only"), ("yarn-nf4", "yarn")):
-                reading = plain if arm == "base" else (("full",), new)
-                model = load(self.preset, arm_scaling(self.preset, arm), four_bit=True)
-                self.read(name, model, *reading, tokens_trained=0, weights="nf4")
-            for key, doses, sixteen_bit in plan:
-                for steps in doses:
-                    done = arms[key].done if key in arms else 0
-                    needed = self.expected(ways[key], steps - done)
-                    if self.elapsed() + needed > self.limit:
-                        dose = steps * self.step_tokens
-                        self.write("left out", arm=ways[key].label, dose=dose, needed=round(needed, 1))
-                        break
-                    if key not in arms:
-                        arms[key] = self.arm(ways[key], most[key])
-                    self.give(arms[key], steps, sixteen_bit and steps == doses[-1])
+        most = {key: max(steps for way, steps in self.doses.stages if way == key) for key, _ in self.doses.stages}
+        largest = max(self.doses.stages, key=lambda stage: stage[1])
+        for key, steps in self.doses.stages:
+            done = arms[key].done if key in arms else 0
+            needed = self.expected(ways[key], steps - done)
+            if self.elapsed() + needed > self.limit:
+                dose = steps * self.step_tokens
+                self.write("left out", arm=ways[key].label, dose=dose, needed=round(needed, 1))
+                continue
+            if key not in arms:
+                arms[key] = self.arm(ways[key], most[key])
+            self.give(arms[key], steps, sixteen_bit and (key, steps) == largest)
         self.write("end")
-        return write_dose_record(self.out, record, preset=self.preset.name, provenance=provenance)

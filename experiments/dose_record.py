@@ -7,6 +7,7 @@ zero, and what is left of it without the one document that speaks most for it.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -44,8 +45,9 @@ class Readings:
     def buckets(self, above: int = 0) -> list[tuple[int, int]]:
         """(first position, end) of the buckets that begin at `above` or later: parts of the old window and beyond."""
         old, new = self.window, int(self.tokens.max())
-        edges = [0, old // 4, old // 2, old, new // 2, 3 * new // 4, new]
-        return [bucket for bucket in (*pairwise(edges), (0, old), (new // 2, new)) if bucket[0] >= above]
+        edges = sorted({0, old // 4, old // 2, old, new // 2, 3 * new // 4, new})
+        buckets = dict.fromkeys((*pairwise(edges), (0, old), (new // 2, new)))
+        return [bucket for bucket in buckets if bucket[0] >= above]
 
     def bucket(self, reading: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """(mean NLL at positions low to high - 1, place in the list) of each document that is long enough."""
@@ -84,11 +86,23 @@ class Readings:
         }
 
 
-def write_dose_record(out: Path, folder: Path, *, preset: str, provenance: dict[str, Any] | None = None) -> Path:
-    """Write the record and its arrays from what `experiments.dose` left in `out`."""
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    start = next(row for row in rows if row["kind"] == "start")
-    held_out, sums = pd.DataFrame(start["heldout"]), read_arrays(out / "nll.npz")
+def write_dose_record(
+    runs: Sequence[Path], folder: Path, *, preset: str, provenance: dict[str, Any] | None = None
+) -> Path:
+    """Write the record and its arrays from what `experiments.dose` left in the folders of one or several runs.
+
+    Raises:
+        ValueError: the runs did not read the same texts.
+    """
+    rows, sums = [], {}
+    for run in runs:
+        rows += [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+        sums |= read_arrays(run / "nll.npz")
+    start, *others = [row for row in rows if row["kind"] == "start"]
+    for other in others:
+        if [text["sha256_of_ids"] for text in other["heldout"]] != [text["sha256_of_ids"] for text in start["heldout"]]:
+            raise ValueError(f"{', '.join(map(str, runs))}: the runs read other texts, so they make no record together")
+    held_out = pd.DataFrame(start["heldout"])
     longest = max(start["texts"]) // BIN
     nats = {name: values[:, :longest] for name, values in sums.items()}
     readings = Readings(nats, np.array(start["texts"]), held_out.kind.tolist(), start["window"])
@@ -114,7 +128,7 @@ def write_dose_record(out: Path, folder: Path, *, preset: str, provenance: dict[
         question="From how many trained tokens on does a longer context pay?",
         tables=tables,
         seeds={"training": 0, "texts": 0, "bootstrap": SEED},
-        seconds=rows[-1]["at"],
+        seconds=sum(row["at"] for row in rows if row["kind"] == "end"),
         provenance=provenance,
     )
 
@@ -240,7 +254,9 @@ def _losses(rows: Rows) -> dict[str, np.ndarray]:
     """Loss of every step of each arm's trunk, and of each branch."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        if row["kind"] == "training":
+        if row["kind"] == "arm":
+            found.pop(f"loss_{row['arm']}_trunk", None)  # of another run, which ended before
+        elif row["kind"] == "training":
             name = "trunk" if row["what"] == "trunk" else row["what"].removeprefix("branch to ")
             found.setdefault(f"loss_{row['arm']}_{name}", []).extend(row["loss"])
     return {name: np.array(losses, dtype=np.float32) for name, losses in found.items()}

