@@ -258,7 +258,8 @@ class _Experiment:
         asked = self.doses.asked[-1] if way.full_context else self.preset.base.window
         ways = ("full", "window") if way.full_context else ("window",)
         self.read(name, arm.model, ways, asked, **about)
-        self.ask_tasks(name, arm.model, written=way.full_context)
+        if way.full_context:
+            self.ask_tasks(name, arm.model, written=way.window == self.step_tokens)
         if sixteen_bit:
             layers, exact = linear_layers(arm.model), linear_layers(load(self.preset, way.rope, four_bit=False))
             four_bit = [layer.weight.data for layer in layers]
@@ -285,7 +286,8 @@ class _Experiment:
             asked = self.preset.base.window if arm == "base" else self.doses.asked[-1]
             about = {"tokens_trained": 0, "weights": "nf4" if four_bit else "bf16"}
             self.read(name, model, ("window",) if arm == "base" else ("full",), asked, **about)
-            self.ask_tasks(name, model, written=name == "base-nf4")
+            if name != "raised-nf4":
+                self.ask_tasks(name, model, written=name == "base-nf4")
 
     def run_stages(self, *, sixteen_bit: bool) -> None:
         """Train and read the stages in order, leaving out what does not fit into the time."""

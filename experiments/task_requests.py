@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from llama_long_utils.evaluation.generation import Model, likelihoods, write
 from llama_long_utils.settings import Preset
 
+WRITTEN_TOGETHER = 8  # times as many tokens of prompts as are read together: each step reads all weights
 Answer = list[Any]  # [nats, likeliest, tokens] of a continuation, or [text]
 
 
@@ -78,7 +79,8 @@ def answer(
     for options in dict.fromkeys((request.tokens, request.stops) for request in asked if request.tokens):
         group = [request for request in asked if (request.tokens, request.stops) == options]
         prompts = [np.array(request.context) for request in group]
-        texts = write(model, tokenizer, prompts, tokens=options[0], stops=options[1], tokens_at_once=tokens_at_once)
+        together = {"tokens_at_once": WRITTEN_TOGETHER * tokens_at_once}
+        texts = write(model, tokenizer, prompts, tokens=options[0], stops=options[1], **together)
         found |= {request.key: [text] for request, text in zip(group, texts, strict=True)}
     return found
 
