@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from llama_long_utils.paths import REPOSITORY, RESULTS
@@ -13,26 +14,23 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Preset
 
 
-def rope_base(text: str) -> float:
-    """A RoPE base: a finite number above 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 1 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no RoPE base: give a finite number above 1, for example 1e6")
-    return value
+def above(least: float, what: str) -> Callable[[str], float]:
+    """A converter for argparse: a finite number above `least`; `what` it is, and an example, for the message."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what}")
+        return value
+
+    return number
 
 
-def seconds(text: str) -> float:
-    """A finite number of seconds above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds above 0, for example 435")
-    return value
+rope_base = above(1, "RoPE base: give a finite number above 1, for example 1e6")
+seconds = above(0, "time: give seconds above 0, for example 435")
 
 
 def arguments() -> argparse.Namespace:

@@ -75,11 +75,9 @@ def search_longrope(preset: Preset, *, rounds: int, texts: int, seed: int) -> Pa
     plain, pairs = rotary.inv_freq.clone(), len(rotary.inv_freq)
 
     def cost(factors: tuple[float, ...]) -> float:
-        rotary.inv_freq, rotary.attention_scaling = longrope(
-            plain.cpu(), factors, scaling.factor, scaling.original_window
-        )
-        rotary.inv_freq = rotary.inv_freq.to(plain.device)
-        return float(np.mean([token_nll(model, cut, cut.tokens) for cut in cuts]))
+        found, rotary.attention_scaling = longrope(plain.cpu(), factors, scaling.factor, scaling.original_window)
+        rotary.inv_freq = found.to(plain.device)
+        return float(np.mean([token_nll(model, cut) for cut in cuts]))
 
     starts = [(scaling.factor,) * pairs]
     for method in ("ntk", "yarn"):
@@ -117,7 +115,7 @@ def search_rope_base(preset: Preset, bases: Sequence[float], *, texts: int, seed
     tables = []
     for base in [preset.base.rope_base, *bases]:
         rotary.inv_freq = inverse_frequencies(preset.base.head_dim, base).to(rotary.inv_freq.device)
-        nll = [token_nll(model, cut, cut.tokens)[None] for cut in cuts]
+        nll = [token_nll(model, cut)[None] for cut in cuts]
         options = {"bootstrap_samples": preset.evaluation.bootstrap_samples, "seed": preset.evaluation.seed}
         table = nll_table("rope_base_only", nll, preset.evaluation.bucket_edges, **options)
         table.insert(0, "rope_base", base)
@@ -160,8 +158,8 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
     tokenizer = load_tokenizer(preset.base.source)
     _, held_out = read_documents(preset.data, tokenizer)
     evaluation, edges = preset.evaluation, preset.evaluation.near_edges
-    cuts = {cut.source: cut for (cut,) in random_stretches(
-        held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)}  # fmt: skip
+    stretches = random_stretches(held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)
+    cuts = {cut.source: cut for (cut,) in stretches}  # the last of each
     costs, read = [], {}
     options = {"bootstrap_samples": evaluation.bootstrap_samples, "seed": evaluation.seed}
     for arm, given in zip(arms, settings, strict=True):
@@ -170,7 +168,7 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
         tokens = np.diff([0, *(row["tokens"] for row in log)])
         seconds = sum(tokens / [row["tokens_per_second"] for row in log])
         costs.append({**cost, "tokens": int(tokens.sum()), "seconds": float(seconds)})
-        read[arm.training] = [token_nll(model, cut, evaluation.tokens)[None] for cut in cuts.values()]
+        read[arm.training] = [token_nll(model, cut)[None] for cut in cuts.values()]
         print(costs[-1], *(f"{rows.mean():.3f}" for rows in read[arm.training]), flush=True)
     nll = [nll_table(name, rows, edges, **options) for name, rows in read.items()]
     later = {name: paired_table(read[name], read[names[0]], edges, **options) for name in names[1:]}

@@ -8,7 +8,10 @@ import argparse
 import sys
 import time
 
+from llama_long_utils.commands import run_command
+from llama_long_utils.evaluation.task_files import check_names
 from llama_long_utils.paths import RESULTS
+from llama_long_utils.presets import load_preset
 
 DEFAULT = ["hellaswag", "truthfulqa_mc1", "gsm8k", "humaneval", "squad", "hotpotqa", "mmlu"]
 
@@ -28,30 +31,22 @@ def main() -> None:
     options = vars(parser.parse_args())
     name, tasks, record = (options.pop(key) for key in ("preset", "tasks", "record"))
     started = time.perf_counter()
-    try:
-        from llama_long_utils.evaluation.task_files import check_names
-        from llama_long_utils.presets import load_preset
+    preset = load_preset(name)
+    check_names(tasks)
 
-        preset = load_preset(name)
-        check_names(tasks)
+    from llama_long_utils.evaluation.benchmarks import measure, write_results
 
-        from llama_long_utils.evaluation.benchmarks import measure, write_results
-
-        results = measure(preset, tasks, **options)
-        path = write_results(
-            preset,
-            results,
-            RESULTS / preset.name if record else preset.run_folder / "records",
-            pairs=[(options["arms"][0], other) for other in options["arms"][1:]],
-            seconds=time.perf_counter() - started,
-            provenance={"command": " ".join(["python -m llama_long_utils.benchmark", *sys.argv[1:]])},
-        )
-        print(path)
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command continues where it was") from None
+    results = measure(preset, tasks, **options)
+    path = write_results(
+        preset,
+        results,
+        RESULTS / preset.name if record else preset.run_folder / "records",
+        pairs=[(options["arms"][0], other) for other in options["arms"][1:]],
+        seconds=time.perf_counter() - started,
+        provenance={"command": " ".join(["python -m llama_long_utils.benchmark", *sys.argv[1:]])},
+    )
+    print(path)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "stopped: the same command continues where it was")

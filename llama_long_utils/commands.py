@@ -8,13 +8,13 @@ from typing import NoReturn
 INTERRUPTED, CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
 
-def run_command(main: Callable[[], object]) -> NoReturn:
+def run_command(main: Callable[[], object], interrupted: str = "interrupted") -> NoReturn:
     """Run it and exit: 0, or 1 with one line on stderr, or as a shell shows Ctrl-C and a closed pipe."""
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends

@@ -97,8 +97,11 @@ def test_an_adapter_is_trained_saved_with_its_card_and_read_the_next_time(preset
     assert card.rope == preset.extended_rope
     assert card.training["tokens"] == trained.label_tokens
     assert card.training["run"] == trained.folder.parent.name
+    left = trained.folder.with_name(".adapter.abcd")  # as a process leaves it that is killed while it saves
+    shutil.copytree(trained.folder, left)
     monkeypatch.setattr(StepLog, "on_pre_optimizer_step", no_step)
     assert train_adapter(preset, name="mine") == trained
+    assert not left.exists()
     tokenizer = load_tokenizer(REPOSITORY / "data" / "tiny-llama")
     _, (text,) = read_documents(preset.data, tokenizer)
     model = load_arm(preset, "extended", adapter=trained.folder)

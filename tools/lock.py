@@ -32,6 +32,7 @@ def environment_file() -> str:
 def lock_file() -> str:
     """Text of requirements.lock: exact versions, as installed here, of everything that is needed."""
     found: dict[str, str] = {}
+    done: set[tuple[str, frozenset[str]]] = set()  # by name and extras: a package is asked for again with others
     waiting = declared()
     while waiting:
         requirement = waiting.pop()
@@ -40,14 +41,15 @@ def lock_file() -> str:
         except PackageNotFoundError:
             continue
         name = _normal(requirement.name)
-        if name in found and not requirement.extras:
+        if (name, frozenset(requirement.extras)) in done:
             continue
+        done.add((name, frozenset(requirement.extras)))
         found[name] = package.version.split("+")[0]
         for line in package.requires or []:
             needed = Requirement(line)
             extras = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
             if needed.marker is None or any(needed.marker.evaluate(extra) for extra in extras):
-                waiting += [needed] if _normal(needed.name) not in found else []
+                waiting.append(needed)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     head = f"# Exact versions tested with Python {version}; made from pyproject.toml by `make lock`.\n"
     return head + "".join(f"{name}=={found[name]}\n" for name in sorted(found))

@@ -36,7 +36,6 @@ def write(
         prompts: texts, which BOS is put before, or token ids with it: int64 of shape (tokens,).
         tokens: at most, of each answer.
         tokens_at_once: of padded prompts in one batch; a longer prompt runs alone.
-        options: as in `greedy`.
     """
     rows = [_with_bos(tokenizer, prompt) for prompt in prompts]
     options |= {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}

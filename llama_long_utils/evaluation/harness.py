@@ -32,10 +32,8 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 class Llama(TemplateLM):
     """A model, asked by the harness. It cuts no prompt: see `check_lengths`.
 
-    Args:
-        load: gives the model; called when an answer is missing.
-        cache: keeps the answers, so that a stopped run resumes; its inputs must name the model. None: none is kept.
-        arm: name of the model, for files and progress lines.
+    `load` gives the model and is called when an answer is missing. The inputs of `cache`, which keeps the answers, must
+    name the model; `arm` is its name in files and progress lines.
     """
 
     def __init__(

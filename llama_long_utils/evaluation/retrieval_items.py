@@ -29,13 +29,11 @@ PLACES = ("stairs", "bridge", "floor", "oak", "table", "roof", "chapel", "well")
 
 @dataclass(frozen=True)
 class RetrievalItem:
-    """A question: `prompt`, int64 of shape (tokens,), ends in the cue; `answer` should follow.
+    """A question: `prompt` ends in the cue; `answer`, whose tokens are `answer_ids`, should follow. Ids are int64.
 
     Attributes:
-        answer_ids: the answer's tokens as they follow the cue, int64 of shape (answer tokens,).
         number: of the question within its task; the same one at every length and depth asks for the same answer.
-        depth: asked place of the statement, as a share of the text before it, from 0 to 1.
-        place: the share it got, at the end of a sentence.
+        depth, place: of the statement, as a share of the text before it: asked, and got at the end of a sentence.
         others: answers to other questions: other keys' numbers; the example's number, and the chain's other variables.
     """
 
@@ -61,13 +59,9 @@ class RetrievalItem:
 
 @dataclass(frozen=True)
 class Question:
-    """Statements to plant, each at a depth, and the question about one of them.
+    """Statements to plant, each at a depth, and the question about the first of them.
 
-    Attributes:
-        statements: each with its depth, in the order of the text where depths agree; the first is the one asked for.
-        example: stands before the cue, worked out; may be empty.
-        new: words that the text must not hold.
-        others: answers to other questions: other keys' numbers; the example's number, and the chain's other variables.
+    A worked `example` may stand before the cue. The text must not hold the words in `new`.
     """
 
     statements: tuple[tuple[str, float], ...]
@@ -115,18 +109,12 @@ def first_sentence_items(
 ) -> list[RetrievalItem]:
     """Questions about as many documents as the settings say, prompt and answer `length` tokens together.
 
-    The passage begins at a random sentence, since the openings of documents may be known by heart.
+    The passage begins at a random sentence, the same at every length, since openings may be known by heart. ValueError
+    if no document has a fitting sentence with enough text after it.
 
     Args:
-        length: tokens of the passage, the cue and the room for the answer.
-        settings: how many words of the sentence are given again after the passage (`cue_words`), and the
-            least and largest number of words that are then asked for (`answer_words`).
-        seed: of the places; a document shows the same sentence at every length of the settings.
         exact: leave room for exactly the answer's tokens, and keep the text's line breaks in cue and answer, so that
             the answer's tokens are those of the passage; else leave room for `answer_tokens`, and part words by spaces.
-
-    Raises:
-        ValueError: no document has a fitting sentence with enough text after it.
     """
     items = []
     fewest, most = (settings.cue_words + words for words in settings.answer_words)
@@ -176,15 +164,8 @@ def planted_items(
 
     Made-up names and numbers that the stretch happens to hold are drawn again. A statement is a paragraph of its own
     at the end of the sentence nearest to its depth. Question `number` has the same stretch (its beginning where less
-    is asked for), statements and depths at every length of the settings and however many questions there are.
-
-    Args:
-        task: one of `PLANTED`.
-        length: tokens of BOS, text, statements, question and answer.
-        settings: `lengths` say how long the stretches must be at most, `tasks` how many keys and hops there are.
-        questions: how many; each needle is asked for at every one of `tasks.depths`, in the same text, the other tasks
-            spread their depths.
-        seed: of stretches, names, numbers and depths.
+    is asked for), statements and depths at every length of the settings and however many questions there are. Each
+    needle is asked for at every one of `tasks.depths`, in the same text; the other tasks spread their depths.
 
     Raises:
         ValueError: the task is unknown, no document is long enough, or the statements do not fit into the length.
@@ -279,11 +260,9 @@ def _different(draw: Callable[[np.random.Generator], str], generator: np.random.
 
 
 def _number(generator: np.random.Generator) -> str:
-    """Five different digits in words.
+    """Five different digits: where one stood twice, a copying model would not know after which of them it is.
 
-    Where a digit stood twice, a copying model would not know after which of them it is. In words, because a model may
-    hardly have read any figures: the tiny one copies "four one" and not "41". Without "zero", for which the tiny
-    tokenizer has four tokens, and one or two for every other.
+    In words, as the tiny model copies "four one" and not "41"; its tokenizer needs four tokens for "zero" alone.
     """
     return " ".join(generator.choice(DIGITS, 5, replace=False))
 
@@ -327,11 +306,7 @@ def sentence_ends(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> 
 def _question_and_answer(
     tokenizer: PreTrainedTokenizerBase, question: str, answer: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a question, and those of the answer as they follow it.
-
-    Raises:
-        ValueError: the tokenizer joins the end of the one with the beginning of the other in one token.
-    """
+    """Tokens of a question, and those of the answer as they follow it; ValueError if one token spans both."""
     ending, both = _ids(tokenizer, question), _ids(tokenizer, question + answer)
     if not np.array_equal(both[: len(ending)], ending):
         raise ValueError(

@@ -92,6 +92,8 @@ def train_adapter(
         return log
 
     with _alone(folder):
+        for left in folder.glob(".adapter.*"):  # by a process that was killed while it saved
+            shutil.rmtree(left)
         if not _is_whole(folder / "adapter"):
             log_file.unlink(missing_ok=True)
         try:
