@@ -30,17 +30,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def folder_state(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file below a path; none for a folder that holds this repository."""
-    try:
-        if not path.exists() or REPOSITORY.is_relative_to(path.resolve()):
-            return []
-    except (OSError, ValueError):  # no name of a file, such as a text of a thousand characters
-        return []
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which then takes the place of `folder`; after an error the old one stays."""

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import experiments.attention  # noqa: F401 (registers xPos)
 from conftest import LORA, RAISED, new_llama, small_preset
 from experiments.tiny_llama import train_tokenizer
 from llama_long_utils.model import adapters

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_long_utils.commands import run_command
-from llama_long_utils.paths import REPOSITORY, RESULTS, file_sha256, folder_state, write_atomically
+from llama_long_utils.paths import REPOSITORY, RESULTS, file_sha256, write_atomically
 from llama_long_utils.presets import closest, load_preset
 from llama_long_utils.progress import FILE
 from llama_long_utils.settings import Preset
@@ -265,6 +265,17 @@ def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base
     of_base = base_sha256 if notebook.needs_base else ""
     parts = [code, repr(preset), parameters, of_base, adapter, folders]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def folder_state(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file below a path; none for a folder that holds this repository."""
+    try:
+        if not path.exists() or REPOSITORY.is_relative_to(path.resolve()):
+            return []
+    except (OSError, ValueError):  # no name of a file, such as a text of a thousand characters
+        return []
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _without_comments(source: str) -> str:

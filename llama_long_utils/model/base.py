@@ -16,6 +16,12 @@ from llama_long_utils.settings import Scaling
 XPOS = "xpos"  # this attention and "s2" are in experiments/attention.py
 
 
+def nf4(dtype: str) -> BitsAndBytesConfig:
+    """Linear layers in NF4 with double quantisation, multiplied in `dtype`."""
+    options = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": getattr(torch, dtype)}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
+
+
 def load_base(
     folder: Path, rope: Scaling, *, dtype: str, quantized: bool = True, attention: str = "sdpa"
 ) -> PreTrainedModel:
@@ -26,15 +32,9 @@ def load_base(
         quantized: the linear layers in NF4 with double quantisation; else in `dtype`, too.
         attention: as transformers names it; xPos brings its own.
     """
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        quantization_config=quantization if quantized else None,
+        quantization_config=nf4(dtype) if quantized else None,
         dtype=getattr(torch, dtype),
         rope_parameters=rope.parameters(),
         max_position_embeddings=rope.max_position_embeddings,

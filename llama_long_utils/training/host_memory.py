@@ -27,11 +27,7 @@ def peak_memory_gib() -> float:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep large freed blocks: a training step allocates the same ones again.
-
-    Without it, each step returns them to the kernel and pays for the page faults. Does nothing with
-    another C library, or on a GPU (where torch has its own allocator).
-    """
+    """Ask glibc, if it is used and there is no GPU, to keep large freed blocks: a step allocates the same again."""
     m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
     if _glibc():
         libc = ctypes.CDLL(None)
@@ -42,12 +38,9 @@ def keep_freed_memory() -> None:
 def give_back_gaps(model: PreTrainedModel | PeftModel, limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
     """After each decoder layer, give free memory back to the kernel if more than `limit_gib` of it is resident.
 
-    glibc aligns torch's blocks and rarely finds the old place again for a new one: without this, gaps of several times
-    what a step needs stay resident. Each return costs page faults: with 0.5 GiB, steps of preset tiny take at least a
-    fifth longer than with 1.
-
-    Returns:
-        The hooks that do it, to be removed when training is over; none with another C library or on a GPU.
+    glibc aligns torch's blocks and rarely finds the old place again for a new one. Without this, a step of 2,048 tokens
+    of SmolLM2-135M's shape, all layers recomputed, held 2.7 GiB above the weights instead of 0.7. Returns the hooks,
+    to be removed when training is over; none with another C library or on a GPU.
     """
     if not _glibc():
         return []

@@ -11,11 +11,12 @@ from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.model.base import nf4
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.settings import Lora, MemorySavings
 from llama_long_utils.training.memory_savings import OffloadedCheckpoints, apply_memory_savings
@@ -104,12 +105,6 @@ def random_llama(
     """
     config = type(config)(**{**config.to_dict(), "dtype": dtype})
     config._attn_implementation = UNMASKED
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
     before = torch.get_default_dtype()
     with unset_fake_temporarily(), torch.device("meta"):
         torch.set_default_dtype(getattr(torch, dtype))
@@ -117,7 +112,7 @@ def random_llama(
             model = LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(before)
-        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=nf4(dtype))
         model.is_loaded_in_4bit = True
         adapted = add_lora(model, lora, seed=0)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
@@ -145,13 +140,14 @@ def _fill(model: PeftModel, device: str, made: Made) -> None:
             else:
                 values.normal_(std=0.02)
             component = "adapters" if weight.requires_grad else "weights"
+            packed = {}
             if isinstance(module, Linear4bit) and name == "weight":
                 values, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
                 module.support_avx512bf16_for_cpu = False  # as models.load_base sets it
                 for scales in (state.absmax, state.state2.absmax, state.state2.code, state.code):
                     made(scales, component, full_name)
+                packed = {"quant_state": state, "bnb_quantized": True}
             new = nn.Parameter(values, requires_grad=weight.requires_grad)
-            if isinstance(module, Linear4bit) and name == "weight":
-                vars(new).update(quant_state=state, bnb_quantized=True)
+            vars(new).update(packed)
             module._parameters[name] = new
             made(new, component, full_name)
