@@ -5,12 +5,13 @@ PRESET ?= tiny
 # Two small notebooks at a time take less time than one on two threads; a large model has the machine to itself.
 WORKERS ?= $(if $(filter tiny,$(PRESET)),2,1)
 
-.PHONY: run test test-slow lab data notebooks longrope race bench gpu tiny-llama lock help
+.PHONY: run test test-slow test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
 
 help:
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
 	@echo "make test        install, then all tests, notebooks included"
 	@echo "make test-slow   runs that are killed at 23 moments, disturbed and attacked (two minutes)"
+	@echo "make test-browser  JupyterLab in headless Chromium: Run All, bars, the control, links, an interruption (three minutes)"
 	@echo "make lab         install, then open the notebooks in JupyterLab"
 	@echo "make data        fetch the corpora into data/cache (part of the installation)"
 	@echo "make notebooks   execute the notebooks and store their outputs, figures and records"
@@ -33,10 +34,14 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow tests notebooks
+		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow --ignore tests/browser tests notebooks
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slow
+
+test-browser: $(INSTALLED)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,browser]"
+	$(BIN)/python -m pytest tests/browser
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

@@ -74,7 +74,8 @@ def _tokens(values: dict[str, Any], section: str) -> int:
 def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
     """The preset that a notebook's parameters ask for; ValueError for an unknown name or a value of the wrong type.
 
-    papermill only warns about a parameter that the notebook does not have, and defines it.
+    papermill only warns about a parameter that the notebook does not have, and defines it. Names are checked once in a
+    kernel: cells that run again find the variables of the others there.
 
     Args:
         namespace: the notebook's `globals()`, in the cell right after the parameters.
@@ -84,7 +85,7 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
     builtin = {"In", "Out", "exit", "quit"}
     for name, value in namespace.items():
         known = name in parameters or name in builtin or name.startswith("_")
-        if not known and isinstance(value, literals):
+        if not known and isinstance(value, literals) and "_names_checked" not in namespace:
             names = list(parameters)
             raise ValueError(f"unknown parameter {name!r}: this notebook has {names}{closest(name, names)}")
     for name, wanted in parameters.items():
@@ -93,6 +94,7 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
         except ValidationError as error:
             reasons = dict.fromkeys(problem["msg"].replace("Input s", "it s") for problem in error.errors())
             raise ValueError(f"parameter {name} = {namespace[name]!r}: {', or '.join(reasons)}") from None
+    namespace["_names_checked"] = True
     return load_preset(namespace["preset"])
 
 

@@ -23,7 +23,7 @@ from llama_long_utils.cache import digest
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.loss import patch_loss
 from llama_long_utils.paths import file_sha256, write_atomically
-from llama_long_utils.progress import progress_bar
+from llama_long_utils.progress import in_kernel, progress_bar
 from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import TrainingSettings
 from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
@@ -66,7 +66,10 @@ def train(
         raise RuntimeError("this model holds the weights of an interrupted run: build it anew, then train it")
     began_before, checkpoint = folder.exists(), last_whole_checkpoint(folder)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    if began_before and step < settings.steps:
+    what = (
+        f"training, which was interrupted after step {step:,}" if began_before and step < settings.steps else "training"
+    )
+    if what != "training" and not in_kernel():  # there the bar says it; a line would stay in the stored outputs
         why = "" if step else f": it left no checkpoint (there is one every {settings.checkpoint_every})"
         print(f"an interrupted run continues after step {step:,} of {settings.steps:,}{why}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +110,7 @@ def train(
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log])
     trainer.remove_callback(PrinterCallback)
     model.half_trained = True
-    with progress_bar("training", settings.steps, already=step) as log.report_done:
+    with progress_bar(what, settings.steps, already=step) as log.report_done:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.half_trained = False
     for hook in hooks:
