@@ -188,7 +188,7 @@ def test_parameter_out_of_bounds_stops_the_notebook(utilisation):
 
 def test_presets_are_read_without_heavy_libraries():
     heavy = {"torch", "transformers", "bitsandbytes", "pandas", "matplotlib", "nbformat", "papermill", "IPython"}
-    modules = ["settings", "presets", "records", "cache", "paths", "notebooks"]
+    modules = ["settings", "presets", "cache", "paths", "progress"]
     code = f"import sys, {', '.join('llama_long_utils.' + name for name in modules)}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
