@@ -138,7 +138,7 @@ def intervals(
 
     Args:
         table: columns `row`, `value`, low, high and those named by the other arguments.
-        colour: column that tells markers in one line apart; they stand below each other.
+        colour: column that tells markers in one line apart; they stand below each other, and a legend names them.
         samples: column with a sequence of numbers in each cell, or None.
         zero: where to draw the line of no difference.
         styles: how the values of `colour` look, in place of `look(value, kind)`.
@@ -154,6 +154,8 @@ def intervals(
         axes.scatter(part[value], heights, s=34, zorder=3, **{**form, "marker": form["marker"] or "|"})
         for height, numbers in zip(heights, part[samples] if samples else (), strict=False):
             axes.scatter(numbers, [height] * len(numbers), s=16, facecolors="none", edgecolors=form["color"], zorder=2)
+    if colour:
+        axes.legend()
     if zero is not None:
         axes.axvline(zero, color="0.35", linewidth=1)
     axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))

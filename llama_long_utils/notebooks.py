@@ -9,7 +9,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,14 @@ def measured(value: float, low: float = math.nan, high: float = math.nan, *, dig
     form = f"{'+' if sign else ''}z,.{digits}f"
     interval = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
     return f"{value:{form}}{interval}"
+
+
+def verdict(
+    value: float, low: float, high: float, below: str, above: str, level: str = "not told apart", *, digits: int = 3
+) -> str:
+    """What a difference with its interval says, for prose: `below` or `above` zero, or `level`; then the numbers."""
+    word = below if high < 0 else above if low > 0 else level
+    return f"{word} ({measured(value, low, high, digits=digits)})"
 
 
 def show_table(table: pd.DataFrame, digits: int = 2) -> None:
@@ -108,7 +115,7 @@ def save(
     tables: Mapping[str, pd.DataFrame],
     arrays: Mapping[str, np.ndarray] | None = None,
     seeds: Mapping[str, Any] | None = None,
-) -> Path:
+) -> None:
     """Write runs/PRESET/records/SLUG.json, and SLUG.npz beside it; parts that were kept meanwhile are removed.
 
     Time and parameters are those of the notebook since `start`. Seeds are, unless given, those of split and bootstrap.
@@ -117,7 +124,7 @@ def save(
     changed = {name: value for name, value in _run["parameters"].items() if defaults.get(name, _run) != value}
     if arrays:
         write_arrays(folder / "records" / f"{slug}.npz", dict(arrays))
-    path = write_record(
+    write_record(
         folder / "records",
         slug,
         preset=preset.name,
@@ -129,7 +136,6 @@ def save(
     )
     shutil.rmtree(folder / "measuring" / slug[:2], ignore_errors=True)
     print("recorded:", ", ".join(tables))
-    return path
 
 
 def _defaults(slug: str) -> dict[str, Any]:

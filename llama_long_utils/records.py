@@ -127,8 +127,8 @@ class Record:
 
     @property
     def origin(self) -> str:
-        """In words: when and on what it was recorded."""
-        return f"recorded by us {self.content['provenance']['date']} on {self.content['provenance']['device']}"
+        """In words: by whom it was recorded, and when."""
+        return f"recorded by us {self.content['provenance']['date']}"
 
     def table(self, name: str) -> pd.DataFrame:
         import pandas as pd

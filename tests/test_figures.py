@@ -81,6 +81,14 @@ def test_numbers_in_prose_carry_their_interval():
     assert notebooks.measured(-0.001, -0.01, 0.004) == "+0.00 [-0.01, +0.00]"
 
 
+def test_a_verdict_follows_the_interval():
+    words = {"below": "better", "above": "worse", "level": "level"}
+    assert notebooks.verdict(-0.2, -0.3, -0.1, **words).startswith("better (-0.200")
+    assert notebooks.verdict(0.2, 0.1, 0.3, **words).startswith("worse")
+    for low, high in ((-0.1, 0.3), (math.nan, math.nan)):
+        assert notebooks.verdict(0.1, low, high, **words).startswith("level")
+
+
 def test_a_quick_look_shows_its_record_and_an_own_run_itself():
     preset, live = load_preset("tiny"), pd.DataFrame({"arm": ["base"]})
     shown, origin = notebooks.live_or_recorded(preset, "06_perplexity_by_position", live, "copying")
@@ -96,8 +104,8 @@ def test_saving_records_the_parameters_that_were_changed(tmp_path, monkeypatch):
     notebooks.start(given, {"preset": str, "adapter": str, "stretches_per_document": int | None})
     (tmp_path / "measuring" / "06").mkdir(parents=True)
     table = pd.DataFrame({"arm": ["base"], "nats": [1.0]})
-    path = notebooks.save(preset, "06_perplexity_by_position", "?", {"one": table}, {"x": np.arange(3)})
-    record = Record(path)
+    notebooks.save(preset, "06_perplexity_by_position", "?", {"one": table}, {"x": np.arange(3)})
+    record = Record(tmp_path / "records" / "06_perplexity_by_position.json")
     assert record.table("one").equals(table)
     assert record.arrays["x"].tolist() == [0, 1, 2]
     assert record.content["provenance"]["command"].endswith("-p preset tiny -p adapter mine")

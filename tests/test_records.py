@@ -90,6 +90,11 @@ COLUMNS = {
         "scores": {"task", "length", "arm", "metric", "items", "value", "low", "high"},
     },
     "07_long_range_retrieval": {
+        "scores": {"arm", "task", "length", "depth", "items", "probability", "exact", "rouge_l"},
+        "effective_length": {"arm", "task", "threshold", "tokens"},
+        "mistakes": {"arm", "task", "setting", "length", "items", "answer", "other", "anything_else"},
+    },
+    "smollm2/07_long_range_retrieval": {  # of an earlier notebook 7, which scored by ROUGE-L and probability
         "scores": {
             *("arm", "task", "length", "depth", "items", "log_probability", "probability", "probability_low"),
             *("probability_high", "all_likeliest", "exact", "rouge_l", "rouge_l_low", "rouge_l_high"),

@@ -16,13 +16,10 @@ from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.retrieval import (
     _wrote,
     effective_length,
-    effective_lengths,
-    paired_difference,
     replies,
     rouge_l,
     rouge_l_by_chance,
     score,
-    summary,
 )
 from llama_long_utils.evaluation.retrieval_items import (
     PLANTED,
@@ -326,52 +323,37 @@ def test_beyond_generate_up_to_only_probabilities_are_scored(texts, tokenizer, m
     rows = scored(model, tokenizer, planted("passkey", texts, tokenizer), settings, tmp_path).assign(arm="base")
     assert rows.rouge_l.isna().all()
     assert rows.probability.between(0, 1).all()
-    table = effective_lengths(rows, threshold=0.5, bootstrap_samples=10, seed=0)
-    assert table.measure.tolist() == ["probability"]
+    assert effective_length(rows, 0.5) == 0
 
 
-def test_effective_length_ends_where_the_score_first_falls_below_the_threshold():
-    lengths = [256, 512, 1024]
-    assert effective_length([0.9, 0.6, 0.5], lengths, 0.5) == 1024
-    assert effective_length([0.9, 0.4, 0.9], lengths, 0.5) == 256
-    assert effective_length([0.4, 0.9, 0.9], lengths, 0.5) == 0
-    assert effective_length([[1, 1, 0], [1, 0, 0]], lengths, 0.5).tolist() == [512, 256]
+def answers(scores, depths=None):
+    """Exact answers: items x lengths, at the depth of each item."""
+    table = [
+        (256 * 2**column, number, (depths or range(len(scores)))[number], value)
+        for number, values in enumerate(scores)
+        for column, value in enumerate(values)
+    ]
+    return pd.DataFrame(table, columns=["length", "number", "depth", "exact"])
 
 
-def rows_of(scores):
-    """Rows as of `score`: items x lengths."""
-    return pd.DataFrame(
-        [
-            {"arm": "base", "task": "needle", "number": number, "length": 256 * 2**column, "probability": value}
-            | {"rouge_l": 100 * value, "log_probability": -1.0, "all_likeliest": value, "exact": value}
-            for number, values in enumerate(scores)
-            for column, value in enumerate(values)
-        ]
-    )
+@pytest.mark.parametrize(
+    ("scores", "tokens"),
+    [
+        ([[1, 1, 1], [1, 0, 0]], 1024),
+        ([[1, 0, 1], [1, 0, 1]], 256),  # a late recovery does not count
+        ([[0, 1, 1], [0, 1, 1]], 0),
+        ([[1, 1, np.nan], [1, 1, np.nan]], 512),  # nothing was generated there
+    ],
+)
+def test_effective_length_ends_where_the_score_first_falls_below_the_threshold(scores, tokens):
+    assert effective_length(answers(scores), 0.5) == tokens
 
 
-def test_effective_length_has_an_interval_over_items():
-    same = effective_lengths(rows_of([[1, 1, 0]] * 6), threshold=0.5, bootstrap_samples=50, seed=0)
-    assert same[["tokens", "low", "high"]].to_numpy().tolist() == [[512, 512, 512]] * 2
-    mixed = effective_lengths(rows_of([[1, 1, 1], [1, 0, 0]] * 3), threshold=0.5, bootstrap_samples=500, seed=0)
-    assert mixed[["tokens", "low", "high"]].to_numpy().tolist() == [[1024, 256, 1024]] * 2
-
-
-def test_summary_is_the_mean_over_items_with_its_interval():
-    table = summary(rows_of([[1, 0]] * 3 + [[0, 0]]), ["arm", "length"], bootstrap_samples=200, seed=0)
-    assert table["items"].tolist() == [4, 4]
-    assert table.rouge_l.tolist() == [75, 0]
-    assert table.rouge_l_low[0] < 75 < table.rouge_l_high[0] <= 100
-    assert table.rouge_l_high[1] == 0
-
-
-def test_a_needle_at_all_its_depths_is_one_question():
-    apart = rows_of([[1, 0]] * 4 + [[0, 0]] * 4)
-    together = apart.assign(number=apart.number // 2)
-    for by in (["arm"], ["arm", "length"]):
-        one, two = (summary(rows, by, bootstrap_samples=400, seed=0) for rows in (apart, together))
-        assert one.rouge_l.tolist() == two.rouge_l.tolist()
-        assert two.rouge_l_high[0] > one.rouge_l_high[0]
+def test_effective_length_is_that_of_the_worst_depth():
+    ends = [answers([[1, 1, 1]] * 3, [depth] * 3) for depth in (0.0, 1.0)]
+    rows = pd.concat([*ends, answers([[1, 0, 0]] * 3, [0.5] * 3)])
+    assert rows.groupby("length").exact.mean().min() > 0.5
+    assert effective_length(rows, 0.5) == 256
 
 
 def test_rouge_l_by_chance_is_that_of_other_questions_answers():
@@ -385,12 +367,6 @@ def test_rouge_l_by_chance_is_that_of_other_questions_answers():
         ]
     )
     assert rouge_l_by_chance(rows).tolist() == pytest.approx([200 / 3, 0, np.nan, np.nan], nan_ok=True)
-
-
-def test_paired_difference_is_over_questions():
-    rows = pd.concat([rows_of([[1, 0], [1, 1]]).assign(arm="one"), rows_of([[0, 0], [0.5, 0.5]]).assign(arm="other")])
-    value, low, high = paired_difference(rows, "one", "other", "probability", bootstrap_samples=100, seed=0)
-    assert value == low == high == 0.5
 
 
 def test_what_was_written_instead_is_told_apart(texts, tokenizer, model):

@@ -70,6 +70,7 @@ SEQUENCE = [
     Notebook("10_preference_tuning", "Preference tuning", "Does preference tuning keep long context?"),
     Notebook("11_ablations", "Ablations", "Which of the choices matter?"),
     Notebook("12_pretraining_curriculum", "Pretraining curriculum", "When should pretraining sequences become long?"),
+    Notebook("13_real_models", "Real models", "What holds for a real LLM?", needs_base=False),
 ]
 
 

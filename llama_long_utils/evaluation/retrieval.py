@@ -1,4 +1,4 @@
-"""Scoring retrieval: by probability and by what is written, and the effective length."""
+"""Scoring retrieval: by probability and by what is written."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.generation import greedy
 from llama_long_utils.evaluation.retrieval_items import RetrievalItem
-from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.loss import causal_lm, in_compute_dtype
 from llama_long_utils.settings import Retrieval
 
@@ -132,36 +131,10 @@ def _wrote(item: RetrievalItem, written: str) -> str:
     return "other" if of_others >= 80 and of_others > of_answer else "else"  # four of a number's five digits
 
 
-def summary(rows: pd.DataFrame, by: Sequence[str], *, bootstrap_samples: int, seed: int) -> pd.DataFrame:
-    """Means over items with 95% intervals from resampling questions (a needle at all its depths is one).
-
-    Args:
-        rows: from `score`, with a column `arm`.
-        by: columns to group by, for example arm, task and length.
-
-    Returns:
-        Columns of `by`, items, log_probability, probability, probability_low, probability_high, all_likeliest,
-        exact, rouge_l, rouge_l_low, rouge_l_high.
-    """
-    table = []
-    for names, group in rows.groupby([*by], sort=False):
-        questions = group.groupby("number", sort=False)
-        weights = Bootstrap(len(questions), bootstrap_samples, seed).weights() / len(questions)
-        row = {**dict(zip(by, names, strict=True)), "items": len(group)}
-        for column in ("log_probability", "probability", "all_likeliest", "exact", "rouge_l"):
-            row[column] = float(group[column].mean())
-            if column in ("probability", "rouge_l"):
-                low, high = np.percentile(weights @ questions[column].mean().to_numpy(dtype=float), [2.5, 97.5])
-                row |= {f"{column}_low": float(low), f"{column}_high": float(high)}
-        table.append(row)
-    return pd.DataFrame(table)
-
-
 def rouge_l_by_chance(rows: pd.DataFrame) -> pd.Series:
     """Mean ROUGE-L of what was written against the answers to the OTHER questions of the same arm, task and length.
 
-    What the right form alone is worth ("a ... and a ... under the", any five digits), with the right answer nowhere in
-    sight. One value for each row with something written.
+    What the right form alone is worth, with the right answer nowhere in sight. NaN where nothing was written.
     """
     found = {}
     for _, group in rows.dropna(subset="rouge_l").groupby(["arm", "task", "length"]):
@@ -172,59 +145,16 @@ def rouge_l_by_chance(rows: pd.DataFrame) -> pd.Series:
     return pd.Series(found, index=rows.index, dtype=float)
 
 
-def paired_difference(
-    rows: pd.DataFrame, first: str, second: str, measure: str, *, bootstrap_samples: int, seed: int
-) -> tuple[float, float, float]:
-    """Mean of a measure for arm `first` minus that for arm `second` on the same questions, with its 95% interval.
+def effective_length(rows: pd.DataFrame, threshold: float) -> int:
+    """The longest length at which the share of exact answers is at least the threshold, there and at all shorter ones.
 
-    The interval resamples questions; one asked at several lengths is one question.
+    Where every question is asked at several depths the worst depth counts. 0 where the shortest length fails; lengths
+    without generation do not count.
     """
-    by_arm = rows.pivot_table(index=["task", "number", "length"], columns="arm", values=measure)
-    difference = (by_arm[first] - by_arm[second]).groupby(["task", "number"]).mean().to_numpy()[:, None]
-    low, high = Bootstrap(len(difference), bootstrap_samples, seed).interval(difference, np.ones_like(difference))
-    return float(difference.mean()), float(low[0]), float(high[0])
-
-
-def effective_length(scores: np.ndarray, lengths: Sequence[int], threshold: float) -> np.ndarray:
-    """The longest length at which the score is at least the threshold there and at all shorter lengths asked at.
-
-    Args:
-        scores: shape (..., lengths).
-        lengths: rising, in tokens.
-
-    Returns:
-        Tokens, int of shape (...); 0 where the score is below the threshold at the shortest length already.
-    """
-    held = np.cumprod(np.asarray(scores) > threshold - 1e-9, axis=-1).sum(axis=-1)
-    return np.array([0, *lengths])[held]
-
-
-def effective_lengths(rows: pd.DataFrame, *, threshold: float, bootstrap_samples: int, seed: int) -> pd.DataFrame:
-    """Effective length of every arm and task by both scores, with its 95% interval over items.
-
-    A resampled item takes its scores at all lengths along. Lengths without generation count for probability only.
-
-    Args:
-        rows: from `score`, with a column `arm`.
-        threshold: for the mean of probability, and of ROUGE-L / 100.
-
-    Returns:
-        Columns arm, task, measure (probability, rouge_l), threshold, tokens, low, high, items.
-    """
-    table = []
-    for (arm, task), group in rows.groupby(["arm", "task"], sort=False):
-        for measure, unit in (("probability", 1.0), ("rouge_l", 100.0)):
-            scores = group.pivot_table(index="number", columns="length", values=measure).dropna() / unit
-            if scores.empty:  # nothing was generated
-                continue
-            weights = Bootstrap(len(scores), bootstrap_samples, seed).weights() / len(scores)
-            lengths = list(scores.columns)
-            reached = effective_length(weights @ scores.to_numpy(), lengths, threshold)
-            low, high = np.percentile(reached, [2.5, 97.5], method="nearest")
-            found = {"tokens": int(effective_length(scores.mean().to_numpy(), lengths, threshold))}
-            found |= {"low": int(low), "high": int(high), "items": len(scores)}
-            table.append({"arm": arm, "task": task, "measure": measure, "threshold": threshold, **found})
-    return pd.DataFrame(table)
+    several = rows.groupby(["length", "number"]).depth.nunique().max() > 1
+    shares = rows.dropna(subset="exact").groupby(["length", "depth"] if several else ["length"]).exact.mean()
+    worst = shares.groupby("length").min()
+    return int([0, *worst.index][int(np.cumprod(worst >= threshold).sum())])
 
 
 def rouge_l(answer: str, written: str) -> float:

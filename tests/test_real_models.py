@@ -1,0 +1,54 @@
+"""What notebook 13 reads out of the records, recomputed from their arrays."""
+
+import numpy as np
+import pytest
+
+from experiments.dose_record import BIN
+from experiments.real_models import WAYS, read_dose_results, read_tasks
+from llama_long_utils.records import recorded
+
+
+@pytest.fixture(scope="module")
+def results():
+    return read_dose_results(["smollm2", "no such preset"])["smollm2"]
+
+
+def test_only_presets_with_a_record_are_read(results):
+    assert results.preset == "smollm2"
+    assert read_dose_results(["no such preset"]) == {}
+    assert all(table.empty for table in read_tasks("no such preset"))
+
+
+def test_what_full_context_is_worth_is_that_of_the_arrays(results):
+    record = recorded("smollm2", "06_dose_response")
+    nats = dict(zip(record.arrays["readings"], record.arrays["nats"], strict=True))
+    first, second = 16_384 // BIN, 32_768 // BIN
+    worth = results.worth()
+    assert set(worth.line) == {*WAYS, "fair"}
+    full = results.largest("full")
+    gap = nats[f"{full}/full"][:, first:second].sum(axis=1) - nats[f"{full}/window"][:, first:second].sum(axis=1)
+    mean = np.nanmean(gap / (32_768 - 16_384))
+    assert worth[worth.line == "full"].nats.iloc[-1] == pytest.approx(mean, abs=1e-5)
+
+
+def test_the_fair_line_compares_equal_doses(results):
+    fair = results.worth().query("line == 'fair'")
+    assert len(fair) >= 2
+    for row in fair.itertuples():
+        assert row.first.startswith("full") and row.second.startswith("control")
+        assert row.first.split("-")[2].split("/")[0] == row.second.split("-")[2].split("/")[0]
+
+
+def test_few_questions_are_shown_and_have_no_interval():
+    shares, costs = read_tasks("smollm2")
+    few = costs[costs["items"] < 8]
+    assert len(few) and few.low.isna().all()
+    assert [np.mean(each) for each in few.each] == pytest.approx(few.difference.tolist(), abs=1e-4)
+    assert shares.length.eq(0).all()
+
+
+def test_statements_are_counted_by_fifth_of_the_depth(results):
+    found = results.statements()
+    assert {"base", "control", "full", "pose"} <= set(found.arm)
+    assert (found.groupby(["length", "arm"]).fifth_of_depth.nunique() == 5).all()
+    assert (found.right <= found.questions).all()
