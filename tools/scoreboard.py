@@ -1,0 +1,403 @@
+"""The claims scoreboard: the paper's twelve claims against our records, one line each.
+
+Verdicts follow intervals. A comparison whose arms were not fit for it is undecided, whatever its numbers say.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.race_results import RaceResults, race_results
+from llama_long_utils.evaluation.statistics import FEWEST
+from llama_long_utils.notebooks import measured
+from llama_long_utils.presets import load_preset
+from llama_long_utils.records import read_published, recorded
+from llama_long_utils.settings import Preset
+
+# By size. The first with a record speaks for a claim.
+MODELS = {"qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B", "smollm2": "SmolLM2-135M", "tiny": "tiny Llama (4.3M)"}
+AGREES, DISAGREES, UNDECIDED, NOT_TESTED = "agrees", "disagrees", "undecided", "not tested yet"
+FOUND = 0.8  # share of needles that must be found at the worst depth
+RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
+MARGIN = 0.02  # share of right answers that a short task may lose and be called unharmed
+CHANCE = {"mmlu": 0.25}  # of its four choices, one is right
+DOSES, BENCHMARKS, POSITIONS = "06_dose_response", "08_benchmark_deltas", "06_perplexity_by_position"
+Interval = tuple[float, float, float]  # value, low, high
+
+
+@dataclass(frozen=True)
+class Line:
+    """A claim: what the paper found, what we found, on which model with how many seeds, and what follows."""
+
+    claim: str
+    paper: str
+    ours: str = "-"
+    scale: str = "-"
+    verdict: str = NOT_TESTED
+
+
+def scoreboard() -> dict[str, Line]:
+    """C1 to C12 in order."""
+    race, published = race_results(load_preset("tiny")), read_published("llama2_long")
+    more = read_published("llama2_long_benchmarks")
+    lines = [
+        _past_the_window(race, published["figure_5b"]),
+        _perplexity(race, published["table_5"]),
+        _retrieval(race, published["figure_5b"]),
+        _xpos(race, published["table_5"]),
+        _power_law(published),
+        _model_size(published["figure_1_power_law"]),
+        _short_tasks(more["table_1"]),
+        _data_mix(more["table_7"]),
+        _short_then_long(published["table_10"], published["table_11"]),
+        *_instruction_tuning(published["table_9"]),
+        _full_attention(published["attention"]),
+    ]
+    return {f"C{number}": line for number, line in enumerate(lines, start=1)}
+
+
+def scoreboard_table() -> str:
+    """The scoreboard in Markdown."""
+    rows = []
+    for name, line in scoreboard().items():
+        verdict, colon, reason = line.verdict.partition(":")
+        cells = [name, line.claim, line.paper, line.ours, line.scale, f"**{verdict}**{colon}{reason}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    head = ["", "the paper's claim", "it found", "we found", "on", "verdict"]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+
+
+def dose_records() -> dict[str, dict[str, pd.DataFrame]]:
+    """Tables of the dose experiments by preset, largest model first."""
+    found = {preset: recorded(preset, DOSES) for preset in MODELS}
+    names = ("arms", "full_minus_windows", "differences", "retrieval")
+    return {preset: {name: record.table(name) for name in names} for preset, record in found.items() if record}
+
+
+def trained_longest(table: pd.DataFrame, way: str) -> pd.DataFrame:
+    """The rows of the arms of one way of training ("full", "pose", "control") after their largest dose, in 4 bits."""
+    rows = table[table.arm.str.match(rf"{way}\d") & (table.get("weights", "nf4") == "nf4")]
+    return rows[rows.tokens_trained == rows.tokens_trained.max()]
+
+
+def beyond(table: pd.DataFrame) -> Interval:
+    """Difference, low and high over the widest bucket that ends at the longest text's end."""
+    rows = table[table.position_high == table.position_high.max()]
+    row = rows.loc[(rows.position_high - rows.position_low).idxmax()]
+    return row.nats, row.low, row.high
+
+
+def worst_depth(table: pd.DataFrame, length: int) -> tuple[int, int]:
+    """(found, asked) planted statements at the depth where the fewest were found."""
+    rows = table[(table.task == "key") & (table.length == length)]
+    row = rows.loc[rows.exact.idxmin()]
+    return round(row.exact * row.questions), int(row.questions)
+
+
+def control_difference(preset: str, tables: dict[str, pd.DataFrame], old: int) -> tuple[int, Interval, Interval] | None:
+    """Whole sequences against a control trained as long without an extension, which reads through its own window.
+
+    Returns:
+        (tokens trained, inside the old window, beyond the half of the new one), full context minus control in nats;
+        None if no dose has both.
+    """
+    table = tables["differences"]
+    rows = table[table["first"].str.match(r"full\d.*/full$") & table["second"].str.match(r"control.*/window$")]
+    if rows.empty:
+        return None
+    rows = rows[rows.tokens_trained == rows.tokens_trained.max()]
+    inside = rows[(rows.position_low == 0) & (rows.position_high == old)].iloc[0]
+    return int(inside.tokens_trained), (inside.nats, inside.low, inside.high), beyond(rows)
+
+
+def _difference(race: RaceResults, first: str, second: str, low: int, high: int) -> Interval:
+    """NLL of one trained method minus another's, in nats, over documents and seeds."""
+    (one, tokens), (other, _) = (race.nll(name, "full-length", low, high) for name in (first, second))
+    return tuple(race.mean(one - other, tokens).values())
+
+
+def _retrieved(race: RaceResults, first: str, second: str, length: int) -> Interval:
+    """ROUGE-L of one trained method minus another's in first-sentence retrieval."""
+    (one, ones), (other, _) = (race.rouge_l(name, "full-length", length) for name in (first, second))
+    return tuple(race.mean(one - other, ones).values())
+
+
+def _race_scale(race: RaceResults) -> str:
+    return f"{MODELS['tiny']}, {race.arms[race.arms.training == 'full-length'].seed.nunique()} seeds"
+
+
+def _by_kinds(preset: str, first: str, second: str, low: int, high: int) -> pd.Series:
+    """NLL of one arm of notebook 6 minus another's, in nats, a row for each document, named by its kind of text."""
+    arrays = recorded(preset, POSITIONS).arrays
+    places = slice(low - 1, high - 1)
+    change = arrays[f"nll_{first}"][:, places].astype(float) - arrays[f"nll_{second}"][:, places]
+    return pd.Series(change.mean(axis=1), [name.split("/")[0] for name in arrays["documents"]])
+
+
+def _past_the_window(race: RaceResults, figure: dict[str, Any]) -> Line:
+    old, new = load_preset("smollm2").base.window, 16_384
+    untrained = _by_kinds("smollm2", "base", "sliding_window", old, new)
+    by_kind = untrained.groupby(level=0).mean()
+    length = race_lengths(load_preset("tiny"))[-2]
+    trained = _retrieved(race, "none", "abf", length)
+    scores = [figure["rouge_l"][name][figure["length"].index(new)] for name in ("none", "abf")]
+    return Line(
+        "Plain RoPE fails past its window",
+        f"{scores[0]:.0f} against ABF's {scores[1]:.0f} ROUGE-L at {new:,} tokens, both trained (Figure 5b)",
+        f"untrained, {old:,} to {new:,}: {measured(untrained.mean())} nat against its own windows, at least "
+        f"{measured(by_kind.min())} in each kind of text; trained, {length:,} tokens: {measured(*trained, digits=0)} "
+        "ROUGE-L against ABF",
+        f"{MODELS['smollm2']}, {len(untrained)} documents of {len(by_kind)} kinds; {_race_scale(race)}",
+        AGREES if by_kind.min() > 0 and trained[2] < 0 else f"{UNDECIDED}: not in every kind of text, or by chance",
+    )
+
+
+def race_lengths(preset: Preset) -> list[int]:
+    """Lengths at which the race asks for first sentences."""
+    return preset.retrieval.lengths
+
+
+def _not_recovered(race: RaceResults, preset: Preset) -> Interval | None:
+    """PI after training minus the untrained base inside the old window, if PI has not recovered from its change."""
+    low, high = preset.base.window // 2, preset.base.window
+    (trained, tokens), (base, _) = (
+        race.nll(name, way, low, high) for name, way in (("pi", "full-length"), ("none", "zero-shot"))
+    )
+    loss = tuple(race.mean(trained - base, tokens).values())
+    return loss if loss[0] > RECOVERED else None
+
+
+def _perplexity(race: RaceResults, table: dict[str, Any]) -> Line:
+    preset = load_preset("tiny")
+    low, high = preset.base.window, preset.extension.window
+    first, second = _difference(race, "abf", "pi", low, high), _difference(race, "pi", "none", low, high)
+    books = [table["rows"][name][table["columns"].index("books")] for name in ("abf", "pi", "none")]
+    lost = _not_recovered(race, preset)
+    if lost:
+        verdict = f"{UNDECIDED}: PI had not recovered inside the old window ({measured(*lost)} nat)"
+    else:
+        verdict = AGREES if first[1] <= 0 and second[2] < 0 else DISAGREES
+    return Line(
+        "ABF ≤ PI < plain RoPE in perplexity",
+        f"{books[0]:.3f}, {books[1]:.3f}, {books[2]:.3f} on books (Table 5)",
+        f"{low:,} to {high:,}: ABF minus PI {measured(*first)} nat, PI minus plain {measured(*second)} nat",
+        _race_scale(race),
+        verdict,
+    )
+
+
+def _retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
+    preset = load_preset("tiny")
+    shortest, longest = race_lengths(preset)[0], race_lengths(preset)[-1]
+    scores = [race.mean(*race.rouge_l("abf", "full-length", length))["value"] for length in (shortest, longest)]
+    pi = race.mean(*race.rouge_l("pi", "full-length", shortest))["value"]
+    ours = f"ABF {scores[0]:.0f} at {shortest:,} tokens, {scores[1]:.0f} at {longest:,}; PI {pi:.0f} at {shortest:,}"
+    scale, verdict = _race_scale(race), AGREES if scores[1] > 0.8 * scores[0] else DISAGREES
+    if _not_recovered(race, preset):
+        verdict = f"{UNDECIDED}: PI had not recovered inside the old window"
+    for name, tables in list(dose_records().items())[:1]:
+        rows = trained_longest(tables["retrieval"], "full")
+        length = 2 * load_preset(name).base.window
+        found, asked = worst_depth(rows, length)
+        ours += f"; planted statements at {length:,} tokens: {found} of {asked} at the worst depth"
+        scale += f"; {MODELS[name]}, {_seeds(tables)}"
+        if found < FOUND * asked:
+            verdict += "; ABF does not hold yet where it was trained longest"
+    at = [figure["rouge_l"][name][-1] for name in ("abf", "pi")]
+    return Line(
+        "ABF keeps first-sentence retrieval where PI falls",
+        f"{at[0]:.0f} against {at[1]:.0f} ROUGE-L at {figure['length'][-1]:,} tokens (Figure 5b, digitised)",
+        ours,
+        scale,
+        verdict,
+    )
+
+
+def _seeds(tables: dict[str, pd.DataFrame]) -> str:
+    count = tables["arms"].seed.nunique()
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def _xpos(race: RaceResults, table: dict[str, Any]) -> Line:
+    preset = load_preset("tiny")
+    low, high, length = preset.base.window, preset.extension.window, race_lengths(preset)[-2]
+    nats, retrieved = _difference(race, "xpos_abf", "abf", low, high), _retrieved(race, "xpos_abf", "abf", length)
+    points = measured(*retrieved, digits=0)
+    books = [table["rows"][name][table["columns"].index("books")] for name in ("xpos_abf", "abf")]
+    verdicts = [DISAGREES if gain else AGREES for gain in (nats[2] < 0, retrieved[1] > 0)]
+    same = verdicts[0] == verdicts[1]
+    return Line(
+        "xPos on top of ABF gains nothing",
+        f"{books[0]:.3f} against {books[1]:.3f} on books (Table 5)",
+        f"xPos minus ABF {measured(*nats, digits=3)} nat, {points} ROUGE-L at {length:,} tokens",
+        _race_scale(race),
+        verdicts[0] if same else f"{verdicts[1]} in retrieval; {verdicts[0]} in perplexity",
+    )
+
+
+def _power_law(published: dict[str, Any]) -> Line:
+    context, law = np.array(published["figure_1"]["context"], float), published["figure_1_power_law"]["7B"]
+    printed = (law["alpha"] / context) ** law["beta"] + law["gamma"]
+    yardstick = float(np.sqrt(((printed - published["figure_1"]["loss"]["7B"]) ** 2).mean()))
+    misfit, noise = {}, {}
+    for preset in ("smollm2", "tiny"):
+        record = recorded(preset, POSITIONS)
+        fits, curve = record.table("power_law").set_index("arm"), record.table("nll_by_position")
+        misfit[preset] = float(fits.rmse["extended"])
+        rows = curve[curve.arm == "extended"]
+        noise[preset] = float((rows.high - rows.low).median() / 2)
+    within = all(value <= yardstick for value in misfit.values())
+    drowned = misfit["smollm2"] < noise["smollm2"]
+    documents = recorded("smollm2", POSITIONS).table("nll_by_position").documents.max()
+    return Line(
+        "Loss falls with context c as (α/c)^β + γ",
+        f"β = {law['beta']}, γ = {law['gamma']} at 7B (Figure 1); the law misses its own curve by {yardstick:.2f} nat",
+        f"root mean square misfit of {misfit['smollm2']:.2f} nat, on tiny {misfit['tiny']:.2f}",
+        f"{MODELS['smollm2']}, {documents} documents, one seed; {MODELS['tiny']}, one seed",
+        AGREES if within else f"{UNDECIDED}: {documents} documents know a mean only to ±{noise['smollm2']:.1f} nat"
+        if drowned else DISAGREES,
+    )  # fmt: skip
+
+
+def _model_size(laws: dict[str, Any]) -> Line:
+    small, large = laws["7B"]["beta"], laws["70B"]["beta"]
+    return Line("Larger models use context better", f"β = {small} at 7B, {large} at 70B (Figure 1)")
+
+
+def _short_tasks(table: dict[str, Any]) -> Line:
+    place = table["columns"].index("mmlu")
+    before, after = (table[model]["7B"][place] for model in ("llama_2", "llama_2_long"))
+    claim, paper = "Short tasks do not suffer", f"MMLU {before} to {after} at 7B (Table 1)"
+    name = next((preset for preset in MODELS if recorded(preset, BENCHMARKS)), None)
+    if name is None:
+        return Line(claim, paper)
+    deltas = recorded(name, BENCHMARKS).table("deltas")
+    short = deltas[(deltas.length == 0) & (deltas["items"] >= FEWEST)]
+    rows = short[(short.task == "mmlu") & (short.metric == "accuracy")]
+    if rows.empty:
+        return Line(claim, paper)
+    mmlu = rows.iloc[0]
+    points = measured(100 * mmlu.difference, 100 * mmlu.low, 100 * mmlu.high, digits=1)
+    ours = [f"MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({points} points)"]
+    dearer = short[(short.metric == "answer_nll") & (short.low > 0)]
+    ours += [f"answers of {row.task} {measured(row.difference, row.low, row.high)} nat" for row in dearer.itertuples()]
+    margin = 1.96 * np.sqrt(mmlu.before * (1 - mmlu.before) / mmlu["items"])
+    if mmlu.before - margin <= CHANCE["mmlu"]:
+        verdict = f"{UNDECIDED}: the base answers at chance"
+    elif mmlu.high < 0:
+        verdict = DISAGREES
+    else:
+        verdict = AGREES if mmlu.low > -MARGIN else f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
+    tables = dose_records().get(name)
+    inside = control_difference(name, tables, load_preset(name).base.window) if tables else None
+    if inside:
+        ours.append(f"text inside the old window {measured(*inside[1])} nat against a control trained as long")
+        if inside[1][1] > 0:
+            verdict += "; text inside the old window costs more"
+    return Line(claim, paper, "; ".join(ours), f"{MODELS[name]}, one seed each", verdict)
+
+
+def _data_mix(table: dict[str, Any]) -> Line:
+    place = table["columns"].index("quality")
+    kept, removed = (table["rows"][name][place] for name in ("Long mix", "Llama 2 mix, long text removed"))
+    paper = f"QuALITY {kept:+.0f}% over Llama 2 with the new mix, {removed:+.0f}% with Llama 2's short texts (Table 7)"
+    return Line("The data mix matters more than the length of texts", paper)
+
+
+def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
+    saved = 1 - flops["flops"][-1] / flops["flops"][0]
+    books = [perplexity["rows"][row][perplexity["columns"].index("books")] for row in (-1, 0)]
+    paper = f"{saved:.0%} fewer operations, {books[0]} against {books[1]} perplexity on books (Tables 10, 11)"
+    return Line("Pretraining short first, then long, costs less at equal quality", paper)
+
+
+def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
+    quality = {name: row[table["columns"].index("quality")] for name, row in table["rows"].items()}
+    without, with_loss = (
+        quality[f"with self-instruct, {way}"] for way in ("no loss on the prompt", "loss on the prompt")
+    )
+    return [
+        Line("A loss on the long prompt helps instruction tuning", f"QuALITY {without} to {with_loss} (Table 9)"),
+        Line(
+            "Self-instructed long questions help without human labels",
+            f"QuALITY {quality['RLHF V5 data']} to {with_loss} (Table 9)",
+        ),
+    ]
+
+
+def _full_attention(attention: dict[str, Any]) -> Line:
+    width = attention["width"]
+    crossing = {size: attention["times_width"] * width[size] for size in width}
+    record = recorded("gpu", "04_one_gpu_budget")
+    steps, device = record.table("steps"), record.content["provenance"]["device"]
+    plain = steps[(steps.model == "Llama 2 7B") & steps.contender.str.startswith("Trainer")].sort_values("context")
+    # Seconds per token grow by the same amount with every token of context: that growth is attention.
+    slope, rest = np.polyfit(plain.context, 1 / plain.tokens_per_second, 1)
+    share = slope * crossing["7B"] / (slope * crossing["7B"] + rest)
+    return Line(
+        "Sparse attention is unnecessary below 6 h tokens",
+        f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
+        f"at {crossing['7B']:,} tokens attention takes {share:.0%} of a training step's time",
+        f"Llama 2 7B, 4-bit, random weights, one {device}, {len(plain)} lengths, no interval",
+        f"{AGREES if share < 0.5 else DISAGREES}: in time; quality was not compared",
+    )
+
+
+def headlines() -> str:
+    """Markdown lists of what works and what does not yet on real models, one recorded number a line."""
+    works, not_yet = _memory(), []
+    for preset, tables in dose_records().items():
+        old = load_preset(preset).base.window
+        for sign, text in _of_doses(preset, tables, old):
+            (works if sign < 0 else not_yet).append(text)
+    return "\n".join(["**Works**", "", *works, "", "**Does not yet, or costs something**", "", *not_yet])
+
+
+def _of_doses(preset: str, tables: dict[str, pd.DataFrame], old: int) -> Iterator[tuple[int, str]]:
+    """(-1 for a gain, else 0 or 1; what was found) of one model's dose experiment."""
+    name = MODELS[preset]
+    for way, words in (("full", "on whole sequences"), ("pose", "on short sequences with skipped positions (PoSE)")):
+        rows = trained_longest(tables["full_minus_windows"], way)
+        if len(rows):
+            found, tokens = beyond(rows), rows.tokens_trained.max() / 1e6
+            saying = ("full context beats", "full context is not told apart from", "full context loses to")[
+                _side(found) + 1
+            ]
+            text = f"- {name}, {tokens:.1f} million tokens {words}: in the far half of the new window {saying} "
+            yield _side(found), f"{text}the model's own windows of {old:,} tokens: {measured(*found, digits=3)} nat."
+    found = control_difference(preset, tables, old)
+    if found:
+        tokens, inside, far = found
+        text = f"- {name} against a control trained as long without an extension ({tokens / 1e6:.1f} million tokens)"
+        saying = ("it is ahead", "it is not told apart", "it is behind")
+        yield _side(far), f"{text}: in the far half {saying[_side(far) + 1]}, {measured(*far, digits=3)} nat."
+        yield (
+            _side(inside),
+            f"{text}: inside the old window {saying[_side(inside) + 1]}, {measured(*inside, digits=3)} nat.",
+        )
+    rows = trained_longest(tables["retrieval"], "full")
+    if len(rows):
+        right, asked = worst_depth(rows, 2 * old)
+        text = f"- {name}, planted statements in {2 * old:,} tokens: at the worst depth {right} of {asked} are found"
+        yield (-1 if right >= FOUND * asked else 1), f"{text} ({FOUND:.0%} were asked for)."
+
+
+def _memory() -> list[str]:
+    record = recorded("gpu", "04_one_gpu_budget")
+    row = record.table("longest").iloc[0]
+    return [
+        f"- {row.model}, a 4-bit training step of {row.context:,.0f} tokens under a cap of {row.cap_gib:.0f} GiB: "
+        f"{row.allocated_gib:.1f} GiB allocated on one {record.content['provenance']['device']} (random weights)."
+    ]
+
+
+def _side(found: Interval) -> int:
+    """-1 if the interval lies below zero, 1 if above, else 0."""
+    return -1 if found[2] < 0 else 1 if found[1] > 0 else 0
+
+
+if __name__ == "__main__":
+    print(scoreboard_table(), headlines(), sep="\n\n")
