@@ -4,20 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.real_models import read_dose_results
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.records import recorded
 from tools import scoreboard
-from tools.scoreboard import beyond, control_difference, dose_records, headlines, trained_longest, worst_depth
+from tools.scoreboard import against_control, headlines, worst_depth
 
 
 @pytest.fixture(scope="module")
 def lines():
     return scoreboard.scoreboard()
-
-
-@pytest.fixture(scope="module")
-def doses():
-    return dose_records()["smollm2"]
 
 
 def test_every_claim_has_one_line_with_a_source_and_a_verdict(lines):
@@ -31,27 +27,16 @@ def test_every_claim_has_one_line_with_a_source_and_a_verdict(lines):
 
 
 def test_a_needle_is_scored_at_the_worst_depth_and_not_by_the_mean():
-    asked = {"task": "key", "length": 64, "questions": 20}
-    table = pd.DataFrame([{**asked, "exact": exact} for exact in (1.0, 0.1, 1.0)])
-    other = pd.DataFrame([{**asked, "task": "copy", "exact": 0.0}, {**asked, "length": 32, "exact": 0.0}])
-    assert worst_depth(pd.concat([table, other]), 64) == (2, 20)
+    asked = pd.DataFrame({"right": [20, 2, 20], "questions": 20})
+    assert worst_depth(asked) == (2, 20)
 
 
-def test_the_largest_dose_in_4_bits_speaks_for_a_way_of_training(doses):
-    rows = trained_longest(doses["full_minus_windows"], "full")
-    assert set(rows.weights) == {"nf4"} and set(rows.arm) == {"full16k-s0"}
-    assert set(rows.tokens_trained) == {doses["arms"].tokens.max()}
-    found = beyond(rows)
-    row = rows[(rows.position_low == 16_384) & (rows.position_high == 32_768)].iloc[0]
-    assert found == (row.nats, row.low, row.high)
-
-
-def test_the_control_had_the_same_tokens_and_reads_through_its_own_window(doses):
-    tokens, inside, far = control_difference("smollm2", doses, 8192)
-    table = doses["differences"]
-    rows = table[table["second"] == f"control8k-s0-{tokens}/window"]
-    rows = rows[rows["first"] == f"full16k-s0-{tokens}/full"].set_index(["position_low", "position_high"])
-    assert inside[0] == rows.nats[0, 8192] and far[0] == rows.nats[16_384, 32_768]
+def test_the_control_had_the_same_tokens_and_reads_through_its_own_window():
+    results = read_dose_results(["smollm2"])["smollm2"]
+    tokens, rows = against_control(results)
+    table = results.record.table("differences").set_index(["first", "second", "position_low", "position_high"]).nats
+    pair = f"full16k-s0-{tokens}/full", f"control8k-s0-{tokens}/window"
+    assert rows.nats["inside"] == table[(*pair, 0, 8192)] and rows.nats["far"] == table[(*pair, 16_384, 32_768)]
 
 
 def test_pi_is_undecided_as_long_as_it_has_not_recovered_inside_the_old_window(lines):

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from experiments.race_results import RaceResults, race_results
+from experiments.real_models import DoseResults, read_dose_results
 from llama_long_utils.evaluation.statistics import FEWEST
-from llama_long_utils.notebooks import measured
+from llama_long_utils.notebooks import measured, verdict
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_published, recorded
 from llama_long_utils.settings import Preset
@@ -24,7 +25,7 @@ FOUND = 0.8  # share of needles that must be found at the worst depth
 RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
 MARGIN = 0.02  # share of right answers that a short task may lose and be called unharmed
 CHANCE = {"mmlu": 0.25}  # of its four choices, one is right
-DOSES, BENCHMARKS, POSITIONS = "06_dose_response", "08_benchmark_deltas", "06_perplexity_by_position"
+BENCHMARKS, POSITIONS = "08_benchmark_deltas", "06_perplexity_by_position"
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -63,54 +64,29 @@ def scoreboard_table() -> str:
     """The scoreboard in Markdown."""
     rows = []
     for name, line in scoreboard().items():
-        verdict, colon, reason = line.verdict.partition(":")
-        cells = [name, line.claim, line.paper, line.ours, line.scale, f"**{verdict}**{colon}{reason}"]
+        judged, colon, reason = line.verdict.partition(":")
+        cells = [name, line.claim, line.paper, line.ours, line.scale, f"**{judged}**{colon}{reason}"]
         rows.append(f"| {' | '.join(cells)} |")
     head = ["", "the paper's claim", "it found", "we found", "on", "verdict"]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
 
 
-def dose_records() -> dict[str, dict[str, pd.DataFrame]]:
-    """Tables of the dose experiments by preset, largest model first."""
-    found = {preset: recorded(preset, DOSES) for preset in MODELS}
-    names = ("arms", "full_minus_windows", "differences", "retrieval")
-    return {preset: {name: record.table(name) for name in names} for preset, record in found.items() if record}
-
-
-def trained_longest(table: pd.DataFrame, way: str) -> pd.DataFrame:
-    """The rows of the arms of one way of training ("full", "pose", "control") after their largest dose, in 4 bits."""
-    rows = table[table.arm.str.match(rf"{way}\d") & (table.get("weights", "nf4") == "nf4")]
-    return rows[rows.tokens_trained == rows.tokens_trained.max()]
-
-
-def beyond(table: pd.DataFrame) -> Interval:
-    """Difference, low and high over the widest bucket that ends at the longest text's end."""
-    rows = table[table.position_high == table.position_high.max()]
-    row = rows.loc[(rows.position_high - rows.position_low).idxmax()]
-    return row.nats, row.low, row.high
-
-
-def worst_depth(table: pd.DataFrame, length: int) -> tuple[int, int]:
+def worst_depth(asked: pd.DataFrame) -> tuple[int, int]:
     """(found, asked) planted statements at the depth where the fewest were found."""
-    rows = table[(table.task == "key") & (table.length == length)]
-    row = rows.loc[rows.exact.idxmin()]
-    return round(row.exact * row.questions), int(row.questions)
+    row = asked.loc[asked.right.idxmin()]
+    return int(row.right), int(row.questions)
 
 
-def control_difference(preset: str, tables: dict[str, pd.DataFrame], old: int) -> tuple[int, Interval, Interval] | None:
-    """Whole sequences against a control trained as long without an extension, which reads through its own window.
+def against_control(results: DoseResults) -> tuple[int, pd.DataFrame]:
+    """Whole sequences with full context minus a control trained as long without an extension, in its own windows.
 
     Returns:
-        (tokens trained, inside the old window, beyond the half of the new one), full context minus control in nats;
-        None if no dose has both.
+        (tokens trained, rows "inside" the old window and "far" out with nats, low and high).
     """
-    table = tables["differences"]
-    rows = table[table["first"].str.match(r"full\d.*/full$") & table["second"].str.match(r"control.*/window$")]
-    if rows.empty:
-        return None
-    rows = rows[rows.tokens_trained == rows.tokens_trained.max()]
-    inside = rows[(rows.position_low == 0) & (rows.position_high == old)].iloc[0]
-    return int(inside.tokens_trained), (inside.nats, inside.low, inside.high), beyond(rows)
+    control = results.largest("control")
+    tokens = int(control.rpartition("-")[2])
+    pair = (f"{results.largest('full', at_most=tokens)}/full", f"{control}/window")
+    return tokens, results.compare({"whole sequences minus control": pair}).set_index("place")
 
 
 def _difference(race: RaceResults, first: str, second: str, low: int, high: int) -> Interval:
@@ -177,15 +153,15 @@ def _perplexity(race: RaceResults, table: dict[str, Any]) -> Line:
     books = [table["rows"][name][table["columns"].index("books")] for name in ("abf", "pi", "none")]
     lost = _not_recovered(race, preset)
     if lost:
-        verdict = f"{UNDECIDED}: PI had not recovered inside the old window ({measured(*lost)} nat)"
+        judged = f"{UNDECIDED}: PI had not recovered inside the old window ({measured(*lost)} nat)"
     else:
-        verdict = AGREES if first[1] <= 0 and second[2] < 0 else DISAGREES
+        judged = AGREES if first[1] <= 0 and second[2] < 0 else DISAGREES
     return Line(
         "ABF ≤ PI < plain RoPE in perplexity",
         f"{books[0]:.3f}, {books[1]:.3f}, {books[2]:.3f} on books (Table 5)",
         f"{low:,} to {high:,}: ABF minus PI {measured(*first)} nat, PI minus plain {measured(*second)} nat",
         _race_scale(race),
-        verdict,
+        judged,
     )
 
 
@@ -195,29 +171,28 @@ def _retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
     scores = [race.mean(*race.rouge_l("abf", "full-length", length))["value"] for length in (shortest, longest)]
     pi = race.mean(*race.rouge_l("pi", "full-length", shortest))["value"]
     ours = f"ABF {scores[0]:.0f} at {shortest:,} tokens, {scores[1]:.0f} at {longest:,}; PI {pi:.0f} at {shortest:,}"
-    scale, verdict = _race_scale(race), AGREES if scores[1] > 0.8 * scores[0] else DISAGREES
+    scale, judged = _race_scale(race), AGREES if scores[1] > 0.8 * scores[0] else DISAGREES
     if _not_recovered(race, preset):
-        verdict = f"{UNDECIDED}: PI had not recovered inside the old window"
-    for name, tables in list(dose_records().items())[:1]:
-        rows = trained_longest(tables["retrieval"], "full")
-        length = 2 * load_preset(name).base.window
-        found, asked = worst_depth(rows, length)
+        judged = f"{UNDECIDED}: PI had not recovered inside the old window"
+    for results in list(read_dose_results(list(MODELS)).values())[:1]:
+        length = 2 * load_preset(results.preset).base.window
+        found, asked = worst_depth(results.statements().query("arm == 'full' and length == @length"))
         ours += f"; planted statements at {length:,} tokens: {found} of {asked} at the worst depth"
-        scale += f"; {MODELS[name]}, {_seeds(tables)}"
+        scale += f"; {MODELS[results.preset]}, {_seeds(results)}"
         if found < FOUND * asked:
-            verdict += "; ABF does not hold yet where it was trained longest"
+            judged += "; ABF does not hold yet where it was trained longest"
     at = [figure["rouge_l"][name][-1] for name in ("abf", "pi")]
     return Line(
         "ABF keeps first-sentence retrieval where PI falls",
         f"{at[0]:.0f} against {at[1]:.0f} ROUGE-L at {figure['length'][-1]:,} tokens (Figure 5b, digitised)",
         ours,
         scale,
-        verdict,
+        judged,
     )
 
 
-def _seeds(tables: dict[str, pd.DataFrame]) -> str:
-    count = tables["arms"].seed.nunique()
+def _seeds(results: DoseResults) -> str:
+    count = results.record.table("arms").seed.nunique()
     return "one seed" if count == 1 else f"{count} seeds"
 
 
@@ -286,18 +261,17 @@ def _short_tasks(table: dict[str, Any]) -> Line:
     ours += [f"answers of {row.task} {measured(row.difference, row.low, row.high)} nat" for row in dearer.itertuples()]
     margin = 1.96 * np.sqrt(mmlu.before * (1 - mmlu.before) / mmlu["items"])
     if mmlu.before - margin <= CHANCE["mmlu"]:
-        verdict = f"{UNDECIDED}: the base answers at chance"
+        judged = f"{UNDECIDED}: the base answers at chance"
     elif mmlu.high < 0:
-        verdict = DISAGREES
+        judged = DISAGREES
     else:
-        verdict = AGREES if mmlu.low > -MARGIN else f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
-    tables = dose_records().get(name)
-    inside = control_difference(name, tables, load_preset(name).base.window) if tables else None
-    if inside:
-        ours.append(f"text inside the old window {measured(*inside[1])} nat against a control trained as long")
-        if inside[1][1] > 0:
-            verdict += "; text inside the old window costs more"
-    return Line(claim, paper, "; ".join(ours), f"{MODELS[name]}, one seed each", verdict)
+        judged = AGREES if mmlu.low > -MARGIN else f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
+    for results in read_dose_results([name]).values():
+        inside = against_control(results)[1].loc["inside", ["nats", "low", "high"]]
+        ours.append(f"text inside the old window {measured(*inside)} nat against a control trained as long")
+        if inside.low > 0:
+            judged += "; text inside the old window costs more"
+    return Line(claim, paper, "; ".join(ours), f"{MODELS[name]}, one seed each", judged)
 
 
 def _data_mix(table: dict[str, Any]) -> Line:
@@ -349,40 +323,32 @@ def _full_attention(attention: dict[str, Any]) -> Line:
 def headlines() -> str:
     """Markdown lists of what works and what does not yet on real models, one recorded number a line."""
     works, not_yet = _memory(), []
-    for preset, tables in dose_records().items():
-        old = load_preset(preset).base.window
-        for sign, text in _of_doses(preset, tables, old):
-            (works if sign < 0 else not_yet).append(text)
+    for results in read_dose_results(list(MODELS)).values():
+        for gain, text in _of_doses(results):
+            (works if gain else not_yet).append(text)
     return "\n".join(["**Works**", "", *works, "", "**Does not yet, or costs something**", "", *not_yet])
 
 
-def _of_doses(preset: str, tables: dict[str, pd.DataFrame], old: int) -> Iterator[tuple[int, str]]:
-    """(-1 for a gain, else 0 or 1; what was found) of one model's dose experiment."""
-    name = MODELS[preset]
+def _of_doses(results: DoseResults) -> Iterator[tuple[bool, str]]:
+    """(whether it is a gain, what was found) of one model's dose experiment."""
+    old, columns = load_preset(results.preset).base.window, ["nats", "low", "high"]
+    model = f"- {MODELS[results.preset]} ({_seeds(results)})"
     for way, words in (("full", "on whole sequences"), ("pose", "on short sequences with skipped positions (PoSE)")):
-        rows = trained_longest(tables["full_minus_windows"], way)
-        if len(rows):
-            found, tokens = beyond(rows), rows.tokens_trained.max() / 1e6
-            saying = ("full context beats", "full context is not told apart from", "full context loses to")[
-                _side(found) + 1
-            ]
-            text = f"- {name}, {tokens:.1f} million tokens {words}: in the far half of the new window {saying} "
-            yield _side(found), f"{text}the model's own windows of {old:,} tokens: {measured(*found, digits=3)} nat."
-    found = control_difference(preset, tables, old)
-    if found:
-        tokens, inside, far = found
-        text = f"- {name} against a control trained as long without an extension ({tokens / 1e6:.1f} million tokens)"
-        saying = ("it is ahead", "it is not told apart", "it is behind")
-        yield _side(far), f"{text}: in the far half {saying[_side(far) + 1]}, {measured(*far, digits=3)} nat."
+        row = results.worth().query(f"line == {way!r}").iloc[-1]
+        trained = f"{row.tokens_trained / 1e6:.1f} million tokens {words}"
+        says = verdict(*row[columns], "is ahead", "is behind", "is not told apart")
         yield (
-            _side(inside),
-            f"{text}: inside the old window {saying[_side(inside) + 1]}, {measured(*inside, digits=3)} nat.",
+            row.high < 0,
+            f"{model}, {trained}: far out full context against its own windows of {old:,} tokens {says}.",
         )
-    rows = trained_longest(tables["retrieval"], "full")
-    if len(rows):
-        right, asked = worst_depth(rows, 2 * old)
-        text = f"- {name}, planted statements in {2 * old:,} tokens: at the worst depth {right} of {asked} are found"
-        yield (-1 if right >= FOUND * asked else 1), f"{text} ({FOUND:.0%} were asked for)."
+    tokens, rows = against_control(results)
+    trained = f"against a control trained as long without an extension ({tokens / 1e6:.1f} million tokens)"
+    for place, words in (("far", "far out"), ("inside", "inside the old window")):
+        row = rows.loc[place]
+        yield row.high < 0, f"{model} {trained}: {words} it is {verdict(*row[columns], 'ahead', 'behind')}."
+    right, asked = worst_depth(results.statements().query("arm == 'full' and length == 2 * @old"))
+    said = f"planted statements in {2 * old:,} tokens: {right} of {asked} are found at the worst depth"
+    yield right >= FOUND * asked, f"{model}, {said} ({FOUND:.0%} were asked for)."
 
 
 def _memory() -> list[str]:
@@ -392,11 +358,6 @@ def _memory() -> list[str]:
         f"- {row.model}, a 4-bit training step of {row.context:,.0f} tokens under a cap of {row.cap_gib:.0f} GiB: "
         f"{row.allocated_gib:.1f} GiB allocated on one {record.content['provenance']['device']} (random weights)."
     ]
-
-
-def _side(found: Interval) -> int:
-    """-1 if the interval lies below zero, 1 if above, else 0."""
-    return -1 if found[2] < 0 else 1 if found[1] > 0 else 0
 
 
 if __name__ == "__main__":
