@@ -116,9 +116,11 @@ def write_dose_record(
         "retrieval": _retrieval(rows),
         "held_out": held_out,
     }
-    left_out = pd.DataFrame([row for row in rows if row["kind"] == "left out"])
-    if len(left_out):
-        tables["left_out"] = left_out[["arm", "dose", "needed"]].rename(columns={"needed": "seconds_needed"})
+    done = {(row["arm"], row.get("tokens_trained")) for row in trained.values() if "arm" in row}
+    left_out = [row for row in rows if row["kind"] == "left out" and (row["arm"], row["dose"]) not in done]
+    names = {"arm": "arm", "dose": "dose", "needed": "seconds_needed"}
+    tables["left_out"] = pd.DataFrame([{new: row[old] for old, new in names.items()} for row in left_out])
+    tables = {name: table for name, table in tables.items() if len(table)}
     arrays = {"nats": np.stack(list(nats.values())), "readings": np.array(list(nats)), **_losses(rows), **_asked(rows)}
     write_arrays(folder / f"{SLUG}.npz", arrays)
     return write_record(
