@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,3 +133,49 @@ def _evaluate(preset: Preset, name: str, llama: Any, *, score: bool) -> dict[str
             task.process_results = lambda *_arguments: {}  # programs would run, and there is nothing to score
     with contextlib.redirect_stderr(io.StringIO()):  # bars
         return evaluate(llama, {"tasks": tasks}, bootstrap_iters=0)["samples"]
+
+
+ARMS = {"base": "base_16_bit", "base-nf4": "base", "yarn-nf4": "yarn"}  # a run's names, and the record's
+PAIRS = (("base", "extended"), ("base", "yarn"), ("base_16_bit", "base"), ("base_16_bit", "extended"))
+
+
+def write_task_record(
+    preset: Preset, run: Path, folder: Path, extended: str, names: Sequence[str], provenance: dict[str, Any]
+) -> Path:
+    """Write folder/08_benchmark_deltas.json from the answers that a run of the dose experiment left.
+
+    Arms of `ARMS`, and `extended`: the run's arm of that name. A task is compared where both arms answered all of it.
+
+    Args:
+        names: of tasks in `data/tasks`.
+    """
+    import pandas as pd
+
+    from llama_long_utils.evaluation.benchmarks import SLUG, delta_table, item_arrays, score_table
+    from llama_long_utils.evaluation.statistics import SEED
+    from llama_long_utils.model.weights import load_tokenizer
+    from llama_long_utils.records import write_arrays, write_record
+
+    arms = {**ARMS, extended: "extended"}
+    given = {arm: json.loads((run / f"answers-{name}.json").read_text()) for name, arm in arms.items()}
+    tokenizer = load_tokenizer(preset.base.source)
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    results, deltas = [], []
+    for name in names:
+        keys = {request.key for request in collect(preset, [name], tokenizer)}
+        results += score(preset, [name], {arm: got for arm, got in given.items() if keys <= set(got)}, tokenizer)
+        for pair in PAIRS:
+            both = [result for result in results if result.task == name and result.arm in pair]
+            if len(both) == len(pair):
+                deltas.append(delta_table(both, *pair))
+    write_arrays(folder / f"{SLUG}.npz", item_arrays(results))
+    return write_record(
+        folder,
+        SLUG,
+        preset=preset.name,
+        question="What does the extension do to short tasks?",
+        tables={"deltas": pd.concat(deltas), "scores": score_table(results)},
+        seeds={"items": SEED, "bootstrap": SEED, "training": 0},
+        seconds=sum(row["seconds"] for row in rows if row["kind"] == "tasks"),
+        provenance=provenance,
+    )

@@ -191,19 +191,10 @@ def write_results(
 ) -> Path:
     """Write folder/08_benchmark_deltas.json, and beside it as .npz every item's score and every text written.
 
-    Arrays: `TASK_LENGTH_items` (names), `TASK_LENGTH_ARM_METRIC`, `TASK_LENGTH_ARM_written`.
-
     Args:
         options: `seconds`, `parameters` and `provenance`, as in `write_record`.
     """
-    arrays: dict[str, np.ndarray] = {}
-    for result in results:
-        start = f"{result.task}_{result.length}"
-        arrays[f"{start}_items"] = np.array(result.items)
-        for metric in result.metrics[0]:
-            values = [row[metric] for row in result.metrics]
-            arrays[f"{start}_{result.arm}_{metric}"] = np.array(values, None if metric == "written" else np.float32)
-    write_arrays(folder / f"{SLUG}.npz", arrays)
+    write_arrays(folder / f"{SLUG}.npz", item_arrays(results))
     return write_record(
         folder,
         SLUG,
@@ -216,3 +207,15 @@ def write_results(
         seeds={"items": SEED, "bootstrap": SEED, "split": preset.data.split_seed},
         **options,
     )
+
+
+def item_arrays(results: Sequence[Result]) -> dict[str, np.ndarray]:
+    """Every item's score and every text written, as arrays `TASK_LENGTH_items` and `TASK_LENGTH_ARM_METRIC`."""
+    arrays: dict[str, np.ndarray] = {}
+    for result in results:
+        start = f"{result.task}_{result.length}"
+        arrays[f"{start}_items"] = np.array(result.items)
+        for metric in result.metrics[0]:
+            values = [row[metric] for row in result.metrics]
+            arrays[f"{start}_{result.arm}_{metric}"] = np.array(values, None if metric == "written" else np.float32)
+    return arrays
