@@ -8,7 +8,7 @@ from experiments.real_models import read_dose_results
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.records import recorded
 from tools import scoreboard
-from tools.scoreboard import against_control, headlines, worst_depth
+from tools.scoreboard import Comparison, against_control, headlines, strictly, worst_depth
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +27,37 @@ def test_every_claim_has_one_line_with_a_source_and_a_verdict(lines):
 
 
 def test_a_needle_is_scored_at_the_worst_depth_and_not_by_the_mean():
-    asked = pd.DataFrame({"right": [20, 2, 20], "questions": 20})
-    assert worst_depth(asked) == (2, 20)
+    assert worst_depth(pd.DataFrame({"exact": [1.0, 0.1, 1.0], "questions": 20})) == (2, 20)
+
+
+def comparison(nats, bounds, seeds=()):
+    return Comparison((nats, *bounds), 3, seeds, 1)
+
+
+def test_a_lead_smaller_than_seeds_lie_apart_is_none():
+    assert comparison(-0.04, (-0.08, -0.01)).gains
+    assert comparison(-0.04, (-0.08, -0.01), (-0.03, -0.01)).gains
+    assert not comparison(-0.04, (-0.08, -0.01), (-0.01, 0.05)).gains
+    assert not comparison(-0.04, (-0.08, 0.01)).gains
+    assert "not told apart" in str(comparison(-0.04, (-0.08, -0.01), (-0.01, 0.05)))
+    assert "behind" in str(comparison(0.04, (0.03, 0.05)))
+
+
+def test_of_two_intervals_the_wider_bounds_count():
+    row = pd.Series({"nats": -0.016, "low": -0.036, "high": -0.0002, "kinds_low": -0.048, "kinds_high": 0.004})
+    assert strictly(row) == (-0.016, -0.048, 0.004)
 
 
 def test_the_control_had_the_same_tokens_and_reads_through_its_own_window():
     results = read_dose_results(["smollm2"])["smollm2"]
-    tokens, rows = against_control(results)
-    table = results.record.table("differences").set_index(["first", "second", "position_low", "position_high"]).nats
-    pair = f"full16k-s0-{tokens}/full", f"control8k-s0-{tokens}/window"
-    assert rows.nats["inside"] == table[(*pair, 0, 8192)] and rows.nats["far"] == table[(*pair, 16_384, 32_768)]
+    table = results.record.table("differences").set_index(["position_low", "position_high", "first", "second"])
+    table = table.sort_index()
+    for place, bucket in (("inside", (0, 8192)), ("far", (16_384, 32_768))):
+        fair, nats = against_control(results, place), table.nats[bucket]
+        assert fair.found[0] == nats[f"full16k-s0-{fair.tokens}/full", f"control8k-s0-{fair.tokens}/window"]
+        others = [nats[f"full16k-s{seed}-{fair.seed_tokens}/full", f"control8k-s0-{fair.seed_tokens}/window"]
+                  for seed in range(3)]  # fmt: skip
+        assert list(fair.seeds) == others
 
 
 def test_pi_is_undecided_as_long_as_it_has_not_recovered_inside_the_old_window(lines):
@@ -61,11 +82,10 @@ def test_a_base_at_chance_decides_nothing_about_short_tasks(lines):
         assert lines["C7"].verdict.startswith(scoreboard.UNDECIDED)
 
 
-def test_headlines_are_sorted_by_their_intervals():
-    works, costs = headlines().split("**Does not yet, or costs something**")
-    gains = [re.findall(r"\[([-+][\d.]+), ([-+][\d.]+)\]", line) for line in works.splitlines()]
-    assert all(float(high) < 0 for line in gains for _, high in line)
-    assert all(float(high) >= 0 for _, high in re.findall(r"\[([-+][\d.]+), ([-+][\d.]+)\]", costs))
+def test_headlines_have_a_column_for_each_model_with_a_record_and_one_seed_is_called_one_seed():
+    rows = [line.split(" | ") for line in headlines().splitlines() if line.startswith("| ")]
+    assert {len(row) for row in rows} == {1 + len(read_dose_results(list(scoreboard.MODELS)))}
+    assert all("one seed" in cell for cell in rows[1][1:])
 
 
 def test_readme_fits_a_screen_and_a_half_and_its_files_are_there():

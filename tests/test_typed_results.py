@@ -55,8 +55,11 @@ PENDING = {"08_benchmark_deltas", "11_ablations"}  # they are being rewritten
 def typed_results(text: str) -> list[str]:
     """Numbers in a text of Markdown that look measured, each with the words around it."""
     found = []
-    for paragraph in re.split(r"\n\s*\n", NOT_READ.sub(lambda gone: " " if "](" not in gone[0] else "]", text)):
-        if CITED.search(paragraph):
+    paragraphs = re.split(r"\n\s*\n", NOT_READ.sub(lambda gone: " " if "](" not in gone[0] else "]", text))
+    for number, paragraph in enumerate(paragraphs):
+        table = paragraph.lstrip().startswith("|")  # whose source may stand beside it
+        beside = paragraphs[max(0, number - 1) : number + 2] if table else [paragraph]
+        if any(map(CITED.search, beside)):
             continue
         clean = paragraph
         for known in (NAMES, PAPER, *DEFINITIONS):

@@ -3,7 +3,6 @@
 Verdicts follow intervals. A comparison whose arms were not fit for it is undecided, whatever its numbers say.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import pandas as pd
 from experiments.race_results import RaceResults, race_results
 from experiments.real_models import DoseResults, read_dose_results
 from llama_long_utils.evaluation.statistics import FEWEST
-from llama_long_utils.notebooks import measured, verdict
+from llama_long_utils.notebooks import measured
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_published, recorded
 from llama_long_utils.settings import Preset
@@ -73,20 +72,83 @@ def scoreboard_table() -> str:
 
 def worst_depth(asked: pd.DataFrame) -> tuple[int, int]:
     """(found, asked) planted statements at the depth where the fewest were found."""
-    row = asked.loc[asked.right.idxmin()]
-    return int(row.right), int(row.questions)
+    row = asked.loc[asked.exact.idxmin()]
+    return round(row.exact * row.questions), int(row.questions)
 
 
-def against_control(results: DoseResults) -> tuple[int, pd.DataFrame]:
-    """Whole sequences with full context minus a control trained as long without an extension, in its own windows.
+def statements(results: DoseResults, arm: str, length: int) -> tuple[int, int]:
+    """`worst_depth` of an arm ("full16k-s0-10485760", or an untrained one by its name) at a length in tokens."""
+    table = results.record.table("retrieval").query("task == 'key' and length == @length")
+    names = table.arm + np.where(table.tokens_trained > 0, "-" + table.tokens_trained.astype(str), "")
+    return worst_depth(table[names == arm])
 
-    Returns:
-        (tokens trained, rows "inside" the old window and "far" out with nats, low and high).
+
+def strictly(row: pd.Series) -> Interval:
+    """A difference with the wider bounds of its two intervals: over kinds and texts, and over the kinds' means."""
+    return row.nats, min(row.low, row.kinds_low), max(row.high, row.kinds_high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whole sequences with full context minus something, at the largest dose, and what other seeds say of it.
+
+    Attributes:
+        found: value and bounds, in nats per token, of the first seed.
+        tokens: it was trained on.
+        seeds: the same difference of every seed at the largest dose that several were run at; empty without.
+        seed_tokens: that dose.
     """
-    control = results.largest("control")
-    tokens = int(control.rpartition("-")[2])
-    pair = (f"{results.largest('full', at_most=tokens)}/full", f"{control}/window")
-    return tokens, results.compare({"whole sequences minus control": pair}).set_index("place")
+
+    found: Interval
+    tokens: int
+    seeds: tuple[float, ...]
+    seed_tokens: int
+
+    @property
+    def gains(self) -> bool:
+        """Below zero by its interval, and by more than seeds lie apart."""
+        return self.found[2] < 0 and -self.found[0] > self.spread
+
+    @property
+    def spread(self) -> float:
+        """How far the seeds lie apart, in nats; 0 if there is one."""
+        return max(self.seeds) - min(self.seeds) if self.seeds else 0.0
+
+    def __str__(self) -> str:
+        says = "ahead" if self.gains else "behind" if self.found[1] > 0 else "not told apart"
+        text = f"**{says}** {measured(*self.found, digits=3)}"
+        if self.seeds:
+            listed = ", ".join(f"{value:+.3f}" for value in self.seeds)
+            text += f"; {len(self.seeds)} seeds at {self.seed_tokens / 1e6:.1f} million tokens: {listed}"
+        return text
+
+
+def _compared(rows: pd.DataFrame) -> Comparison:
+    """Of rows with nats, bounds, tokens_trained and seed."""
+    rows = rows.sort_values(["tokens_trained", "seed"])
+    last = rows[rows.seed == 0].iloc[-1]
+    several = rows.groupby("tokens_trained").filter(lambda dose: len(dose) > 1)
+    tokens = int(several.tokens_trained.max()) if len(several) else 0
+    seeds = tuple(several[several.tokens_trained == tokens].nats)
+    return Comparison(strictly(last), int(last.tokens_trained), seeds, tokens)
+
+
+def against_windows(results: DoseResults, way: str) -> Comparison | None:
+    """Far out, full context minus the same model's windows of the old length; None if that way was not trained."""
+    rows = results.rows("full_minus_windows", "far").query("weights == 'nf4'")
+    rows = rows.assign(seed=rows.arm.str.extract(rf"^{way}\d+k?-s(\d+)$")[0].astype(float)).dropna(subset="seed")
+    return _compared(rows) if len(rows) else None
+
+
+def against_control(results: DoseResults, place: str) -> Comparison:
+    """Full context minus a control trained as long without an extension, which reads through its own windows."""
+    rows = results.rows("differences", place)
+    full, control = (
+        rows["first"].str.extract(r"^full\d+k?-s(\d+)-(\d+)/full$"),
+        rows["second"].str.extract(r"^control\d+k?-s0-(\d+)/window$"),
+    )
+    rows = rows.assign(seed=full[0].astype(float))[full[1] == control[0]]
+    return _compared(rows)
 
 
 def _difference(race: RaceResults, first: str, second: str, low: int, high: int) -> Interval:
@@ -175,12 +237,14 @@ def _retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
     if _not_recovered(race, preset):
         judged = f"{UNDECIDED}: PI had not recovered inside the old window"
     for results in list(read_dose_results(list(MODELS)).values())[:1]:
-        length = 2 * load_preset(results.preset).base.window
-        found, asked = worst_depth(results.statements().query("arm == 'full' and length == @length"))
-        ours += f"; planted statements at {length:,} tokens: {found} of {asked} at the worst depth"
-        scale += f"; {MODELS[results.preset]}, {_seeds(results)}"
-        if found < FOUND * asked:
-            judged += "; ABF does not hold yet where it was trained longest"
+        old = load_preset(results.preset).base.window
+        found, asked = statements(results, results.largest("full"), 2 * old)
+        inside, _ = statements(results, "base-nf4", old)
+        ours += (
+            f"; planted statements at {2 * old:,} tokens, worst depth: {found} of {asked} (base at {old:,}: {inside})"
+        )
+        scale += f"; {MODELS[results.preset]}, one seed"
+        judged += f"; ABF alone {'keeps' if found >= inside else 'does not keep'} what the base finds in its window"
     at = [figure["rouge_l"][name][-1] for name in ("abf", "pi")]
     return Line(
         "ABF keeps first-sentence retrieval where PI falls",
@@ -189,11 +253,6 @@ def _retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
         scale,
         judged,
     )
-
-
-def _seeds(results: DoseResults) -> str:
-    count = results.record.table("arms").seed.nunique()
-    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def _xpos(race: RaceResults, table: dict[str, Any]) -> Line:
@@ -267,9 +326,9 @@ def _short_tasks(table: dict[str, Any]) -> Line:
     else:
         judged = AGREES if mmlu.low > -MARGIN else f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
     for results in read_dose_results([name]).values():
-        inside = against_control(results)[1].loc["inside", ["nats", "low", "high"]]
+        inside = against_control(results, "inside").found
         ours.append(f"text inside the old window {measured(*inside)} nat against a control trained as long")
-        if inside.low > 0:
+        if inside[1] > 0:
             judged += "; text inside the old window costs more"
     return Line(claim, paper, "; ".join(ours), f"{MODELS[name]}, one seed each", judged)
 
@@ -321,43 +380,38 @@ def _full_attention(attention: dict[str, Any]) -> Line:
 
 
 def headlines() -> str:
-    """Markdown lists of what works and what does not yet on real models, one recorded number a line."""
-    works, not_yet = _memory(), []
-    for results in read_dose_results(list(MODELS)).values():
-        for gain, text in _of_doses(results):
-            (works if gain else not_yet).append(text)
-    return "\n".join(["**Works**", "", *works, "", "**Does not yet, or costs something**", "", *not_yet])
-
-
-def _of_doses(results: DoseResults) -> Iterator[tuple[bool, str]]:
-    """(whether it is a gain, what was found) of one model's dose experiment."""
-    old, columns = load_preset(results.preset).base.window, ["nats", "low", "high"]
-    model = f"- {MODELS[results.preset]} ({_seeds(results)})"
-    for way, words in (("full", "on whole sequences"), ("pose", "on short sequences with skipped positions (PoSE)")):
-        row = results.worth().query(f"line == {way!r}").iloc[-1]
-        trained = f"{row.tokens_trained / 1e6:.1f} million tokens {words}"
-        says = verdict(*row[columns], "is ahead", "is behind", "is not told apart")
-        yield (
-            row.high < 0,
-            f"{model}, {trained}: far out full context against its own windows of {old:,} tokens {says}.",
-        )
-    tokens, rows = against_control(results)
-    trained = f"against a control trained as long without an extension ({tokens / 1e6:.1f} million tokens)"
-    for place, words in (("far", "far out"), ("inside", "inside the old window")):
-        row = rows.loc[place]
-        yield row.high < 0, f"{model} {trained}: {words} it is {verdict(*row[columns], 'ahead', 'behind')}."
-    right, asked = worst_depth(results.statements().query("arm == 'full' and length == 2 * @old"))
-    said = f"planted statements in {2 * old:,} tokens: {right} of {asked} are found at the worst depth"
-    yield right >= FOUND * asked, f"{model}, {said} ({FOUND:.0%} were asked for)."
-
-
-def _memory() -> list[str]:
+    """Markdown: what was found on real models, a column for each, and the longest training step."""
+    columns = [_of_doses(results) for results in read_dose_results(list(MODELS)).values()]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     record = recorded("gpu", "04_one_gpu_budget")
-    row = record.table("longest").iloc[0]
-    return [
-        f"- {row.model}, a 4-bit training step of {row.context:,.0f} tokens under a cap of {row.cap_gib:.0f} GiB: "
-        f"{row.allocated_gib:.1f} GiB allocated on one {record.content['provenance']['device']} (random weights)."
-    ]
+    row, device = record.table("longest").iloc[0], record.content["provenance"]["device"]
+    longest = (
+        f"Longest 4-bit training step that ran: {row.model}, {row.context:,.0f} tokens under a cap of "
+        f"{row.cap_gib:.0f} GiB, {row.allocated_gib:.1f} GiB allocated (one {device}, random weights)."
+    )
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", longest])
+
+
+def _of_doses(results: DoseResults) -> dict[str, str]:
+    """What one model's dose experiment found, by question."""
+    preset = load_preset(results.preset)
+    old = preset.base.window
+    own, posed = against_windows(results, "full"), against_windows(results, "pose")
+    arms = results.record.table("arms").set_index("arm")
+    length = int(arms.window[results.largest("full").rpartition("-")[0]].max())
+    found, asked = statements(results, results.largest("full"), 2 * old)
+    raised, base = statements(results, "raised-nf4", 2 * old)[0], statements(results, "base-nf4", old)[0]
+    return {
+        "": f"{MODELS[results.preset]}, {old:,} to {preset.extension.window:,} tokens",
+        "trained on whole sequences": f"{own.tokens / 1e6:.1f} million tokens in sequences of {length:,}, one seed",
+        "far out, full context against its own old windows": str(own),
+        "the same after training on short sequences with skipped positions (PoSE)": str(posed or "not run"),
+        "far out, against a control trained as long without an extension": str(against_control(results, "far")),
+        "inside the old window, against that control": str(against_control(results, "inside")),
+        "planted statements found at the worst depth of twice the old window": f"**{found} of {asked}** "
+        f"({FOUND:.0%} were asked for); raised base, untrained: {raised}; base in its own window: {base}",
+    }
 
 
 if __name__ == "__main__":
