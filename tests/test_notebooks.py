@@ -107,6 +107,13 @@ def test_links_index_and_results_are_in_step():
     assert write_generated(check=True) == []
 
 
+def test_links_work_wherever_jupyterlab_was_started(notebook):
+    """Started in notebooks/, it shows nothing above: links go to notebooks beside this one, or to the web."""
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", prose)) - {"../README.md#the-notebooks"}  # until there is a start page
+    assert [one for one in targets if not one.startswith("https://") and one.removesuffix(".ipynb") not in NAMES] == []
+
+
 def test_planned_notebooks_are_not_linked():
     readme = (REPOSITORY / "README.md").read_text()
     for planned in SEQUENCE:
