@@ -9,13 +9,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llama_long_utils.evaluation.generation import Model, likelihoods, write
 from llama_long_utils.settings import Preset
+
+if TYPE_CHECKING:  # the machine that answers may have no pandas
+    import pandas as pd
 
 WRITTEN_TOGETHER = 8  # times as many tokens of prompts as are read together: each step reads all weights
 Answer = list[Any]  # [nats, likeliest, tokens] of a continuation, or [text]
@@ -91,10 +94,12 @@ def score(
     names: Sequence[str],
     answers: dict[str, dict[str, Answer]],
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Any]:
-    """What the harness makes of the answers of each arm: results as `benchmarks.measure` returns them."""
+) -> "pd.DataFrame":
+    """What the harness makes of the answers of each arm: items as `benchmarks.measure` returns them."""
+    import pandas as pd
+
     from llama_long_utils.evaluation.harness import Llama
-    from llama_long_utils.evaluation.results import logged_results
+    from llama_long_utils.evaluation.results import logged_items
 
     class Answering(Llama):
         given: dict[str, Answer]
@@ -105,14 +110,14 @@ def score(
         def _write(self, requests: Sequence[Any], **_options: Any) -> list[str]:
             return [self.given[request_key(*request.args)][0] for request in requests]
 
-    results = []
+    measured = []
     for arm, given in answers.items():
         for name in names:
             llama = Answering(_no_model, tokenizer, arm=arm)
             llama.given = given
             samples = _evaluate(preset, name, llama, score=True)
-            results += logged_results(name, arm, samples, llama.tokens)
-    return results
+            measured.append(logged_items(name, arm, samples, llama.tokens))
+    return pd.concat(measured, ignore_index=True)
 
 
 def _no_model() -> Model:
@@ -160,21 +165,20 @@ def write_task_record(
     given = {arm: json.loads((run / f"answers-{name}.json").read_text()) for name, arm in arms.items()}
     tokenizer = load_tokenizer(preset.base.source)
     rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    results, deltas = [], []
+    scored, deltas = [], []
     for name in names:
         keys = {request.key for request in collect(preset, [name], tokenizer)}
-        results += score(preset, [name], {arm: got for arm, got in given.items() if keys <= set(got)}, tokenizer)
-        for pair in PAIRS:
-            both = [result for result in results if result.task == name and result.arm in pair]
-            if len(both) == len(pair):
-                deltas.append(delta_table(both, *pair))
-    write_arrays(folder / f"{SLUG}.npz", item_arrays(results))
+        items = score(preset, [name], {arm: got for arm, got in given.items() if keys <= set(got)}, tokenizer)
+        deltas += [delta_table(items, *pair) for pair in PAIRS if {*pair} <= {*items.arm}]
+        scored.append(items)
+    items = pd.concat(scored)
+    write_arrays(folder / f"{SLUG}.npz", item_arrays(items))
     return write_record(
         folder,
         SLUG,
         preset=preset.name,
         question="What does the extension do to short tasks?",
-        tables={"deltas": pd.concat(deltas), "scores": score_table(results)},
+        tables={"deltas": pd.concat(deltas), "scores": score_table(items)},
         seeds={"items": SEED, "bootstrap": SEED, "training": 0},
         seconds=sum(row["seconds"] for row in rows if row["kind"] == "tasks"),
         provenance=provenance,

@@ -36,10 +36,9 @@ def main() -> None:
 
     from llama_long_utils.evaluation.benchmarks import measure, write_results
 
-    results = measure(preset, tasks, **options)
     path = write_results(
         preset,
-        results,
+        measure(preset, tasks, **options),
         RESULTS / preset.name if record else preset.run_folder / "records",
         pairs=[(options["arms"][0], other) for other in options["arms"][1:]],
         seconds=time.perf_counter() - started,

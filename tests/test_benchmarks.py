@@ -1,6 +1,5 @@
 """Benchmarks: the harness asks what the scorers before it asked, answers are kept, and models are compared in pairs."""
 
-import dataclasses
 import hashlib
 import json
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import long_prompts
 import numpy as np
+import pandas as pd
 import pytest
 import questions
 import torch
@@ -21,7 +21,7 @@ from scoring import score_program
 from llama_long_utils.data.documents import Document, tokenize_documents
 from llama_long_utils.evaluation.benchmarks import delta_table, load_tasks, measure, score_table, spread, write_results
 from llama_long_utils.evaluation.harness import Llama, check_lengths
-from llama_long_utils.evaluation.results import Result, choice_metrics
+from llama_long_utils.evaluation.results import choice_metrics, logged_items
 from llama_long_utils.evaluation.task_files import TASKS, check_names
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import in_compute_dtype
@@ -376,14 +376,15 @@ def test_a_prompt_longer_than_the_window_is_refused_and_never_cut(tokenizer, fol
 
 def test_the_harness_finds_what_the_scorers_before_it_found(preset, folder):
     names = ["mmlu", "hellaswag", "truthfulqa_mc1"]
-    results = [*measure(preset, names, arms=["base"], folder=folder)]
-    results += measure(preset, ["gsm8k"], arms=["base"], items=2, folder=folder)
-    found = {(r.task, item): metrics for r in results for item, metrics in zip(r.items, r.metrics, strict=True)}
-    assert found.keys() == BEFORE.keys()
+    measured = [measure(preset, names, arms=["base"], folder=folder)]
+    measured.append(measure(preset, ["gsm8k"], arms=["base"], items=2, folder=folder))
+    found = pd.concat(measured).set_index(["task", "item"])
+    assert set(found.index) == BEFORE.keys()
     for item, expected in BEFORE.items():
-        numbers = {name: value for name, value in found[item].items() if name != "written"}
+        numbers = found.loc[item].drop(["length", "arm", "asked", "written"]).dropna().to_dict()
         assert numbers == pytest.approx(expected, abs=1e-4), item
-    assert found["gsm8k", "sum-2"]["written"].startswith(" He has 4 7 sheep.\n handsons, and ten thousand men, and")
+    written = found.written["gsm8k", "sum-2"]
+    assert written.startswith(" He has 4 7 sheep.\n handsons, and ten thousand men, and")
 
 
 def test_a_stopped_run_asks_no_answered_item_again(preset, folder, monkeypatch):
@@ -408,9 +409,10 @@ def test_a_stopped_run_asks_no_answered_item_again(preset, folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         measure(preset, ["mmlu"], arms=["base"], folder=folder)
     monkeypatch.setattr(module, "load_arm", load_counted)
-    (result,) = measure(preset, ["mmlu"], arms=["base"], folder=folder)
+    found = measure(preset, ["mmlu"], arms=["base"], folder=folder)
     assert len(read) == len(MMLU)  # four letters a pass: every prompt was read once
-    assert result.metrics[0] == pytest.approx(BEFORE["mmlu", "geography/0"], abs=1e-4)
+    expected = BEFORE["mmlu", "geography/0"]
+    assert found.loc[0, [*expected]].to_dict() == pytest.approx(expected, abs=1e-4)
     measure(preset, ["mmlu"], arms=["base"], folder=folder)
     assert len(read) == len(MMLU)
 
@@ -430,13 +432,11 @@ def test_two_arms_are_compared_and_leave_a_record(preset, folder, tmp_path):
 
 
 def test_ruler_s_score_is_that_of_the_item_s_length(preset, folder, tmp_path):
-    from llama_long_utils.evaluation.results import logged_results
-
     doc = {"max_length": 8192}
     sample = {"doc_id": 0, "doc": doc, "arguments": [("p", {})], "resps": [["42"]], "target": "42", "filter": "none"}
     sample |= {"metrics": ["4096", "8192"], "4096": -1.0, "8192": 1.0, "prompt_hash": "p", "target_hash": "t"}
-    (result,) = logged_results("ruler", "base", {"niah_single_1": [sample]}, {})
-    assert (result.length, result.metrics) == (8192, [{"score": 1.0, "written": "42"}])
+    found = logged_items("ruler", "base", {"niah_single_1": [sample]}, {})
+    assert found[["length", "score", "written"]].to_dict("records") == [{"length": 8192, "score": 1.0, "written": "42"}]
 
 
 # Bad input
@@ -485,10 +485,9 @@ def test_the_command_refuses_before_it_imports_anything_heavy():
 
 
 def test_tables_refuse_a_missing_arm_and_other_items():
-    result = Result("mmlu", 0, "base", ["one"], ["hash"], [{"accuracy": 1.0}])
+    row = {"task": "mmlu", "length": 0, "arm": "base", "item": "one", "asked": "hash", "accuracy": 1.0}
     with pytest.raises(ValueError, match="arms 'base' and 'extended' must both be measured"):
-        delta_table([result])
-    other = dataclasses.replace(result, arm="extended", asked=["other hash"])
+        delta_table(pd.DataFrame([row]))
     with pytest.raises(ValueError, match="were asked other items"):
-        delta_table([result, other])
-    assert score_table([result]).low.isna().all()
+        delta_table(pd.DataFrame([row, {**row, "arm": "extended", "asked": "other hash"}]))
+    assert score_table(pd.DataFrame([row])).low.isna().all()

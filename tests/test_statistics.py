@@ -72,7 +72,7 @@ def test_seven_items_have_no_interval_and_eight_have_one():
 
 def test_a_column_that_few_units_have_is_left_without_bounds():
     counts = np.array([[1.0, 1.0]] * 7 + [[1.0, 0.0]])
-    low, high = Bootstrap(8, 200, 0).interval(counts * np.arange(8.0)[:, None], counts, fewest=8)
+    low, high = Bootstrap(8, 200, 0).interval(counts * np.arange(8.0)[:, None], counts)
     assert low[0] < 3.5 < high[0]
     assert np.isnan([low[1], high[1]]).all()
 

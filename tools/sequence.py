@@ -68,9 +68,15 @@ SEQUENCE = [
     ),
     Notebook("09_instruction_tuning", "Instruction tuning", "How does a long base model become a chat model?"),
     Notebook("10_preference_tuning", "Preference tuning", "Does preference tuning keep long context?"),
-    Notebook("11_ablations", "Ablations", "Which of the choices matter?"),
+    Notebook("11_ablations", "Ablations", "Which way to scale RoPE, and which way to train it, wins on equal terms?"),
     Notebook("12_pretraining_curriculum", "Pretraining curriculum", "When should pretraining sequences become long?"),
     Notebook("13_real_models", "Real models", "What holds for a real LLM?", needs_base=False),
+    Notebook(
+        "14_published_results",
+        "Published results",
+        "Which of the paper's gains are larger than chance?",
+        needs_base=False,
+    ),
 ]
 
 

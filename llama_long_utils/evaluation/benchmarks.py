@@ -7,7 +7,7 @@ metrics that tell small changes, and the paired comparison.
 
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.harness import Llama, check_lengths
-from llama_long_utils.evaluation.results import Result, logged_results
+from llama_long_utils.evaluation.results import KEYS, logged_items
 from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_accuracy, paired_mean, share_interval
 from llama_long_utils.evaluation.task_files import HUB, TASKS, check_names, is_ours
 from llama_long_utils.model.arms import arm_inputs, load_arm
@@ -45,8 +45,10 @@ def measure(
     adapter: str = "",
     allow_execution: bool = False,
     folder: Path = TASKS,
-) -> list[Result]:
-    """Measure tasks on arms, or resume it: every answer is kept in runs/PRESET/benchmarks as soon as it is given.
+) -> pd.DataFrame:
+    """One row for each item, as `logged_items` has it, of tasks on arms.
+
+    Every answer is kept in runs/PRESET/benchmarks as soon as it is given, and a stopped run goes on from there.
 
     Args:
         names: of tasks in `folder`, or of tasks and groups of the harness ("hub:mmlu" where both have one).
@@ -79,7 +81,7 @@ def measure(
             raise ValueError(f"{leaf} runs written programs without a sandbox: accept that with allow_execution")
     chosen = {leaf: spread(task.eval_docs, items) for leaf, task in leaves.items()} if items else None
     options = {"samples": chosen, "bootstrap_iters": 0, "confirm_run_unsafe_code": allow_execution}
-    results = []
+    measured = []
     for arm in arms:
 
         def load(arm: str = arm) -> Model:
@@ -91,8 +93,8 @@ def measure(
         with contextlib.redirect_stderr(io.StringIO()):  # bars: the cache prints how far it is
             samples = evaluate(llama, {"tasks": leaves}, **options)["samples"]
         for name, group in tasks.items():
-            results += logged_results(name, arm, {leaf: samples[leaf] for leaf in group}, llama.tokens)
-    return results
+            measured.append(logged_items(name, arm, {leaf: samples[leaf] for leaf in group}, llama.tokens))
+    return pd.concat(measured, ignore_index=True)
 
 
 def load_tasks(names: Sequence[str], metadata: dict[str, Any], folder: Path = TASKS) -> dict[str, dict[str, Task]]:
@@ -142,21 +144,20 @@ def _is_binary(metric: str) -> bool:
     return metric.partition(" (")[0] in BINARY  # in brackets: the harness' filter
 
 
-def score_table(results: Sequence[Result]) -> pd.DataFrame:
+def score_table(items: pd.DataFrame) -> pd.DataFrame:
     """Every score of every arm. Intervals: 95%, exact (Clopper-Pearson) for shares, bootstrap over items for means.
 
     Columns: task, length (tokens, 0: short), arm, metric, items, value, low, high (NaN below 8 items).
     """
     rows = []
-    for result in results:
-        for metric in result.numbers:
-            values = result.values(metric)
+    for names, part in items.groupby(["task", "length", "arm"], sort=False):
+        for metric, values in _metrics_of(part):
             bounds = share_interval(int(values.sum()), len(values)) if _is_binary(metric) else mean_interval(values)
-            rows.append((result.task, result.length, result.arm, metric, len(values), values.mean(), *bounds))
+            rows.append((*names, metric, len(values), values.mean(), *bounds))
     return pd.DataFrame(rows, columns=["task", "length", "arm", "metric", "items", "value", "low", "high"])
 
 
-def delta_table(results: Sequence[Result], before: str = "base", after: str = "extended") -> pd.DataFrame:
+def delta_table(items: pd.DataFrame, before: str = "base", after: str = "extended") -> pd.DataFrame:
     """Every metric of one arm minus another's, paired: `paired_accuracy` for right and wrong, else `paired_mean`.
 
     Columns: task, length, pair, metric, items, before, after, difference, low, high, discordant, p (the last two NaN
@@ -165,57 +166,62 @@ def delta_table(results: Sequence[Result], before: str = "base", after: str = "e
     Raises:
         ValueError: an arm is missing, or the arms were asked other items.
     """
-    by_arm = {(result.task, result.length, result.arm): result for result in results}
     rows = []
-    for task, length in dict.fromkeys((result.task, result.length) for result in results):
-        first, second = (by_arm.get((task, length, arm)) for arm in (before, after))
-        if first is None or second is None:
+    for (task, length), part in items.groupby(["task", "length"], sort=False):
+        first, second = (part[part.arm == arm] for arm in (before, after))
+        if first.empty or second.empty:
             raise ValueError(f"{task}: arms {before!r} and {after!r} must both be measured")
-        if first.asked != second.asked:
+        if list(first.asked) != list(second.asked):
             raise ValueError(f"{task}: {before!r} and {after!r} were asked other items, measure them together")
-        for metric in first.numbers:
-            compare = paired_accuracy if _is_binary(metric) else paired_mean
-            found = compare(first.values(metric), second.values(metric))
-            entry = {"task": task, "length": length, "pair": f"{before} -> {after}", "metric": metric}
-            rows.append({**entry, "items": len(first.items), **asdict(found)})
+        entry = {"task": task, "length": length, "pair": f"{before} -> {after}"}
+        for (metric, one), (_, other) in zip(_metrics_of(first), _metrics_of(second), strict=True):
+            found = (paired_accuracy if _is_binary(metric) else paired_mean)(one, other)
+            rows.append({**entry, "metric": metric, "items": len(one), **asdict(found)})
     return pd.DataFrame(rows)
+
+
+def _metrics_of(part: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values of each metric that items of one task and arm have."""
+    for name, column in part.drop(columns=KEYS, errors="ignore").items():
+        if column.notna().any():
+            yield str(name), column.dropna().to_numpy(float)
+
+
+def item_arrays(items: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Every item's score: `TASK_LENGTH_items` (names), `TASK_LENGTH_ARM_METRIC`, `TASK_LENGTH_ARM_written` (texts)."""
+    arrays: dict[str, np.ndarray] = {}
+    for (task, length, arm), part in items.groupby(["task", "length", "arm"], sort=False):
+        start = f"{task}_{length}"
+        arrays[f"{start}_items"] = part["item"].to_numpy(str)
+        arrays |= {f"{start}_{arm}_{metric}": values.astype(np.float32) for metric, values in _metrics_of(part)}
+        if "written" in part and part.written.notna().any():
+            arrays[f"{start}_{arm}_written"] = part.written.to_numpy(str)
+    return arrays
 
 
 def write_results(
     preset: Preset,
-    results: Sequence[Result],
+    items: pd.DataFrame,
     folder: Path,
     *,
     pairs: Sequence[tuple[str, str]] = (("base", "extended"),),
     **options: Any,
 ) -> Path:
-    """Write folder/08_benchmark_deltas.json, and beside it as .npz every item's score and every text written.
+    """Write folder/08_benchmark_deltas.json, and beside it `item_arrays` as .npz.
 
     Args:
         options: `seconds`, `parameters` and `provenance`, as in `write_record`.
     """
-    write_arrays(folder / f"{SLUG}.npz", item_arrays(results))
+    write_arrays(folder / f"{SLUG}.npz", item_arrays(items))
     return write_record(
         folder,
         SLUG,
         preset=preset.name,
         question="What does the extension do to short and long tasks?",
         tables={
-            "deltas": pd.concat([delta_table(results, *pair) for pair in pairs]),
-            "scores": score_table(results),
+            "deltas": pd.concat([delta_table(items, *pair) for pair in pairs]),
+            "scores": score_table(items),
         },
         seeds={"items": SEED, "bootstrap": SEED, "split": preset.data.split_seed},
         **options,
     )
-
-
-def item_arrays(results: Sequence[Result]) -> dict[str, np.ndarray]:
-    """Every item's score and every text written, as arrays `TASK_LENGTH_items` and `TASK_LENGTH_ARM_METRIC`."""
-    arrays: dict[str, np.ndarray] = {}
-    for result in results:
-        start = f"{result.task}_{result.length}"
-        arrays[f"{start}_items"] = np.array(result.items)
-        for metric in result.metrics[0]:
-            values = [row[metric] for row in result.metrics]
-            arrays[f"{start}_{result.arm}_{metric}"] = np.array(values, None if metric == "written" else np.float32)
-    return arrays

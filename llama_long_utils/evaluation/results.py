@@ -1,63 +1,41 @@
 """What the harness logged of a task, as metrics of each item."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 Metrics = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one arm scored on one task, item by item.
-
-    Attributes:
-        length: tokens of the prompts; 0 for a task of no given length.
-        items: names.
-        asked: a hash of the prompt and the right answer of each item.
-        metrics: of each item; `written` is text, the others are numbers.
-    """
-
-    task: str
-    length: int
-    arm: str
-    items: list[str] = field(default_factory=list)
-    asked: list[str] = field(default_factory=list)
-    metrics: list[Metrics] = field(default_factory=list)
-
-    def values(self, metric: str) -> np.ndarray:
-        """Shape (items,)."""
-        return np.array([row[metric] for row in self.metrics], dtype=float)
-
-    @property
-    def numbers(self) -> list[str]:
-        """Names of the metrics that are numbers."""
-        return [name for name in self.metrics[0] if name != "written"]
+KEYS = ["task", "length", "arm", "item", "asked", "written"]
 
 
-def logged_results(
+def logged_items(
     name: str, arm: str, samples: dict[str, list[dict[str, Any]]], tokens: Mapping[tuple[str, str], int]
-) -> list[Result]:
-    """One result for each length, from what the harness logged of one task or group.
+) -> pd.DataFrame:
+    """One row for each item, from what the harness logged of one task or group.
+
+    Columns: task, length (tokens of the prompts; 0: of no given length), arm, item (its name), asked (a hash of prompt
+    and right answer), written (text, if any was written), and one for each metric.
 
     Args:
         samples: by the harness' own name of a task; an item is one sample for each of the task's filters.
         tokens: of each continuation whose likelihood was read, by (prompt, continuation).
     """
-    by_length: dict[int, Result] = {}
+    rows = []
     for leaf, logged in samples.items():
         by_item: dict[int, list[dict[str, Any]]] = {}
         for sample in logged:
             by_item.setdefault(sample["doc_id"], []).append(sample)
         for number, item in by_item.items():
             first, length = item[0], item[0]["doc"].get("max_length", 0)
-            result = by_length.setdefault(length, Result(name, length, arm))
-            result.items.append(first["doc"].get("name") or f"{leaf}/{number}")
-            result.asked.append(first["prompt_hash"] + first["target_hash"])
-            result.metrics.append(_metrics(item, str(length), tokens))
-    return list(by_length.values())
+            named = first["doc"].get("name") or f"{leaf}/{number}"
+            row = {"task": name, "length": length, "arm": arm, "item": named}
+            asked = first["prompt_hash"] + first["target_hash"]
+            rows.append({**row, "asked": asked, **_metrics(item, str(length), tokens)})
+    return pd.DataFrame(rows)
 
 
 def _metrics(item: list[dict[str, Any]], length: str, tokens: Mapping[tuple[str, str], int]) -> Metrics:

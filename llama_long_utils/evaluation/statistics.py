@@ -44,27 +44,25 @@ class Bootstrap:
             weights[:, member] = generator.multinomial(times * len(member), np.full(len(member), 1 / len(member)))
         return weights
 
-    def interval(self, sums: np.ndarray, counts: np.ndarray, *, fewest: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds of sum(sums) / sum(counts) over units, each of shape (columns,).
+    def interval(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of sum(sums) / sum(counts) over units, each of shape (columns,); NaN of fewer units than `FEWEST`.
 
         Args:
             sums: per unit and column (of NLL in nats, for example), shape (units, columns).
             counts: what to divide by (tokens), of the same shape; 0 where a unit has nothing in a column.
-            fewest: units that a column needs; the bounds of one with fewer are NaN.
         """
         weights = self.weights()
         with np.errstate(invalid="ignore"):  # a sample may miss every unit of a column: 0 / 0
             means = (weights @ sums) / (weights @ counts)
         bounds = np.full((2, means.shape[1]), math.nan)
-        enough = (counts > 0).sum(axis=0) >= fewest
+        enough = (counts > 0).sum(axis=0) >= FEWEST
         bounds[:, enough] = np.nanpercentile(means[:, enough], [2.5, 97.5], axis=0)
         return bounds[0], bounds[1]
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Bounds of the mean of independent values; NaN if there are fewer than `FEWEST`."""
-    bootstrap, ones = Bootstrap(len(values), SAMPLES, SEED), np.ones((len(values), 1))
-    low, high = bootstrap.interval(values[:, None], ones, fewest=FEWEST)
+    low, high = Bootstrap(len(values), SAMPLES, SEED).interval(values[:, None], np.ones((len(values), 1)))
     return float(low[0]), float(high[0])
 
 
