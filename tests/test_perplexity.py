@@ -183,24 +183,25 @@ def test_key_tokens_are_cheap_and_dear_without_the_far_context():
 
 
 def test_one_document_of_each_source_is_read_further():
-    named = [TokenizedDocument(source, f"{source}{n}", text(700, "", n).token_ids) for source in "ab" for n in range(3)]
+    named = [TokenizedDocument(source, f"{source}{n}", text(700, "", n).token_ids) for source in "ab" for n in range(4)]
     short = TokenizedDocument("c", "c0", text(250).token_ids)
     stretches = random_stretches([short, *named], 200, far_length=600, at_most=1, seed=0)
-    assert [cut.tokens for (cut,) in stretches] == [200, 600, 200, 200, 600, 200, 200]
+    assert [cut.tokens for (cut,) in stretches] == [200, 600, 200, 200, 200, 600, 200, 200, 200]
     nats, tokens = bucket_sums([np.ones((1, cut.tokens - 1)) for (cut,) in stretches], [100, 200, 600])
     np.testing.assert_array_equal(tokens[:, 0], 100)
-    np.testing.assert_array_equal(tokens[:, 1], [0, 400, 0, 0, 400, 0, 0])
+    np.testing.assert_array_equal(tokens[:, 1], [0, 400, 0, 0, 0, 400, 0, 0, 0])
     np.testing.assert_array_equal(nats, tokens)
     array = padded([np.full((1, cut.tokens - 1), 2.5) for (cut,) in stretches])
-    assert array.shape == (7, 599)
+    assert array.shape == (9, 599)
     apart = unpadded(array)
     assert [rows.shape for rows in apart] == [(1, cut.tokens - 1) for (cut,) in stretches]
     assert all((rows == 2.5).all() for rows in apart)
     higher = [rows + 0.25 * (rows.size > 500) for rows in apart]
     table = paired_table(higher, apart, [1, 200, 600], **OPTIONS)
-    np.testing.assert_allclose(table.nll, [0.25 * 2 / 7, 0.25], rtol=1e-6)
-    assert table.documents.tolist() == [7, 2]
+    np.testing.assert_allclose(table.nll, [0.25 * 2 / 9, 0.25], rtol=1e-6)
+    assert table.documents.tolist() == [9, 2]
     assert table.low[0] < table.nll[0] < table.high[0]
+    assert np.isnan([table.low[1], table.high[1]]).all()  # two documents have no interval
     np.testing.assert_allclose(table.loc[1, ["low", "high"]].astype(float), 0.25, rtol=1e-6)
 
 
