@@ -1,16 +1,22 @@
 """Records of real models as notebook 13 tells them: what a dose is worth, statements found, tasks before and after."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from llama_long_utils.evaluation.statistics import FEWEST
+from llama_long_utils.figures import BLUE, RED, intervals, plt, save_figure
 from llama_long_utils.notebooks import measured
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, recorded
 
 WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short, no skips"}
+PLACES = {
+    "inside": {"label": "inside the old window", "color": RED, "marker": "o"},
+    "far": {"label": "in the far half of the texts", "color": BLUE, "marker": "s"},
+}
 SHARES = {"mmlu": "accuracy", "hellaswag": "accuracy_per_character", "truthfulqa_mc1": "accuracy_per_character"}
 SHARES |= {"gsm8k": "exact_match", "humaneval": "passed"}
 
@@ -115,6 +121,20 @@ def read_dose_results(presets: list[str]) -> dict[str, DoseResults]:
     """The dose records of those presets that have one."""
     found = {preset: recorded(preset, "06_dose_response") for preset in presets}
     return {preset: DoseResults(preset, record) for preset, record in found.items() if record}
+
+
+def draw_differences(table: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
+    """A panel for each model: what `DoseResults.compare` found, with intervals, inside the old window and far out."""
+    models, names = list(table.model.unique()), table.quantity.unique()
+    figure, panels = plt.subplots(1, len(models), figsize=(5 + 3.6 * len(models), 3.6), sharey=True, squeeze=False)
+    for name, axes in zip(models, panels[0], strict=True):
+        part = table[table.model == name]
+        intervals(axes, part, row="quantity", colour="place", value="nats", zero=0, styles=PLACES, names=names)
+        axes.set(title=name, xlabel="nats per token; left of the line the first is better")
+        axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    alt = "; ".join(f"{row.model}, {row.quantity}, {row.place} {row.nats:+.2f}" for row in table.itertuples())
+    save_figure(figure, folder, slug, number, f"{caption} Recorded, 95% bootstrap over kinds and texts, one seed.", alt)
 
 
 def read_tasks(preset: str) -> tuple[pd.DataFrame, pd.DataFrame]:

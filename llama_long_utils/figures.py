@@ -55,16 +55,6 @@ TRAININGS |= {f"{name}-equal-seconds": (f"{TRAININGS[name][0]}, equal seconds", 
 KINDS = {"arm": ARMS, "method": METHODS, "training": TRAININGS}
 COLOURS, METHOD_COLOURS, TRAINING_COLOURS = ({name: one[1] for name, one in kind.items()} for kind in KINDS.values())
 LABELS, METHOD_LABELS, TRAINING_LABELS = ({name: one[0] for name, one in kind.items()} for kind in KINDS.values())
-# Components of a step's memory (memory.COMPONENTS).
-COMPONENT_COLOURS = {
-    "weights": GREY,
-    "adapters": SKY,
-    "gradients": TEAL,
-    "optimizer": AMBER,
-    "saved": BLUE,
-    "loss": RED,
-    "backward": PURPLE,
-}
 
 
 def use_style() -> None:
@@ -131,6 +121,7 @@ def intervals(
     samples: str | None = None,
     zero: float | None = None,
     styles: Mapping[str, Mapping[str, Any]] | None = None,
+    names: Sequence[str] = (),
 ) -> None:
     """One line of the figure for each value of column `row`, top down: a marker at `value`, a bar from low to high.
 
@@ -142,8 +133,9 @@ def intervals(
         samples: column with a sequence of numbers in each cell, or None.
         zero: where to draw the line of no difference.
         styles: how the values of `colour` look, in place of `look(value, kind)`.
+        names: the values of `row` in their order, where panels share them; default: as they come.
     """
-    names = list(dict.fromkeys(table[row]))
+    names = list(dict.fromkeys([*names, *table[row]]))
     groups = list(dict.fromkeys(table[colour])) if colour else [None]
     for number, group in enumerate(groups):
         part = table[table[colour] == group] if colour else table
