@@ -23,7 +23,10 @@ SHARES |= {"gsm8k": "exact_match", "humaneval": "passed"}
 
 @dataclass(frozen=True)
 class DoseResults:
-    """The record `06_dose_response` of a preset. "inside" is the old window, "far" the far half of the texts."""
+    """The record `06_dose_response` of a preset. "inside" is the old window, "far" the far half of the texts.
+
+    Intervals are the wider of two: over kinds and texts, and Student's over the kinds' means.
+    """
 
     preset: str
     record: Record
@@ -33,13 +36,16 @@ class DoseResults:
         new = self.record.table("held_out").tokens.max()
         low, high = (0, load_preset(self.preset).base.window) if place == "inside" else (new // 2, new)
         rows = self.record.table(table)
+        if "kinds_low" in rows:
+            rows["low"], rows["high"] = rows[["low", "kinds_low"]].min(axis=1), rows[["high", "kinds_high"]].max(axis=1)
         return rows[(rows.position_low == low) & (rows.position_high == high)]
 
     def largest(self, way: str, at_most: float = np.inf) -> str:
-        """The arm of a way with the largest dose, of the first seed: "full16k-s0-10485760" for example."""
+        """The arm of a way with the largest dose, of the first seed: "full16k-s0-10485760"; empty if it was not run."""
         arms = self.record.table("arms")
         arms = arms[arms.arm.str.fullmatch(rf"{way}\d+k?-s0") & (arms.tokens <= at_most)]
-        return "-".join(map(str, arms.sort_values("tokens").iloc[-1][["arm", "tokens"]]))
+        last = arms.sort_values("tokens").tail(1)
+        return "".join(last.arm + "-" + last.tokens.astype(str))
 
     def compare(self, pairs: dict[str, tuple[str, str]]) -> pd.DataFrame:
         """First minus second reading of each named pair at both places; pairs that were not read are left out."""
@@ -75,33 +81,50 @@ class DoseResults:
             }
         )
 
-    def worth(self) -> pd.DataFrame:
+    def worth(self, seed: str = "0") -> pd.DataFrame:
         """What full context is worth far out, by way and dose: minus the same model's windows, and minus the control's.
 
-        The columns of the record, with `line`: the way, or "fair" for whole sequences minus the control after as many
-        tokens.
+        Args:
+            seed: a regular expression.
+
+        Returns:
+            The columns of the record, with `line`: the way, or "fair" for whole sequences minus the control after as
+            many tokens.
         """
         own, pairs = self.rows("full_minus_windows", "far").query("weights == 'nf4'"), self.rows("differences", "far")
-        own = own.assign(line=own.arm.str.extract(r"^([a-z]+)\d+k?-s0$")[0])
-        full, control = (
-            pairs["first"].str.extract("^full.*-(s0-.*)/full"),
-            pairs.second.str.extract("^control.*-(s0-.*)/"),
-        )
-        fair = pairs[full[0] == control[0]].assign(line="fair")
-        return pd.concat([own[own.line.isin(WAYS)], fair]).sort_values(["line", "tokens_trained"])
+        own = own.assign(line=own.arm.str.extract(rf"^([a-z]+)\d+k?-s{seed}$")[0])
+        full = pairs["first"].str.extract(rf"^full.*-s({seed})-(\d+)/full")
+        control = pairs.second.str.extract(r"^control.*-s\d+-(\d+)/")
+        fair = pairs[full[1] == control[0]].assign(line="fair")
+        return pd.concat([own[own.line.isin(WAYS)], fair]).sort_values(["line", "tokens_trained"], kind="stable")
+
+    def apart(self, line: str) -> float:
+        """How far runs of other seeds lie apart on a line of `worth`, in nats; 0 if there is one seed."""
+        every = self.worth(r"\d+")
+        spread = every[every.line == line].groupby("tokens_trained").nats.agg(np.ptp)
+        return float(spread.max())
+
+    def ahead(self, rows: pd.DataFrame, line: str) -> pd.Series:
+        """Whether differences are below zero by the whole interval, and by more than seeds lie apart."""
+        return (rows.high < 0) & (-rows.nats > self.apart(line))
 
     def doses_that_pay(self) -> pd.DataFrame:
-        """In words for a table: from which dose on each line of `worth` is below zero, and its largest dose."""
-        rows = []
+        """In words for a table: from which dose on each line of `worth` is `ahead`, its largest dose, other seeds."""
+        rows, every = [], self.worth(r"\d+")
         for line, part in self.worth().groupby("line"):
-            last, pays = part.iloc[-1], part[part.high < 0].tokens_trained.min() / 1e6
+            last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min() / 1e6
+            runs = every[every.line == line].groupby("tokens_trained").nats.agg(list)
+            runs = runs[runs.map(len) > 1]
             row = {"trained on": WAYS.get(line, "whole sequences, minus the control's windows")}
             row |= {"pays from": f"{pays:.1f}M tokens" if pays > 0 else "no dose"}
             row |= {"largest dose": f"{last.tokens_trained / 1e6:.1f}M"}
             row |= {"nats": measured(last.nats, last.low, last.high, digits=3)}
-            row |= {"over kinds": f"[{last.kinds_low:+.3f}, {last.kinds_high:+.3f}]"}
             row |= {"texts that gain": f"{last.below_zero} of {last.documents}"}
-            rows.append({"model": self.preset, **row, "without the strongest": f"{last.without_one:+.3f}"})
+            row |= {"without the strongest": f"{last.without_one:+.3f}"}
+            seeds = (
+                f"{', '.join(map('{:+.3f}'.format, values))} at {tokens / 1e6:.1f}M" for tokens, values in runs.items()
+            )
+            rows.append({"model": self.preset, **row, "seeds": "; ".join(seeds) or "one"})
         return pd.DataFrame(rows)
 
     def statements(self) -> pd.DataFrame:
@@ -134,7 +157,7 @@ def draw_differences(table: pd.DataFrame, folder: Path, slug: str, number: str, 
         axes.get_legend().remove()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     alt = "; ".join(f"{row.model}, {row.quantity}, {row.place} {row.nats:+.2f}" for row in table.itertuples())
-    save_figure(figure, folder, slug, number, f"{caption} Recorded, 95% bootstrap over kinds and texts, one seed.", alt)
+    save_figure(figure, folder, slug, number, f"{caption} Recorded, one seed, the wider of two 95% intervals.", alt)
 
 
 def read_tasks(preset: str) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -52,3 +52,15 @@ def test_statements_are_counted_by_fifth_of_the_depth(results):
     assert {"base", "control", "full", "pose"} <= set(found.arm)
     assert (found.groupby(["length", "arm"]).fifth_of_depth.nunique() == 5).all()
     assert (found.right <= found.questions).all()
+
+
+def test_intervals_are_the_wider_of_two_and_a_lead_exceeds_what_seeds_lie_apart(results):
+    rows = results.rows("differences", "far")
+    assert (rows.low <= rows.kinds_low).all() and (rows.high >= rows.kinds_high).all()
+    several = results.worth(r"\d+").query("line == 'full' and tokens_trained == 1048576")
+    assert len(several) == 3
+    assert results.apart("full") == pytest.approx(np.ptp(several.nats))
+    assert results.apart("pose") == 0
+    last = results.worth().query("line == 'full'").iloc[-1]
+    assert results.ahead(last, "full")
+    assert not results.ahead(last.replace(last.nats, -results.apart("full") / 2), "full")
