@@ -160,8 +160,8 @@ def draw_differences(table: pd.DataFrame, folder: Path, slug: str, number: str, 
     save_figure(figure, folder, slug, number, f"{caption} Recorded, one seed, the wider of two 95% intervals.", alt)
 
 
-def read_tasks(preset: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What an extension did to tasks, as recorded in `08_benchmark_deltas`; two empty tables without a record.
+def read_tasks(preset: str, pair: str = "base -> extended") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What an extension, or 4 bits, did to tasks, as recorded in `08_benchmark_deltas`; empty tables without a record.
 
     Returns:
         (shares of right answers in points, NLL of the right answer in nats per token inside the old window): the
@@ -170,8 +170,9 @@ def read_tasks(preset: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     record = recorded(preset, "08_benchmark_deltas")
     if record is None:
-        return pd.DataFrame(), pd.DataFrame()
+        return pd.DataFrame(columns=["task"]), pd.DataFrame(columns=["task"])
     table, window = record.table("deltas").assign(model=preset), load_preset(preset).base.window
+    table = table[table.pair == pair]
     shares = table[(table.metric == table.task.map(SHARES)) & (table.length == 0)].copy()
     shares[["difference", "low", "high"]] *= 100
     costs = table[(table.metric == "answer_nll") & (table.task != "mmlu") & (table.length <= window)].copy()
