@@ -309,6 +309,7 @@ def _short_tasks(table: dict[str, Any]) -> Line:
     if name is None:
         return Line(claim, paper)
     deltas = recorded(name, BENCHMARKS).table("deltas")
+    deltas = deltas[deltas.pair == "base -> extended"]
     short = deltas[(deltas.length == 0) & (deltas["items"] >= FEWEST)]
     rows = short[(short.task == "mmlu") & (short.metric == "accuracy")]
     if rows.empty:
