@@ -22,6 +22,7 @@ from llama_long_utils.records import read_arrays, write_arrays, write_record
 
 SLUG = "06_dose_response"
 BIN = 128  # positions whose NLL is summed up in the arrays
+SEEN = 0.875  # share of a window's length
 BASE, SIXTEEN_BIT, RAISED, YARN = "base-nf4/window", "base/window", "raised-nf4/full", "yarn-nf4/full"
 Rows = list[dict[str, Any]]
 
@@ -49,11 +50,18 @@ class Readings:
         buckets = dict.fromkeys((*pairwise(edges), (0, old), (new // 2, new)))
         return [bucket for bucket in buckets if bucket[0] >= above]
 
-    def bucket(self, reading: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """(mean NLL at positions low to high - 1, place in the list) of each document that is long enough."""
-        there = np.flatnonzero(self.tokens >= high)
-        sums = self.nats[reading][there, low // BIN : high // BIN].sum(axis=1, dtype=np.float64)
-        return sums / (high - max(low, 1)), there  # position 0 is BOS and costs nothing
+    def bucket(self, reading: str, low: int, high: int, seen: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """(mean NLL at positions low to high - 1, place in the list) of each document that is long enough.
+
+        Args:
+            seen: only positions that a window sliding by half its length reads with at least this share of it before
+                them; they have seen 1/2 to 1, three quarters on average. Beyond the first window only.
+        """
+        there, half = np.flatnonzero(self.tokens >= high), self.window // 2
+        places = np.arange(low // BIN, high // BIN)
+        places = places[places * BIN % half >= (2 * seen - 1) * half]
+        sums = self.nats[reading][np.ix_(there, places)].sum(axis=1, dtype=np.float64)
+        return sums / (len(places) * BIN - (places[0] == 0)), there  # position 0 is BOS and costs nothing
 
     def interval(self, values: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
         """Bounds of the mean over documents, resampled by kind and document."""
@@ -68,9 +76,9 @@ class Readings:
         count = {"documents": len(values), "tokens": len(values) * (high - max(low, 1))}
         return {"position_low": low, "position_high": high, "nll": values.mean(), **bounds, **count}
 
-    def difference(self, first: str, second: str, low: int, high: int) -> dict[str, Any]:
+    def difference(self, first: str, second: str, low: int, high: int, seen: float = 0.0) -> dict[str, Any]:
         """A row of first minus second."""
-        (one, documents), (other, _) = self.bucket(first, low, high), self.bucket(second, low, high)
+        (one, documents), (other, _) = self.bucket(first, low, high, seen), self.bucket(second, low, high, seen)
         return {"position_low": low, "position_high": high, **self.summary(one - other, documents)}
 
     def summary(self, values: np.ndarray, documents: np.ndarray) -> dict[str, Any]:
@@ -111,6 +119,7 @@ def write_dose_record(
         "arms": _arms(rows),
         "nll_by_position": _nll(readings, trained),
         "full_minus_windows": _full_minus_windows(readings, trained),
+        "whole_windows": _whole_windows(readings, trained),
         "gain_by_dose": _gain_by_dose(readings, trained),
         "differences": _differences(readings, trained),
         "retrieval": _retrieval(rows),
@@ -184,6 +193,24 @@ def _full_minus_windows(readings: Readings, trained: dict[str, dict[str, Any]]) 
             for low, high in readings.buckets(readings.window):
                 row = readings.difference(reading, f"{name}/window", low, high)
                 table.append({**_about(name, trained), **row})
+    return pd.DataFrame(table)
+
+
+def _whole_windows(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Full context minus windows in the far half, only where the windows have seen at least SEEN of their length.
+
+    Elsewhere a part of what full context gains is only what a window that slides by half has not seen.
+    """
+    end, table = int(readings.tokens.max()), []
+    for reading in readings.nats:
+        name, _, way = reading.partition("/")
+        dose = f"-{trained[name]['tokens_trained']}"
+        controls = [other for other in readings.nats if other.startswith("control") and f"{dose}/" in other]
+        for second in [f"{name}/window", *controls] if way == "full" else []:
+            if second in readings.nats:
+                row = readings.difference(reading, second, end // 2, end, SEEN)
+                place = {"position_low": end // 2, "position_high": end, "seen_at_least": SEEN}
+                table.append({**_about(name, trained), "second": second, **place, **row})
     return pd.DataFrame(table)
 
 

@@ -11,7 +11,7 @@ import torch
 from experiments.dose import Arm, load
 from experiments.dose_inputs import Inputs, join_neighbours, load_inputs, save_inputs
 from experiments.dose_questions import ROOM, Haystack, Question, ask
-from experiments.dose_record import SLUG, write_dose_record
+from experiments.dose_record import BIN, SLUG, Readings, write_dose_record
 from experiments.dose_settings import read_doses, ways_of
 from experiments.dose_texts import SHINGLE, shingles
 from experiments.task_requests import Request, answer, collect, score
@@ -221,3 +221,11 @@ def test_a_stage_that_there_is_not_is_refused_before_anything_is_read():
     assert done.stderr.startswith("error: 'ful:20' is no stage: give WAY:STEPS, as full:20")
     done = dose("--preset", "llama2-7b")
     assert done.stderr.startswith("error: experiments/dose.toml has no numbers for the preset 'llama2-7b'")
+
+
+def test_places_where_a_window_has_seen_most_of_its_length_are_the_last_of_each_half_window():
+    """A window of 1,024 that slides by 512: from position 512 on, place p has seen 512 + p mod 512 tokens."""
+    nats = np.arange(32, dtype=np.float32)[None] * BIN  # a token of bin n costs n
+    readings = Readings({"arm-1/full": nats}, np.array([4096]), ["random"], window=1024)
+    assert readings.bucket("arm-1/full", 2048, 4096)[0] == pytest.approx(np.arange(16, 32).mean())
+    assert readings.bucket("arm-1/full", 2048, 4096, 0.875)[0] == pytest.approx(np.mean([19, 23, 27, 31]))

@@ -64,6 +64,10 @@ COLUMNS = {
             *("arm", "tokens_trained", "weights", "position_low", "position_high", "nats", "low", "high"),
             *("kinds_low", "kinds_high", "documents", "kinds", "below_zero", "without_one"),
         },
+        "whole_windows": {
+            *("arm", "tokens_trained", "weights", "second", "position_low", "position_high", "seen_at_least"),
+            *("nats", "low", "high", "kinds_low", "kinds_high", "documents", "kinds", "below_zero", "without_one"),
+        },
         "gain_by_dose": {
             *("arm", "tokens_before", "tokens_after", "position_low", "position_high", "nats", "low", "high"),
             *("kinds_low", "kinds_high", "documents", "kinds", "below_zero", "without_one"),
