@@ -161,7 +161,7 @@ print(drawn, "settings drawn")
 
 def head_of_first_notebook(folder, cells=8):
     """The first cells of notebook 1, stored outputs included, as a notebook of their own."""
-    notebook = nbformat.read(delivered()[0].path, as_version=4)
+    notebook = nbformat.read(FOLDER / "01_rope_explained.ipynb", as_version=4)
     notebook.cells = notebook.cells[:cells]
     path = folder / "head.ipynb"
     nbformat.write(notebook, path)

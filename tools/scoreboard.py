@@ -309,29 +309,42 @@ def _short_tasks(table: dict[str, Any]) -> Line:
     if name is None:
         return Line(claim, paper)
     deltas = recorded(name, BENCHMARKS).table("deltas")
-    deltas = deltas[deltas.pair == "base -> extended"]
-    short = deltas[(deltas.length == 0) & (deltas["items"] >= FEWEST)]
-    rows = short[(short.task == "mmlu") & (short.metric == "accuracy")]
-    if rows.empty:
+    accuracy = deltas[(deltas.task == "mmlu") & (deltas.metric == "accuracy")].set_index("pair")
+    if "base -> extended" not in accuracy.index:
         return Line(claim, paper)
-    mmlu = rows.iloc[0]
-    points = measured(100 * mmlu.difference, 100 * mmlu.low, 100 * mmlu.high, digits=1)
-    ours = [f"MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({points} points)"]
+    mmlu = accuracy.loc["base -> extended"]
+    ours = [f"MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({_points(mmlu, 2)} points)"]
+    lost = False
+    if "base_16_bit -> extended" in accuracy.index:
+        full_precision = accuracy.loc["base_16_bit -> extended"]
+        lost = full_precision.high < 0
+        ours.append(f"against the 16-bit base {_points(full_precision, 2)} points")
+    short = deltas[(deltas.length == 0) & (deltas["items"] >= FEWEST) & (deltas.pair == "base -> extended")]
     dearer = short[(short.metric == "answer_nll") & (short.low > 0)]
     ours += [f"answers of {row.task} {measured(row.difference, row.low, row.high)} nat" for row in dearer.itertuples()]
+    few = short[short.metric.isin(["exact_match", "passed"])]
+    ours += [f"{row.task} {_points(row)} points" for row in few.itertuples() if row.before + row.after > 0.1]
     margin = 1.96 * np.sqrt(mmlu.before * (1 - mmlu.before) / mmlu["items"])
     if mmlu.before - margin <= CHANCE["mmlu"]:
         judged = f"{UNDECIDED}: the base answers at chance"
     elif mmlu.high < 0:
-        judged = DISAGREES
+        judged = f"{DISAGREES}: on MMLU"
+    elif mmlu.low > -MARGIN:
+        against = "the same 4 bits, not against 16 bits" if lost else "the same 4 bits"
+        judged = f"{AGREES}: on MMLU, against {against}; other tasks have too few items"
     else:
-        judged = AGREES if mmlu.low > -MARGIN else f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
+        judged = f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
     for results in read_dose_results([name]).values():
         inside = against_control(results, "inside").found
         ours.append(f"text inside the old window {measured(*inside)} nat against a control trained as long")
         if inside[1] > 0:
             judged += "; text inside the old window costs more"
-    return Line(claim, paper, "; ".join(ours), f"{MODELS[name]}, one seed each", judged)
+    return Line(claim, paper, "; ".join(ours), f"{MODELS[name]}, one seed", judged)
+
+
+def _points(row: Any, digits: int = 0) -> str:
+    """A difference of shares with its interval, in points."""
+    return measured(100 * row.difference, 100 * row.low, 100 * row.high, digits=digits)
 
 
 def _data_mix(table: dict[str, Any]) -> Line:
