@@ -71,9 +71,10 @@ def environment(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(PRESETS, home / "presets")
     tiny = (home / "presets" / "tiny.toml").read_text("utf-8")
-    often, changed = re.subn(r"(?m)^checkpoint_every = \d+", "checkpoint_every = 2", tiny)
-    assert changed == 1
-    (home / "presets" / "tiny.toml").write_text(often, "utf-8")
+    for number, replaced in (("checkpoint_every = 25", "checkpoint_every = 2"), ("window = 4096", "window = 1024")):
+        assert tiny.count(number) == 1
+        tiny = tiny.replace(number, replaced)  # all lengths follow the extension's window
+    (home / "presets" / "tiny.toml").write_text(tiny, "utf-8")
     startup = home / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "folders.py").write_text(STARTUP.format(home=str(home)), "utf-8")
