@@ -46,9 +46,7 @@ def write_record(
     """Write folder/SLUG.json, atomically.
 
     Args:
-        slug: the notebook's name, for example "06_perplexity_by_position".
         tables: rows in long format; floats are kept to six significant digits.
-        seconds: how long the measured part took.
         parameters: those of the notebook that differ from its defaults.
         provenance: entries that are not those of this process and this notebook.
 
@@ -144,9 +142,7 @@ def recorded(preset: str, slug: str) -> Record | None:
 
 def read_table(path: Path, table: str) -> pd.DataFrame:
     """One table of a record."""
-    import pandas as pd
-
-    return pd.DataFrame(read_record(path)["tables"][table])
+    return Record(path).table(table)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Path:

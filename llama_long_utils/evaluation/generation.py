@@ -59,9 +59,7 @@ def greedy(
 ) -> torch.Tensor:
     """The likeliest tokens after each row of `ids`, one after the other: int64 of shape (rows, `tokens` at most).
 
-    Args:
-        mask: 0 where a token of `ids` must not be seen, else 1, of the same shape.
-        options: of transformers' `generate`; with `past_key_values`, only what these do not hold is read.
+    `mask` is 0 where a token of `ids` must not be seen. With `past_key_values`, only what these do not hold is read.
     """
     mask = torch.ones_like(ids) if mask is None else mask
     options |= {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}

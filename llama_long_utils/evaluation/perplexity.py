@@ -179,12 +179,8 @@ def random_stretches(
 def bucket_sums(nll: Sequence[np.ndarray], edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Sum of NLL and number of tokens per document and position bucket.
 
-    Args:
-        nll: one array per document: its stretches as rows, from `token_nll`.
-        edges: bucket k holds the tokens at positions edges[k] <= position < edges[k + 1].
-
-    Returns:
-        (nats, tokens), each of shape (documents, len(edges) - 1).
+    Both have shape (documents, len(edges) - 1): bucket k holds the tokens at edges[k] <= position < edges[k + 1]. `nll`
+    is one array per document, its stretches as rows, from `token_nll`.
     """
     buckets = [slice(low - 1, high - 1) for low, high in pairwise(edges)]
     nats = np.array([[rows[..., bucket].sum(dtype=np.float64) for bucket in buckets] for rows in nll])
@@ -242,9 +238,7 @@ KEY_GAIN, KEY_LOSS = 2.0, 2.0  # nats; alpha and -beta in LongPPL (arXiv:2410.23
 def key_tokens(full: np.ndarray, sliding: np.ndarray) -> np.ndarray:
     """Which tokens LongPPL scores: those that the long context makes KEY_GAIN nats cheaper, and cheaper than KEY_LOSS.
 
-    Args:
-        full: NLL with full context, from `token_nll`.
-        sliding: of the same tokens in a short context, from `sliding_window`.
+    `full` and `sliding` are NLL of the same tokens, from `token_nll` and `sliding_window`.
     """
     return (sliding - full > KEY_GAIN) & (full < KEY_LOSS)
 
@@ -254,9 +248,7 @@ def perplexity(
 ) -> dict[str, float]:
     """Perplexity with its 95% interval over documents: perplexity, low, high, units; NaN without units.
 
-    Args:
-        nll: one array of costs per document.
-        units: per document, what its sum of nats is divided by, for example words; default: the tokens in `nll`.
+    `units`: per document, what its sum of nats is divided by, for example words; default: the tokens in `nll`.
     """
     nats = np.array([rows.sum(dtype=np.float64) for rows in nll])
     units = np.array([rows.size for rows in nll] if units is None else units)

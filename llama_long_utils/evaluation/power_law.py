@@ -20,14 +20,9 @@ class PowerLaw:
 
 
 def fit_power_law(context: np.ndarray, loss: np.ndarray) -> PowerLaw:
-    """Least squares in log-loss, the fit that comes nearest to the paper's own parameters.
+    """The law by least squares in log-loss, the fit that comes nearest to the paper's own parameters.
 
-    Args:
-        context: shape (n,), tokens of context.
-        loss: shape (n,), nats.
-
-    Returns:
-        The law; `rmse` is the root mean square error of the loss itself, in nats.
+    Shapes (n,): `context` in tokens, `loss` in nats; `rmse` is the root mean square error of the loss itself, in nats.
     """
 
     def law(parameters: np.ndarray) -> np.ndarray:

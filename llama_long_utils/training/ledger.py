@@ -188,21 +188,15 @@ def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np
     shape = replace(shape, accumulated=False, memory_savings=savings)
     tiles = min(MOST_TILES, shape.sequences * shape.length // savings.tile) if savings.tile else 0
     short = max(SHORT, 64 * tiles)
-    if config.hidden_size in (
-        short,
-        2 * short,
-    ):  # offloading would mistake other tensors for hidden states
+    if config.hidden_size in (short, 2 * short):  # offloading would mistake other tensors for hidden states
         short = short * 3 // 2
     if shape.length <= short:
         trace = dict(_kept_trace(*model, shape))
     else:
         tile = shape.sequences * short // tiles if tiles else 0
-        first, second = (
-            _kept_trace(
-                *model, replace(shape, length=times * short, memory_savings=replace(savings, tile=times * tile))
-            )
-            for times in (1, 2)
-        )
+        tiled = {times: replace(savings, tile=times * tile) for times in (1, 2)}
+        shapes = [replace(shape, length=times * short, memory_savings=tiled[times]) for times in tiled]
+        first, second = (_kept_trace(*model, one) for one in shapes)
         trace = {name: found + (shape.length / short - 1) * (second[name] - found) for name, found in first.items()}
     if "8bit" in wanted.optimizer:  # its state is as large at any length
         eight_bits = MemorySavings(PLAIN, 0, False, "adamw_8bit")
@@ -223,11 +217,10 @@ def _kept_trace(config_json: str, lora_json: str, shape: StepShape) -> dict[str,
 
 
 def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
-    """What a step of three layers allocates, segment by segment.
+    """What a step of three layers allocates, by segment: arrays with one column for each of COLUMNS.
 
-    Returns:
-        Arrays with one column for each of COLUMNS. By segment: after each allocation, bytes above those before the
-        segment; the last row is after its end. "before" the step; and of what lives then, the part of one "layer".
+    A row after each allocation, in bytes above those before the segment; the last row is after its end. Besides:
+    "before" the step, and of what lives then the part of one "layer".
     """
     tracker, of_layer = StorageTracker(shape.gpu), Counter()
 
@@ -245,9 +238,8 @@ def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.nd
         with tracker:
             offloading = _CountedOffload(config.hidden_size, tracker)
             # A short step first: it makes the optimizer's state.
-            for _loss in training_steps(
-                model, shape, [WARM_UP, shape.length], entering=tracker.enter, offloading=offloading
-            ):
+            lengths, options = [WARM_UP, shape.length], {"entering": tracker.enter, "offloading": offloading}
+            for _loss in training_steps(model, shape, lengths, **options):
                 pass
             tracker.begin("end")
     before = np.array(tracker.segments["saved"][0], dtype=float)

@@ -52,16 +52,9 @@ def training_steps(
     entering: Callable[[str], None] = lambda _component: None,
     offloading: AbstractContextManager | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Steps of the training loop on random tokens, without the `Trainer` around them.
+    """Steps on random tokens of the training loop, each of its length; yields their losses in nats per token.
 
-    Args:
-        shape: everything about the steps but their length.
-        lengths: tokens per sequence of each step.
-        entering: called with the name of each component whose turn it is.
-        offloading: in place of `OffloadedCheckpoints`.
-
-    Yields:
-        After each step its loss in nats per token, a scalar.
+    `entering` is called with the name of each component whose turn it is; `offloading` replaces `OffloadedCheckpoints`.
     """
     apply_memory_savings(model.train(), shape.memory_savings)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
