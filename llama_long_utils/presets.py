@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llama_long_utils import settings
 from llama_long_utils.paths import PRESETS
-from llama_long_utils.settings import Preset, TrainingSettings
+from llama_long_utils.settings import Preset, TrainingSettings, raised_base
 
 
 def preset_names() -> list[str]:
@@ -37,17 +37,21 @@ def load_preset(name: str) -> Preset:
 
 
 def follow_window(values: dict[str, Any]) -> None:
-    """Fill in, in place, the lengths that a preset leaves out: they follow [extension] window.
+    """Fill in, in place, the lengths and the raised RoPE base that a preset leaves out: they follow [extension] window.
 
     Every training and evaluation reach the window. Bucket edges and retrieval lengths are the window halved again and
     again, after a few short ones.
     """
     window, old = (_tokens(values, section) for section in ("extension", "base"))
+    extension, base = _section(values, "extension"), _section(values, "base")
+    plain = [base.get(key) for key in ("head_dim", "rope_base")]
+    if extension.get("method") == "abf" and all(isinstance(n, int | float) and 1 < n < 1e12 for n in plain):
+        extension.setdefault("rope_base", raised_base(*plain, old, max(old, window)))
     evaluation = {"tokens": window, "far_tokens": window, **_section(values, "evaluation")}
     halved = {window >> times for times in range(8) if window >> times >= 128}
     marks = {old, evaluation["tokens"]} if isinstance(evaluation["tokens"], int) else {old}
     edges = sorted({1, 4, 16, 64} | halved | {mark for mark in marks if 64 < mark < window})
-    lengths = sorted({256} | {window >> times for times in range(6) if window >> times >= 256})
+    lengths = sorted({min(256, window)} | {window >> times for times in range(6) if window >> times >= 256})
     tasks = _section(_section(values, "retrieval"), "tasks")
     trainings = _section(_section(values, "race"), "trainings")
     for section, defaults in (

@@ -1,6 +1,7 @@
 """Every number of a preset as a dataclass: checked when it is made, and cheap to import (no torch)."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -93,6 +94,21 @@ METHODS: tuple[str, ...] = get_args(Method)
 def ntk_base(head_dim: int, base: float, factor: float) -> float:
     """The base that slows the slowest pair `factor` times, the fastest not at all (YaRN, arXiv:2309.00071, def. 1)."""
     return base * factor ** (head_dim / (head_dim - 2))
+
+
+def raised_base(head_dim: int, base: float, window: int, new_window: int) -> float:
+    """The RoPE base of method "abf" for a longer window, the larger of two numbers, rounded up to two digits.
+
+    Llama 2 Long raised its base 50 times for a window 8 times as long (arXiv:2309.16039): here a power of the factor.
+    With b * s^(d / 2j) no pair meets new angles, where pair j is the first without a full turn in the old window
+    (arXiv:2310.05209; notebook 2).
+    """
+    factor = new_window / window
+    first = int(head_dim / 2 * math.log(window / (2 * math.pi)) / math.log(base)) + 1
+    angles = factor ** min(head_dim / (2 * max(first, 1)), 9.0) if first < head_dim / 2 else 1.0
+    wanted = base * max(factor ** math.log(50, 8), angles)
+    digit = 10.0 ** (math.floor(math.log10(wanted)) - 1)
+    return math.ceil(wanted / digit - 1e-6) * digit
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -61,6 +61,7 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("notebooks", "plan", "train", "benchmark"),
+    ("new_preset",),
 )
 
 

@@ -67,6 +67,17 @@ def model_config(source: str) -> PreTrainedConfig:
     return _read_config(_located(source, CONFIG))
 
 
+def pretrained_numbers(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a preset's [base] says about a configuration: window, rope_base, head_dim and rope_scaling."""
+    rule = dict(config.rope_parameters)
+    return {
+        "window": config.max_position_embeddings,
+        "rope_base": float(rule.pop("rope_theta")),
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "rope_scaling": {} if rule == {"rope_type": "default"} else rule,
+    }
+
+
 def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, for which no weights are needed; raises as `locate_model` does."""
     folder = _located(str(source), TOKENIZER)
@@ -89,13 +100,7 @@ def base_config(preset: Preset) -> PreTrainedConfig:
             f"{preset.base.source} attends to the last {config.sliding_window:,} tokens only (sliding_window), which "
             "no RoPE extends: use a base without"
         )
-    rule = dict(config.rope_parameters)
-    found = {
-        "window": config.max_position_embeddings,
-        "rope_base": rule.pop("rope_theta"),
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "rope_scaling": {} if rule == {"rope_type": "default"} else rule,
-    }
+    found = pretrained_numbers(config)
     wrong = [f"{name} = {json.dumps(value)}" for name, value in found.items() if getattr(preset.base, name) != value]
     if wrong:
         right = re.sub(r'"(\w+)": ', r"\1 = ", ", ".join(wrong))  # TOML's tables

@@ -1,0 +1,118 @@
+"""A preset for a model of your own: `python -m llama_long_utils.new_preset --base MODEL --window N --memory GIB`.
+
+Writes presets/NAME.toml from presets/new.toml.in and the model's config.json; no weights are read.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from llama_long_utils.commands import run_command
+from llama_long_utils.data.sources import check_sources, load_documents
+from llama_long_utils.paths import PRESETS, REPOSITORY
+from llama_long_utils.plan import at_least
+from llama_long_utils.presets import load_preset
+from llama_long_utils.settings import raised_base
+
+TEMPLATE, PACKAGED = PRESETS / "new.toml.in", REPOSITORY / "data" / "packaged_models.json"
+CORPORA = {"sources": ["sotu", "king-james-bible", "shakespeare"], "held_out": {"sotu": 3, "shakespeare": 5}}
+CHARACTERS = 4.5  # of a token, about
+LONGEST = 32_768  # tokens that every held-out text of these corpora can have
+PACKED = 8192  # tokens up to which a mask of length x length is small beside the rest
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for; what can be refused without heavy modules is refused here."""
+    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.new_preset", description=__doc__)
+    parser.add_argument("--base", required=True, help="folder with config.json, owner/name on the hub, or packaged")
+    parser.add_argument("--window", required=True, type=at_least(int, 1), metavar="N", help="tokens to extend it to")
+    parser.add_argument("--memory", required=True, type=at_least(float, 0.1), metavar="GIB", help="of the device")
+    parser.add_argument("--name", help="of the preset (default: the model's name and the window)")
+    parser.add_argument("--texts", metavar="FOLDER", help="your .txt and .jsonl files (default: three shipped corpora)")
+    asked = parser.parse_args()
+    asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}")
+    if (PRESETS / f"{asked.name}.toml").exists():
+        parser.error(f"presets/{asked.name}.toml is there and is not overwritten: use another --name, or remove it")
+    packaged, folder = [*json.loads(PACKAGED.read_bytes())], REPOSITORY / asked.base
+    if folder.is_dir():
+        with contextlib.suppress(OSError, AttributeError, TypeError, json.JSONDecodeError):  # said better later
+            config = json.loads((folder / "config.json").read_bytes())
+            sliding = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+            check_base(asked.window, config.get("max_position_embeddings"), sliding)
+    elif asked.base not in packaged and not re.fullmatch(r"[\w.-]+/[\w.-]+", asked.base):
+        parser.error(f"unknown model {asked.base!r}: use a folder, owner/name on the hub, or one of {packaged}")
+    return asked
+
+
+def check_base(window: int, old: int | None, sliding: int | None) -> None:
+    """ValueError if the base attends to a sliding window, or its own is as long as the one asked for."""
+    if sliding:
+        raise ValueError(f"the base attends to the last {sliding:,} tokens only (sliding_window): use one without")
+    if old and window <= old:
+        raise ValueError(f"--window {window:,} is not above the base's own {old:,} tokens: there is nothing to extend")
+
+
+def toml(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, dict):
+        names = {key: key if re.fullmatch("[A-Za-z0-9_-]+", key) else toml(key) for key in value}
+        return f"{{ {', '.join(f'{names[key]} = {toml(value[key])}' for key in value)} }}" if value else "{}"
+    return f"{value:_}" if isinstance(value, int | float) and value >= 10_000 else json.dumps(value, ensure_ascii=False)
+
+
+def own_texts(texts: str, window: int) -> dict[str, Any]:
+    """[data] for texts of one's own; ValueError unless two of them can fill the window."""
+    name = Path(texts).name or texts
+    check_sources([texts], {name: 1})
+    sizes = sorted((len(one.text.encode()), len(one.text)) for one in load_documents(texts))
+    if len(sizes) < 2 or sizes[-2][0] + 3 < window:  # a token is a byte at least
+        raise ValueError(
+            f"two of the {len(sizes)} texts in {texts} must fill {window:,} tokens (about {CHARACTERS * window:,.0f} "
+            "characters), one to train on and one to test: add longer ones, or lower --window"
+        )
+    characters = min(int(CHARACTERS * window), *(count for _, count in sizes[-2:]))
+    held_out = min(8, max(1, sum(count >= characters for _, count in sizes) // 4))
+    return {"sources": [texts], "held_out": {name: held_out}, "minimum_characters": characters}
+
+
+def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any]) -> str:
+    """The preset's text, for the model with this configuration and these `pretrained_numbers`."""
+    shipped = {**CORPORA, "minimum_characters": int(CHARACTERS * min(asked.window, LONGEST))}
+    values = {f"base_{key}": value for key, value in base.items()} | vars(asked)
+    values |= own_texts(asked.texts, asked.window) if asked.texts else shipped
+    values["raised_base"] = raised_base(base["head_dim"], base["rope_base"], base["window"], asked.window)
+    values["pack"] = asked.window <= PACKED
+    per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * base["head_dim"]  # keys and values, 16 bits
+    values["generate_up_to"] = int(asked.memory * 2**30 / 3 / per_token)
+    short = "" if asked.texts or asked.window <= LONGEST else f"tokens = {LONGEST:_}        # texts have no more\n"
+    text = TEMPLATE.read_text(encoding="utf-8").replace("$tokens\n", short)
+    return Template(text).substitute({key: toml(value) for key, value in values.items()})
+
+
+def write() -> None:
+    """What the command does. Heavy imports come after its arguments are checked."""
+    asked = arguments()
+
+    from llama_long_utils.model.weights import base_config, model_config, pretrained_numbers
+
+    config = model_config(asked.base)
+    base = pretrained_numbers(config)
+    check_base(asked.window, base["window"], getattr(config, "sliding_window", None))
+    text, file = fill(asked, config, base), PRESETS / f"{asked.name}.toml"
+    with file.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+    try:
+        base_config(preset := load_preset(asked.name))
+    except BaseException:
+        file.unlink()
+        raise
+    print(f"presets/{asked.name}.toml: {preset.extended_rope}\nthen: python -m llama_long_utils.plan {asked.name}")
+    print(f"      python -m llama_long_utils.train --preset {asked.name}")
+
+
+if __name__ == "__main__":
+    run_command(write)
