@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from llama_long_utils.evaluation.statistics import FEWEST
 from llama_long_utils.figures import BLUE, RED, intervals, plt, save_figure
@@ -13,6 +14,8 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, recorded
 
 WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short, no skips"}
+ARMS = {"base": "base", "raised": "base, RoPE base raised", "yarn": "base, YaRN", "control": "trained, RoPE unchanged"}
+ARMS |= {"pose": "PoSE", "full": "whole sequences"}
 PLACES = {
     "inside": {"label": "inside the old window", "color": RED, "marker": "o"},
     "far": {"label": "in the far half of the texts", "color": BLUE, "marker": "s"},
@@ -25,11 +28,17 @@ SHARES |= {"gsm8k": "exact_match", "humaneval": "passed"}
 class DoseResults:
     """The record `06_dose_response` of a preset. "inside" is the old window, "far" the far half of the texts.
 
-    Intervals are the wider of two: over kinds and texts, and Student's over the kinds' means.
+    Intervals are the outer ends of two: over kinds and texts, and Student's over the kinds' means.
     """
 
     preset: str
     record: Record
+
+    @property
+    def title(self) -> str:
+        """Two lines: the preset, and how far of its new window texts were read."""
+        window = load_preset(self.preset).extension.window
+        return f"{self.preset}\nread to {self.record.table('held_out').tokens.max():,} of {window:,} tokens"
 
     def rows(self, table: str, place: str) -> pd.DataFrame:
         """The rows of a table at a place."""
@@ -54,7 +63,7 @@ class DoseResults:
             table = self.rows("differences", place).set_index(["first", "second"])
             names = {quantity: pair for quantity, pair in pairs.items() if pair in table.index}
             found += [{"quantity": name, "place": place, **table.loc[pair]} for name, pair in names.items()]
-        return pd.DataFrame(found).assign(model=self.preset)
+        return pd.DataFrame(found).assign(model=self.preset, title=self.title)
 
     def four_bits(self) -> pd.DataFrame:
         """What 4 bits cost the base and the extended model, and how gains depend on the base they are measured from."""
@@ -81,36 +90,44 @@ class DoseResults:
             }
         )
 
-    def worth(self, seed: str = "0") -> pd.DataFrame:
-        """What full context is worth far out, by way and dose: minus the same model's windows, and minus the control's.
+    def worth(self, seed: str = "0", place: str = "far", whole: bool = False) -> pd.DataFrame:
+        """What full context is worth, by way and dose: minus the same model's windows, and minus the control's.
 
         Args:
             seed: a regular expression.
+            place: "far" or "inside".
+            whole: only at places where windows have seen at least seven eighths of their length (far out).
 
         Returns:
             The columns of the record, with `line`: the way, or "fair" for whole sequences minus the control after as
             many tokens.
         """
-        own, pairs = self.rows("full_minus_windows", "far").query("weights == 'nf4'"), self.rows("differences", "far")
+        if whole:
+            pairs = self.rows("whole_windows", place).query("weights == 'nf4'")
+            name = pairs.arm + "-" + pairs.tokens_trained.astype(str)
+            own, pairs = pairs[pairs.second == name + "/window"], pairs.assign(first=name + "/full")
+        else:
+            own = self.rows("full_minus_windows", place).query("weights == 'nf4'")
+            pairs = self.rows("differences", place)
         own = own.assign(line=own.arm.str.extract(rf"^([a-z]+)\d+k?-s{seed}$")[0])
         full = pairs["first"].str.extract(rf"^full.*-s({seed})-(\d+)/full")
         control = pairs.second.str.extract(r"^control.*-s\d+-(\d+)/")
         fair = pairs[full[1] == control[0]].assign(line="fair")
         return pd.concat([own[own.line.isin(WAYS)], fair]).sort_values(["line", "tokens_trained"], kind="stable")
 
-    def apart(self, line: str) -> float:
+    def apart(self, line: str, whole: bool = False) -> float:
         """How far runs of other seeds lie apart on a line of `worth`, in nats; 0 if there is one seed."""
-        every = self.worth(r"\d+")
+        every = self.worth(r"\d+", whole=whole)
         spread = every[every.line == line].groupby("tokens_trained").nats.agg(np.ptp)
         return float(spread.max())
 
-    def ahead(self, rows: pd.DataFrame, line: str) -> pd.Series:
+    def ahead(self, rows: pd.DataFrame, line: str, whole: bool = False) -> pd.Series:
         """Whether differences are below zero by the whole interval, and by more than seeds lie apart."""
-        return (rows.high < 0) & (-rows.nats > self.apart(line))
+        return (rows.high < 0) & (-rows.nats > self.apart(line, whole))
 
     def doses_that_pay(self) -> pd.DataFrame:
         """In words for a table: from which dose on each line of `worth` is `ahead`, its largest dose, other seeds."""
-        rows, every = [], self.worth(r"\d+")
+        rows, every, whole = [], self.worth(r"\d+"), self.worth(whole=True).groupby("line").tail(1).set_index("line")
         for line, part in self.worth().groupby("line"):
             last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min() / 1e6
             runs = every[every.line == line].groupby("tokens_trained").nats.agg(list)
@@ -118,7 +135,8 @@ class DoseResults:
             row = {"trained on": WAYS.get(line, "whole sequences, minus the control's windows")}
             row |= {"pays from": f"{pays:.1f}M tokens" if pays > 0 else "no dose"}
             row |= {"largest dose": f"{last.tokens_trained / 1e6:.1f}M"}
-            row |= {"nats": measured(last.nats, last.low, last.high, digits=3)}
+            row |= {"far half": measured(last.nats, last.low, last.high, digits=3)}
+            row |= {"whole windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
             row |= {"texts that gain": f"{last.below_zero} of {last.documents}"}
             row |= {"without the strongest": f"{last.without_one:+.3f}"}
             seeds = (
@@ -127,13 +145,27 @@ class DoseResults:
             rows.append({"model": self.preset, **row, "seeds": "; ".join(seeds) or "one"})
         return pd.DataFrame(rows)
 
+    def gains_of_texts(self) -> pd.DataFrame:
+        """The held-out texts with `nats`: largest dose of whole sequences, far half, full context minus own windows."""
+        nats = dict(zip(self.record.arrays["readings"], self.record.arrays["nats"], strict=True))
+        texts, full = self.record.table("held_out"), self.largest("full")
+        gap = (nats[f"{full}/full"] - nats[f"{full}/window"])[:, nats[f"{full}/full"].shape[1] // 2 :]
+        return texts.assign(nats=gap.sum(axis=1) / (texts.tokens.max() // 2)).dropna(subset="nats")
+
+    def found_in_texts(self, reading: str, length: int) -> list[int]:
+        """How many planted statements a reading that was asked at every length got right in each text of one length."""
+        asked = pd.DataFrame({name: self.record.arrays[f"question_{name}"] for name in ("task", "length", "text")})
+        asked = asked.assign(exact=self.record.arrays[f"asked_{reading}_exact"])
+        asked = asked[(asked.task == "key") & (asked.length == length)]
+        return [int(right) for right in asked.groupby("text").exact.sum()]
+
     def statements(self) -> pd.DataFrame:
-        """Planted statements found, by fifth of the depth: the base, YaRN and the largest dose of three ways.
+        """Planted statements found, by fifth of the depth: three untrained bases and the largest dose of three ways.
 
         Columns model, length (tokens), arm, fifth_of_depth, questions, exact (share), low, high, right (count).
         """
         asked = self.record.table("retrieval").query("task == 'key'").assign(model=self.preset)
-        arms = {"base-nf4": "base", "yarn-nf4": "yarn", self.largest("control"): "control"}
+        arms = {"base-nf4": "base", "raised-nf4": "raised", "yarn-nf4": "yarn", self.largest("control"): "control"}
         arms |= {self.largest(way): way for way in ("pose", "full")}
         names = asked.arm + np.where(asked.tokens_trained > 0, "-" + asked.tokens_trained.astype(str), "")
         asked = asked.assign(arm=names.map(arms), right=(asked.exact * asked.questions).round().astype(int))
@@ -153,11 +185,26 @@ def draw_differences(table: pd.DataFrame, folder: Path, slug: str, number: str, 
     for name, axes in zip(models, panels[0], strict=True):
         part = table[table.model == name]
         intervals(axes, part, row="quantity", colour="place", value="nats", zero=0, styles=PLACES, names=names)
-        axes.set(title=name, xlabel="nats per token; left of the line the first is better")
+        axes.set(title=part.title.iloc[0], xlabel="nats per token; left of the line the first is better")
         axes.get_legend().remove()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     alt = "; ".join(f"{row.model}, {row.quantity}, {row.place} {row.nats:+.2f}" for row in table.itertuples())
-    save_figure(figure, folder, slug, number, f"{caption} Recorded, one seed, the wider of two 95% intervals.", alt)
+    caption += " Recorded, one seed, the outer ends of two 95% intervals."
+    save_figure(figure, folder, slug, number, caption, alt)
+
+
+def draw_statements(axes: Axes, asked: pd.DataFrame, length: int) -> None:
+    """A heat map of what `DoseResults.statements` found at one length: right answers by arm and fifth of the depth."""
+    asked = asked[asked.length == length]
+    right = asked.pivot_table(index="arm", columns="fifth_of_depth", values="right")
+    right = right.reindex([arm for arm in ARMS if arm in right.index])
+    most = asked.questions.max()
+    axes.imshow(right, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    for (arm, fifth), count in np.ndenumerate(right.to_numpy(dtype=int)):
+        axes.text(fifth, arm, str(count), ha="center", va="center", color="white" if count > most / 2 else "black")
+    axes.set(title=f"{asked.model.iloc[0]}\n{length:,} tokens", xlabel="fifth of the text; 4: the last")
+    axes.set(yticks=range(len(right)), yticklabels=[ARMS[arm] for arm in right.index], xticks=range(5))
+    axes.grid(visible=False)
 
 
 def read_tasks(preset: str, pair: str = "base -> extended") -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -64,3 +64,26 @@ def test_intervals_are_the_wider_of_two_and_a_lead_exceeds_what_seeds_lie_apart(
     last = results.worth().query("line == 'full'").iloc[-1]
     assert results.ahead(last, "full")
     assert not results.ahead(last.replace(last.nats, -results.apart("full") / 2), "full")
+
+
+def test_whole_windows_are_compared_where_windows_have_seen_most_of_their_length(results):
+    whole, far = (results.worth(whole=part).query("line in ('full', 'fair')") for part in (True, False))
+    assert (whole.seen_at_least == 0.875).all()
+    assert whole.groupby("line").size().to_dict() == far.groupby("line").size().to_dict()
+    assert (whole.nats.to_numpy() > far.nats.to_numpy()).all()  # a part of the gain is what windows have not seen
+    assert results.apart("full", whole=True) != results.apart("full")
+
+
+def test_gains_of_texts_average_to_the_gain(results):
+    texts = results.gains_of_texts()
+    last = results.worth().query("line == 'full'").iloc[-1]
+    assert len(texts) == last.documents
+    assert texts.nats.mean() == pytest.approx(last.nats, abs=1e-4)
+
+
+def test_statements_by_text_sum_to_those_by_depth(results):
+    found = results.statements().query("arm == 'full'").groupby("length").right.sum()
+    for length, right in found.items():
+        by_text = results.found_in_texts(results.largest("full"), length)
+        assert len(by_text) == 5
+        assert sum(by_text) == right
