@@ -14,15 +14,15 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Preset
 
 
-def above(least: float, what: str) -> Callable[[str], float]:
-    """A converter for argparse: a finite number above `least`; `what` it is, and an example, for the message."""
+def above(least: float, what: str, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """A converter for argparse: a number above `least`, at most `most`; `what` it is and an example for the message."""
 
     def number(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not least < value < math.inf:
+        if not least < value <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is no {what}")
         return value
 
@@ -30,6 +30,7 @@ def above(least: float, what: str) -> Callable[[str], float]:
 
 
 rope_base = above(1, "RoPE base: give a finite number above 1, for example 1e6")
+share = above(-1e-9, "share: give a number from 0 to 1", most=1.0)
 seconds = above(0, "time: give seconds above 0, for example 435")
 
 
@@ -46,6 +47,8 @@ def arguments() -> argparse.Namespace:
     bases.add_argument("bases", type=rope_base, nargs="+", metavar="BASE")
     trainings = commands.add_parser("trainings", help="train in several ways of [race.trainings] and compare them")
     trainings.add_argument("names", nargs="+", metavar="NAME")
+    quoting = commands.add_parser("quoting", help="train with several shares of sequences that quote themselves")
+    quoting.add_argument("shares", type=share, nargs="+", metavar="SHARE")
     dose = commands.add_parser("dose", help="train at growing doses in several ways, for notebook 6 (minutes on a GPU)")
     dose.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     dose.add_argument(
@@ -61,7 +64,7 @@ def arguments() -> argparse.Namespace:
     dose.add_argument(
         "--record", action="store_true", help="write the record into data/results, not beside the results"
     )
-    for command in (race, longrope, bases, trainings, dose):
+    for command in (race, longrope, bases, trainings, quoting, dose):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     commands.add_parser("bench", help="measure training steps beside other trainers, for notebook 4 (two hours)")
     gpu = commands.add_parser(
@@ -130,13 +133,15 @@ def run(asked: argparse.Namespace) -> Path | None:
         from experiments.race import race_arms, run_race
 
         return run_race(preset, race_arms(preset), RESULTS / preset.name, workers=asked.workers)
-    if asked.command in ("longrope", "rope-bases", "trainings"):
+    if asked.command in ("longrope", "rope-bases", "trainings", "quoting"):
         from experiments import searches
 
         if asked.command == "longrope":
             return searches.search_longrope(preset, rounds=120, texts=6, seed=0)
         if asked.command == "rope-bases":
             return searches.search_rope_base(preset, asked.bases, texts=2, seed=0)
+        if asked.command == "quoting":
+            return searches.compare_quoting(preset, asked.shares, seed=0)
         return searches.compare_trainings(preset, asked.names, seed=0)
     if asked.command == "gpu":
         from experiments import gpu_budget

@@ -29,6 +29,8 @@ from llama_long_utils.evaluation.retrieval import rouge_l
 from llama_long_utils.evaluation.retrieval_items import first_sentence_items
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.paths import RESULTS
+from llama_long_utils.progress import track
 from llama_long_utils.records import papermill_command, read_record, read_table, write_arrays, write_record
 from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings
 from llama_long_utils.training.adapter import train_adapter
@@ -148,32 +150,19 @@ def measure(
     edges = evaluation.near_edges
     rows = []
     for (cut,) in stretches:
-        nats, tokens = bucket_sums([token_nll(model, cut, evaluation.tokens)[None]], edges)
-        for index, low in enumerate(edges[:-1]):
-            rows.append(
-                {
-                    "document": f"{cut.source}/{cut.name}",
-                    "position_low": low,
-                    "position_high": edges[index + 1],
-                    "nats": nats[0, index],
-                    "tokens": tokens[0, index],
-                }
-            )
+        (nats,), (tokens,) = bucket_sums([token_nll(model, cut, evaluation.tokens)[None]], edges)
+        name = f"{cut.source}/{cut.name}"
+        rows += [(name, *row) for row in zip(edges[:-1], edges[1:], nats, tokens, strict=True)]
     found = []
     for length in preset.retrieval.lengths:
         items = first_sentence_items(held_out, tokenizer, length, preset.retrieval, seed=evaluation.seed)
         prompts, room = [item.prompt for item in items], preset.retrieval.answer_tokens
         for item, written in zip(items, write(model, tokenizer, prompts, tokens=room), strict=True):
-            found.append(
-                {
-                    "document": item.document,
-                    "length": length,
-                    "rouge_l": rouge_l(item.answer, written),
-                    "answer": item.answer,
-                    "written": written,
-                }
-            )
-    return {"nll": pd.DataFrame(rows), "retrieval": pd.DataFrame(found)}
+            found.append((item.document, length, rouge_l(item.answer, written), item.answer, written))
+    return {
+        "nll": pd.DataFrame(rows, columns=["document", "position_low", "position_high", "nats", "tokens"]),
+        "retrieval": pd.DataFrame(found, columns=["document", "length", "rouge_l", "answer", "written"]),
+    }
 
 
 def arm_record(preset: Preset, arm: Arm, base_sha256: str) -> Path:
@@ -232,6 +221,21 @@ def collect(preset: Preset, arms: Sequence[Arm], base_sha256: str, folder: Path)
             **{name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")},
         },
     )
+
+
+def race_record(preset: Preset, live: Arm) -> Path:
+    """The record of a preset's race, or, if it was not run, of the arm `live` and the paper's four, untrained.
+
+    Those are measured here if they were not before (a minute at `tiny`).
+    """
+    path = RESULTS / preset.name / "11_ablations.json"
+    if path.is_file():
+        return path
+    some = [Arm(method, ZERO_SHOT, preset.race.seeds[0]) for method in ("none", "pi", "abf", "xpos_abf")]
+    arms = list(dict.fromkeys([*some, live]))
+    for arm in track(arms, "measuring arms"):
+        run_arm(preset, arm)
+    return collect(preset, arms, weights_sha256(locate_base(preset)), preset.run_folder / "records")
 
 
 def run_race(preset: Preset, arms: Sequence[Arm], folder: Path, *, workers: int) -> Path:

@@ -1,5 +1,6 @@
 """Searches on the race's terms: LongRoPE's factors, RoPE bases, ways of training."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,13 +9,14 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from experiments.race import Arm, arm_rope, arm_training, trained_arm
+from experiments.race import Arm, arm_rope, arm_training, collect, run_arm, trained_arm
+from experiments.race_results import race_results
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.sources import read_documents
 from llama_long_utils.evaluation.perplexity import nll_table, paired_table, random_stretches, token_nll
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import causal_lm
-from llama_long_utils.model.weights import load_tokenizer
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.records import write_record
 from llama_long_utils.rope import inverse_frequencies, longrope, rotation
@@ -185,6 +187,34 @@ def compare_trainings(preset: Preset, names: Sequence[str], *, seed: int) -> Pat
         seeds={"training": seed, "evaluation": evaluation.seed, "split": preset.data.split_seed},
         seconds=time.perf_counter() - started,
         provenance={"command": f"python -m experiments trainings {' '.join(names)} --preset {preset.name}"},
+    )
+
+
+def compare_quoting(preset: Preset, shares: Sequence[float], *, seed: int) -> Path:
+    """Train the race's full-length ABF arm with other shares of sequences that quote themselves, and measure it.
+
+    Returns:
+        The record, 11_quoting_share: table `scores` with share, measure (as in `RaceResults`), value, low, high.
+    """
+    started, arm = time.perf_counter(), Arm("abf", "full-length", seed)
+    tables = []
+    for share in shares:
+        own = dataclasses.replace(preset, race=dataclasses.replace(preset.race, self_quoting_share=share))
+        path = run_arm(own, arm)
+        joined = collect(own, [arm], weights_sha256(locate_base(own)), path.parent / path.stem)
+        tables.append(race_results(own, joined).table().assign(share=share))
+        print(f"share {share:g}:", tables[-1].set_index("measure").value.round(2).to_dict(), flush=True)
+    return write_record(
+        RESULTS / preset.name,
+        "11_quoting_share",
+        preset=preset.name,
+        question="How much of first-sentence retrieval is practised copying?",
+        tables={"scores": pd.concat(tables)[["share", "measure", "value", "low", "high"]]},
+        seeds={"training": seed, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
+        seconds=time.perf_counter() - started,
+        provenance={
+            "command": f"python -m experiments quoting {' '.join(f'{s:g}' for s in shares)} --preset {preset.name}"
+        },
     )
 
 

@@ -3,9 +3,11 @@ import json
 import os
 import shutil
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
 from experiments import searches
 from experiments.race import (
@@ -24,7 +26,7 @@ from experiments.searches import compare_trainings, search_longrope, search_pair
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.weights import locate_base, weights_sha256
-from llama_long_utils.paths import RESULTS
+from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_table, write_record
 from llama_long_utils.settings import METHODS
@@ -120,14 +122,14 @@ def test_skipped_positions_show_far_distances(preset):
 
 def test_mean_is_weighted_by_tokens_and_resampled_over_documents_and_seeds():
     generator = np.random.default_rng(0)
-    tokens = np.array([10.0, 20.0, 30.0])
-    values = tokens * 2.0 + generator.normal(0, 1, (4, 3))
-    results = RaceResults(pd.DataFrame(), [], {}, Bootstrap(3, 500, seed=0))
-    found = results.mean(values, tokens)
-    assert found["value"] == pytest.approx(values.sum() / tokens.sum() / 4)
-    assert found["low"] < found["value"] < found["high"]
-    exact = results.mean(np.stack([tokens * 2.0] * 4), tokens)
-    assert exact["low"] == pytest.approx(2.0) == exact["high"]
+    tokens = np.arange(10.0, 100.0, 10.0)
+    values = tokens * 2.0 + generator.normal(0, 1, (4, 9))
+    results = RaceResults(pd.DataFrame(), [], {}, Bootstrap(9, 500, seed=0), window=512)
+    mean, low, high = results.mean(values, tokens).values()
+    assert mean == pytest.approx(values.sum() / tokens.sum() / 4)
+    assert low < mean < high
+    assert [*results.mean(np.stack([tokens * 2.0] * 4), tokens).values()] == pytest.approx([2.0, 2.0, 2.0])
+    assert np.isnan(results.mean(values[:, :7], tokens[:7])["low"])  # seven documents have no interval
 
 
 def test_factors_of_the_preset_are_those_that_the_search_found(preset):
@@ -140,7 +142,7 @@ def test_factors_of_the_preset_are_those_that_the_search_found(preset):
 
 def test_race_that_was_not_run_says_so(preset, tmp_path):
     with pytest.raises(ValueError, match="run its notebook first"):
-        race_results(preset, tmp_path)
+        race_results(preset, tmp_path / "11_ablations.json")
 
 
 def small(preset):
@@ -211,10 +213,10 @@ def test_a_race_goes_on_with_the_arms_that_have_no_record(preset, tmp_path):
         assert first.stat().st_mtime_ns == measured
     finally:
         shutil.rmtree(own.run_folder, ignore_errors=True)
-    results = race_results(own, tmp_path)
+    results = race_results(own, tmp_path / own.name / "11_ablations.json")
     assert list(results.arms.method) == ["abf", "pi"]
-    abf, pi = (results.mean(*results.nll(method, ZERO_SHOT, 64, 256))["value"] for method in ("abf", "pi"))
-    assert abf < pi  # untrained, PI harms the old window and ABF hardly
+    pi = results.table(method="abf").set_index("measure").value
+    assert pi["NLL near"] > 0  # untrained, PI harms the old window and ABF hardly
 
 
 def test_search_for_longrope_reads_training_documents_and_writes_a_record(preset, monkeypatch, tmp_path):
@@ -269,9 +271,25 @@ def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_
     written = collect(preset, arms, "base", tmp_path / "results" / "tiny")
     by_position = read_table(written, "nll_by_position")
     assert list(by_position[by_position.position_low == 1].value) == [2.0, 3.0, 4.0]
-    results = race_results(preset, tmp_path / "results")
-    nats, tokens = results.nll("abf", "pose", 1, 64)
-    assert nats.tolist() == [[126.0, 252.0], [189.0, 315.0]]
-    assert results.mean(nats, tokens)["value"] == pytest.approx(3.5)
-    scores, ones = results.rouge_l("abf", "pose", 256)
-    assert results.mean(scores, ones)["value"] == pytest.approx(15.0)
+    results = race_results(preset, written)
+    table = results.table().set_index(["training", "measure"]).value
+    assert table["pose", "NLL near"] == pytest.approx(1.0)  # the last bucket inside the old window
+    assert table["pose", "ROUGE-L 256"] == pytest.approx(15.0)
+    change = results.table(training=ZERO_SHOT)
+    assert set(change.training) == {"pose"}
+    assert change.set_index("measure").value["ROUGE-L 256"] == pytest.approx(15.0)
+
+
+def test_the_notebook_runs_for_a_preset_whose_race_was_not_run(tmp_path):
+    """A copy of tiny.toml under another name, with few texts and questions: the paper's four methods, untrained."""
+    text = (REPOSITORY / "presets" / "tiny.toml").read_text("utf-8")
+    (tmp_path / "mine.toml").write_text(text.replace("documents = 24 ", "documents = 3 "))
+    notebook = nbformat.read(REPOSITORY / "notebooks" / "11_ablations.ipynb", as_version=4)
+    elsewhere = "from pathlib import Path\nfrom llama_long_utils import paths, settings\n"
+    elsewhere += f"paths.PRESETS = settings.REPOSITORY = Path({str(tmp_path)!r})\ndel Path, paths, settings"
+    notebook.cells = [nbformat.v4.new_code_cell(elsewhere), *notebook.cells]
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = parameters.source.replace('"tiny"', '"mine"')
+    NotebookClient(notebook).execute(cwd=REPOSITORY / "notebooks")
+    results = race_results(load_preset("tiny"), tmp_path / "runs" / "mine" / "records" / "11_ablations.json")
+    assert list(results.arms.method) == ["none", "pi", "abf", "xpos_abf"]

@@ -112,6 +112,7 @@ COLUMNS = {
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
         "cost": {"method", "training", "seed", "tokens", "seconds"},
     },
+    "11_quoting_share": {"scores": {"share", "measure", "value", "low", "high"}},
     "11_longrope_search": {"factors": {"pair", "factor"}, "search": {"round", "nll"}},
     "11_rope_base_search": {
         "search": {"rope_base", "arm", "position_low", "position_high", "nll", "low", "high", "documents", "tokens"},
