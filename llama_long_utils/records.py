@@ -131,7 +131,8 @@ class Record:
     def table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.DataFrame(self.content["tables"][name])
+        rows = pd.DataFrame(self.content["tables"][name])
+        return rows.fillna(np.nan).infer_objects()  # bounds of few samples are null: numbers, not objects
 
 
 def recorded(preset: str, slug: str) -> Record | None:

@@ -289,3 +289,10 @@ def test_digitised_retrieval_curves_have_a_score_at_every_length_and_share_a_mod
             assert all(0 <= score <= 100 for score in scores)
     # The paper's RoPE ablation was trained on the mix with more long texts: one model, drawn in two figures.
     assert figures["figure_7"]["rouge_l"]["llama2_mix_more_long"] == figures["figure_5b"]["rouge_l"]["abf"]
+
+
+def test_bounds_that_nobody_has_are_numbers_when_read_again(tmp_path):
+    table = pd.DataFrame({"nll": [1.5, 2.5], "low": [math.nan] * 2, "high": [math.nan] * 2})
+    options = {"preset": "tiny", "question": "?", "seeds": {"split": 0}, "seconds": 1.0}
+    path = write_record(tmp_path, "11_few", tables={"search": table}, **options)
+    pd.testing.assert_frame_equal(read_table(path, "search"), table)
