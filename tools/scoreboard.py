@@ -412,12 +412,14 @@ def _of_doses(results: DoseResults) -> dict[str, str]:
     preset = load_preset(results.preset)
     old = preset.base.window
     own, posed = against_windows(results, "full"), against_windows(results, "pose")
+    read = results.record.table("held_out").tokens.max()
     arms = results.record.table("arms").set_index("arm")
     length = int(arms.window[results.largest("full").rpartition("-")[0]].max())
     found, asked = statements(results, results.largest("full"), 2 * old)
     raised, base = statements(results, "raised-nf4", 2 * old)[0], statements(results, "base-nf4", old)[0]
     return {
-        "": f"{MODELS[results.preset]}, {old:,} to {preset.extension.window:,} tokens",
+        "": f"{MODELS[results.preset]}, {old:,} to {preset.extension.window:,} tokens"
+        + (f", read to {read:,}" if read < preset.extension.window else ""),
         "trained on whole sequences": f"{own.tokens / 1e6:.1f} million tokens in sequences of {length:,}, one seed",
         "far out, full context against its own old windows": str(own),
         "the same after training on short sequences with skipped positions (PoSE)": str(posed or "not run"),
