@@ -20,7 +20,6 @@ from llama_long_utils.settings import Preset
 # By size. The first with a record speaks for a claim.
 MODELS = {"qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B", "smollm2": "SmolLM2-135M", "tiny": "tiny Llama (4.3M)"}
 AGREES, DISAGREES, UNDECIDED, NOT_TESTED = "agrees", "disagrees", "undecided", "not tested yet"
-FOUND = 0.8  # share of needles that must be found at the worst depth
 RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
 MARGIN = 0.02  # share of right answers that a short task may lose and be called unharmed
 CHANCE = {"mmlu": 0.25}  # of its four choices, one is right
@@ -37,6 +36,14 @@ class Line:
     ours: str = "-"
     scale: str = "-"
     verdict: str = NOT_TESTED
+
+
+RESERVES = (
+    "**Reserves.** A window that slides by half has seen three quarters of its length on average, and far out that is "
+    "about half of each lead. SmolLM2's further seeds and its control at the largest dose were trained by a later form "
+    "of the script, which reads slightly worse. A third of the training sequences quote themselves, in every arm. The "
+    "bases have probably read these texts in pretraining."
+)
 
 
 def scoreboard() -> dict[str, Line]:
@@ -76,11 +83,13 @@ def worst_depth(asked: pd.DataFrame) -> tuple[int, int]:
     return round(row.exact * row.questions), int(row.questions)
 
 
-def statements(results: DoseResults, arm: str, length: int) -> tuple[int, int]:
-    """`worst_depth` of an arm ("full16k-s0-10485760", or an untrained one by its name) at a length in tokens."""
+def found_in_all(results: DoseResults, arm: str, length: int) -> str:
+    """How many planted statements an arm found at a length: in all and in the worst fifth of the depth."""
     table = results.record.table("retrieval").query("task == 'key' and length == @length")
     names = table.arm + np.where(table.tokens_trained > 0, "-" + table.tokens_trained.astype(str), "")
-    return worst_depth(table[names == arm])
+    part = table[names == arm]
+    worst, asked = worst_depth(part)
+    return f"{round((part.exact * part.questions).sum())} of {part.questions.sum()} (worst fifth {worst} of {asked})"
 
 
 def strictly(row: pd.Series) -> Interval:
@@ -238,13 +247,10 @@ def _retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
         judged = f"{UNDECIDED}: PI had not recovered inside the old window"
     for results in list(read_dose_results(list(MODELS)).values())[:1]:
         old = load_preset(results.preset).base.window
-        found, asked = statements(results, results.largest("full"), 2 * old)
-        inside, _ = statements(results, "base-nf4", old)
-        ours += (
-            f"; planted statements at {2 * old:,} tokens, worst depth: {found} of {asked} (base at {old:,}: {inside})"
-        )
-        scale += f"; {MODELS[results.preset]}, one seed"
-        judged += f"; ABF alone {'keeps' if found >= inside else 'does not keep'} what the base finds in its window"
+        ours += f"; planted statements at {2 * old:,} tokens: {found_in_all(results, results.largest('full'), 2 * old)}"
+        ours += f", untrained {found_in_all(results, 'raised-nf4', 2 * old)}"
+        ours += f"; base at {old:,}: {found_in_all(results, 'base-nf4', old)}"
+        scale += f"; {MODELS[results.preset]}, one seed, 5 texts"
     at = [figure["rouge_l"][name][-1] for name in ("abf", "pi")]
     return Line(
         "ABF keeps first-sentence retrieval where PI falls",
@@ -313,7 +319,7 @@ def _short_tasks(table: dict[str, Any]) -> Line:
     if "base -> extended" not in accuracy.index:
         return Line(claim, paper)
     mmlu = accuracy.loc["base -> extended"]
-    ours = [f"MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({_points(mmlu, 2)} points)"]
+    ours = [f"4-bit MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({_points(mmlu, 2)} points)"]
     lost = False
     if "base_16_bit -> extended" in accuracy.index:
         full_precision = accuracy.loc["base_16_bit -> extended"]
@@ -329,9 +335,11 @@ def _short_tasks(table: dict[str, Any]) -> Line:
         judged = f"{UNDECIDED}: the base answers at chance"
     elif mmlu.high < 0:
         judged = f"{DISAGREES}: on MMLU"
+    elif lost:
+        judged = f"{UNDECIDED}: it rises from the 4-bit base, falls from the 16-bit one; no control was asked; "
+        judged += "other tasks have too few items"
     elif mmlu.low > -MARGIN:
-        against = "the same 4 bits, not against 16 bits" if lost else "the same 4 bits"
-        judged = f"{AGREES}: on MMLU, against {against}; other tasks have too few items"
+        judged = f"{AGREES}: on MMLU; other tasks have too few items"
     else:
         judged = f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
     for results in read_dose_results([name]).values():
@@ -400,11 +408,13 @@ def headlines() -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     record = recorded("gpu", "04_one_gpu_budget")
     row, device = record.table("longest").iloc[0], record.content["provenance"]["device"]
+    seconds = row.context / row.tokens_per_second
     longest = (
-        f"Longest 4-bit training step that ran: {row.model}, {row.context:,.0f} tokens under a cap of "
-        f"{row.cap_gib:.0f} GiB, {row.allocated_gib:.1f} GiB allocated (one {device}, random weights)."
+        f"Longest 4-bit training step that ran: {row.model}, {row.context:,.0f} tokens in {seconds:.0f} s, under a cap "
+        f"of {row.cap_gib:.0f} GiB, {row.allocated_gib:.1f} GiB allocated, checkpoints on the host (one {device}, "
+        "random weights)."
     )
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", longest])
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", RESERVES, "", longest])
 
 
 def _of_doses(results: DoseResults) -> dict[str, str]:
@@ -415,8 +425,8 @@ def _of_doses(results: DoseResults) -> dict[str, str]:
     read = results.record.table("held_out").tokens.max()
     arms = results.record.table("arms").set_index("arm")
     length = int(arms.window[results.largest("full").rpartition("-")[0]].max())
-    found, asked = statements(results, results.largest("full"), 2 * old)
-    raised, base = statements(results, "raised-nf4", 2 * old)[0], statements(results, "base-nf4", old)[0]
+    whole = results.worth(whole=True).groupby("line").tail(1).set_index("line")
+    seen = [measured(*strictly(whole.loc[line]), digits=3) for line in ("full", "fair")]
     return {
         "": f"{MODELS[results.preset]}, {old:,} to {preset.extension.window:,} tokens"
         + (f", read to {read:,}" if read < preset.extension.window else ""),
@@ -425,8 +435,12 @@ def _of_doses(results: DoseResults) -> dict[str, str]:
         "the same after training on short sequences with skipped positions (PoSE)": str(posed or "not run"),
         "far out, against a control trained as long without an extension": str(against_control(results, "far")),
         "inside the old window, against that control": str(against_control(results, "inside")),
-        "planted statements found at the worst depth of twice the old window": f"**{found} of {asked}** "
-        f"({FOUND:.0%} were asked for); raised base, untrained: {raised}; base in its own window: {base}",
+        "far out, only where windows have seen 7/8 of their length: against its own; against the control's": "; ".join(
+            seen
+        ),
+        "planted statements found at twice the old window": found_in_all(results, results.largest("full"), 2 * old),
+        "the same with the raised base, untrained": found_in_all(results, "raised-nf4", 2 * old),
+        "the same by the base in its own window": found_in_all(results, "base-nf4", old),
     }
 
 
