@@ -84,7 +84,8 @@ def in_second_process(count: Callable[[], object]) -> Callable[[], object]:
 
     copy = multiprocessing.get_context("fork").Process(target=quietly, daemon=True)
     copy.start()
-    return copy.join
+    # A fork of a process whose threads have worked (a model was converted) may hang: then this one counts alone.
+    return lambda: copy.join(timeout=20)
 
 
 def predictions(asked: argparse.Namespace) -> dict[str, Any]:
