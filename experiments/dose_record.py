@@ -59,7 +59,7 @@ class Readings:
         """
         there, half = np.flatnonzero(self.tokens >= high), self.window // 2
         places = np.arange(low // BIN, high // BIN)
-        places = places[places * BIN % half >= (2 * seen - 1) * half]
+        places = places[(places * BIN + BIN // 2) % half >= (2 * seen - 1) * half]
         sums = self.nats[reading][np.ix_(there, places)].sum(axis=1, dtype=np.float64)
         return sums / (len(places) * BIN - (places[0] == 0)), there  # position 0 is BOS and costs nothing
 
