@@ -100,6 +100,11 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
     if asked.record_of:
         from experiments.dose_record import write_dose_record
 
+        for run in asked.record_of:
+            if list(run.glob("answers-full*-s0-*.json")):
+                from experiments.task_requests import write_task_record
+
+                print(write_task_record(preset, run, record or out, doses.tasks))
         return write_dose_record(asked.record_of, record or out, preset=preset.name)
     if (out / "results.jsonl").exists():
         raise ValueError(f"{out} holds results of an earlier run: name another folder with --out, or remove it")

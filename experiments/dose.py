@@ -7,7 +7,8 @@ loop is written out. At each dose the held-out texts are read, with full context
 Stages that would not fit into the time are left out, by the speed measured so far.
 
 The frozen weights are NF4's, dequantised once: the numbers that bitsandbytes multiplies with, without unpacking them
-at each product. The record's run had LoRA written out in one flat vector and drew another random start.
+at each product. SmolLM2's first arms were trained by an earlier form of this script, with LoRA written out in one flat
+vector and another random start; its record says which.
 """
 
 import copy

@@ -145,23 +145,23 @@ PAIRS = (("base", "extended"), ("base", "yarn"), ("base_16_bit", "base"), ("base
 
 
 def write_task_record(
-    preset: Preset, run: Path, folder: Path, extended: str, names: Sequence[str], provenance: dict[str, Any]
+    preset: Preset, run: Path, folder: Path, names: Sequence[str], provenance: dict[str, Any] | None = None
 ) -> Path:
     """Write folder/08_benchmark_deltas.json from the answers that a run of the dose experiment left.
 
-    Arms of `ARMS`, and `extended`: the run's arm of that name. A task is compared where both arms answered all of it.
+    Arms of `ARMS`, and as "extended" whole sequences at the largest dose. A task is compared where both arms answered
+    all of it.
 
     Args:
         names: of tasks in `data/tasks`.
     """
     import pandas as pd
 
-    from llama_long_utils.evaluation.benchmarks import SLUG, delta_table, item_arrays, score_table
-    from llama_long_utils.evaluation.statistics import SEED
+    from llama_long_utils.evaluation.benchmarks import delta_table, write_results
     from llama_long_utils.model.weights import load_tokenizer
-    from llama_long_utils.records import write_arrays, write_record
 
-    arms = {**ARMS, extended: "extended"}
+    doses = (path.stem.removeprefix("answers-") for path in run.glob("answers-full*-s0-*.json"))
+    arms = {**ARMS, max(doses, key=lambda name: int(name.rpartition("-")[2])): "extended"}
     given = {arm: json.loads((run / f"answers-{name}.json").read_text()) for name, arm in arms.items()}
     tokenizer = load_tokenizer(preset.base.source)
     rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
@@ -171,15 +171,6 @@ def write_task_record(
         items = score(preset, [name], {arm: got for arm, got in given.items() if keys <= set(got)}, tokenizer)
         deltas += [delta_table(items, *pair) for pair in PAIRS if {*pair} <= {*items.arm}]
         scored.append(items)
-    items = pd.concat(scored)
-    write_arrays(folder / f"{SLUG}.npz", item_arrays(items))
-    return write_record(
-        folder,
-        SLUG,
-        preset=preset.name,
-        question="What does the extension do to short tasks?",
-        tables={"deltas": pd.concat(deltas), "scores": score_table(items)},
-        seeds={"items": SEED, "bootstrap": SEED, "training": 0},
-        seconds=sum(row["seconds"] for row in rows if row["kind"] == "tasks"),
-        provenance=provenance,
-    )
+    seconds = sum(row["seconds"] for row in rows if row["kind"] == "tasks")
+    options = {"deltas": pd.concat(deltas), "seconds": seconds, "provenance": provenance}
+    return write_results(preset, pd.concat(scored, ignore_index=True), folder, **options)

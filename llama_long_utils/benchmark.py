@@ -34,13 +34,16 @@ def main() -> None:
     preset = load_preset(name)
     check_names(tasks)
 
-    from llama_long_utils.evaluation.benchmarks import measure, write_results
+    import pandas as pd
 
+    from llama_long_utils.evaluation.benchmarks import delta_table, measure, write_results
+
+    items, (before, *others) = measure(preset, tasks, **options), options["arms"]
     path = write_results(
         preset,
-        measure(preset, tasks, **options),
+        items,
         RESULTS / preset.name if record else preset.run_folder / "records",
-        pairs=[(options["arms"][0], other) for other in options["arms"][1:]],
+        deltas=pd.concat([delta_table(items, before, other) for other in others]),
         seconds=time.perf_counter() - started,
         provenance={"command": " ".join(["python -m llama_long_utils.benchmark", *sys.argv[1:]])},
     )

@@ -14,7 +14,7 @@ from experiments.dose_questions import ROOM, Haystack, Question, ask
 from experiments.dose_record import BIN, SLUG, Readings, write_dose_record
 from experiments.dose_settings import read_doses, ways_of
 from experiments.dose_texts import SHINGLE, shingles
-from experiments.task_requests import Request, answer, collect, score
+from experiments.task_requests import Request, answer, collect, score, write_task_record
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import join_pieces, skip_positions
 from llama_long_utils.evaluation.benchmarks import measure
@@ -152,6 +152,24 @@ def test_tasks_answered_from_a_file_score_as_those_asked_directly(preset):
     found = score(preset, ["truthfulqa_mc1"], {"base": json.loads(json.dumps(answers))}, tokenizer)
     assert len(found) == 100
     pd.testing.assert_frame_equal(found, direct, rtol=0, atol=1e-4)
+
+
+def test_answers_of_a_run_become_the_record_of_the_tasks(preset, tmp_path):
+    """Each pair of arms that answered a task is in the record, with the largest dose of whole sequences as extended."""
+    tokenizer, name, random = load_tokenizer(preset.base.source), "truthfulqa_mc1", np.random.default_rng(0)
+    requests = collect(preset, [name], tokenizer)
+    arms = ["base", "base-nf4", "yarn-nf4", "full2k-s0-4096", "full2k-s0-40960"]
+    answers = {arm: {request.key: [-float(cost), False, 2] for request, cost in
+                     zip(requests, random.random(len(requests)), strict=True)} for arm in arms}  # fmt: skip
+    for arm, given in answers.items():
+        (tmp_path / f"answers-{arm}.json").write_text(json.dumps(given))
+    (tmp_path / "results.jsonl").write_text(json.dumps({"kind": "tasks", "seconds": 2.5}) + "\n")
+    path = write_task_record(preset, tmp_path, tmp_path / "record", [name])
+    deltas = read_table(path, "deltas").query("metric == 'accuracy'").set_index("pair")
+    assert set(deltas.index) == {"base -> extended", "base -> yarn", "base_16_bit -> base", "base_16_bit -> extended"}
+    assert read_record(path)["provenance"]["seconds"] == 2.5
+    expected = score(preset, [name], {"extended": answers["full2k-s0-40960"]}, tokenizer)
+    assert deltas.after["base -> extended"] == pytest.approx(expected.accuracy.mean())
 
 
 def test_a_prompt_from_a_file_is_continued_up_to_its_stop_text(preset):

@@ -39,10 +39,10 @@ class Line:
 
 
 RESERVES = (
-    "**Reserves.** A window that slides by half has seen three quarters of its length on average, and far out that is "
-    "about half of each lead. SmolLM2's further seeds and its control at the largest dose were trained by a later form "
-    "of the script, which reads slightly worse. A third of the training sequences quote themselves, in every arm. The "
-    "bases have probably read these texts in pretraining."
+    "**Reserves.** A window that slides by half has seen three quarters of its length on average: full context gains "
+    "less where it has seen more. SmolLM2's further seeds and its control at the largest dose were trained by a later "
+    "form of the script, which reads slightly worse. A third of the training sequences quote themselves, in every arm. "
+    "The bases have probably read these texts in pretraining."
 )
 
 

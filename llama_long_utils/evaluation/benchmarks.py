@@ -204,12 +204,13 @@ def write_results(
     items: pd.DataFrame,
     folder: Path,
     *,
-    pairs: Sequence[tuple[str, str]] = (("base", "extended"),),
+    deltas: pd.DataFrame | None = None,
     **options: Any,
 ) -> Path:
     """Write folder/08_benchmark_deltas.json, and beside it `item_arrays` as .npz.
 
     Args:
+        deltas: of `delta_table`; None: extended minus base.
         options: `seconds`, `parameters` and `provenance`, as in `write_record`.
     """
     write_arrays(folder / f"{SLUG}.npz", item_arrays(items))
@@ -218,10 +219,7 @@ def write_results(
         SLUG,
         preset=preset.name,
         question="What does the extension do to short and long tasks?",
-        tables={
-            "deltas": pd.concat([delta_table(items, *pair) for pair in pairs]),
-            "scores": score_table(items),
-        },
+        tables={"deltas": delta_table(items) if deltas is None else deltas, "scores": score_table(items)},
         seeds={"items": SEED, "bootstrap": SEED, "split": preset.data.split_seed},
         **options,
     )
