@@ -9,7 +9,7 @@ from experiments.real_models import read_dose_results
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.records import recorded
 from tools import scoreboard
-from tools.scoreboard import Comparison, against_control, headlines, strictly, worst_depth
+from tools.scoreboard import Comparison, compared, headlines, worst_depth
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,11 @@ def test_a_lead_smaller_than_seeds_lie_apart_is_none():
 
 
 def test_of_two_intervals_the_wider_bounds_count():
-    row = pd.Series({"nats": -0.016, "low": -0.036, "high": -0.0002, "kinds_low": -0.048, "kinds_high": 0.004})
-    assert strictly(row) == (-0.016, -0.048, 0.004)
+    results = read_dose_results(["qwen2.5-coder-1.5b"])["qwen2.5-coder-1.5b"]
+    row = results.record.table("full_minus_windows").query("position_low == 32768 and position_high == 65536").iloc[0]
+    assert row.high < 0 < row.kinds_high
+    assert compared(results, "full").found == (row.nats, row.kinds_low, row.kinds_high)
+    assert compared(results, "pose") is None
 
 
 def test_the_control_had_the_same_tokens_and_reads_through_its_own_window():
@@ -54,7 +57,7 @@ def test_the_control_had_the_same_tokens_and_reads_through_its_own_window():
     table = results.record.table("differences").set_index(["position_low", "position_high", "first", "second"])
     table = table.sort_index()
     for place, bucket in (("inside", (0, 8192)), ("far", (16_384, 32_768))):
-        fair, nats = against_control(results, place), table.nats[bucket]
+        fair, nats = compared(results, "fair", place), table.nats[bucket]
         assert fair.found[0] == nats[f"full16k-s0-{fair.tokens}/full", f"control8k-s0-{fair.tokens}/window"]
         others = [nats[f"full16k-s{seed}-{fair.seed_tokens}/full", f"control8k-s0-{fair.seed_tokens}/window"]
                   for seed in range(3)]  # fmt: skip

@@ -92,11 +92,6 @@ def found_in_all(results: DoseResults, arm: str, length: int) -> str:
     return f"{round((part.exact * part.questions).sum())} of {part.questions.sum()} (worst fifth {worst} of {asked})"
 
 
-def strictly(row: pd.Series) -> Interval:
-    """A difference with the wider bounds of its two intervals: over kinds and texts, and over the kinds' means."""
-    return row.nats, min(row.low, row.kinds_low), max(row.high, row.kinds_high)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Whole sequences with full context minus something, at the largest dose, and what other seeds say of it.
@@ -132,32 +127,19 @@ class Comparison:
         return text
 
 
-def _compared(rows: pd.DataFrame) -> Comparison:
-    """Of rows with nats, bounds, tokens_trained and seed."""
-    rows = rows.sort_values(["tokens_trained", "seed"])
+def compared(results: DoseResults, line: str, place: str = "far") -> Comparison | None:
+    """A line of `DoseResults.worth` at its largest dose, and what other seeds say of it; None if it was not run."""
+    rows = results.worth(r"\d+", place)
+    rows = rows[rows.line == line]
+    if rows.empty:
+        return None
+    arms = rows["first"].fillna(rows.arm)
+    rows = rows.assign(seed=arms.str.extract(r"-s(\d+)")[0].astype(int)).sort_values(["tokens_trained", "seed"])
     last = rows[rows.seed == 0].iloc[-1]
     several = rows.groupby("tokens_trained").filter(lambda dose: len(dose) > 1)
     tokens = int(several.tokens_trained.max()) if len(several) else 0
     seeds = tuple(several[several.tokens_trained == tokens].nats)
-    return Comparison(strictly(last), int(last.tokens_trained), seeds, tokens)
-
-
-def against_windows(results: DoseResults, way: str) -> Comparison | None:
-    """Far out, full context minus the same model's windows of the old length; None if that way was not trained."""
-    rows = results.rows("full_minus_windows", "far").query("weights == 'nf4'")
-    rows = rows.assign(seed=rows.arm.str.extract(rf"^{way}\d+k?-s(\d+)$")[0].astype(float)).dropna(subset="seed")
-    return _compared(rows) if len(rows) else None
-
-
-def against_control(results: DoseResults, place: str) -> Comparison:
-    """Full context minus a control trained as long without an extension, which reads through its own windows."""
-    rows = results.rows("differences", place)
-    full, control = (
-        rows["first"].str.extract(r"^full\d+k?-s(\d+)-(\d+)/full$"),
-        rows["second"].str.extract(r"^control\d+k?-s0-(\d+)/window$"),
-    )
-    rows = rows.assign(seed=full[0].astype(float))[full[1] == control[0]]
-    return _compared(rows)
+    return Comparison((last.nats, last.low, last.high), int(last.tokens_trained), seeds, tokens)
 
 
 def _difference(race: RaceResults, first: str, second: str, low: int, high: int) -> Interval:
@@ -343,7 +325,7 @@ def _short_tasks(table: dict[str, Any]) -> Line:
     else:
         judged = f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
     for results in read_dose_results([name]).values():
-        inside = against_control(results, "inside").found
+        inside = compared(results, "fair", "inside").found
         ours.append(f"text inside the old window {measured(*inside)} nat against a control trained as long")
         if inside[1] > 0:
             judged += "; text inside the old window costs more"
@@ -421,20 +403,20 @@ def _of_doses(results: DoseResults) -> dict[str, str]:
     """What one model's dose experiment found, by question."""
     preset = load_preset(results.preset)
     old = preset.base.window
-    own, posed = against_windows(results, "full"), against_windows(results, "pose")
+    own, posed = compared(results, "full"), compared(results, "pose")
     read = results.record.table("held_out").tokens.max()
     arms = results.record.table("arms").set_index("arm")
     length = int(arms.window[results.largest("full").rpartition("-")[0]].max())
     whole = results.worth(whole=True).groupby("line").tail(1).set_index("line")
-    seen = [measured(*strictly(whole.loc[line]), digits=3) for line in ("full", "fair")]
+    seen = [measured(*whole.loc[line, ["nats", "low", "high"]], digits=3) for line in ("full", "fair")]
     return {
         "": f"{MODELS[results.preset]}, {old:,} to {preset.extension.window:,} tokens"
         + (f", read to {read:,}" if read < preset.extension.window else ""),
         "trained on whole sequences": f"{own.tokens / 1e6:.1f} million tokens in sequences of {length:,}, one seed",
         "far out, full context against its own old windows": str(own),
         "the same after training on short sequences with skipped positions (PoSE)": str(posed or "not run"),
-        "far out, against a control trained as long without an extension": str(against_control(results, "far")),
-        "inside the old window, against that control": str(against_control(results, "inside")),
+        "far out, against a control trained as long without an extension": str(compared(results, "fair")),
+        "inside the old window, against that control": str(compared(results, "fair", "inside")),
         "far out, only where windows have seen 7/8 of their length: against its own; against the control's": "; ".join(
             seen
         ),
