@@ -241,15 +241,16 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(stopped_run, tmp_path, capsys, fault):
+def test_a_checkpoint_that_is_not_whole_is_passed_over_for_the_one_before(stopped_run, tmp_path, fault):
     folder = shutil.copytree(stopped_run[0], tmp_path / "run")
     (folder / "checkpoint-abc").mkdir()  # an odd name is nobody's
-    assert last_whole_checkpoint(folder) == folder / "checkpoint-5"
+    assert last_whole_checkpoint(folder) == (folder / "checkpoint-5", [])
     FAULTS[fault](folder / "checkpoint-5")
-    assert last_whole_checkpoint(folder) == folder / "checkpoint-4"
-    assert "checkpoint-5 of run is not whole and is passed over" in capsys.readouterr().out
+    checkpoint, (line,) = last_whole_checkpoint(folder)
+    assert checkpoint == folder / "checkpoint-4"
+    assert "checkpoint-5 of run is not whole and is passed over" in line
     assert not (folder / "checkpoint-5").exists()
-    assert last_whole_checkpoint(tmp_path / "nothing") is None
+    assert last_whole_checkpoint(tmp_path / "nothing") == (None, [])
 
 
 def test_the_checkpoint_before_leads_to_the_same_weights(base_folder, stopped_run, tmp_path):
@@ -277,7 +278,7 @@ def test_code_in_a_checkpoint_is_not_executed(base_folder, stopped_run, tmp_path
     sums = json.loads((folder / "checkpoint-4" / CHECKSUMS).read_text())
     sums[name] = file_sha256(folder / "checkpoint-4" / name)
     (folder / "checkpoint-4" / CHECKSUMS).write_text(json.dumps(sums))
-    assert last_whole_checkpoint(folder) is not None
+    assert last_whole_checkpoint(folder)[0] is not None
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         train(lora_model(base_folder), sequences(), SETTINGS, folder)
     assert not (tmp_path / "executed").exists()

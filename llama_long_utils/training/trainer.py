@@ -64,14 +64,16 @@ def train(
         )
     if vars(model).get("half_trained"):
         raise RuntimeError("this model holds the weights of an interrupted run: build it anew, then train it")
-    began_before, checkpoint = folder.exists(), last_whole_checkpoint(folder)
+    began_before = folder.exists()
+    checkpoint, passed_over = last_whole_checkpoint(folder)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    what = (
-        f"training, which was interrupted after step {step:,}" if began_before and step < settings.steps else "training"
-    )
-    if what != "training" and not in_kernel():  # there the bar says it; a line would stay in the stored outputs
+    what = "training"
+    if began_before and step < settings.steps:
+        what += f", which was interrupted after step {step:,}" + "".join(f"; {broken}" for broken in passed_over)
         why = "" if step else f": it left no checkpoint (there is one every {settings.checkpoint_every})"
-        print(f"an interrupted run continues after step {step:,} of {settings.steps:,}{why}", flush=True)
+        if not in_kernel():  # there the bar says it; lines would stay in the stored outputs
+            lines = [*passed_over, f"an interrupted run continues after step {step:,} of {settings.steps:,}{why}"]
+            print("\n".join(lines), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     set_seed(settings.seed)
@@ -168,11 +170,12 @@ def check_lora_gradients(model: PeftModel) -> None:
         )
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files have the checksums they were written with; a line names each one passed over.
+def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files have the checksums they were written with, and a line on each one passed over.
 
     Newer broken ones are removed, so that `Trainer`, which keeps two, does not keep them instead of whole ones.
     """
+    passed_over = []
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
@@ -182,10 +185,10 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError, AttributeError) as error:
             broken = [f"{CHECKSUMS} ({type(error).__name__})"]
         if not broken:
-            return path
-        print(f"{path.name} of {folder.name} is not whole and is passed over: {', '.join(broken)}", flush=True)
+            return path, passed_over
+        passed_over.append(f"{path.name} of {folder.name} is not whole and is passed over: {', '.join(broken)}")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return None
+    return None, passed_over
 
 
 VERSION = 2  # of what a run computes: raise it when this loop, the loss, `load_base` or `add_lora` change its numbers

@@ -205,7 +205,9 @@ def test_notebook_5_shows_a_bar_resumes_when_it_was_interrupted_and_compares_onc
     assert "KeyboardInterrupt" in outputs(page)
     run_all(page)
     bars = finish(page, slug)
-    resumed = r"training, which was interrupted after step [24]: \d+%, about \d+:\d\d left"
+    # It may hit the writing of a checkpoint: the bar says that it is passed over, no stored output does.
+    broken = r"(; checkpoint-\d of abf-\w+ is not whole and is passed over: [^;]+)?"
+    resumed = rf"training, which was interrupted after step [24]{broken}: \d+%, about \d+:\d\d left"
     assert any(re.fullmatch(resumed, text) for text in bars), bars
     saved(folder, slug)
     shut_down(page)
