@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +31,8 @@ class Hub:
         tokens: each one with the repositories whose licence its owner has accepted.
         losses: patterns of files; each loses the connection once, after half of what was asked for.
         asked: method, path and status of each request.
+        sent: bytes of each file, by its name.
+        stop: end it at once, as a network that is gone.
     """
 
     root: Path
@@ -37,7 +40,9 @@ class Hub:
     tokens: dict[str, set[str]] = field(default_factory=dict)
     losses: list[str] = field(default_factory=list)
     asked: list[tuple[str, str, int]] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
     address: str = ""
+    stop: Callable[[], None] = lambda: None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -63,12 +68,17 @@ def serve(root: Path, **options: Any) -> Iterator[Hub]:
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    try:
-        yield hub
-    finally:
+
+    def stop() -> None:
         server.shutdown()
         thread.join()
         server.server_close()
+
+    hub.stop = stop
+    try:
+        yield hub
+    finally:
+        stop()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -173,7 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
         lost = next((pattern for pattern in self.hub.losses if fnmatch.fnmatch(file.name, pattern)), None)
         with file.open("rb") as content:
             content.seek(start)
-            self.wfile.write(content.read((stop - start) // 2 if lost else stop - start))
+            part = content.read((stop - start) // 2 if lost else stop - start)
+        self.wfile.write(part)
+        self.hub.sent[file.name] += len(part)
         if lost:
             self.hub.losses.remove(lost)
             self.close_connection = True

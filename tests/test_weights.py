@@ -1,17 +1,16 @@
+import errno
 import io
 import json
 import os
 import shutil
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import gguf
 import huggingface_hub
 import pytest
 import torch
+from hub_server import serve
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -207,72 +206,81 @@ def test_hash_of_a_file_is_kept_until_the_file_changes(broken):
     assert weights_sha256(broken) != first
 
 
-class Hub(BaseHTTPRequestHandler):
-    """A hub with one model: a configuration and weights."""
-
-    files: ClassVar[dict[str, bytes]] = {}
-    asked: ClassVar[list[str]] = []
-
-    def do_GET(self, send: bool = True) -> None:
-        name = self.path.rpartition("/")[2].partition("?")[0]
-        self.asked.append(self.path)
-        if self.path.startswith("/api/"):
-            tree = [{"type": "file", "path": path, "size": len(self.files[path]), "oid": path} for path in self.files]
-            content = json.dumps(tree if "/tree/" in self.path else {"id": "owner/name", "sha": "1" * 40}).encode()
-        elif name in self.files:
-            content = self.files[name]
-        else:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Type", "application/json")
-        self.send_header("ETag", name)
-        self.send_header("X-Repo-Commit", "1" * 40)
-        self.end_headers()
-        if send:
-            self.wfile.write(content)
-
-    def do_HEAD(self) -> None:
-        self.do_GET(send=False)
-
-    def log_message(self, *_arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(base_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Hub, "files", {path.name: path.read_bytes() for path in base_folder.iterdir()})
-    monkeypatch.setattr(Hub, "asked", [])
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield server
-    server.shutdown()
+    """A hub with the small Llama under a name of its own, and under one that asks for a licence."""
+    shutil.copytree(base_folder, tmp_path / "served/models/owner/name")
+    shutil.copytree(base_folder, tmp_path / "served/models/owner/licensed")
+    options = {"licence": {"owner/licensed"}, "tokens": {"accepted": {"owner/licensed"}, "not yet": set()}}
+    with serve(tmp_path / "served", **options) as hub:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
 
 
 def test_only_what_is_needed_is_fetched_from_the_hub_and_only_once(hub):
     preset = small_preset("owner/name")
     assert base_config(preset).hidden_size == 64
-    fetched = {path.rpartition("/")[2] for path in Hub.asked if "/resolve/" in path}
-    assert fetched == {"config.json"}
+    assert hub.downloads("owner/name") == ["config.json"]
     folder = locate_base(preset)
     assert (folder / "model.safetensors").is_file()
-    hub.shutdown()
-    hub.server_close()
+    hub.stop()
     assert locate_base(preset) == folder
 
 
+def test_a_lost_connection_is_taken_up_where_it_was_lost(hub, base_folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # 10 MB: what is lost at most
+    hub.losses.append("model.safetensors")
+    folder = locate_model("owner/name")
+    assert weights_sha256(folder) == weights_sha256(base_folder)
+    assert hub.downloads("owner/name").count("model.safetensors") == 2
+    assert hub.sent["model.safetensors"] - (base_folder / "model.safetensors").stat().st_size <= 1000
+
+
+@pytest.mark.parametrize(
+    ("source", "token", "message"),
+    [
+        ("owner/licensed", None, "its licence asks who you are: accept it on huggingface.co/owner/licensed, then log"),
+        ("owner/licensed", "not yet", "this token's owner has not accepted its licence: accept it on huggingface.co/o"),
+        ("owner/licensed", "unknown", "the hub does not know this token: log in with `hf auth login` or set HF_TOKEN"),
+        ("owner/nobody", None, "there is no huggingface.co/owner/nobody, or it is private: check the name, or log in"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub, monkeypatch, source, token, message):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(RuntimeError) as refused:
+        locate_model(source)
+    assert f"cannot get the model '{source}', which is no folder here, from the hub: {message}" in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_licence_that_was_accepted_gives_the_model(hub, monkeypatch, base_folder):
+    monkeypatch.setenv("HF_TOKEN", "accepted")
+    assert weights_sha256(locate_model("owner/licensed")) == weights_sha256(base_folder)
+
+
 def test_hub_model_without_network_is_one_clear_message(hub):
-    hub.shutdown()
-    hub.server_close()
-    with pytest.raises(RuntimeError, match=r"cannot get the model 'meta-llama/Llama-2-7b-hf'.*HF_TOKEN.*'tiny'"):
-        locate_model("meta-llama/Llama-2-7b-hf")
+    hub.stop()
+    with pytest.raises(RuntimeError, match=r"cannot get the model 'owner/name'.*no connection.*again.*'tiny' runs"):
+        locate_model("owner/name")
+
+
+def test_a_full_disk_is_named_and_a_second_start_goes_on(hub, monkeypatch, base_folder):
+    def full(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.file_download, "http_get", full)
+        with pytest.raises(RuntimeError, match="from the hub: the disk is full: make room and run again"):
+            locate_model("owner/name")
+    assert weights_sha256(locate_model("owner/name")) == weights_sha256(base_folder)
 
 
 def write_gguf(path):

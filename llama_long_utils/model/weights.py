@@ -18,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from llama_long_utils.data.hub import why_not
 from llama_long_utils.data.packages import Package, read_files
 from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, whole_folder
 from llama_long_utils.settings import Preset
@@ -220,7 +221,5 @@ def _download(source: str, patterns: Sequence[str]) -> Path:
             return Path(snapshot_download(source, **wanted))
     except Exception as error:
         raise RuntimeError(
-            f"cannot get the model {source!r}: it is neither a folder of this repository nor to be had from the hub "
-            f"({type(error).__name__}). With a network: accept the licence on the model's page if it has one, then "
-            "log in with `hf auth login` or set HF_TOKEN. Without: run the preset 'tiny', which needs neither."
+            f"cannot get the model {source!r}, which is no folder here, from the hub: {why_not(source, error)}"
         ) from None
