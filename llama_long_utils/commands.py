@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ INTERRUPTED, CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
 def run_command(main: Callable[[], object], interrupted: str = "interrupted") -> NoReturn:
     """Run it and exit: 0, or 1 with one line on stderr, or as a shell shows Ctrl-C and a closed pipe."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries will change, and use themselves
     try:
         main()
         sys.stdout.flush()

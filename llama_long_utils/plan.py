@@ -15,7 +15,7 @@ from typing import Any
 
 from llama_long_utils.commands import run_command
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.presets import load_preset, preset_names
+from llama_long_utils.presets import closest, load_preset, preset_names
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset
 
@@ -40,8 +40,10 @@ def arguments() -> argparse.Namespace:
     """What was asked for; heavy modules are imported only after this."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.plan", description=__doc__)
     shapes = read_published("model_shapes")["models"]
-    named = ", ".join([*preset_names(), *shapes])
-    parser.add_argument("model", help=f"{named}, a folder with config.json, or owner/name on the hub")
+    named = (
+        f"{', '.join({**dict.fromkeys(preset_names()), **shapes})}, a folder with config.json, or owner/name on the hub"
+    )
+    parser.add_argument("model", help=named)
     count = at_least(int, 1)
     parser.add_argument("--window", type=count, metavar="N", help="tokens of a sequence (default: the preset's)")
     parser.add_argument("--memory", type=at_least(float, 0.1), metavar="GIB", help="of a GPU (default: the preset's)")
@@ -56,9 +58,12 @@ def arguments() -> argparse.Namespace:
     if not 0 < asked.utilisation <= 1:
         parser.error(f"--utilisation {asked.utilisation} must be above 0 and at most 1")
     asked.preset = load_preset(asked.model) if asked.model in preset_names() else None
-    known = asked.preset or asked.model in shapes or (REPOSITORY / asked.model).is_dir()
-    if not known and asked.model.count("/") != 1:
-        parser.error(f"unknown model {asked.model!r}: use one of {[*preset_names(), *shapes]}, a folder or owner/name")
+    path = REPOSITORY / asked.model
+    known = asked.preset or asked.model in shapes or path.is_dir()
+    if not known and (asked.model.count("/") != 1 or path.parent.is_dir()):  # no owner/name of the hub
+        beside = [asked.model.removesuffix(path.name) + one.name for one in path.parent.glob("*/")]
+        hint = closest(asked.model, [*preset_names(), *shapes, *beside])
+        parser.error(f"unknown model {asked.model!r}{hint}: use one of {named}")
     for name in ("window", "memory"):
         if getattr(asked, name) is None and not asked.preset:
             parser.error(f"--{name} is missing: only presets have one")
@@ -131,23 +136,30 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def amount(gib: float) -> str:
+    """3.6 -> "3.60 GiB", 0.004 -> "4.1 MiB"."""
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{1024 * gib:.3g} MiB" if gib else "nothing"
+
+
 def table(found: dict[str, Any]) -> str:
     """The predictions for people."""
     lora, devices = found["lora"], found["devices"]
     norms = " and the norms" * lora["train_norms"]
-    host = f"{found['host_gib']:.1f} GiB" if found["host_gib"] else "nothing"
     lines = {
         "model": f"{found['model']} in NF4, LoRA of rank {lora['rank']} on {len(lora['target_modules'])} "
         f"linear layers of each decoder layer{norms}",
         "step": f"{found['sequences_per_step']:,} x {found['window']:,} tokens, {found['dtype']}",
         "plan": found["plan"],
-        "peak": f"{found['peak_gib']:.2f} GiB of {found['usable_gib']:.2f} usable (8% are left free)",
-        **{f"  {name}": f"{gib:.2f} GiB" for name, gib in found["peak_gib_by_component"].items()},
-        "host memory": host,
+        "peak": f"{amount(found['peak_gib'])} of {amount(found['usable_gib'])} usable (8% are left free)",
+        **{f"  {name}": amount(gib) for name, gib in found["peak_gib_by_component"].items()},
+        "host memory": amount(found["host_gib"]),
         "longest window": f"{found['longest_window']:,} tokens, with every saving and "
-        f"{found['longest_window_host_gib']:.1f} GiB of host memory",
+        f"{amount(found['longest_window_host_gib'])} of host memory",
         "seconds a step": f"at {found['utilisation']:.0%} of a GPU's peak, {found['flops']:.3g} operations on each",
-        **{f"  {gpu}": f"{seconds:,.1f} s" for gpu, seconds in found["seconds_per_step"].items()},
+        **{
+            f"  {gpu}": f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
+            for gpu, seconds in found["seconds_per_step"].items()
+        },
     }
     width = max(map(len, lines))
     shown = [f"{name:{width}}  {value}" for name, value in lines.items()]

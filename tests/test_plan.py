@@ -50,3 +50,29 @@ def test_several_gpus_take_more_sequences_each_with_its_own_copy(answer, capsys)
     table = answer(capsys, "--window", "8192", "--memory", "0.25", "--devices", "2")
     assert "2 x 8,192 tokens" in table
     assert "2 GPUs are data parallel: each holds the whole model" in table
+
+
+def test_what_is_small_is_not_shown_as_nothing(answer, capsys):
+    table = answer(capsys, "--window", "8192", "--memory", "0.25").splitlines()
+    parts = [line.split() for line in table if line.startswith("  ")]
+    assert all(float(amount) > 0 for _, amount, unit in (part for part in parts if part[-1] in ("GiB", "MiB")))
+    assert all(float(part[-2]) > 0 for part in parts if part[-1] == "s")
+    assert plan.amount(0.004) == "4.1 MiB"
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [("tinny", "tiny"), ("Lama 2 7B", "Llama 2 7B"), ("data/tiny-lama", "data/tiny-llama"), ("/tmq/model", "")],
+)
+def test_a_misspelt_model_or_folder_is_no_name_on_the_hub(capsys, monkeypatch, misspelt, meant):
+    monkeypatch.setattr(sys, "argv", ["plan", misspelt, "--window", "4096", "--memory", "8"])
+    with pytest.raises(SystemExit):
+        plan.arguments()
+    said = capsys.readouterr().err
+    assert f"unknown model {misspelt!r}" in said
+    assert f"did you mean {meant!r}?" in said if meant else "did you mean" not in said
+
+
+def test_an_owner_and_a_name_are_a_model_on_the_hub(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan", "owner/model", "--window", "4096", "--memory", "8"])
+    assert plan.arguments().model == "owner/model"
