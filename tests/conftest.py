@@ -1,13 +1,17 @@
 """A random Llama of a few thousand weights, on disk like a real one."""
 
+import ast
 import dataclasses
+import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Lora, Preset, Scaling
 
@@ -60,3 +64,13 @@ def small_preset(folder: Path, **base: object) -> Preset:
     tiny = load_preset("tiny")
     extension = dataclasses.replace(tiny.extension, window=RAISED.window, method="abf", rope_base=RAISED.base)
     return dataclasses.replace(tiny, base=dataclasses.replace(tiny.base, **numbers), extension=extension)
+
+
+def functions_of(notebook: str) -> SimpleNamespace:
+    """The functions that a notebook defines, each by its name, with what the notebook imports."""
+    cells = json.loads((REPOSITORY / "notebooks" / f"{notebook}.ipynb").read_bytes())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    names: dict[str, object] = {}
+    exec(ast.unparse([line for line in ast.parse(code).body if isinstance(line, kinds)]), names)
+    return SimpleNamespace(**{name: value for name, value in names.items() if name != "__builtins__"})

@@ -2,13 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import new_llama
+from conftest import functions_of, new_llama
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.evaluation.perplexity import (
     Reader,
     bucket_sums,
-    key_tokens,
     nll_in_windows,
     nll_table,
     padded,
@@ -16,12 +15,10 @@ from llama_long_utils.evaluation.perplexity import (
     paired_table,
     perplexity,
     random_stretches,
-    separate_windows,
     sliding_window,
     token_nll,
     unpadded,
 )
-from llama_long_utils.evaluation.power_law import fit_power_law
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.records import read_published
 
@@ -91,11 +88,13 @@ def test_bootstrap_draws_whole_documents():
     assert (weights.sum(axis=1) == 7).all()
 
 
+LAW = functions_of("06_perplexity_by_position")
+
+
 def test_power_law_finds_its_own_parameters():
     context = 2.0 ** np.arange(1, 14)
-    law = fit_power_law(context, (25.4 / context) ** 0.45 + 1.56)
-    assert (law.alpha, law.beta, law.gamma) == pytest.approx((25.4, 0.45, 1.56), rel=1e-3)
-    assert law.rmse < 1e-6
+    found = LAW.fit(context, (25.4 / context) ** 0.45 + 1.56)
+    assert found == pytest.approx({"alpha": 25.4, "beta": 0.45, "gamma": 1.56, "rmse": 0}, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("size", ["7B", "13B", "70B"])
@@ -104,11 +103,11 @@ def test_power_law_fits_the_published_curves_as_well_as_the_paper_s_own_paramete
     context = np.array(published["figure_1"]["context"], dtype=float)
     loss = np.array(published["figure_1"]["loss"][size])
     printed = published["figure_1_power_law"][size]
-    law = fit_power_law(context, loss)
-    paper = (printed["alpha"] / context) ** printed["beta"] + printed["gamma"]
-    ours, theirs = (np.mean((np.log(curve) - np.log(loss)) ** 2) for curve in (law(context), paper))
+    found = LAW.fit(context, loss)
+    curves = [LAW.law(context, np.log(one["alpha"]), one["beta"], one["gamma"]) for one in (found, printed)]
+    ours, theirs = (np.mean((np.log(curve) - np.log(loss)) ** 2) for curve in curves)
     assert ours <= theirs  # least squares in log-loss cannot do worse
-    assert (law.beta, law.gamma) == pytest.approx((printed["beta"], printed["gamma"]), abs=0.025)
+    assert (found["beta"], found["gamma"]) == pytest.approx((printed["beta"], printed["gamma"]), abs=0.025)
 
 
 def test_a_context_longer_than_any_document_is_refused():
@@ -150,16 +149,13 @@ def test_sliding_window_scores_the_same_tokens_with_a_bounded_context():
         nll_in_windows(model, text(50), 16)
 
 
-def test_separate_windows_are_texts_of_their_own():
+def test_every_second_window_is_a_text_of_its_own():
     model, document = new_llama(seed=0), text(64)
-    nll = separate_windows(nll_in_windows(model, document, 16)).reshape(4, 15)
-    for number in range(4):
+    for number, nll in enumerate(nll_in_windows(model, document, 16)[::2]):
         ids = document.token_ids[16 * number : 16 * (number + 1)].copy()
         ids[0] = document.token_ids[0]
         alone = token_nll(model, TokenizedDocument("mine", "a", ids), 16)
-        np.testing.assert_allclose(nll[number], alone, atol=1e-4)
-    with pytest.raises(ValueError, match=r"6 windows .* leave half a window over"):
-        separate_windows(nll_in_windows(model, text(56), 16))
+        np.testing.assert_allclose(nll, alone, atol=1e-4)
 
 
 def test_perplexity_is_of_the_mean_over_the_units_asked_for():
@@ -172,14 +168,6 @@ def test_perplexity_is_of_the_mean_over_the_units_asked_for():
     assert np.isnan(perplexity([np.array([]), np.array([])], **OPTIONS)["perplexity"])
     many = perplexity([np.full(5, value) for value in np.linspace(2, 3, 20)], **OPTIONS)
     assert many["low"] < many["perplexity"] < many["high"]
-
-
-def test_key_tokens_are_cheap_and_dear_without_the_far_context():
-    full, sliding = np.full((1, 8), 3.0), np.full((1, 8), 3.0)
-    full[0, 2], sliding[0, 2] = 1.0, 5.0
-    full[0, 5], sliding[0, 5] = 2.5, 5.0  # not cheap enough
-    full[0, 6], sliding[0, 6] = 1.0, 2.9  # not dear enough
-    assert np.flatnonzero(key_tokens(full, sliding)).tolist() == [2]
 
 
 def test_one_document_of_each_source_is_read_further():

@@ -41,7 +41,7 @@ def nll_in_windows(model: Model, document: TokenizedDocument, window: int) -> np
     """NLL of a document read in windows that slide by half their length, in nats: shape (windows, window - 1), float32.
 
     Each window is a text of its own: BOS stands in place of its first token, which is not scored.
-    `sliding_window` and `separate_windows` choose from it.
+    `sliding_window` chooses from it; every second row is a window that knows nothing of those beside it.
 
     Raises:
         ValueError: the length is not a multiple of half a window.
@@ -70,20 +70,6 @@ def sliding_window(rows: np.ndarray) -> np.ndarray:
     half = (rows.shape[-1] + 1) // 2
     later = rows[..., half - 1 :]
     return np.concatenate([rows[..., 0, : half - 1], later.reshape(*later.shape[:-2], -1)], axis=-1)
-
-
-def separate_windows(rows: np.ndarray) -> np.ndarray:
-    """The tokens of every second window of `nll_in_windows`: side by side, they know nothing of each other.
-
-    Shape (..., windows, window - 1) -> (..., scored tokens).
-
-    Raises:
-        ValueError: the text does not end with a window.
-    """
-    if rows.shape[-2] % 2 == 0:
-        raise ValueError(f"{rows.shape[-2]} windows that overlap by half leave half a window over: cut the text")
-    apart = rows[..., ::2, :]
-    return apart.reshape(*apart.shape[:-2], -1)
 
 
 @dataclass(frozen=True)
@@ -230,17 +216,6 @@ def paired_difference(
     """Mean NLL of `first` minus `second` at positions [low, high), with its 95% interval, in nats."""
     table = paired_table(first, second, [low, high], **options)
     return tuple(map(float, table.loc[0, ["nll", "low", "high"]]))
-
-
-KEY_GAIN, KEY_LOSS = 2.0, 2.0  # nats; alpha and -beta in LongPPL (arXiv:2410.23771)
-
-
-def key_tokens(full: np.ndarray, sliding: np.ndarray) -> np.ndarray:
-    """Which tokens LongPPL scores: those that the long context makes KEY_GAIN nats cheaper, and cheaper than KEY_LOSS.
-
-    `full` and `sliding` are NLL of the same tokens, from `token_nll` and `sliding_window`.
-    """
-    return (sliding - full > KEY_GAIN) & (full < KEY_LOSS)
 
 
 def perplexity(

@@ -131,32 +131,6 @@ def _wrote(item: RetrievalItem, written: str) -> str:
     return "other" if of_others >= 80 and of_others > of_answer else "else"  # four of a number's five digits
 
 
-def rouge_l_by_chance(rows: pd.DataFrame) -> pd.Series:
-    """Mean ROUGE-L of what was written against the answers to the OTHER questions of the same arm, task and length.
-
-    What the right form alone is worth, with the right answer nowhere in sight. NaN where nothing was written.
-    """
-    found = {}
-    for _, group in rows.dropna(subset="rouge_l").groupby(["arm", "task", "length"]):
-        answers = group.drop_duplicates("number")
-        for row in group.itertuples():
-            others = answers.answer[answers.number != row.number]
-            found[row.Index] = np.mean([rouge_l(answer, row.written) for answer in others]) if len(others) else np.nan
-    return pd.Series(found, index=rows.index, dtype=float)
-
-
-def effective_length(rows: pd.DataFrame, threshold: float) -> int:
-    """The longest length at which the share of exact answers is at least the threshold, there and at all shorter ones.
-
-    Where every question is asked at several depths the worst depth counts. 0 where the shortest length fails; lengths
-    without generation do not count.
-    """
-    several = rows.groupby(["length", "number"]).depth.nunique().max() > 1
-    shares = rows.dropna(subset="exact").groupby(["length", "depth"] if several else ["length"]).exact.mean()
-    worst = shares.groupby("length").min()
-    return int([0, *worst.index][int(np.cumprod(worst >= threshold).sum())])
-
-
 def rouge_l(answer: str, written: str) -> float:
     """ROUGE-L (Lin, 2004) of what was written, cut to as many words as the answer has: F1 of the longest common
     subsequence of lower-case words, from 0 to 100. A base model does not know where to stop, hence the cut."""

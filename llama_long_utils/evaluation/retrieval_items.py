@@ -72,9 +72,6 @@ class Question:
     others: tuple[str, ...] = ()
 
 
-MOST_QUESTIONS = 1000  # of a task and length: building them takes minutes
-
-
 def make_items(
     documents: Sequence[TokenizedDocument],
     tokenizer: PreTrainedTokenizerBase,
@@ -84,10 +81,6 @@ def make_items(
     seed: int,
 ) -> dict[tuple[str, int], list[RetrievalItem]]:
     """Questions of every task at every length of the settings, by (task, length); of the first sentence, exact ones."""
-    if not 1 <= questions <= MOST_QUESTIONS:
-        raise ValueError(
-            f"questions = {questions}: ask 1 to {MOST_QUESTIONS:,}, or None for as many as the preset says"
-        )
     few = replace(settings, documents=min(questions, settings.documents))
     items = {}
     for length in settings.lengths:
