@@ -9,6 +9,7 @@ import json
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from io import BytesIO
@@ -22,10 +23,7 @@ from llama_long_utils.progress import progress_bar
 
 T = TypeVar("T")
 KEY = "__key__"  # the member of an .npz that holds its key
-
-
-class NotWhole(Exception):
-    """A file of the cache is truncated, altered or of another key."""
+DAMAGES = (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error)  # what a read raises
 
 
 def digest(*parts: Any) -> str:
@@ -102,11 +100,8 @@ class Cache:
     ) -> list[Any]:
         """What was measured of every item, in their order; those in the file are not measured again.
 
-        Args:
-            measure: gives one result, as JSON has it, for each of a few items.
-            item_key: everything that an item's result depends on.
-            at_once: items measured between two writes of the file.
-            progress: what is measured, for the bar that a person sees; default: the name.
+        `measure` gives one result, as JSON has it, for each of a few items: `at_once` between two writes of the file.
+        `item_key` is all that an item's result depends on; `progress` says what is measured, in place of the name.
         """
         path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
         done: dict[str, Any] = _read(path, lambda: _read_json(path, key)) or {}
@@ -128,31 +123,24 @@ def _read(path: Path, read: Callable[[], T]) -> T | None:
         return None
     try:
         return read()
-    except NotWhole as error:
+    except DAMAGES as error:
         print(f"{path.name} in {path.parent.name}/ is not whole ({error}): made again", flush=True)
         return None
 
 
 def _read_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            found = dict(stored)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        raise NotWhole(error) from None
+    with np.load(path, allow_pickle=False) as stored:
+        found = dict(stored)
     if str(found.pop(KEY, "")) != key:
-        raise NotWhole("it holds something else")
+        raise ValueError("it holds something else")
     return found
 
 
 def _read_json(path: Path, key: dict[str, Any]) -> Any:
-    try:
-        stored = json.loads(path.read_bytes())
-        content, checksum, found = stored["content"], stored["sha256"], stored["key"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise NotWhole(error) from None
-    if found != key or checksum != _checksum(content):
-        raise NotWhole("its checksum or its key differs")
-    return content
+    stored = json.loads(path.read_bytes())
+    if stored["key"] != key or stored["sha256"] != _checksum(stored["content"]):
+        raise ValueError("its checksum or its key differs")
+    return stored["content"]
 
 
 def _write_json(path: Path, key: dict[str, Any], content: Any) -> None:

@@ -53,36 +53,13 @@ TRAININGS = {
 TRAININGS |= {f"{name}-equal-seconds": (f"{TRAININGS[name][0]}, equal seconds", *TRAININGS[name][1:])
               for name in ("short", "pose", "s2")}  # fmt: skip
 KINDS = {"arm": ARMS, "method": METHODS, "training": TRAININGS}
-COLOURS, METHOD_COLOURS, TRAINING_COLOURS = ({name: one[1] for name, one in kind.items()} for kind in KINDS.values())
-LABELS, METHOD_LABELS, TRAINING_LABELS = ({name: one[0] for name, one in kind.items()} for kind in KINDS.values())
+COLOURS = {name: colour for name, (_, colour, _) in ARMS.items()}
 
 
 def use_style() -> None:
     """Set the one style of all figures."""
     sns.set_theme(context="notebook", style="ticks")
-    plt.rcParams.update(
-        {
-            "figure.figsize": (8.0, 4.2),
-            "figure.dpi": 110,
-            "figure.constrained_layout.use": True,
-            "axes.prop_cycle": plt.cycler(color=[BLUE, RED, TEAL, PURPLE, AMBER, PINK, BLACK, GREY]),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 12,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.labelsize": 11,
-            "axes.grid": True,
-            "grid.alpha": 0.35,
-            "grid.linewidth": 0.6,
-            "xtick.labelsize": 10,
-            "ytick.labelsize": 10,
-            "legend.frameon": False,
-            "legend.fontsize": 10,
-            "lines.linewidth": 1.8,
-            "lines.markersize": 5,
-        }
-    )
+    plt.style.use(Path(__file__).with_suffix(".mplstyle"))
 
 
 def look(name: str, kind: str = "arm") -> dict[str, Any]:
@@ -91,18 +68,16 @@ def look(name: str, kind: str = "arm") -> dict[str, Any]:
     return {"label": label, "color": colour, "marker": marker, "linestyle": "-" if marker else "--"}
 
 
-def by_position(axes: Axes, table: pd.DataFrame, *, value: str = "nll", name: str = "arm", kind: str = "arm") -> None:
-    """Lines over the middles of position buckets, with bands from low to high where the table has them.
+def by_position(axes: Axes, table: pd.DataFrame) -> None:
+    """NLL over the middles of position buckets, a line for each arm, with bands where the table has low and high.
 
-    Args:
-        table: columns `name`, position_low, position_high, `value` and, for bands, low and high. Arms without a
-            marker (controls) are dashed and have no band.
+    Its other columns: arm, position_low, position_high, nll. Arms without a marker (controls) are dashed, without band.
     """
     ticks = set()
-    for one, rows in table.groupby(name, sort=False):
-        form = look(one, kind)
+    for arm, rows in table.groupby("arm", sort=False):
+        form = look(arm)
         centre = np.sqrt(rows.position_low * rows.position_high)
-        axes.plot(centre, rows[value], markersize=4, **form)
+        axes.plot(centre, rows.nll, markersize=4, **form)
         if "low" in rows and form["marker"]:
             axes.fill_between(centre, rows.low, rows.high, color=form["color"], alpha=0.15, linewidth=0)
         ticks |= {*rows.position_low, *rows.position_high}
@@ -116,7 +91,6 @@ def intervals(
     *,
     row: str,
     colour: str | None = None,
-    kind: str = "arm",
     value: str = "value",
     samples: str | None = None,
     zero: float | None = None,
@@ -125,21 +99,19 @@ def intervals(
 ) -> None:
     """One line of the figure for each value of column `row`, top down: a marker at `value`, a bar from low to high.
 
-    Where low is missing there were fewer than eight samples, and the samples themselves are drawn.
-
     Args:
-        table: columns `row`, `value`, low, high and those named by the other arguments.
+        table: columns `row`, `value`, low, high (missing of fewer than eight samples), and those named below.
         colour: column that tells markers in one line apart; they stand below each other, and a legend names them.
-        samples: column with a sequence of numbers in each cell, or None.
+        samples: column with a sequence of numbers in each cell, which are drawn as well.
         zero: where to draw the line of no difference.
-        styles: how the values of `colour` look, in place of `look(value, kind)`.
+        styles: how the values of `colour` look, where they are no arms.
         names: the values of `row` in their order, where panels share them; default: as they come.
     """
     names = list(dict.fromkeys([*names, *table[row]]))
     groups = list(dict.fromkeys(table[colour])) if colour else [None]
     for number, group in enumerate(groups):
         part = table[table[colour] == group] if colour else table
-        form = {"color": BLUE, "marker": "o"} if group is None else dict((styles or {}).get(group) or look(group, kind))
+        form = {"color": BLUE, "marker": "o"} if group is None else dict((styles or {}).get(group) or look(group))
         form.pop("linestyle", None)
         heights = np.array([names.index(one) for one in part[row]]) + 0.22 * (number - (len(groups) - 1) / 2)
         axes.hlines(heights, part.low, part.high, color=form["color"], linewidth=1.6)
@@ -162,16 +134,11 @@ def mark_window(axes: Axes, window: int, text: str = "old window") -> None:
 
 
 def save_figure(figure: Figure, folder: Path, slug: str, number: str, caption: str, alt: str) -> None:
-    """Write folder/SLUG.png, show it, and under it print its caption and what it shows in words.
+    """Write folder/SLUG.png (SLUG: "NN_what_it_shows"), show it, and print its caption and `alt` under it.
 
-    The words stand in the output's text. JupyterLab and nbconvert drop the alt text of an image's metadata, and an
-    `<img>` with its data inside is removed from notebooks that JupyterLab does not trust yet.
-
-    Args:
-        slug: "NN_what_it_shows".
-        number: the figure's number, for example "6.1".
-        caption: one or two sentences; say whether numbers are live, recorded or published.
-        alt: what a reader who cannot see the figure should know.
+    The caption says whether numbers are live, recorded or published; `alt` is what a reader who cannot see the figure
+    should know. It stands in the output's text, as JupyterLab and nbconvert drop the alt text of an image's metadata,
+    and JupyterLab removes an `<img>` with its data inside from notebooks that it does not trust yet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug}.png"

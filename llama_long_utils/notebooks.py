@@ -70,12 +70,7 @@ def show_table(table: pd.DataFrame, digits: int = 2) -> None:
 
 
 def start(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:
-    """The preset of a notebook, after its parameters were checked. Sets the style and silences the libraries.
-
-    Args:
-        namespace: the notebook's `globals()`.
-        parameters: the notebook's parameters and their types, see `preset_from_parameters`.
-    """
+    """As `preset_from_parameters`, with the notebook's `globals()`. Sets the style and silences the libraries."""
     preset = preset_from_parameters(namespace, parameters)
     _run.update(started=time.perf_counter(), parameters={name: namespace[name] for name in parameters})
     for name in ("transformers", "peft", "torch", "huggingface_hub"):
@@ -98,9 +93,7 @@ def live_or_recorded(
 ) -> tuple[pd.DataFrame, str]:
     """What to show, and where it comes from in words: a quick look's larger record if there is one, else `live`.
 
-    Args:
-        table: of the record; None: its arrays, which are columns.
-        own: the run is no quick look, or one of another adapter: show it.
+    `table` is the record's; None: its arrays, as columns. An `own` run is no quick look, or one of another adapter.
     """
     record = None if own else recorded(preset.name, slug)
     if record is None:

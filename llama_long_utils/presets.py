@@ -79,11 +79,8 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
     """The preset that a notebook's parameters ask for; ValueError for an unknown name or a value of the wrong type.
 
     papermill only warns about a parameter that the notebook does not have, and defines it. Names are checked once in a
-    kernel: cells that run again find the variables of the others there.
-
-    Args:
-        namespace: the notebook's `globals()`, in the cell right after the parameters.
-        parameters: the names that the notebook has, and their types, such as str, int | None or `settings.Share`.
+    kernel: cells that run again find the variables of the others there. `namespace` is the notebook's `globals()` in
+    the cell right after its `parameters`, which come with their types, such as str, int | None or `settings.Share`.
     """
     literals = (str, int, float, bool, list, dict, type(None))
     builtin = {"In", "Out", "exit", "quit"}

@@ -46,11 +46,7 @@ def track(items: Collection[T], what: str) -> Iterator[T]:
 
 @contextmanager
 def progress_bar(what: str, total: int, already: int = 0) -> Iterator[Callable[[float], None]]:
-    """A function to be called with what is done so far, of `total`.
-
-    Args:
-        already: done before, for example by an interrupted run; the time left does not count it.
-    """
+    """A function to be called with what is done so far, of `total`; the time left does not count what was `already`."""
     way = "bar" if not headless() else "file" if FILE in os.environ else "" if in_kernel() else "line"
     started = time.monotonic()
     reported = started if way == "line" else -float("inf")  # a command says nothing in its first minute

@@ -43,15 +43,10 @@ def write_record(
     parameters: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Path:
-    """Write folder/SLUG.json, atomically.
+    """Write folder/SLUG.json: rows in long format, floats with six significant digits.
 
-    Args:
-        tables: rows in long format; floats are kept to six significant digits.
-        parameters: those of the notebook that differ from its defaults.
-        provenance: entries that are not those of this process and this notebook.
-
-    Raises:
-        ValueError: a number is infinite, or a table has no number that is not NaN; nothing is written.
+    `parameters` are those of the notebook that differ from its defaults, `provenance` entries in place of this
+    process' own. ValueError if a number is infinite or all of a table's numbers are NaN; then nothing is written.
     """
     for name, table in tables.items():
         numbers = table.select_dtypes("float").to_numpy(float)
@@ -84,11 +79,7 @@ def papermill_command(slug: str, parameters: dict[str, Any]) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read and validate a record.
-
-    Raises:
-        ValueError: the file is missing, half-written or not of this schema; the message says which.
-    """
+    """A record's content; ValueError if the file is missing, half-written or not of this schema."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

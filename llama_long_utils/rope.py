@@ -57,9 +57,7 @@ def yarn(
     """YaRN (arXiv:2309.00071, section 3): by parts as above, plus a temperature.
 
     The ramp runs over pair numbers, as in the authors' code and in transformers; the paper's own is linear in turns.
-
-    Returns:
-        Frequencies and the factor of cos and sin, 0.1 ln(factor) + 1 (its square scales the attention logits).
+    The factor of cos and sin is 0.1 ln(factor) + 1 (its square scales the attention logits).
     """
     pairs = len(inv_freq)
 

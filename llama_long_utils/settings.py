@@ -21,20 +21,12 @@ RopeBase = Annotated[float, Field(gt=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class MemorySavings:
-    """What a training step does to need less memory. Loss and gradients stay the same; 0 and false switch it off.
+    """What a training step does to need less memory. Loss and gradients stay the same; 0 and false switch it off."""
 
-    Attributes:
-        recomputed_layers: the first layers, which are computed again in the backward pass (gradient checkpointing). A
-            number above the model's layers means all of them.
-        tile: tokens that MLPs and norms compute at a time.
-        offload_checkpoints: the inputs of recomputed layers wait in host memory.
-        optimizer: its name in transformers; paged memory can move to the host.
-    """
-
-    recomputed_layers: NonNegativeInt
-    tile: NonNegativeInt
-    offload_checkpoints: bool
-    optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+    recomputed_layers: NonNegativeInt  # the first ones, computed again in the backward pass; all, if there are fewer
+    tile: NonNegativeInt  # tokens that MLPs and norms compute at a time
+    offload_checkpoints: bool  # the inputs of recomputed layers wait in host memory
+    optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]  # paged memory can move to the host
 
     def __str__(self) -> str:
         none = "no whole layer recomputed" if self.tile else "nothing recomputed"
@@ -47,20 +39,12 @@ class MemorySavings:
 
 @dataclass(frozen=True, config=STRICT)
 class TrainingSettings:
-    """Numbers of a training run. Tokens per step = window x sequences_per_step.
+    """Numbers of a training run. Tokens per step = window x sequences_per_step."""
 
-    Attributes:
-        window: tokens of a sequence.
-        reach: the highest position, in tokens. Above `window`, positions are skipped (PoSE).
-        pack: several documents in a sequence. Skipped positions and "s2" need false.
-        attention: full ("sdpa") or shifted sparse ("s2").
-        self_quoting_share: share of the sequences that quote themselves, at any distance.
-    """
-
-    window: PositiveInt
-    reach: PositiveInt
-    pack: bool
-    attention: Literal["sdpa", "s2"]
+    window: PositiveInt  # tokens of a sequence
+    reach: PositiveInt  # the highest position, in tokens; above `window`, positions are skipped (PoSE)
+    pack: bool  # several documents in a sequence; skipped positions and "s2" need false
+    attention: Literal["sdpa", "s2"]  # full, or shifted sparse
     steps: Steps
     sequences_per_step: PositiveInt
     sequences_at_once: PositiveInt
@@ -70,7 +54,7 @@ class TrainingSettings:
     gradient_clipping: PositiveFloat
     memory_savings: MemorySavings
     long_document_weight: PositiveFloat
-    self_quoting_share: ShareOrNone
+    self_quoting_share: ShareOrNone  # of the sequences quote themselves, at any distance
     checkpoint_every: PositiveInt
     seed: Seed
 
@@ -115,23 +99,17 @@ def raised_base(head_dim: int, base: float, window: int, new_window: int) -> flo
 class Scaling:
     """One setting of RoPE: a method by name and its numbers.
 
-    Args:
-        method: one of METHODS; "none" and "abf" (adjusted base frequency) are plain RoPE at `base`.
-        base: the RoPE base b; for "abf" and "xpos_abf" the raised one, for the others the pretrained one.
-        original_window, window: tokens the model was pretrained with, and tokens it is scaled to.
-        pair_factors: for "longrope", head_dim / 2 factors.
-        rotated_share: for "proportional", the share of pairs that turn.
-        pretrained: the base's own rule, where it is not plain RoPE: `rope_parameters` of its config without the base.
-            "none" keeps it; "abf" keeps it and raises its base.
+    `pretrained` is the base's own rule where it is not plain RoPE: `rope_parameters` of its config without the base.
+    Method "none" keeps it; "abf" keeps it and raises its base.
     """
 
-    method: Method
-    base: RopeBase
+    method: Method  # "none" and "abf" (adjusted base frequency) are plain RoPE at `base`
+    base: RopeBase  # for "abf" and "xpos_abf" the raised one, for the others the pretrained one
     head_dim: int
-    original_window: int
-    window: int
-    pair_factors: tuple[float, ...] = ()
-    rotated_share: float = 1.0
+    original_window: int  # tokens the model was pretrained with
+    window: int  # tokens it is scaled to
+    pair_factors: tuple[float, ...] = ()  # for "longrope", head_dim / 2 of them
+    rotated_share: float = 1.0  # for "proportional", of the pairs
     pretrained: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -246,19 +224,13 @@ class Lora:
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluation:
-    """What notebook 6 reads, and how it averages.
+    """What notebook 6 reads, and how it averages."""
 
-    Attributes:
-        tokens, far_tokens: of the stretches that are read of each held-out document, and of one of each source.
-        stretches, copied_documents: at most, of each document and for the test of copying.
-        bucket_edges: positions at which the buckets begin, and where the last one ends.
-    """
-
-    tokens: PositiveInt
-    far_tokens: PositiveInt
-    stretches: PositiveInt
-    copied_documents: PositiveInt
-    bucket_edges: Annotated[list[PositiveInt], Field(min_length=2)]
+    tokens: PositiveInt  # of the stretches that are read of each held-out document
+    far_tokens: PositiveInt  # of those of one document of each source
+    stretches: PositiveInt  # of each document, at most
+    copied_documents: PositiveInt  # for the test of copying, at most
+    bucket_edges: Annotated[list[PositiveInt], Field(min_length=2)]  # where buckets begin, and the last one ends
     bootstrap_samples: PositiveInt
     seed: Seed
 
@@ -270,23 +242,14 @@ class Evaluation:
 
 @dataclass(frozen=True, config=STRICT)
 class RetrievalTasks:
-    """Questions of notebook 7 besides the first sentence, and how they are scored.
+    """Questions of notebook 7 besides the first sentence, and how they are scored."""
 
-    Attributes:
-        questions: of each task and length.
-        depths: of the needle, as a share of the text before it, rising.
-        keys: statements of the multi-key task, one of which is asked for.
-        hops: references from the variable that is asked for to the one that is a number.
-        generate_up_to: longest prompt, in tokens, after which answers are generated, which takes its keys and values.
-        threshold: score that counts as retrieved, for the effective length.
-    """
-
-    questions: Questions
-    depths: Annotated[list[ShareOrNone], Field(min_length=1)]
-    keys: Annotated[int, Field(ge=2, le=100)]
-    hops: Annotated[int, Field(ge=0, le=20)]
-    generate_up_to: NonNegativeInt
-    threshold: Share
+    questions: Questions  # of each task and length
+    depths: Annotated[list[ShareOrNone], Field(min_length=1)]  # of the needle: share of the text before it, rising
+    keys: Annotated[int, Field(ge=2, le=100)]  # statements of the multi-key task, one of which is asked for
+    hops: Annotated[int, Field(ge=0, le=20)]  # references from the variable asked for to the one that is a number
+    generate_up_to: NonNegativeInt  # longest prompt, in tokens, that is answered in writing: keeps keys and values
+    threshold: Share  # score that counts as retrieved, for the effective length
 
 
 @dataclass(frozen=True, config=STRICT)

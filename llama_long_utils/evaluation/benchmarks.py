@@ -48,17 +48,14 @@ def measure(
 ) -> pd.DataFrame:
     """One row for each item, as `logged_items` has it, of tasks on arms.
 
-    Every answer is kept in runs/PRESET/benchmarks as soon as it is given, and a stopped run goes on from there.
+    Every answer is kept in runs/PRESET/benchmarks as soon as it is given, and a stopped run goes on from there. What is
+    unknown, does not fit or cannot be had is refused before a model is loaded.
 
     Args:
         names: of tasks in `folder`, or of tasks and groups of the harness ("hub:mmlu" where both have one).
         items: of each task, evenly spread over it; None: all of a short task, `long_count` of a long one per length.
         lengths: of the long tasks' prompts in tokens; empty: those of the preset's [retrieval].
-        adapter: a folder, as in `find_adapter`.
         allow_execution: run written programs without bubblewrap too, and those of the harness' own tasks.
-
-    Raises:
-        ValueError, RuntimeError: something is unknown, does not fit or cannot be had; before a model is loaded.
     """
     check_names(names, folder)
     for name, number in (("items", items), ("long_count", long_count)):
@@ -100,12 +97,8 @@ def measure(
 def load_tasks(names: Sequence[str], metadata: dict[str, Any], folder: Path = TASKS) -> dict[str, dict[str, Task]]:
     """Tasks of the harness by name given and own name: a group has several.
 
-    Args:
-        metadata: for tasks that make their items: `max_seq_lengths`, `tokenizer`, and what ours need besides.
-
-    Raises:
-        RuntimeError: a package or a data set cannot be had.
-        ValueError: it does not hold what it should.
+    `metadata` is for tasks that make their items: `max_seq_lengths`, `tokenizer`, and what ours need besides.
+    RuntimeError if a package or a data set cannot be had, ValueError if it does not hold what it should.
     """
     ours = TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
     theirs: TaskManager | None = None
@@ -161,10 +154,7 @@ def delta_table(items: pd.DataFrame, before: str = "base", after: str = "extende
     """Every metric of one arm minus another's, paired: `paired_accuracy` for right and wrong, else `paired_mean`.
 
     Columns: task, length, pair, metric, items, before, after, difference, low, high, discordant, p (the last two NaN
-    for means).
-
-    Raises:
-        ValueError: an arm is missing, or the arms were asked other items.
+    for means). ValueError if an arm is missing, or the arms were asked other items.
     """
     rows = []
     for (task, length), part in items.groupby(["task", "length"], sort=False):
@@ -207,11 +197,9 @@ def write_results(
     deltas: pd.DataFrame | None = None,
     **options: Any,
 ) -> Path:
-    """Write folder/08_benchmark_deltas.json, and beside it `item_arrays` as .npz.
+    """Write folder/08_benchmark_deltas.json, with `options` of `write_record`, and beside it `item_arrays` as .npz.
 
-    Args:
-        deltas: of `delta_table`; None: extended minus base.
-        options: `seconds`, `parameters` and `provenance`, as in `write_record`.
+    `deltas` are of `delta_table`; None: extended minus base.
     """
     write_arrays(folder / f"{SLUG}.npz", item_arrays(items))
     return write_record(

@@ -30,12 +30,9 @@ def write(
 ) -> list[str]:
     """What the model writes after each prompt, up to EOS or the first stop text.
 
-    Prompts of about the same length run together, padded on the left, so that a 4-bit weight is unpacked once for all.
-
-    Args:
-        prompts: texts, which BOS is put before, or token ids with it: int64 of shape (tokens,).
-        tokens: at most, of each answer.
-        tokens_at_once: of padded prompts in one batch; a longer prompt runs alone.
+    Prompts are texts, which BOS is put before, or token ids with it: int64 of shape (tokens,). Those of about the same
+    length run together, padded on the left, so that a 4-bit weight is unpacked once for all: `tokens_at_once` in a
+    batch, or one longer prompt. An answer has `tokens` at most.
     """
     rows = [_with_bos(tokenizer, prompt) for prompt in prompts]
     options |= {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}

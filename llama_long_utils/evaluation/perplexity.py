@@ -41,10 +41,8 @@ def nll_in_windows(model: Model, document: TokenizedDocument, window: int) -> np
     """NLL of a document read in windows that slide by half their length, in nats: shape (windows, window - 1), float32.
 
     Each window is a text of its own: BOS stands in place of its first token, which is not scored.
-    `sliding_window` chooses from it; every second row is a window that knows nothing of those beside it.
-
-    Raises:
-        ValueError: the length is not a multiple of half a window.
+    `sliding_window` chooses from it; every second row is a window that knows nothing of those beside it. ValueError if
+    the length is not a multiple of half a window.
     """
     if document.tokens < window or document.tokens % (window // 2):
         raise ValueError(
@@ -92,12 +90,9 @@ class Reader:
     ) -> np.ndarray:
         """What having read a passage before saves, in nats per token: float64 of shape (texts,).
 
-        A passage stands at the end, after a passage and `gap` tokens of the same text. Where it stands at the beginning
-        as well, it is read a second time; in the control another one does, and all the rest is the same.
-
-        Args:
-            texts: each of at least 1 + 2 `passage` + `gap` tokens.
-            skipped: tokens of the passage not counted, until it is known which one it is.
+        A passage stands at the end, after a passage and `gap` tokens of the same text (1 + 2 `passage` + `gap` tokens
+        in all). Where it stands at the beginning as well, it is read a second time; in the control another one does,
+        and all the rest is the same. Its first `skipped` tokens, until it is known which one it is, do not count.
         """
         nll = []
         for first in (1 + passage + gap, 1):
@@ -123,21 +118,11 @@ class Reader:
 def random_stretches(
     documents: Sequence[TokenizedDocument], length: int, *, at_most: int, seed: int, far_length: int = 0
 ) -> list[list[TokenizedDocument]]:
-    """Up to `at_most` stretches of `length` tokens from random places of each document, BOS first.
+    """Up to `at_most` stretches of `length` tokens from random places of each document that is long enough, BOS first.
 
-    Stretches of one document do not overlap; documents shorter than one stretch are left out. Read
-    from their beginnings instead, documents confound position with content: the opening of a speech
-    is easier to predict than its middle, in any context.
-
-    Args:
-        far_length: length of the stretches of one document of each source, the first that is long enough, where it is
-            more than `length`.
-
-    Returns:
-        One list of stretches for each document that is long enough.
-
-    Raises:
-        ValueError: no document is that long, or no stretch is asked for.
+    Stretches of one document do not overlap. Read from their beginnings instead, documents confound position with
+    content: the opening of a speech is easier to predict than its middle, in any context. In the first document of each
+    source that has them, stretches have `far_length` tokens. ValueError if no document is long enough.
     """
     if at_most < 1:
         raise ValueError(f"{at_most} stretches of a document: read at least one")

@@ -7,8 +7,6 @@ import numpy as np
 import pandas as pd
 
 Metrics = dict[str, Any]
-
-
 KEYS = ["task", "length", "arm", "item", "asked", "written"]
 
 
@@ -18,11 +16,8 @@ def logged_items(
     """One row for each item, from what the harness logged of one task or group.
 
     Columns: task, length (tokens of the prompts; 0: of no given length), arm, item (its name), asked (a hash of prompt
-    and right answer), written (text, if any was written), and one for each metric.
-
-    Args:
-        samples: by the harness' own name of a task; an item is one sample for each of the task's filters.
-        tokens: of each continuation whose likelihood was read, by (prompt, continuation).
+    and right answer), written (text, if any was written), and one for each metric. `samples` are by the harness' own
+    name of a task, one for each of its filters; `tokens` those of each (prompt, continuation) that was read.
     """
     rows = []
     for leaf, logged in samples.items():
@@ -68,12 +63,9 @@ def choice_metrics(
 ) -> Metrics:
     """Whether the right choice is the likeliest, in total and per character; its NLL per token, and its contrast.
 
-    A tie is wrong. `contrast` is how far the right choice's NLL per token is below the others' mean: what makes all of
-    them cheaper cancels out. Letters, of one character each, have no accuracy per character.
-
-    Args:
-        costs: NLL of the choices in nats.
-        answer: number of the right one.
+    `costs` are the choices' NLL in nats, `answer` the right one's number; a tie is wrong. `contrast` is how far its NLL
+    per token is below the others' mean: what makes all of them cheaper cancels out. Letters, of one character each,
+    have no accuracy per character.
     """
     per_token, per_character = costs / np.array(tokens), costs / np.array(characters)
     metrics = {"accuracy": float(costs[answer] < np.delete(costs, answer).min())}

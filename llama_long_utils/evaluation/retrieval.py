@@ -89,10 +89,7 @@ def score(
     probability (its exponential: the geometric mean over tokens), all_likeliest, same_tokens (whether greedy decoding
     writes the answer's tokens), rouge_l (0 to 100), exact (the answer's words), wrote ("answer", "other": what
     answers another question of `RetrievalItem.others`, or "else"), answer, written. What concerns generation is missing
-    at lengths beyond `tasks.generate_up_to`.
-
-    Args:
-        cache: keeps the rows, so that an interrupted run resumes; its inputs must name the model.
+    at lengths beyond `tasks.generate_up_to`. The inputs of `cache`, which keeps the rows, must name the model.
     """
 
     def measure(part: Sequence[RetrievalItem]) -> list[dict]:

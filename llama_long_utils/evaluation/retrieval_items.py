@@ -29,23 +29,17 @@ PLACES = ("stairs", "bridge", "floor", "oak", "table", "roof", "chapel", "well")
 
 @dataclass(frozen=True)
 class RetrievalItem:
-    """A question: `prompt` ends in the cue; `answer`, whose tokens are `answer_ids`, should follow. Ids are int64.
-
-    Attributes:
-        number: of the question within its task; the same one at every length and depth asks for the same answer.
-        depth, place: of the statement, as a share of the text before it: asked, and got at the end of a sentence.
-        others: answers to other questions: other keys' numbers; the example's number, and the chain's other variables.
-    """
+    """A question: `prompt` ends in the cue; `answer`, whose tokens are `answer_ids`, should follow. Ids are int64."""
 
     document: str
     prompt: np.ndarray
     answer: str
     answer_ids: np.ndarray
     task: str = "first_sentence"
-    number: int = 0
-    depth: float = 0.0
-    place: float = 0.0
-    others: tuple[str, ...] = ()
+    number: int = 0  # within its task: the same one at every length and depth asks for the same answer
+    depth: float = 0.0  # of the statement, as a share of the text before it, as asked
+    place: float = 0.0  # the same, got at the end of a sentence
+    others: tuple[str, ...] = ()  # answers to other keys, or the example's number and the chain's other variables
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -103,11 +97,9 @@ def first_sentence_items(
     """Questions about as many documents as the settings say, prompt and answer `length` tokens together.
 
     The passage begins at a random sentence, the same at every length, since openings may be known by heart. ValueError
-    if no document has a fitting sentence with enough text after it.
-
-    Args:
-        exact: leave room for exactly the answer's tokens, and keep the text's line breaks in cue and answer, so that
-            the answer's tokens are those of the passage; else leave room for `answer_tokens`, and part words by spaces.
+    if no document has a fitting sentence with enough text after it. `exact` leaves room for exactly the answer's tokens
+    and keeps the text's line breaks, so that these tokens are the passage's; else there is room for `answer_tokens`,
+    and spaces part words.
     """
     items = []
     fewest, most = (settings.cue_words + words for words in settings.answer_words)
@@ -159,9 +151,7 @@ def planted_items(
     at the end of the sentence nearest to its depth. Question `number` has the same stretch (its beginning where less
     is asked for), statements and depths at every length of the settings and however many questions there are. Each
     needle is asked for at every one of `tasks.depths`, in the same text; the other tasks spread their depths.
-
-    Raises:
-        ValueError: the task is unknown, no document is long enough, or the statements do not fit into the length.
+    ValueError if the task is unknown, no document is long enough, or the statements do not fit into the length.
     """
     if task not in PLANTED:
         raise ValueError(f"unknown task {task!r}: use one of {list(PLANTED)}")

@@ -20,9 +20,8 @@ SEED = 0
 class Bootstrap:
     """Resampled units (documents or items), the same for every arm, so that differences are paired.
 
-    Attributes:
-        kinds: of each unit. With them kinds are drawn first, and within each draw its units: units of one kind
-            (speeches, plays) are alike, so that nine documents of three kinds tell less than nine of nine.
+    With `kinds`, one for each unit, kinds are drawn first, and within each draw its units: units of one kind (speeches,
+    plays) are alike, so that nine documents of three kinds tell less than nine of nine.
     """
 
     units: int
@@ -47,9 +46,7 @@ class Bootstrap:
     def interval(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bounds of sum(sums) / sum(counts) over units, each of shape (columns,); NaN of fewer units than `FEWEST`.
 
-        Args:
-            sums: per unit and column (of NLL in nats, for example), shape (units, columns).
-            counts: what to divide by (tokens), of the same shape; 0 where a unit has nothing in a column.
+        Both have shape (units, columns), for example nats and tokens; counts are 0 where a unit has nothing.
         """
         weights = self.weights()
         with np.errstate(invalid="ignore"):  # a sample may miss every unit of a column: 0 / 0

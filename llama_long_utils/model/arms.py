@@ -51,16 +51,11 @@ def load_arm(
     attention: str = "sdpa",
     scaling: Scaling | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The model of an arm in eval mode; everything that is cheap was checked before its weights are read.
+    """The model of an arm in eval mode; everything that is cheap is checked before its weights are read.
 
-    Args:
-        adapter: its folder, for the arms that have one; default: what `find_adapter` finds.
-        quantized, dtype, attention: as in `load_base`; default of dtype: the preset's.
-        scaling: in place of the arm's own RoPE.
-
-    Raises:
-        ValueError: the arm, its base or its adapter is not as the preset says.
-        RuntimeError: the base is not here and cannot be downloaded.
+    The adapter, for the arms that have one, is in a folder, by default what `find_adapter` finds; the other options are
+    those of `load_base`. ValueError if the arm, its base or its adapter is not as the preset says, RuntimeError if the
+    base is not here and cannot be downloaded.
     """
     rope = scaling or arm_scaling(preset, arm)
     folder = locate_base(preset)

@@ -138,11 +138,9 @@ def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
-    """Bytes of each component at the moment when one training step needs most memory.
+    """Bytes of each of COMPONENTS at the moment when one training step needs most memory, and the most on the "host".
 
-    Returns:
-        Bytes by name: those of COMPONENTS, whose sum is the peak, and the most that offloading keeps on the "host".
-        Linear layers are taken as NF4 with double quantisation, but for the head; the optimizer's state exists.
+    Linear layers are taken as NF4 with double quantisation, but for the head; the optimizer's state exists.
     """
     recomputed = min(shape.memory_savings.recomputed_layers, config.num_hidden_layers)
     plain, first = config.num_hidden_layers - recomputed, min(recomputed, 1)
