@@ -72,7 +72,7 @@ class MovedBytes(TorchDispatchMode):
         output = operator(*arguments, **options)
         if operator is torch.ops.prim.device.default or any(name in operator.name() for name in ELSEWHERE):
             return output
-        made, read = tensors_in([output]), tensors_in([*arguments, *options.values()])
+        made, read = tensors_in(output), tensors_in([arguments, options])
         known = {tensor.untyped_storage()._cdata for tensor in read}
         is_new = any(tensor.untyped_storage()._cdata not in known for tensor in made)
         if is_new or operator._schema.is_mutable:

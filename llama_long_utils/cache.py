@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from llama_long_utils.paths import write_atomically
 from llama_long_utils.progress import progress_bar
+from llama_long_utils.records import write_arrays
 
 T = TypeVar("T")
 KEY = "__key__"  # the member of an .npz that holds its key
@@ -73,9 +73,7 @@ class Cache:
         found = _read(path, lambda: _read_arrays(path, key))
         if found is None:
             found = make()
-            content = BytesIO()
-            np.savez_compressed(content, **found, **{KEY: np.array(key)})  # a zip: each member has a CRC
-            write_atomically(path, content.getvalue())
+            write_arrays(path, {**found, KEY: np.array(key)})  # a zip: each member has a CRC
         return found
 
     def value(self, name: str, make: Callable[[], T], **inputs: Any) -> T:

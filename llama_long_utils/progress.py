@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,8 +57,9 @@ def progress_bar(what: str, total: int, already: int = 0) -> Iterator[Callable[[
         now = time.monotonic()
         if way and now - reported >= PAUSE[way]:
             reported, share = now, count / max(total, 1)
-            left = (total - count) * (now - started) / (count - already) if count > already else None
-            _report(way, share, f"{what}: {share:.0%}" + (f", about {duration(left)} left" if left else ""))
+            left = (total - count) * (now - started) / (count - already) if count > already else 0
+            time_left = f", about {timedelta(seconds=round(left))} left" if left else ""
+            _report(way, share, f"{what}: {share:.0%}{time_left}")
 
     done(already)
     try:
@@ -65,13 +67,6 @@ def progress_bar(what: str, total: int, already: int = 0) -> Iterator[Callable[[
     finally:
         if way != "line":
             _report(way, None, "")
-
-
-def duration(seconds: float) -> str:
-    """75 -> "1:15", 4000 -> "1:06:40"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _report(way: str, share: float | None, text: str) -> None:

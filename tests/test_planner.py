@@ -21,7 +21,6 @@ from llama_long_utils.training.memory_savings import apply_memory_savings
 from llama_long_utils.training.planner import (
     GIB,
     USABLE,
-    attention_crossover,
     model_shape,
     plan,
     plan_training,
@@ -90,7 +89,10 @@ def test_recomputed_products_are_those_that_torch_does_again(recomputed, tile):
 
 def test_attention_takes_over_at_twelve_hidden_sizes_of_the_papers_model():
     classic = LlamaConfig(hidden_size=512, intermediate_size=512 * 8 // 3, num_attention_heads=8, vocab_size=128)
-    assert attention_crossover(classic) == pytest.approx(12 * 512, rel=0.001)
+    passes = {"linear": 3, "attention": 4.5}  # with every layer recomputed
+    flops = step_flops(classic, LORA, 12 * 512, replace(NOTHING, recomputed_layers=1000))
+    one, other = (flops[name] / times for name, times in passes.items())
+    assert one == pytest.approx(other, rel=0.001)
 
 
 @pytest.fixture(autouse=True, scope="module")

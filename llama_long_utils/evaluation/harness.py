@@ -123,16 +123,11 @@ class Llama(TemplateLM):
         context, right = self._encode_pair(request.args[0], request.args[1]["right"])
         ids, start, cache = torch.tensor([context + right]), len(context) - 1, DynamicCache(config=self.model.config)
         self._logits(ids[:, :start], past_key_values=cache, logits_to_keep=1)
-        likelihood, _, tokens = _likelihood(self._logits(ids[:, start:-1], past_key_values=cache)[0], right)
+        logits = self._logits(ids[:, start:-1], past_key_values=cache)[0]
+        likelihood = logits.float().log_softmax(-1).gather(-1, torch.tensor(right, device=logits.device)[:, None]).sum()
         cache.crop(-len(right))
         (written,) = self._write([request], past_key_values=cache)
-        return {"answer_nll": -likelihood / tokens, "written": written}
-
-
-def _likelihood(logits: torch.Tensor, continuation: list[int]) -> tuple[float, bool, int]:
-    ids = torch.tensor(continuation, device=logits.device)
-    log_probabilities = logits.float().log_softmax(-1).gather(-1, ids[:, None])
-    return float(log_probabilities.sum()), bool((logits.argmax(-1) == ids).all()), len(continuation)
+        return {"answer_nll": -float(likelihood) / len(right), "written": written}
 
 
 def check_lengths(requests: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, window: int) -> None:

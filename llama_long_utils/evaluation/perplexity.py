@@ -11,16 +11,14 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 
 VERSION = 1  # of what `Reader` keeps: raise it when an NLL changes
-Model = PreTrainedModel | PeftModel
 Stretches = Sequence[Sequence[TokenizedDocument]]  # of each document, from `random_stretches`
 
 

@@ -12,7 +12,6 @@ The same steps run with real tensors (`random_llama.py`), to compare.
 import json
 import weakref
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from llama_long_utils.cache import Cache
@@ -85,7 +85,7 @@ class StorageTracker(TorchDispatchMode):
         if operator is torch.ops.prim.device.default:  # most calls by far: autograd asks again and again
             return arguments[0].fake_device
         output = operator(*arguments, **(options or {}))
-        for tensor in tensors_in([output]):
+        for tensor in tensors_in(output):
             self.add(tensor)
         if self.gpu and operator is ATTENTION_BACKWARD:
             workspace = attention_workspace(*arguments[1:3])
@@ -126,15 +126,9 @@ def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
     return batch * heads * length * (4 * width + 4 + 4 * width * (key.shape[1] < heads))
 
 
-def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:
-    """The tensors among an operator's arguments or results, those in lists too."""
-    found = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += tensors_in(value)
-    return found
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments or results."""
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:

@@ -73,15 +73,6 @@ def step_flops(config: LlamaConfig, lora: Lora, length: int, memory_savings: Mem
     }
 
 
-def attention_crossover(config: LlamaConfig) -> int:
-    """The length in tokens from which causal attention costs more than all linear layers of a decoder layer.
-
-    The paper counts the whole square, and an MLP of 4h: its 6h is our 12h.
-    """
-    shapes = linear_shapes(config)
-    return sum(inputs * outputs for inputs, outputs in shapes.values()) // shapes["o_proj"][0]
-
-
 @dataclass(frozen=True)
 class Plan:
     """Memory savings, the predicted peak on the device and on the host in GiB, and a step's operations."""
