@@ -50,6 +50,17 @@ def test_no_tracked_file_holds_a_path_of_this_machine():
         assert str(REPOSITORY).encode() not in path.read_bytes(), path
 
 
+def test_links_of_pages_lead_to_files_and_headings():
+    for page in (path for path in tracked() if path.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+            name, _, anchor = target.partition("#")
+            other = page.parent / name if name else page
+            assert target.startswith("https://") or other.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"(?m)^#+ (.+)$", other.read_text("utf-8")) if anchor and other.is_file() else []
+            there = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert target.startswith("https://") or not anchor or anchor in there, f"{page.name}: {target}"
+
+
 PACKAGE = REPOSITORY / "llama_long_utils"
 # Lowest first. A file imports from its own layer and those below it.
 LAYERS = (

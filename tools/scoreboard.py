@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.race_results import RaceResults, race_results
-from experiments.real_models import DoseResults, read_dose_results
+from experiments.real_models import DoseResults, attention_share, read_dose_results
 from llama_long_utils.evaluation.statistics import FEWEST
 from llama_long_utils.notebooks import measured
 from llama_long_utils.presets import load_preset
@@ -371,13 +371,11 @@ def _full_attention(attention: dict[str, Any]) -> Line:
     record = recorded("gpu", "04_one_gpu_budget")
     steps, device = record.table("steps"), record.content["provenance"]["device"]
     plain = steps[(steps.model == "Llama 2 7B") & steps.contender.str.startswith("Trainer")].sort_values("context")
-    # Seconds per token grow by the same amount with every token of context: that growth is attention.
-    slope, rest = np.polyfit(plain.context, 1 / plain.tokens_per_second, 1)
-    share = slope * crossing["7B"] / (slope * crossing["7B"] + rest)
+    share = attention_share(plain, crossing["7B"])
     return Line(
         "Sparse attention is unnecessary below 6 h tokens",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
-        f"at {crossing['7B']:,} tokens attention takes {share:.0%} of a training step's time",
+        f"at {crossing['7B']:,} tokens attention takes {share:.0%} of a training step's time (notebook 4)",
         f"Llama 2 7B, 4-bit, random weights, one {device}, {len(plain)} lengths, no interval",
         f"{AGREES if share < 0.5 else DISAGREES}: in time; quality was not compared",
     )
@@ -421,8 +419,12 @@ def _of_doses(results: DoseResults) -> dict[str, str]:
             seen
         ),
         "planted statements found at twice the old window": found_in_all(results, results.largest("full"), 2 * old),
-        "the same with the raised base, untrained": found_in_all(results, "raised-nf4", 2 * old),
-        "the same by the base in its own window": found_in_all(results, "base-nf4", old),
+        "the same with the raised base, untrained; with YaRN, untrained": "; ".join(
+            found_in_all(results, arm, 2 * old) for arm in ("raised-nf4", "yarn-nf4")
+        ),
+        "the same in its own window, by the base; by the control": "; ".join(
+            found_in_all(results, arm, old) for arm in ("base-nf4", results.largest("control"))
+        ),
     }
 
 

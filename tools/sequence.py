@@ -135,8 +135,7 @@ def links(slug: str) -> str:
     parts = []
     if place > 0:
         parts.append(f"← [{present[place - 1].title}]({present[place - 1].slug}.ipynb)")
-    start_page = "00_overview.ipynb"  # beside them, so that the link works wherever JupyterLab was started
-    parts.append(f"[all notebooks]({start_page if (FOLDER / start_page).is_file() else '../README.md#the-notebooks'})")
+    parts.append("[all notebooks](00_overview.ipynb)")  # beside them: it works wherever JupyterLab was started
     if place + 1 < len(present):
         parts.append(f"[{present[place + 1].title}]({present[place + 1].slug}.ipynb) →")
     return " · ".join(parts)
