@@ -5,14 +5,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.signal import correlate
 
-from experiments.attention import S2_GROUPS
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import FEWEST, Bootstrap
+from llama_long_utils.figures import BLUE, intervals, look, mark_window, plt, save_figure, token_axis
 from llama_long_utils.notebooks import measured, show_table
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.records import Record, read_arrays, read_table
@@ -65,6 +66,8 @@ def show_by_measure(table: pd.DataFrame, rows: str, *, sign: bool = True) -> Non
 
 
 def _attention_groups(settings: TrainingSettings) -> Iterator[tuple[slice, float]]:
+    from experiments.attention import S2_GROUPS  # with transformers, which is slow to import
+
     window = settings.window
     if settings.attention == "sdpa":
         yield slice(0, window), 1.0
@@ -106,6 +109,14 @@ class RaceResults:
     def lengths(self) -> list[int]:
         """Lengths at which first sentences were asked for."""
         return sorted(int(name.removeprefix("rouge_l_")) for name in self.arrays if name.startswith("rouge_l_"))
+
+    @property
+    def floor(self) -> float:
+        """ROUGE-L of the unscaled base's answers at the shortest length against the other documents' sentences."""
+        from llama_long_utils.evaluation.retrieval import rouge_l  # with transformers, which is slow to import
+
+        answer, written = (self.arrays[f"{name}_{self.lengths[0]}"] for name in ("answer", "written"))
+        return np.mean([rouge_l(right, text) for n, text in enumerate(written[0]) for right in np.delete(answer, n)])
 
     def measures(self, method: str, training: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By name, "NLL near" (the last bucket inside the old window), "NLL far" (the last), "ROUGE-L 256", ..."""
@@ -166,3 +177,67 @@ def race_results(preset: Preset, path: Path | None = None) -> RaceResults:
     arrays = read_arrays(path.with_suffix(".npz"))
     bootstrap = Bootstrap(len(arrays["documents"]), preset.evaluation.bootstrap_samples, preset.evaluation.seed)
     return RaceResults(read_table(path, "cost"), edges, arrays, bootstrap, preset.base.window)
+
+
+STYLES = {
+    "zero-shot": {"label": "zero-shot", "color": "0.5", "marker": "o"},
+    "full-length": {"label": "trained at full length", "color": BLUE, "marker": "s"},
+}
+LEFT_OUT = ("ntk", "dynamic_ntk", "proportional")  # of the drawing of retrieval, where lines would hide each other
+
+
+def draw_nll(to_abf: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
+    """A panel near and one far: NLL minus ABF's, untrained and trained. What lies beyond the axis is written there."""
+    limits, methods = (-0.18, 0.12), list(to_abf.method.drop_duplicates())
+    figure, panels = plt.subplots(1, 2, figsize=(10, 1.2 + 0.4 * len(methods)), sharey=True)
+    for panel, place in zip(panels, ("NLL near", "NLL far"), strict=True):
+        part = to_abf[(to_abf.measure == place) & to_abf.training.isin(STYLES)]
+        intervals(panel, part, row="method", colour="training", zero=0, styles=STYLES)
+        for row, beyond in part[part.value > limits[1]].groupby("method").value:
+            text = " and ".join(f"{value:+.2f}" for value in beyond) + " →"
+            panel.text(limits[1], methods.index(row), text, ha="right", va="center", fontsize=9, color="0.25")
+        panel.set(xlim=limits, xlabel=f"{place} minus ABF's (nats)")
+    panels[0].set_yticks(range(len(methods)), [look(name, "method")["label"] for name in methods])
+    panels[1].get_legend().remove()
+    alt = "A row for each method: near, most lie a little left of ABF; far, half lie at ABF and half beyond the axis."
+    save_figure(figure, folder, slug, number, caption, alt)
+
+
+def draw_retrieval(
+    results: RaceResults, published: dict[str, Any], folder: Path, slug: str, number: str, caption: str
+) -> None:
+    """ROUGE-L by length with its floor: untrained, trained at full length, and the paper's curves (Figure 5b)."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
+    scores = results.table()
+    scores = scores[scores.measure.str.startswith("ROUGE") & ~scores.method.isin(LEFT_OUT)]
+    for panel, way in zip(panels, [way for way in STYLES if way in set(scores.training)], strict=False):
+        for place, (name, line) in enumerate(scores[scores.training == way].groupby("method", sort=False)):
+            beside, form = np.array(results.lengths) * 1.035 ** (place - 3), look(name, "method")
+            panel.vlines(beside, line.low, line.high, color=form["color"], alpha=0.5, linewidth=1.2)
+            panel.plot(beside, line.value, markersize=4, **form)
+        panel.axhline(results.floor, color="0.5", linestyle="--", linewidth=1)
+        panel.set_title(f"ours, {STYLES[way]['label']}")
+        token_axis(panel, results.lengths, "length (tokens)")
+        mark_window(panel, results.window)
+    for name, line in published["rouge_l"].items():
+        panels[2].plot(published["length"], line, markersize=4, **look(name, "method"))
+    panels[2].set_title("Llama 2 7B, as published")
+    token_axis(panels[2], [256, 1024, 4096, 16384], "length (tokens)")
+    mark_window(panels[2], 4096)
+    panels[0].set(ylabel="ROUGE-L", ylim=(0, 112), yticks=range(0, 101, 20))  # room for the windows' names
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    alt = "Three panels of ROUGE-L against length: zero-shot, trained, and the paper's 7B models, which start near 100."
+    save_figure(figure, folder, slug, number, caption, alt)
+
+
+def draw_trainings(cheaper: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
+    """NLL and ROUGE-L, a panel each: rows `way` minus full-length training, two measures side by side in each."""
+    kept = list(cheaper.measure.drop_duplicates())
+    marks = zip(kept, ("0.5", BLUE, "0.5", BLUE), "osos", strict=True)
+    styles = {name: {"label": name, "color": colour, "marker": marker} for name, colour, marker in marks}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    for panel, pair, unit in zip(panels, (kept[:2], kept[2:]), ("NLL", "ROUGE-L"), strict=True):
+        intervals(panel, cheaper[cheaper.measure.isin(pair)], row="way", colour="measure", zero=0, styles=styles)
+        panel.set_xlabel(f"{unit}, minus full length's ({'nats' if unit == 'NLL' else 'points'})")
+    alt = "Two panels of dots with intervals, a row per method and way of training: NLL and ROUGE-L differences."
+    save_figure(figure, folder, slug, number, caption, alt)

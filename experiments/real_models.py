@@ -1,19 +1,21 @@
-"""Records of real models as notebook 13 tells them: what a dose is worth, statements found, tasks before and after."""
+"""Records of real models as notebooks 4 and 13 tell them: doses, statements found, tasks, attention's share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from llama_long_utils.evaluation.statistics import FEWEST
-from llama_long_utils.figures import BLUE, RED, intervals, plt, save_figure
+from llama_long_utils.figures import BLACK, BLUE, RED, TEAL, intervals, plt, save_figure
 from llama_long_utils.notebooks import measured
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, recorded
 
 WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short, no skips"}
+LINES = WAYS | {"fair": "whole sequences, minus the control's windows"}
+FORMS = {"full": ("s-", BLUE), "pose": ("^-", TEAL), "short": ("o-", RED), "fair": ("D--", BLACK)}
 ARMS = {"base": "base", "raised": "base, RoPE base raised", "yarn": "base, YaRN", "control": "trained, RoPE unchanged"}
 ARMS |= {"pose": "PoSE", "full": "whole sequences"}
 PLACES = {
@@ -132,7 +134,7 @@ class DoseResults:
             last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min() / 1e6
             runs = every[every.line == line].groupby("tokens_trained").nats.agg(list)
             runs = runs[runs.map(len) > 1]
-            row = {"trained on": WAYS.get(line, "whole sequences, minus the control's windows")}
+            row = {"trained on": LINES[line]}
             row |= {"pays from": f"{pays:.1f}M tokens" if pays > 0 else "no dose"}
             row |= {"largest dose": f"{last.tokens_trained / 1e6:.1f}M"}
             row |= {"far half": measured(last.nats, last.low, last.high, digits=3)}
@@ -193,18 +195,82 @@ def draw_differences(table: pd.DataFrame, folder: Path, slug: str, number: str, 
     save_figure(figure, folder, slug, number, caption, alt)
 
 
-def draw_statements(axes: Axes, asked: pd.DataFrame, length: int) -> None:
-    """A heat map of what `DoseResults.statements` found at one length: right answers by arm and fifth of the depth."""
-    asked = asked[asked.length == length]
-    right = asked.pivot_table(index="arm", columns="fifth_of_depth", values="right")
-    right = right.reindex([arm for arm in ARMS if arm in right.index])
-    most = asked.questions.max()
-    axes.imshow(right, cmap="Blues", vmin=0, vmax=most, aspect="auto")
-    for (arm, fifth), count in np.ndenumerate(right.to_numpy(dtype=int)):
-        axes.text(fifth, arm, str(count), ha="center", va="center", color="white" if count > most / 2 else "black")
-    axes.set(title=f"{asked.model.iloc[0]}\n{length:,} tokens", xlabel="fifth of the text; 4: the last")
-    axes.set(yticks=range(len(right)), yticklabels=[ARMS[arm] for arm in right.index], xticks=range(5))
-    axes.grid(visible=False)
+def draw_worth(doses: Mapping[str, DoseResults], folder: Path, slug: str, number: str, caption: str) -> None:
+    """A panel for each model: what `DoseResults.worth` found by dose, with intervals; hollow: whole windows only."""
+    shared = {"figsize": (5 + 3.6 * len(doses), 4.8), "sharex": True, "sharey": True, "squeeze": False}
+    figure, panels = plt.subplots(1, len(doses), **shared)
+    ticks, ends = set(), []
+    for (name, results), axes in zip(doses.items(), panels[0], strict=True):
+        worth, whole = results.worth(), results.worth(whole=True)
+        for place, (line, (form, colour)) in enumerate(FORMS.items()):
+            part, hollow, beside = worth[worth.line == line], whole[whole.line == line], 1.05**place
+            lengths = [part.nats - part.low, part.high - part.nats]
+            axes.plot(hollow.tokens_trained * beside, hollow.nats, form[0], color=colour, mfc="white", ms=7, zorder=1)
+            axes.errorbar(part.tokens_trained * beside, part.nats, yerr=lengths, fmt=form, capsize=3, color=colour,
+                          label=LINES[line])  # fmt: skip
+            if len(part):
+                far, seen = part.nats.iloc[-1], hollow.nats.iloc[-1]
+                ends.append(f"{name}, {LINES[line]} {far:+.3f}, whole windows {seen:+.3f}")
+        ticks |= {*worth.tokens_trained}
+        axes.axhline(0, color="0.3", linewidth=1)
+        axes.set(xscale="log", title=results.title, xlabel="tokens trained (millions)")
+    axes.set_xticks(sorted(ticks), [f"{tokens / 1e6:.1f}" for tokens in sorted(ticks)])
+    for axes in panels[0]:
+        axes.minorticks_off()
+    panels[0][0].set_ylabel("full context minus windows (nats per token)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    alt = f"Nats against tokens trained. At the largest dose: {'; '.join(ends)}."
+    save_figure(figure, folder, slug, number, caption, alt)
+
+
+def statements_in_all(asked: pd.DataFrame) -> pd.DataFrame:
+    """Right answers of `DoseResults.statements` by model, length and arm: right, of, worst_fifth (right there)."""
+    every = asked.assign(arm=asked.arm.map(ARMS)).groupby(["model", "length", "arm"], sort=False)
+    return every.agg(right=("right", "sum"), of=("questions", "sum"), worst_fifth=("right", "min")).reset_index()
+
+
+def draw_statements(asked: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
+    """Heat maps of `DoseResults.statements`, two lengths of each model: right answers by arm and fifth of the depth."""
+    models = list(asked.groupby("model", sort=False))
+    figure, panels = plt.subplots(len(models), 2, figsize=(9.6, 0.6 + 3.0 * len(models)), squeeze=False)
+    for (model, part), row in zip(models, panels, strict=True):
+        for length, axes in zip(sorted(part.length.unique())[:2], row, strict=True):
+            right = part[part.length == length].pivot_table(index="arm", columns="fifth_of_depth", values="right")
+            right, most = right.reindex([arm for arm in ARMS if arm in right.index]), part.questions.max()
+            axes.imshow(right, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+            for (arm, fifth), count in np.ndenumerate(right.to_numpy(dtype=int)):
+                colour = "white" if count > most / 2 else "black"
+                axes.text(fifth, arm, str(count), ha="center", va="center", color=colour)
+            axes.set(title=f"{model}\n{length:,} tokens", xlabel="fifth of the text; 4: the last", xticks=range(5))
+            axes.set(yticks=range(len(right)), yticklabels=[ARMS[arm] for arm in right.index])
+            axes.grid(visible=False)
+    counts = statements_in_all(asked).itertuples()
+    alt = "; ".join(f"{row.model}, {row.length:,}, {row.arm}: {row.right} of {row.of}" for row in counts)
+    save_figure(figure, folder, slug, number, caption, alt)
+
+
+def draw_tasks(shares: pd.DataFrame, costs: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
+    """Both tables of `read_tasks`, a panel each; hollow: single questions where they are few."""
+    marks = zip(shares.model.unique(), (BLUE, RED), "so", strict=False)
+    form = {"colour": "model", "value": "difference", "zero": 0}
+    form["styles"] = {name: {"label": name, "color": colour, "marker": marker} for name, colour, marker in marks}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.0))
+    intervals(left, shares[shares.before + shares.after > 0], row="task", **form)
+    left.set(title="right answers", xlabel="after minus before (points)")
+    intervals(right, costs, row="row", samples="each", **form)
+    right.set(title="NLL of the right answer", xlabel="after minus before (nats per token; right: less likely)")
+    for axes in (left, right):
+        axes.get_legend().remove()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    least, most = shares.difference.min(), shares.difference.max()
+    save_figure(
+        figure,
+        folder,
+        slug,
+        number,
+        caption,
+        f"Shares change by {least:+.1f} to {most:+.1f} points, likelihoods both ways.",
+    )
 
 
 def read_tasks(preset: str, pair: str = "base -> extended") -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -233,3 +299,12 @@ def _single(record: Record, row: tuple) -> np.ndarray:
     """Each question's difference, if they are few."""
     before, after = (record.arrays[f"{row.task}_{row.length}_{arm}_{row.metric}"] for arm in row.pair.split(" -> "))
     return after - before if len(after) < FEWEST else np.array([])
+
+
+def attention_share(steps: pd.DataFrame, context: int) -> float:
+    """Attention's share of a training step's time at a context, from steps of one model at several contexts.
+
+    Seconds per token grow by the same amount with every token of context: that growth is attention.
+    """
+    slope, rest = np.polyfit(steps.context, 1 / steps.tokens_per_second, 1)
+    return slope * context / (slope * context + rest)

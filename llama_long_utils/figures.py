@@ -85,6 +85,20 @@ def by_position(axes: Axes, table: pd.DataFrame) -> None:
     token_axis(axes, [2 ** int(power) for power in np.arange(first, last + 1)], "position in the text (tokens)")
 
 
+def two_scales(table: pd.DataFrame, window: int, limits: tuple[float, float]) -> Figure:
+    """Arms minus the base in its own window, by position: a panel with all of it, and one between the limits (nats)."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4))
+    for axes, title in zip(panels, ("all arms", "the same, enlarged"), strict=True):
+        by_position(axes, table)
+        axes.axhline(0, **look("sliding_window"))
+        mark_window(axes, window)
+        axes.set_title(title)
+    panels[0].set_ylabel("NLL minus the base's in its own window (nats)")
+    panels[0].legend(loc="upper left")
+    panels[1].set_ylim(limits)
+    return figure
+
+
 def intervals(
     axes: Axes,
     table: pd.DataFrame,
