@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
@@ -17,9 +18,13 @@ from tools.sequence import FOLDER, SEQUENCE, delivered
 NAMES = [notebook.slug for notebook in delivered()]
 
 
+def read(notebook):
+    return nbformat.read(notebook.path, as_version=4)
+
+
 @pytest.fixture(params=delivered(), ids=NAMES)
 def notebook(request):
-    return nbformat.read(request.param.path, as_version=4)
+    return read(request.param)
 
 
 def code(notebook):
@@ -40,6 +45,12 @@ def compares_text(cell):
 def test_delivered_notebooks_are_the_files_there_are():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
     assert {"01_rope_explained", "03_long_documents", "05_finetune_qlora", "06_perplexity_by_position"} <= set(NAMES)
+
+
+def test_notebooks_are_short_on_average():
+    """Loading, caching, drawing and recording are one call each: what is left is the idea."""
+    lines = [sum(len(cell.source.splitlines()) for cell in code(read(notebook))) for notebook in delivered()]
+    assert np.mean(lines) <= 170, dict(zip(NAMES, lines, strict=True))
 
 
 def test_every_cell_was_run_once_in_order(notebook):
@@ -114,7 +125,7 @@ def test_links_index_and_results_are_in_step():
 def test_links_work_wherever_jupyterlab_was_started(notebook):
     """Started in notebooks/, it shows nothing above: links go to notebooks beside this one, or to the web."""
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    targets = set(re.findall(r"\]\(([^)\s]+)\)", prose)) - {"../README.md#the-notebooks"}  # until there is a start page
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", prose))
     assert [one for one in targets if not one.startswith("https://") and one.removesuffix(".ipynb") not in NAMES] == []
 
 
