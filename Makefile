@@ -37,6 +37,7 @@ test: $(INSTALLED)
 		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow --ignore tests/browser tests notebooks
 
 test-slow: $(INSTALLED)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,workflow]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slow
 
 test-browser: $(INSTALLED)
@@ -56,10 +57,11 @@ longrope: $(INSTALLED)
 	$(BIN)/python -m experiments longrope --preset $(PRESET)
 
 race: $(INSTALLED)
-	$(BIN)/python -m experiments race --workers 2 --preset $(PRESET)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[workflow]"
+	$(BIN)/snakemake -s experiments/Snakefile --profile experiments/profiles/default --cores 2 race --config preset=$(PRESET)
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock ".[bench]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[bench]"
 	$(BIN)/python -W ignore -m experiments bench
 
 gpu: $(INSTALLED)

@@ -41,7 +41,10 @@ def arguments() -> argparse.Namespace:
     race = commands.add_parser(
         "race", help="every arm of notebook 11 that has no record yet (hours; goes on if stopped)"
     )
-    race.add_argument("--workers", type=int, default=1, choices=range(1, 65), metavar="N", help="arms at a time")
+    arm = commands.add_parser("arm", help="one arm of the race (`make race` measures several at a time)")
+    arm.add_argument("method", help="a RoPE method")
+    arm.add_argument("training", help="a name in [race.trainings], or zero-shot")
+    arm.add_argument("seed", type=int)
     longrope = commands.add_parser("longrope", help="search LongRoPE's factors on training documents (10 minutes)")
     bases = commands.add_parser("rope-bases", help="read training documents at several RoPE bases, untrained")
     bases.add_argument("bases", type=rope_base, nargs="+", metavar="BASE")
@@ -64,7 +67,7 @@ def arguments() -> argparse.Namespace:
     dose.add_argument(
         "--record", action="store_true", help="write the record into data/results, not beside the results"
     )
-    for command in (race, longrope, bases, trainings, quoting, dose):
+    for command in (race, arm, longrope, bases, trainings, quoting, dose):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     commands.add_parser("bench", help="measure training steps beside other trainers, for notebook 4 (two hours)")
     gpu = commands.add_parser(
@@ -137,7 +140,14 @@ def run(asked: argparse.Namespace) -> Path | None:
     if asked.command == "race":
         from experiments.race import race_arms, run_race
 
-        return run_race(preset, race_arms(preset), RESULTS / preset.name, workers=asked.workers)
+        return run_race(preset, race_arms(preset), RESULTS / preset.name)
+    if asked.command == "arm":
+        from experiments.race import Arm, race_arms, run_arm
+
+        arm = Arm(asked.method, asked.training, asked.seed)
+        if arm not in race_arms(preset):
+            raise ValueError(f"preset {preset.name!r} has no arm {arm}: see METHODS in settings.py and its [race]")
+        return run_arm(preset, arm)
     if asked.command in ("longrope", "rope-bases", "trainings", "quoting"):
         from experiments import searches
 

@@ -8,15 +8,12 @@ by its NLL at every position and by first-sentence retrieval.
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -238,27 +235,9 @@ def race_record(preset: Preset, live: Arm) -> Path:
     return collect(preset, arms, weights_sha256(locate_base(preset)), preset.run_folder / "records")
 
 
-def run_race(preset: Preset, arms: Sequence[Arm], folder: Path, *, workers: int) -> Path:
-    """Measure every arm that has no record yet, then join all of them in one record in `folder`.
-
-    Args:
-        workers: arms at a time; with several, each computes on one thread.
-
-    Returns:
-        The record, 11_ablations.
-    """
-    base_sha256 = weights_sha256(locate_base(preset))
-    waiting = [arm for arm in arms if not arm_record(preset, arm, base_sha256).is_file()]
-    print(f"{len(arms)} arms, {len(arms) - len(waiting)} of them measured before", flush=True)
-    spawn = multiprocessing.get_context("spawn")
-    threads = 1 if workers > 1 else torch.get_num_threads()
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        running = {pool.submit(run_arm, preset, arm): arm for arm in waiting}
-        for number, done in enumerate(as_completed(running), start=len(arms) - len(waiting) + 1):
-            try:
-                done.result()
-            except Exception:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            print(f"[{number}/{len(arms)}] {running[done]}", flush=True)
-    return collect(preset, arms, base_sha256, folder)
+def run_race(preset: Preset, arms: Sequence[Arm], folder: Path) -> Path:
+    """Measure every arm that has no record yet, one after another, then join all in folder/11_ablations.json."""
+    for number, arm in enumerate(arms, start=1):
+        run_arm(preset, arm)
+        print(f"[{number}/{len(arms)}] {arm}", flush=True)
+    return collect(preset, arms, weights_sha256(locate_base(preset)), folder)

@@ -207,9 +207,9 @@ def test_a_race_goes_on_with_the_arms_that_have_no_record(preset, tmp_path):
     arms = [Arm("abf", ZERO_SHOT, 0), Arm("pi", ZERO_SHOT, 0)]
     try:
         first = arm_record(own, arms[0], weights_sha256(locate_base(own)))
-        run_race(own, arms[:1], tmp_path / own.name, workers=1)
+        run_race(own, arms[:1], tmp_path / own.name)
         measured = first.stat().st_mtime_ns
-        run_race(own, arms, tmp_path / own.name, workers=1)
+        run_race(own, arms, tmp_path / own.name)
         assert first.stat().st_mtime_ns == measured
     finally:
         shutil.rmtree(own.run_folder, ignore_errors=True)
