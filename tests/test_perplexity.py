@@ -88,12 +88,12 @@ def test_bootstrap_draws_whole_documents():
     assert (weights.sum(axis=1) == 7).all()
 
 
-LAW = functions_of("06_perplexity_by_position")
+NOTEBOOK = functions_of("06_perplexity_by_position")
 
 
 def test_power_law_finds_its_own_parameters():
     context = 2.0 ** np.arange(1, 14)
-    found = LAW.fit(context, (25.4 / context) ** 0.45 + 1.56)
+    found = NOTEBOOK.fit(context, (25.4 / context) ** 0.45 + 1.56)
     assert found == pytest.approx({"alpha": 25.4, "beta": 0.45, "gamma": 1.56, "rmse": 0}, rel=1e-3, abs=1e-6)
 
 
@@ -103,8 +103,8 @@ def test_power_law_fits_the_published_curves_as_well_as_the_paper_s_own_paramete
     context = np.array(published["figure_1"]["context"], dtype=float)
     loss = np.array(published["figure_1"]["loss"][size])
     printed = published["figure_1_power_law"][size]
-    found = LAW.fit(context, loss)
-    curves = [LAW.law(context, np.log(one["alpha"]), one["beta"], one["gamma"]) for one in (found, printed)]
+    found = NOTEBOOK.fit(context, loss)
+    curves = [NOTEBOOK.law(context, np.log(one["alpha"]), one["beta"], one["gamma"]) for one in (found, printed)]
     ours, theirs = (np.mean((np.log(curve) - np.log(loss)) ** 2) for curve in curves)
     assert ours <= theirs  # least squares in log-loss cannot do worse
     assert (found["beta"], found["gamma"]) == pytest.approx((printed["beta"], printed["gamma"]), abs=0.025)
@@ -250,7 +250,7 @@ def test_copying_benefit_is_what_a_reader_saves_that_read_the_passage_before(tmp
     hook = model.model.register_forward_pre_hook(
         lambda _module, _arguments, options: read.append(options["input_ids"][0].tolist()), with_kwargs=True
     )
-    saved = Reader(model, Cache(tmp_path, 1)).copying_benefit(texts, 30, passage=10, skipped=4)
+    saved = NOTEBOOK.copying_benefit(Reader(model, Cache(tmp_path, 1)), texts, 30, passage=10, skip=4)
     hook.remove()
     control, again = read[0], read[2]
     ids = texts[0].token_ids.tolist()

@@ -5,7 +5,7 @@ tokens (sum of nats / number of tokens), bands are over documents.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -82,26 +82,6 @@ class Reader:
     def windows(self, stretches: Stretches, window: int) -> list[np.ndarray]:
         """`nll_in_windows` of the stretches of each document: arrays of shape (stretches, windows, window - 1)."""
         return self._read(f"window-{window}", stretches, lambda stretch: nll_in_windows(self.model, stretch, window))
-
-    def copying_benefit(
-        self, texts: Sequence[TokenizedDocument], gap: int, *, passage: int = 128, skipped: int = 20
-    ) -> np.ndarray:
-        """What having read a passage before saves, in nats per token: float64 of shape (texts,).
-
-        A passage stands at the end, after a passage and `gap` tokens of the same text (1 + 2 `passage` + `gap` tokens
-        in all). Where it stands at the beginning as well, it is read a second time; in the control another one does,
-        and all the rest is the same. Its first `skipped` tokens, until it is known which one it is, do not count.
-        """
-        nll = []
-        for first in (1 + passage + gap, 1):
-            asked = []
-            for text in texts:
-                ids = text.token_ids
-                starts = ids[:1], ids[first : first + passage], ids[1 + passage : 1 + passage + gap]
-                asked.append([replace(text, token_ids=np.concatenate([*starts, ids[1 : 1 + passage]]))])
-            rows = np.concatenate(self.nll(asked))
-            nll.append(rows[:, skipped - passage :].mean(1, dtype=np.float64))
-        return nll[0] - nll[1]
 
     def _read(
         self, what: str, stretches: Stretches, measure: Callable[[TokenizedDocument], np.ndarray]

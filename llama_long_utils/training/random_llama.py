@@ -98,13 +98,8 @@ def random_llama(
     """
     config = type(config)(**{**config.to_dict(), "dtype": dtype})
     config._attn_implementation = UNMASKED
-    before = torch.get_default_dtype()
     with unset_fake_temporarily(), torch.device("meta"):
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            model = LlamaForCausalLM(config)
-        finally:
-            torch.set_default_dtype(before)
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
         model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=nf4(dtype))
         model.is_loaded_in_4bit = True
         adapted = add_lora(model, lora, seed=0)
