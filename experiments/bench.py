@@ -133,14 +133,21 @@ def rates(length: int, dtype: str) -> Rates:
     return Rates(product_rate(length, dtype), attention_rate(length, dtype), bandwidth(length, dtype))
 
 
-def measured_peak(model: str, length: int, dtype: str, memory_savings: dict[str, Any], layers: int | None) -> dict:
+def measured_peak(
+    model: str,
+    length: int,
+    dtype: str,
+    memory_savings: dict[str, Any],
+    layers: int | None,
+    packed: bool = False,
+) -> dict:
     """Peak of real steps above what was resident before them, and their seconds; blocks are given back when freed."""
     config = model_shape(model)
     if layers:
         config.num_hidden_layers = layers
     started = time.perf_counter()
     forget_highest()
-    llama = random_llama(config, LORA, dtype)
+    llama = random_llama(config, LORA, dtype, packed=packed)
     built = {"build_seconds": time.perf_counter() - started, "build_peak_gib": own_memory(HIGHEST)}
     ways = MemorySavings(**memory_savings)
     warm_up = min(length, 1024)  # loads kernels and makes their buffers, which grow up to some hundred tokens
@@ -150,7 +157,7 @@ def measured_peak(model: str, length: int, dtype: str, memory_savings: dict[str,
     seconds, losses = [], []
     forget_highest()
     last = time.perf_counter()
-    for loss in training_steps(llama, StepShape(length, dtype, ways), [length] * 2):
+    for loss in training_steps(llama, StepShape(length, dtype, ways, packed=packed), [length] * 2):
         seconds.append(time.perf_counter() - last)
         losses.append(loss.item())
         last = time.perf_counter()

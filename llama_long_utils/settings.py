@@ -44,7 +44,7 @@ class TrainingSettings:
     window: PositiveInt  # tokens of a sequence
     reach: PositiveInt  # the highest position, in tokens; above `window`, positions are skipped (PoSE)
     pack: bool  # several documents in a sequence; skipped positions and "s2" need false
-    attention: Literal["sdpa", "s2"]  # full, or shifted sparse
+    attention: Literal["sdpa", "documents", "s2"]  # full; full, packed documents without a mask; shifted sparse
     steps: Steps
     sequences_per_step: PositiveInt
     sequences_at_once: PositiveInt

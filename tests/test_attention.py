@@ -1,12 +1,20 @@
+import dataclasses
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from conftest import PLAIN, new_llama
+from conftest import LORA, PLAIN, new_llama
 from experiments.attention import S2_GROUPS, s2_attention
+from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.model.attention import DOCUMENTS, document_starts
 from llama_long_utils.model.base import load_base
-from llama_long_utils.model.loss import hidden_states
+from llama_long_utils.model.loss import hidden_states, patch_loss
+from llama_long_utils.settings import MemorySavings
+from llama_long_utils.training.memory_savings import HostBuffers, OffloadedCheckpoints, apply_memory_savings
 
 
 class Module(torch.nn.Module):
@@ -63,3 +71,131 @@ def test_s2_refuses_packed_sequences_and_odd_lengths():
         hidden_states(model, torch.arange(64)[None], torch.arange(32).repeat(2)[None])
     with pytest.raises(ValueError, match="multiple of 8"):
         hidden_states(model, torch.arange(60)[None])
+
+
+FAMILIES = (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+PACKED = ([10, 1, 1, 45, 7], [64], [1, 62, 1])  # tokens of the documents in each row
+NOTHING = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
+
+
+def doll(kind, attention, lora=False):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = kind(**shape, num_key_value_heads=2, head_dim=16, vocab_size=128, max_position_embeddings=64)
+    config.sliding_window = None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.ndim == 2 else 1)  # so that attention is far from even
+    if lora:
+        model = add_lora(model, LORA, seed=0)
+        for name, weight in model.named_parameters():
+            weight.data += 0.05 * torch.randn(weight.shape) * ("lora_B" in name)
+    patch_loss(model)
+    return model.train()
+
+
+def packed_batch(rows=PACKED):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 128, (len(rows), 64), generator=generator)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+
+
+def loss_and_gradients(model, batch):
+    loss = model(**batch).loss
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+def gradients(model):
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def assert_equal_training(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= tolerance * value.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_packed_documents_have_the_loss_and_every_gradient_of_the_mask(kind):
+    batch = packed_batch()
+    expected = loss_and_gradients(doll(kind, "sdpa"), batch)
+    assert len(expected) > 20
+    assert_equal_training(loss_and_gradients(doll(kind, DOCUMENTS), batch), expected)
+    leaking = loss_and_gradients(doll(kind, "sdpa"), batch | {"attention_mask": torch.ones(3, 64)})
+    assert abs(leaking["loss"] - expected["loss"]) > 1e-3 * expected["loss"]  # the test would see it
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_packed_documents_go_with_recomputed_layers_tiles_and_offloading(offloaded):
+    batch = packed_batch()
+    expected = loss_and_gradients(doll(LlamaConfig, "sdpa", lora=True), batch)
+    model = doll(LlamaConfig, DOCUMENTS, lora=True)
+    apply_memory_savings(model, dataclasses.replace(NOTHING, recomputed_layers=1 + offloaded, tile=24))
+    buffers = HostBuffers(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8)) if offloaded else None
+    with OffloadedCheckpoints(64, buffers):
+        loss = model(**batch).loss
+    loss.backward()
+    assert_equal_training({"loss": loss.detach(), **gradients(model)}, expected)
+
+
+def test_padding_at_the_end_changes_nothing_and_before_a_token_is_refused():
+    batch = packed_batch([[20, 30, 14]])  # the last "document" is padding
+    batch["labels"][:, 50:] = -100
+    mask = torch.arange(64)[None] < 50
+    plain = {name: value[:, :50] for name, value in batch.items()}
+    expected = loss_and_gradients(doll(LlamaConfig, "sdpa"), plain)
+    for extra in ({}, {"attention_mask": mask.long()}):
+        assert_equal_training(loss_and_gradients(doll(LlamaConfig, DOCUMENTS), batch | extra), expected)
+    with pytest.raises(ValueError, match="padding at the end"):
+        doll(LlamaConfig, DOCUMENTS)(**batch, attention_mask=mask.flip(1).long())
+
+
+def test_a_jump_of_positions_stays_in_its_document_and_a_fall_starts_one():
+    positions = torch.tensor([[0, 1, 2, 900, 901, 0, 0, 1], [5, 6, 7, 8, 9, 10, 11, 12]])
+    assert document_starts(positions) == [[0, 5, 6], [0]]
+    batch = packed_batch([[64]])
+    batch["position_ids"][:, 20:] += 100  # PoSE
+    expected = loss_and_gradients(doll(LlamaConfig, "sdpa"), batch | {"attention_mask": torch.ones(1, 64)})
+    assert_equal_training(loss_and_gradients(doll(LlamaConfig, DOCUMENTS), batch), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+@pytest.mark.parametrize(("attention", "squared"), [(DOCUMENTS, False), ("sdpa", True)])
+def test_nothing_is_as_large_as_a_mask(attention, squared):
+    length = 2048
+    model, positions = doll(LlamaConfig, attention), torch.arange(length)[None] % 700
+    with LargestTensor() as seen:
+        hidden_states(model, torch.ones(1, length, dtype=torch.long), positions).sum().backward()
+    assert (seen.elements >= length**2) == squared
+
+
+def test_documents_take_no_cache():
+    model, ids = new_llama(seed=0, attn_implementation=DOCUMENTS).eval(), torch.arange(9)[None]
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="takes no cache"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_packed_documents_are_attended_one_by_one(base_folder):
+    """By the textbook's sum, each document alone."""
+    model = load_base(base_folder, PLAIN, dtype="float32", quantized=False, attention=DOCUMENTS)
+    batch = packed_batch()
+    whole = hidden_states(model, batch["input_ids"], batch["position_ids"])
+    for ids, states, row in zip(batch["input_ids"], whole, PACKED, strict=True):
+        edges = [0, *torch.tensor(row).cumsum(0).tolist()]
+        for begin, end in pairwise(edges):
+            alone = hidden_states(model, ids[None, begin:end])[0]
+            torch.testing.assert_close(states[begin:end], alone, rtol=1e-4, atol=1e-5)

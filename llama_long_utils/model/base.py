@@ -8,6 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from llama_long_utils.model import attention as _registered  # noqa: F401 ("documents")
 from llama_long_utils.model.loss import causal_lm
 from llama_long_utils.model.weights import LOCAL
 from llama_long_utils.rope import rotation

@@ -123,7 +123,8 @@ def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
     both for each query head. Measured on an H200 (torch 2.11, cuDNN 9.19). Shapes: (batch, heads, length, width).
     """
     batch, heads, length, width = query.shape
-    return batch * heads * length * (4 * width + 4 + 4 * width * (key.shape[1] < heads))
+    shared = key.shape[2] * 4 * width * (key.shape[1] < heads)
+    return batch * heads * (length * (4 * width + 4) + shared)
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
@@ -222,7 +223,7 @@ def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.nd
             of_layer[component] += tensor.untyped_storage().nbytes()
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = random_llama(config, lora, shape.dtype, made=made)
+        model = random_llama(config, lora, shape.dtype, packed=shape.packed, context=shape.context, made=made)
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(lambda weight: tracker.add(weight.grad, "gradients"))

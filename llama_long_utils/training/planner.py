@@ -96,6 +96,7 @@ def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
         sequences=settings.sequences_at_once,
         accumulated=settings.sequences_per_step > settings.sequences_at_once,
         gpu=True,
+        packed=settings.pack and settings.attention == "documents",
     )
     return plan(model_shape(preset.base.source), preset.lora, shape, preset.memory_gib)
 

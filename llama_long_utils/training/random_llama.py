@@ -16,6 +16,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.model.attention import DOCUMENTS, ContextShare, share_context
 from llama_long_utils.model.base import nf4
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.settings import Lora, MemorySavings
@@ -34,6 +35,8 @@ class StepShape:
     """A training step: `length` tokens in each of `sequences` whole rows, computed in `dtype`.
 
     `accumulated`: gradients of an earlier batch are there. `gpu`: `ledger.attention_workspace` is counted, too.
+    `packed`: "documents" attention, whose peak is highest if the last token alone is a document of its own.
+    `context`: processes that share a row, of which this one has `length` tokens.
     """
 
     length: int
@@ -42,6 +45,8 @@ class StepShape:
     sequences: int = 1
     accumulated: bool = False
     gpu: bool = False
+    packed: bool = False
+    context: int = 1
 
 
 def training_steps(
@@ -68,8 +73,10 @@ def training_steps(
     for length in lengths:
         entering("saved")
         ids = torch.randint(len(head.weight), (shape.sequences, length), device=head.weight.device)
+        positions = torch.arange(length, device=ids.device)[None]
+        positions[:, -1] *= not shape.packed
         with offloading if shape.memory_savings.offload_checkpoints else nullcontext():
-            hidden = hidden_states(model, ids)
+            hidden = hidden_states(model, ids, positions)
         entering("loss")
         nll = next_token_nll(hidden, head, ids) / ids.numel()
         entering("backward")
@@ -88,16 +95,18 @@ def random_llama(
     lora: Lora,
     dtype: str,
     *,
+    packed: bool = False,
+    context: int = 1,
     device: str = "cpu",
     made: Made = lambda _tensor, _component, _name: None,
 ) -> PeftModel:
     """A Llama with random weights in NF4 and adapters on it, as transformers, bitsandbytes and PEFT build it.
 
     Each weight is packed to 4 bits before the next is made, so that one exists in 16 bits at a time. `made` is called
-    with each tensor, its component and the name of its weight.
+    with each tensor, its component and the name of its weight. `packed` and `context`: as in `StepShape`.
     """
     config = type(config)(**{**config.to_dict(), "dtype": dtype})
-    config._attn_implementation = UNMASKED
+    config._attn_implementation = DOCUMENTS if packed or context > 1 else UNMASKED
     with unset_fake_temporarily(), torch.device("meta"):
         model = LlamaForCausalLM(config).to(getattr(torch, dtype))
         model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=nf4(dtype))
@@ -106,6 +115,7 @@ def random_llama(
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     _fill(adapted, device, made)
     model.tie_weights()
+    share_context(model, ContextShare(size=context))
     return adapted
 
 
