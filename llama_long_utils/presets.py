@@ -24,7 +24,7 @@ def load_preset(name: str) -> Preset:
     if name not in preset_names():
         raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{closest(name, preset_names())}")
     try:
-        values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+        values = _read(name)
         follow_window(values)
         # As JSON, because pydantic's strict mode takes dataclasses from nothing else.
         preset = TypeAdapter(Preset).validate_json(json.dumps({"name": name, **values}, default=str))
@@ -34,6 +34,24 @@ def load_preset(name: str) -> Preset:
         raise ValueError(f"presets/{name}.toml: {_explain(error)}") from None
     _check_consistency(preset)
     return preset
+
+
+def _read(name: str, *inheriting: str) -> dict[str, Any]:
+    """The values in a preset's file; what it leaves out is as in the preset that it is `like`, [data] as a whole."""
+    values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    if not isinstance(like := values.pop("like", ""), str) or like in (name, *inheriting):
+        raise ValueError(f"presets/{name}.toml: like = {like!r} must name another preset")
+    if like and like not in preset_names():
+        raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {preset_names()}")
+    return _merged(_read(like, name, *inheriting), values) if like else values
+
+
+def _merged(inherited: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(inherited)
+    for key, value in given.items():
+        tables = isinstance(value, dict) and isinstance(inherited.get(key), dict) and key != "data"
+        merged[key] = _merged(inherited[key], value) if tables else value
+    return merged
 
 
 def follow_window(values: dict[str, Any]) -> None:

@@ -28,7 +28,42 @@ def edit(folder, old, new):
 def test_every_preset_is_valid(name):
     preset = load_preset(name)
     assert preset.name == name
-    assert preset.extension.window > preset.base.window
+    assert preset.extension.window >= preset.base.window
+    assert preset.training.sequences_per_step * preset.training.window <= 131_072  # tokens of a step
+
+
+def test_presets_for_hub_models_know_what_their_configurations_say():
+    """As the pages of the models show them; `base_config` refuses a preset that says anything else."""
+    rule = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    told = {name: load_preset(name).base for name in ("llama2-7b", "llama2-13b", "llama2-70b", "llama3.1-8b")}
+    llama2 = {(base.window, base.rope_base, base.head_dim) for name, base in told.items() if "llama2" in name}
+    assert llama2 == {(4096, 10_000.0, 128)}
+    assert told["llama3.1-8b"].rope_scaling == {**rule, "original_max_position_embeddings": 8192}
+    tiny_llama = load_preset("tinyllama-1.1b")
+    assert (tiny_llama.base.window, tiny_llama.base.head_dim, tiny_llama.extension.window) == (2048, 64, 16_384)
+
+
+def test_a_preset_that_is_like_another_states_only_what_differs(folder):
+    (folder / "mine.toml").write_text(
+        'like = "tiny"\n[extension]\nwindow = 2048\n[data]\nsources = ["sotu"]\nheld_out = { sotu = 2 }\n'
+        "minimum_characters = 20_000\nsplit_seed = 1\n[retrieval.tasks]\nkeys = 7\n"
+    )
+    tiny, mine = load_preset("tiny"), load_preset("mine")
+    assert mine.name == "mine"
+    assert (mine.extension.window, mine.training.window, mine.retrieval.lengths[-1]) == (2048, 2048, 2048)
+    assert (mine.retrieval.tasks.keys, mine.retrieval.tasks.depths) == (7, tiny.retrieval.tasks.depths)
+    assert mine.data.held_out == {"sotu": 2}  # [data] is replaced as a whole
+    assert (mine.base, mine.lora) == (tiny.base, tiny.lora)
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [('"mine"', "must name another preset"), ('"tinny"', r"use one of \['mine', 'tiny'\]"), ("3", "must name another")],
+)
+def test_a_preset_that_is_like_none_is_refused(folder, like, message):
+    (folder / "mine.toml").write_text(f"like = {like}\n")
+    with pytest.raises(ValueError, match=rf"presets/mine.toml: like = .*{message}"):
+        load_preset("mine")
 
 
 def test_llama2_7b_is_the_paper_s():
