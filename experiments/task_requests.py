@@ -98,8 +98,8 @@ def score(
     """What the harness makes of the answers of each arm: items as `benchmarks.measure` returns them."""
     import pandas as pd
 
+    from llama_long_utils.evaluation.benchmarks import logged_items
     from llama_long_utils.evaluation.harness import Llama
-    from llama_long_utils.evaluation.results import logged_items
 
     class Answering(Llama):
         given: dict[str, Answer]

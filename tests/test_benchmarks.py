@@ -19,9 +19,17 @@ from sandbox import bubblewrap_fault
 from scoring import score_program
 
 from llama_long_utils.data.documents import Document, tokenize_documents
-from llama_long_utils.evaluation.benchmarks import delta_table, load_tasks, measure, score_table, spread, write_results
+from llama_long_utils.evaluation.benchmarks import (
+    choice_metrics,
+    delta_table,
+    load_tasks,
+    logged_items,
+    measure,
+    score_table,
+    spread,
+    write_results,
+)
 from llama_long_utils.evaluation.harness import Llama, check_lengths
-from llama_long_utils.evaluation.results import choice_metrics, logged_items
 from llama_long_utils.evaluation.task_files import TASKS, check_names
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import in_compute_dtype

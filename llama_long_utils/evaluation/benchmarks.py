@@ -7,7 +7,7 @@ metrics that tell small changes, and the paired comparison.
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from lm_eval.tasks import TaskManager
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.harness import Llama, check_lengths
-from llama_long_utils.evaluation.results import KEYS, logged_items
 from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_accuracy, paired_mean, share_interval
 from llama_long_utils.evaluation.task_files import HUB, TASKS, check_names, is_ours
 from llama_long_utils.model.arms import arm_inputs, load_arm
@@ -30,6 +29,7 @@ from llama_long_utils.records import write_arrays, write_record
 from llama_long_utils.settings import Preset
 
 SLUG = "08_benchmark_deltas"
+KEYS = ["task", "length", "arm", "item", "asked", "written"]  # columns that are no metrics
 ANSWERS = 2  # raised by hand when the code that asks a model changes: kept answers are then asked again
 BINARY = {"accuracy", "accuracy_per_character", "exact_match", "passed", "acc", "acc_norm"}  # 0 or 1 for each item
 
@@ -131,6 +131,69 @@ def spread(docs: Iterable[dict[str, Any]], count: int) -> list[int]:
         places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round()
         chosen |= {numbers[int(place)] for place in places}
     return sorted(chosen)
+
+
+def logged_items(
+    name: str, arm: str, samples: dict[str, list[dict[str, Any]]], tokens: Mapping[tuple[str, str], int]
+) -> pd.DataFrame:
+    """One row for each item, from what the harness logged of one task or group.
+
+    Columns: task, length (tokens of the prompts; 0: of no given length), arm, item (its name), asked (a hash of prompt
+    and right answer), written (text, if any was written), and one for each metric. `samples` are by the harness' own
+    name of a task, one for each of its filters; `tokens` those of each (prompt, continuation) that was read.
+    """
+    rows = []
+    for leaf, logged in samples.items():
+        by_item: dict[int, list[dict[str, Any]]] = {}
+        for sample in logged:
+            by_item.setdefault(sample["doc_id"], []).append(sample)
+        for number, item in by_item.items():
+            first, length = item[0], item[0]["doc"].get("max_length", 0)
+            named = first["doc"].get("name") or f"{leaf}/{number}"
+            row = {"task": name, "length": length, "arm": arm, "item": named}
+            asked = first["prompt_hash"] + first["target_hash"]
+            rows.append({**row, "asked": asked, **_metrics(item, str(length), tokens)})
+    return pd.DataFrame(rows)
+
+
+def _metrics(item: list[dict[str, Any]], length: str, tokens: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    asked, target = item[0]["arguments"], item[0]["target"]
+    metrics: dict[str, Any] = {}
+    read = []
+    for text, (answer, *_) in zip(asked, item[0]["resps"], strict=True):
+        if isinstance(answer, dict):
+            metrics |= answer
+        elif isinstance(answer, str):
+            metrics["written"] = answer
+        else:
+            read.append((-answer[0], tokens[text]))
+    if len(read) == len(asked) > 1 and isinstance(target, int) and len({prompt for prompt, _ in asked}) == 1:
+        return choice_metrics(*np.array(read).T, [len(choice.strip()) for _, choice in asked], target)
+    if len(read) == 1:
+        metrics["answer_nll"] = read[0][0] / read[0][1]
+    for sample in item:
+        suffix = "" if sample["filter"] == "none" else f" ({sample['filter']})"
+        # RULER names its one metric by the length, and gives -1 for the lengths of other items.
+        names = [length] if length in sample["metrics"] else sample["metrics"]
+        for name in names:
+            if isinstance(sample[name], int | float):
+                metrics[f"{'score' if name == length else name}{suffix}"] = float(sample[name])
+    return metrics
+
+
+def choice_metrics(costs: np.ndarray, tokens: Sequence[int], characters: Sequence[int], right: int) -> dict[str, float]:
+    """Whether the right choice is the likeliest, in total and per character; its NLL per token, and its contrast.
+
+    `costs` are NLL of the choices in nats, `right` is the right one's number; a tie is wrong. `contrast` is how far its
+    NLL per token is below the others' mean: what makes all of them cheaper cancels out. Letters, of one character each,
+    have no accuracy per character.
+    """
+    per_token, per_character = costs / np.array(tokens), costs / np.array(characters)
+    metrics = {"accuracy": float(costs[right] < np.delete(costs, right).min())}
+    if max(characters) > 1:
+        metrics["accuracy_per_character"] = float(per_character[right] < np.delete(per_character, right).min())
+    contrast = float(np.delete(per_token, right).mean() - per_token[right])
+    return {**metrics, "answer_nll": float(per_token[right]), "contrast": contrast}
 
 
 def _is_binary(metric: str) -> bool:
