@@ -223,6 +223,13 @@ def test_newest_adapter_trained_as_the_preset_says_is_found_and_broken_ones_are_
     with pytest.raises(ValueError, match="no adapter was trained with preset 'tiny' and RoPE abf"):
         find_adapter(preset)
     as_preset = {**dataclasses.asdict(preset.training), "lora": dataclasses.asdict(preset.lora)}
+    edit_card(adapter, data=dataclasses.asdict(preset.data), training={**as_preset, "steps": 2})
+    training = shutil.copytree(adapter, tmp_path / "training" / "short" / "adapter")
+    with pytest.raises(
+        ValueError, match=rf"yet: run 05.*; the one in {training} has steps = 2: name this folder as ad"
+    ):
+        find_adapter(preset)
+    shutil.rmtree(training)
     edit_card(adapter, data=dataclasses.asdict(preset.data), training=as_preset)
     stored = shutil.copytree(adapter, tmp_path / "stored" / "tiny")
     assert find_adapter(preset) == stored

@@ -131,7 +131,8 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
                     f"{preset.name!r} has {value}: use the preset it was trained with"
                 )
         return REPOSITORY / folder
-    numbers = {**asdict(preset.training), "lora": asdict(preset.lora)}
+    numbers = {**asdict(preset.training), "lora": asdict(preset.lora), "data": asdict(preset.data)}
+    others: list[str] = []
     del numbers["memory_savings"]  # they change no gradient
     trained = preset.run_folder.glob(f"training/*/adapter/{CARD}")
     newest_first = sorted(trained, key=lambda path: path.stat().st_mtime, reverse=True)
@@ -141,10 +142,17 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
         except ValueError as error:
             print(f"passed over: {error}", flush=True)
             continue
-        fits = all(getattr(card, name) == value for name, value in needed.items())
-        if fits and card.data == asdict(preset.data) and numbers.items() <= card.training.items():
-            return path.parent
-    raise ValueError(f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run 05_finetune_qlora")
+        if all(getattr(card, name) == value for name, value in needed.items()):
+            given = {**card.training, "data": card.data}
+            other = {name: given.get(name) for name, value in numbers.items() if given.get(name) != value}
+            if not other:
+                return path.parent
+            said = [f"other {name}" if isinstance(was, dict) else f"{name} = {was}" for name, was in other.items()]
+            others.append(f"; the one in {path.parent} has {', '.join(said)}: name this folder as adapter to use it")
+    raise ValueError(
+        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run 05_finetune_qlora"
+        + "".join(others[:1])
+    )
 
 
 def read_card(folder: Path) -> AdapterCard:
