@@ -206,7 +206,7 @@ class _Experiment:
             **{"sequences_per_step": per_step, "sequences_at_once": 1, "long_document_weight": 2.0},
             **{"self_quoting_share": way.quoting, "seed": way.seed},
         )
-        sequences = draw_sequences(self.inputs.training, settings, self.tokenizer)
+        sequences = list(draw_sequences(self.inputs.training, settings, self.tokenizer))
         lora = replace(self.preset.lora, rank=self.doses.rank, alpha=self.doses.alpha)
         model = add_lora(load(self.preset, way.rope, four_bit=True), lora, seed=way.seed)
         if way.window > self.doses.tokens_at_once:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import experiments.attention  # noqa: F401 (registers xPos and S2-Attn)
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.sources import read_documents
+from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches, token_nll
 from llama_long_utils.evaluation.retrieval import rouge_l

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from experiments.race import Arm, arm_rope, arm_training, collect, run_arm, trained_arm
 from experiments.race_results import race_results
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.sources import read_documents
+from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.evaluation.perplexity import nll_table, paired_table, random_stretches, token_nll
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import causal_lm
@@ -223,6 +223,6 @@ def _base_and_texts(
 ) -> tuple[PreTrainedModel, list[TokenizedDocument]]:
     """The base as pretrained, and stretches of `tokens` tokens of training documents, one of each."""
     documents, _ = read_documents(preset.data, load_tokenizer(preset.base.source))
-    cuts = random_stretches(documents, tokens, at_most=1, seed=seed)
+    cuts = random_stretches(next(documents.buffers(preset.training)), tokens, at_most=1, seed=seed)
     chosen = np.random.default_rng(seed).choice(len(cuts), texts, replace=False)
     return load_arm(preset, "base"), [cuts[index][0] for index in chosen]

@@ -358,7 +358,8 @@ def main(folder: Path = FOLDER, run_folder: Path = REPOSITORY / "runs" / "tiny-l
     def on_sequences(settings: TrainingSettings, draw: Callable[[], list[TrainingSequence]]) -> Callable:
         def work(model: LlamaForCausalLM) -> list[dict[str, float]]:
             sequences = draw()
-            checkpoints = run_folder / digest(run_key(settings, sequences, config=model.config.to_dict()))
+            data = digest([(sequence.input_ids, sequence.labels, sequence.position_ids) for sequence in sequences])
+            checkpoints = run_folder / digest(run_key(settings, data, config=model.config.to_dict()))
             model.model.compile()  # 1.25 times the tokens per second on 2 cores; needs a C++ compiler
             return train(model, sequences, settings, checkpoints, report_every=50)
 
@@ -378,7 +379,7 @@ def main(folder: Path = FOLDER, run_folder: Path = REPOSITORY / "runs" / "tiny-l
             "quoting",
             "everything",
             QUOTING,
-            on_sequences(QUOTING, lambda: draw_sequences(tokenized, QUOTING, tokenizer)),
+            on_sequences(QUOTING, lambda: list(draw_sequences(tokenized, QUOTING, tokenizer))),
         ),
     ):
         model, stage = run_stage(name, trained, settings, work, model, run_folder / name)

@@ -142,7 +142,7 @@ def _check_consistency(preset: Preset) -> None:
     for name, value in {**races, "retrieval.lengths": lengths[-1]}.items():
         if value > window:
             raise ValueError(f"{where}: {name} = {value} is longer than {follow}")
-    sources = preset.data.sources
+    sources = [source.name for source in preset.data.mixture]
     unknown = set(preset.data.held_out) - set(sources) - {PurePath(source).name for source in sources}
     if unknown:
         raise ValueError(

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 from pydantic.dataclasses import dataclass
 
 from llama_long_utils.paths import REPOSITORY
@@ -204,13 +205,70 @@ class Extension:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Data:
-    """Document sources (see `documents.load_documents`) and how many of each are held out."""
+class Source:
+    """One part of a mixture of texts. Shorter and longer documents than the limits are not trained on."""
 
-    sources: Annotated[list[str], Field(min_length=1)]
+    name: str  # a corpus, "python-stdlib", a folder, or "hub:owner/name" (`data.sources.load_documents`)
+    config: str = ""  # this and the next four: of a data set on the hub
+    split: str = "train"
+    column: str = "text"
+    revision: str = ""  # the newest, if there is none
+    held_out_split: str = ""  # which held-out documents are from; without one they are of `split`
+    weight: Annotated[float, Field(ge=0)] = 0.0  # share of the tokens trained on, relative to the other sources'
+    minimum_tokens: NonNegativeInt = 0
+    maximum_tokens: NonNegativeInt = 0  # 0: no limit
+    passes: NonNegativeInt = 0  # 0: those of [data]
+
+    def __post_init__(self) -> None:
+        if 0 < self.maximum_tokens < self.minimum_tokens:
+            raise ValueError(
+                f"source {self.name!r}: maximum_tokens = {self.maximum_tokens} is below minimum_tokens = "
+                f"{self.minimum_tokens}"
+            )
+        of_hub = {"config": "", "split": "train", "column": "text", "revision": "", "held_out_split": ""}
+        given = [field for field, default in of_hub.items() if getattr(self, field) != default]
+        if given and not self.name.startswith("hub:"):
+            raise ValueError(f"source {self.name!r} has no {given[0]}: only data sets on the hub, hub:owner/name, do")
+
+
+def in_full(sources: Sequence[str | Source]) -> list[Source]:
+    """Sources of which some are given by name, which may be "hub:owner/name:split:column"."""
+    found = []
+    for given in sources:
+        source = given if isinstance(given, Source) else Source(given)
+        if source.name.startswith("hub:") and source.name.count(":") > 1:
+            _, name, *rest = source.name.split(":", 3)
+            fields = dict(zip(("split", "column"), rest, strict=False))
+            source = dataclasses.replace(source, name=f"hub:{name}", **fields)
+        found.append(source)
+    return found
+
+
+NameOrSource = Annotated[
+    Annotated[str, Tag("name")] | Annotated[Source, Tag("table")],
+    Discriminator(lambda given: "name" if isinstance(given, str) else "table"),
+]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """Document sources, each by its name or as a table, and how many documents of each are held out."""
+
+    sources: Annotated[list[NameOrSource], Field(min_length=1)]  # without weights, a pass reads every document
     held_out: dict[str, PositiveInt]
-    minimum_characters: PositiveInt
+    minimum_characters: PositiveInt  # of a held-out document
     split_seed: Seed
+    passes: PositiveInt = 4  # times a document may be trained on: four cost little beside new text, arXiv:2305.16264
+
+    def __post_init__(self) -> None:
+        weights = [source.weight for source in self.mixture]
+        if any(weights) and not all(weights):
+            raise ValueError(f"sources have the weights {weights}: give a weight above 0 to all of them, or to none")
+
+    @property
+    def mixture(self) -> list[Source]:
+        """The sources in full, each with its cap on passes."""
+        return [dataclasses.replace(one, passes=one.passes or self.passes) for one in in_full(self.sources)]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,8 +9,9 @@ from tokenizers import normalizers
 
 from experiments.tiny_llama import FOLDER
 from llama_long_utils.data.documents import Document, split_documents, tokenize_documents
+from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.data.packages import fetch_package
-from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, check_sources, load_documents, read_documents
+from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, check_sources, load_documents
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.settings import Data
@@ -70,30 +71,18 @@ def test_own_folder_goes_through_the_same_function(tmp_path):
     assert [document.text for document in load_documents(str(tmp_path))] == ["first", "second", "third"]
 
 
-def test_hub_data_set_goes_through_the_same_function(monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_dict({"body": ["one", "two"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [d.text for d in load_documents("hub:owner/name:test:body")] == ["one", "two"]
-    assert asked == [("owner/name", "test")]
-    with pytest.raises(ValueError, match=r"no column 'text'; it has \['body'\]"):
-        load_documents("hub:owner/name")
-
-
 @pytest.mark.parametrize("cell", [None, 5])
 def test_a_cell_of_a_hub_column_that_is_no_text_is_named(monkeypatch, cell):
     import datasets
 
-    rows = datasets.Dataset.from_dict({"text": [cell, cell]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    rows = datasets.Dataset.from_dict({"text": [cell, cell]}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     with pytest.raises(ValueError, match=f"hub:owner/name, row 0: expected text, got {cell}: choose a column"):
         load_documents("hub:owner/name")
+    with pytest.raises(
+        ValueError, match=r"data set 'owner/name', split 'test': it has no column 'body', but \['text'\]"
+    ):
+        load_documents("hub:owner/name:test:body")
 
 
 @pytest.mark.parametrize("content", ['{"txt": "misspelt"}', '{"text": 5}', "not json", '["a list"]'])
@@ -180,8 +169,8 @@ def test_a_folder_is_held_out_by_its_own_name(tmp_path):
     assert check_sources(["sotu", str(folder)], {"my reports": 1}) == {str(folder): 1}
     assert check_sources([str(folder)], {str(folder): 1}) == {str(folder): 1}
     data = Data([str(folder)], {"my reports": 1}, 1, 0)
-    training, held_out = read_documents(data, load_tokenizer(FOLDER), cache=None)
-    assert (len(training), len(held_out)) == (2, 1)
+    mixture, held_out = read_documents(data, load_tokenizer(FOLDER), cache=tmp_path)
+    assert (len(mixture.lengths[str(folder)]), len(held_out)) == (2, 1)
 
 
 def test_texts_too_short_for_the_window_are_refused_before_they_are_tokenized(tmp_path):
@@ -282,8 +271,9 @@ def test_a_changed_text_of_the_same_name_and_size_is_seen(tmp_path, tokenizer):
     read_documents(data, tokenizer, cache=tmp_path)
     for number in range(2):
         (folder / f"{number}.txt").write_text("or no")
-    training, held_out = read_documents(data, tokenizer, cache=tmp_path)
-    assert [tokenizer.decode(side[0].token_ids[1:-1]) for side in (training, held_out)] == ["or no", "or no"]
+    mixture, held_out = read_documents(data, tokenizer, cache=tmp_path)
+    sides = [*mixture.training(mixture.sources[0]), *held_out]
+    assert [tokenizer.decode(side.token_ids[1:-1]) for side in sides] == ["or no", "or no"]
 
 
 def test_notebook_3_draws_texts_shorter_than_its_usual_bins(tmp_path):

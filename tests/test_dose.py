@@ -106,7 +106,8 @@ def test_questions_behind_one_reading_are_scored_as_prompts_of_their_own(preset)
 
 def test_after_a_branch_the_trunk_goes_on_as_if_there_had_been_none(preset):
     """The weights, the optimizer's moments and its step: losses of later steps are the same to the bit."""
-    sequences = skip_positions([join_pieces([document(128, n).token_ids], 128, 0) for n in range(6)], 512, seed=0)
+    sequences = [join_pieces([document(128, n).token_ids], 128, 0) for n in range(6)]
+    sequences = list(skip_positions(sequences, 512, seed=0))
 
     def losses(branch):
         model = add_lora(load(preset, preset.extended_rope, four_bit=True), preset.lora, seed=0)

@@ -102,22 +102,24 @@ def test_unpacked_sequences_are_whole_windows_of_one_document():
 
 def test_pose_skips_once_and_reaches_far():
     whole = training_sequences([document(1000)], 64, 200, padding_id=EOS, seed=0, pack=False)
-    skipped = skip_positions(whole, 512, seed=0)
+    skipped = list(skip_positions(whole, 512, seed=0))
     steps = np.stack([np.diff(sequence.position_ids) for sequence in skipped])
     assert ((steps > 1).sum(axis=1) <= 1).all()
     ends = np.array([sequence.position_ids[-1] for sequence in skipped])
     assert ends.min() + 1 >= 64 and 480 < ends.max() < 512
     assert all((a.labels == b.labels).all() for a, b in zip(whole, skipped, strict=True))
-    assert skip_positions(whole, 64, seed=0) == whole
+    assert list(skip_positions(whole, 64, seed=0)) == whole
     with pytest.raises(ValueError, match="cannot end at 32"):
-        skip_positions(whole, 32, seed=0)
+        next(skip_positions(whole, 32, seed=0))
     with pytest.raises(ValueError, match=r"training\.pack = false"):
-        skip_positions(training_sequences([document(90), document(30)], 64, 9, padding_id=EOS, seed=0), 512, seed=0)
+        list(
+            skip_positions(training_sequences([document(90), document(30)], 64, 9, padding_id=EOS, seed=0), 512, seed=0)
+        )
 
 
 def test_the_second_part_of_a_skipped_sequence_sees_the_first_because_of_its_mask():
     whole = training_sequences([document(1000)], 64, 1, padding_id=EOS, seed=0, pack=False)
-    row = skip_positions(whole, 512, seed=3)[0].tensors()
+    row = next(skip_positions(whole, 512, seed=3)).tensors()
     jump = int((row["position_ids"].diff() > 1).nonzero()[0]) + 1
     model = new_llama(seed=0).eval()
     changed = row["input_ids"].clone()
@@ -160,8 +162,8 @@ def test_excerpts_are_copied_from_what_stands_before_them():
 def test_quoting_takes_its_share_of_whole_sequences():
     text = TokenizedDocument("mine", "long", np.arange(2, 60_002).astype(np.int32))
     sequences = training_sequences([text], 512, 100, padding_id=1, seed=0, pack=False)
-    assert quote_themselves(sequences, 0.0, seed=0) == sequences
-    changed = quote_themselves(sequences, 0.5, seed=0)
+    assert list(quote_themselves(sequences, 0.0, seed=0)) == sequences
+    changed = list(quote_themselves(sequences, 0.5, seed=0))
     differs = [bool((a.input_ids != b.input_ids).any()) for a, b in zip(sequences, changed, strict=True)]
     assert 0.3 < np.mean(differs) < 0.7
     for after, differ in zip(changed, differs, strict=True):

@@ -2,14 +2,13 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import LORA, new_llama
-from llama_long_utils.data.sources import read_documents
+from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import read_card
 from llama_long_utils.model.arms import load_arm
@@ -169,14 +168,6 @@ def test_two_processes_never_train_in_one_folder(preset):
     with _alone(folder), pytest.raises(RuntimeError, match=r"another process is training in .*: wait until it has"):
         train_adapter(preset, settings=dataclasses.replace(preset.training, steps=1))
     train_adapter(preset, settings=dataclasses.replace(preset.training, steps=1))  # the lock is given back
-
-
-def test_more_sequences_than_the_memory_holds_are_refused_at_once(preset):
-    started = time.monotonic()
-    with pytest.raises(ValueError, match=r"000,000 sequences of 64 tokens: they take 14,305 GiB"):
-        train_adapter(preset, settings=dataclasses.replace(preset.training, steps=10**6, sequences_per_step=10**4))
-    assert time.monotonic() - started < 1
-    assert not (preset.run_folder / "training").exists()
 
 
 @pytest.mark.parametrize(

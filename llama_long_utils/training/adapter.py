@@ -1,7 +1,6 @@
 """From a preset to a trained adapter in its run folder: planned, resumed, saved with its card."""
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llama_long_utils.cache import Cache
+from llama_long_utils.data.mixture import Mixture, reading_table
 from llama_long_utils.data.sequences import draw_sequences
-from llama_long_utils.data.sources import read_documents
 from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, save_adapter
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
@@ -20,7 +19,6 @@ from llama_long_utils.training.planner import USABLE, plan_training
 from llama_long_utils.training.trainer import VERSION, run_key, train
 
 FULL = 2**20  # bytes: a disk with less room
-BYTES_PER_TOKEN = 24  # id, label and position, in 8 bytes each
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,16 @@ def train_adapter(
         RuntimeError: no base can be had, numbers are not finite, the disk is full, or another process is at this run.
     """
     settings, scaling = settings or preset.training, scaling or preset.extended_rope
-    _check_size(settings)
     base = locate_base(preset)
     plan = plan_training(preset, settings)
     settings = replace(settings, memory_savings=plan.memory_savings)
     tokenizer = load_tokenizer(base)
-    documents, _ = read_documents(preset.data, tokenizer, window=settings.window)
+    documents = Mixture(preset.data, tokenizer, window=settings.window)
+    reading = documents.reading(settings)
     sequences = draw_sequences(documents, settings, tokenizer)
     base_sha256 = weights_sha256(base)
-    key = run_key(
-        settings, sequences, base=base_sha256, rope=scaling, dtype=preset.base.dtype, base_bits="nf4", lora=preset.lora
-    )
+    of_base = {"base": base_sha256, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
+    key = run_key(settings, sequences.key, **of_base, lora=preset.lora)
     runs, name = Cache(preset.run_folder / "training", VERSION, key), name or scaling.method
     folder, log_file = runs.path(name, {}, ""), runs.path(name, {}, ".json")
     card = AdapterCard(
@@ -74,12 +71,7 @@ def train_adapter(
         base_sha256=base_sha256,
         rope=scaling,
         data=asdict(preset.data),
-        training={
-            **asdict(settings),
-            "lora": asdict(preset.lora),
-            "tokens": sum(sequence.label_tokens for sequence in sequences),
-            "run": folder.name,
-        },
+        training={**asdict(settings), "lora": asdict(preset.lora), "read": reading, "run": folder.name},
         versions=package_versions(),
     )
 
@@ -87,7 +79,13 @@ def train_adapter(
         model = load_base(base, scaling, dtype=preset.base.dtype, attention=settings.attention)
         model = add_lora(model, preset.lora, seed=settings.seed)
         room = preset.memory_gib * USABLE - plan.device_gib
-        log = train(model, sequences, settings, folder, report_every=progress, gaps_gib=room / 2)
+        if progress:
+            print(reading_table(reading), flush=True)
+        try:
+            log = train(model, sequences, settings, folder, report_every=progress, gaps_gib=room / 2)
+        finally:
+            documents.workers.close()
+        card.training["tokens"] = log[-1]["tokens"]
         save_adapter(model, card, folder / "adapter")
         return log
 
@@ -105,19 +103,7 @@ def train_adapter(
                 f"the disk that holds {folder} is full: make room and run again; training continues from the last "
                 f"whole checkpoint ({error})"
             ) from error
-    return TrainedAdapter(folder / "adapter", log, settings, card.training["tokens"])
-
-
-def _check_size(settings: TrainingSettings) -> None:
-    """ValueError if the training sequences, which are all drawn before training, are more than the memory holds."""
-    count = settings.steps * settings.sequences_per_step
-    wanted = count * settings.window * BYTES_PER_TOKEN / 2**30
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    if wanted > there:
-        raise ValueError(
-            f"training.steps = {settings.steps:,} asks for {count:,} sequences of {settings.window:,} tokens: they "
-            f"take {wanted:,.0f} GiB, and this machine has {there:,.0f}; lower training.steps"
-        )
+    return TrainedAdapter(folder / "adapter", log, settings, int(log[-1]["tokens"]))
 
 
 def _is_whole(adapter: Path) -> bool:

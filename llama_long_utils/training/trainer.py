@@ -9,17 +9,16 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from llama_long_utils.cache import digest
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.loss import patch_loss
 from llama_long_utils.paths import file_sha256, write_atomically
@@ -36,7 +35,7 @@ COLUMNS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_s
 
 def train(
     model: PreTrainedModel | PeftModel,
-    sequences: list[TrainingSequence],
+    sequences: Sequence[TrainingSequence],
     settings: TrainingSettings,
     folder: Path,
     *,
@@ -106,9 +105,8 @@ def train(
         disable_tqdm=True,
         seed=settings.seed,
     )
-    tokens = list(accumulate(sequence.label_tokens for sequence in sequences))
-    log = StepLog(tokens[settings.sequences_per_step - 1 :: settings.sequences_per_step], report_every)
-    data = [sequence.tensors() for sequence in sequences]
+    data = Served(sequences)
+    log = StepLog(data, settings, report_every)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log])
     trainer.remove_callback(PrinterCallback)
     model.half_trained = True
@@ -120,11 +118,27 @@ def train(
     return [{name: row[name] for name in COLUMNS} for row in trainer.state.log_history if "loss" in row]
 
 
-class StepLog(TrainerCallback):
-    """`tokens`: labels trained on after each step. See the module's docstring."""
+class Served(Dataset):
+    """Sequences as `Trainer` reads them, one when it is asked for, and how many labels those have that it was given."""
 
-    def __init__(self, tokens: list[int], report_every: int) -> None:
-        self.tokens, self.report_every = tokens, report_every
+    def __init__(self, sequences: Sequence[TrainingSequence]) -> None:
+        self.sequences = sequences
+        self.labels: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        sequence = self.sequences[number]
+        self.labels[number] = sequence.label_tokens
+        return sequence.tensors()
+
+
+class StepLog(TrainerCallback):
+    """See the module's docstring."""
+
+    def __init__(self, data: Served, settings: TrainingSettings, report_every: int) -> None:
+        self.data, self.settings, self.report_every = data, settings, report_every
         self.checked = False
         self.started = time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
@@ -143,15 +157,17 @@ class StepLog(TrainerCallback):
                 f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}: training stops, and a "
                 "checkpoint before this step is kept; look for weights that are not finite, or lower the learning rate"
             )
-        now, before = time.perf_counter(), self.tokens[row["step"] - 2] if row["step"] > 1 else 0
-        row["tokens"] = self.tokens[row["step"] - 1]
+        now, per_step = time.perf_counter(), self.settings.sequences_per_step
+        before = next((earlier["tokens"] for earlier in state.log_history[-2::-1] if "tokens" in earlier), 0)
+        numbers = range((row["step"] - 1) * per_step, row["step"] * per_step)
+        row["tokens"] = before + sum(self.data.labels.pop(number) for number in numbers)
         row["tokens_per_second"] = (row["tokens"] - before) / (now - self.started)
         row["peak_gib"] = peak_memory_gib()
         self.started = now
         self.report_done(row["step"])
         if self.report_every and row["step"] % self.report_every == 0:
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-            print(f"step {row['step']:,} of {len(self.tokens):,}: loss {row['loss']:.3f}, {speed}", flush=True)
+            print(f"step {row['step']:,} of {self.settings.steps:,}: loss {row['loss']:.3f}, {speed}", flush=True)
 
     def on_save(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
         folder = Path(arguments.output_dir) / f"checkpoint-{state.global_step}"
@@ -194,8 +210,10 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 VERSION = 2  # of what a run computes: raise it when this loop, the loss, `load_base` or `add_lora` change its numbers
 
 
-def run_key(settings: TrainingSettings, sequences: list[TrainingSequence], **other: Any) -> dict[str, Any]:
-    """Everything that the numbers of a run depend on; equal weights need equal libraries and threads, too."""
-    arrays = [(sequence.input_ids, sequence.labels, sequence.position_ids) for sequence in sequences]
+def run_key(settings: TrainingSettings, data: str, **other: Any) -> dict[str, Any]:
+    """Everything that the numbers of a run depend on; equal weights need equal libraries and threads, too.
+
+    `data` is a digest of the texts that settings and seed make sequences of, such as `TrainingData.key`.
+    """
     versions = {"training": VERSION, **package_versions()}
-    return {"settings": settings, "data": digest(arrays), "device": device_name(), "versions": versions, **other}
+    return {"settings": settings, "data": data, "device": device_name(), "versions": versions, **other}

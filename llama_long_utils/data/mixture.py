@@ -1,0 +1,234 @@
+"""The sources of a preset as one stream of documents, mixed by weight, without those that are held out.
+
+Documents come in buffers, each of which is packed and shuffled as a whole. A corpus that a buffer holds is one buffer,
+which is one pass. The next document is from the source that lies furthest behind its share, so what is drawn depends on
+texts and settings only.
+
+`datasets.interleave_datasets` draws rows, not tokens: of books with 100,000 tokens beside files with 1,000, 99% of the
+tokens would be of books.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llama_long_utils.cache import digest
+from llama_long_utils.data.documents import TokenizedDocument, draw, split_documents
+from llama_long_utils.data.sources import check_sources, load_documents, pinned, survey
+from llama_long_utils.data.tokens import TokenizedSource, Workers
+from llama_long_utils.paths import CACHE
+from llama_long_utils.settings import Data, Source, TrainingSettings
+
+if TYPE_CHECKING:  # three seconds to import, and sources are checked without it
+    from transformers import PreTrainedTokenizerBase
+
+SMALL = 2**25  # bytes: a source up to this size may be looked at as a whole before training
+BUFFER = 2**24  # tokens
+HELD_OUT = f"{round(0.02 * 2**32):08x}"  # of a stream, documents whose hash is lower: 2%
+
+
+class Mixture:
+    """The documents of a preset's sources, to be trained on and held out.
+
+    Of a small source, as many documents are held out as asked for. Of a stream, which may grow, all are that `draw`
+    puts below HELD_OUT, or none where another split is held out.
+
+    Args:
+        window, length: tokens that the longest document to train on and the longest held-out one have at least.
+        workers: processes that tokenize; default: one for each core.
+
+    Raises:
+        ValueError: a source or a count is wrong, or its texts are too short.
+        RuntimeError: the hub or PyPI does not answer.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        window: int = 0,
+        length: int = 0,
+        cache: Path = CACHE,
+        workers: int | None = None,
+    ) -> None:
+        self.data, self.counts = data, check_sources(data.sources, data.held_out)
+        self.sources = [pinned(source) for source in data.mixture]
+        surveys = {source.name: survey(source) for source in self.sources}
+        self.sizes = {name: size for name, (size, _) in surveys.items()}
+        self.small = {name for name, size in self.sizes.items() if size is not None and size <= SMALL}
+        self.weighted = any(source.weight for source in self.sources)
+        if None in self.sizes.values() and len(self.sources) > 1 and not self.weighted:
+            raise ValueError(f"give each of the sources {[*self.sizes]} a weight: how large they are is not known")
+        small = [source for source in self.sources if source.name in self.small]
+        texts = [document for source in small for document in load_documents(source, cache=cache)]
+        counts = {name: count for name, count in self.counts.items() if name in self.small}
+        options = {"minimum_characters": data.minimum_characters, "seed": data.split_seed}
+        sides = split_documents(texts, counts, **options) if texts else ([], [])
+        for side, tokens, name in zip(sides, (window, length), ("training", "held-out"), strict=True):
+            longest = max((len(document.text.encode()) for document in side), default=0)
+            if side and longest + 3 < tokens and small == self.sources:  # a token is a byte at least; BOS, EOS, a space
+                raise ValueError(
+                    f"no {name} document has {tokens:,} tokens: the longest of {len(side)} has {longest:,} bytes; add "
+                    "longer documents or ask for fewer tokens"
+                )
+        self.chosen = {(document.source, document.name) for document in sides[1]}
+        self.workers = Workers(tokenizer, workers)
+        self.tokens = {
+            one.name: TokenizedSource(one, surveys[one.name][1], self.workers, cache) for one in self.sources
+        }
+
+    @property
+    def key(self) -> str:
+        """A digest of what its documents depend on, known without reading them. A cap on passes changes none."""
+        data = replace(self.data, sources=[replace(source, passes=1) for source in self.sources], passes=1)
+        return digest(data, [tokens.key for tokens in self.tokens.values()], BUFFER, HELD_OUT)
+
+    def is_held_out(self, source: Source, name: str) -> bool:
+        """Whether a document of this name is never trained on."""
+        if source.name in self.small or source.held_out_split or source.name not in self.counts:
+            return (source.name, name) in self.chosen
+        return draw(self.data.split_seed, source.name, name) < HELD_OUT
+
+    def held_out(self) -> list[TokenizedDocument]:
+        """The held-out documents, of a stream the first that are long enough; ValueError if they are too few."""
+        found = []
+        for source in self.sources:
+            count, tokens = self.counts.get(source.name, 0), self.tokens[source.name]
+            if source.held_out_split:
+                other = replace(source, split=source.held_out_split)
+                tokens = TokenizedSource(other, survey(other)[1], self.workers, tokens.folder)
+            shortest = 0 if source.name in self.small else self.data.minimum_characters
+            candidates = (
+                document
+                for document, characters in (tokens if count else ())
+                if characters >= shortest and (source.held_out_split or self.is_held_out(source, document.name))
+            )
+            chosen = list(islice(candidates, count))
+            if len(chosen) < count:
+                raise ValueError(
+                    f"cannot hold out {count} documents of {source.name!r} with at least {shortest:,} characters: only "
+                    f"{len(chosen)} may be held out; lower held_out or minimum_characters"
+                )
+            found += [replace(document, token_ids=document.token_ids.astype(np.int32)) for document in chosen]
+        self.workers.close()
+        return found
+
+    def training(self, source: Source) -> Iterator[TokenizedDocument]:
+        """The documents of one source to train on, in one pass."""
+        longest = source.maximum_tokens or float("inf")
+        for document, _ in self.tokens[source.name]:
+            if source.minimum_tokens <= document.tokens <= longest and not self.is_held_out(source, document.name):
+                yield document
+
+    @cached_property
+    def lengths(self) -> dict[str, np.ndarray]:
+        """The tokens of each training document of the small sources."""
+        sources = (source for source in self.sources if source.name in self.small)
+        found = {source.name: np.array([one.tokens for one in self.training(source)], int) for source in sources}
+        self.workers.close()
+        return found
+
+    def shares(self, settings: TrainingSettings) -> list[float]:
+        """Each source's share of the tokens drawn: by weight, or else by size, so that all end at the same time."""
+        sizes = [source.weight or self.sizes[source.name] or 1.0 for source in self.sources]
+        if not self.weighted and self.small == self.sizes.keys():
+            sizes = [drawn_tokens(self.lengths[name], settings) for name in self.sizes]
+        return [size / (sum(sizes) or 1.0) for size in sizes]
+
+    def reading(self, settings: TrainingSettings) -> list[dict[str, Any]]:
+        """What a run reads of each source, a row for each; None is what a stream does not say before it was read.
+
+        ValueError if documents would be trained on more often than their cap on passes allows.
+        """
+        rows, wanted = [], settings.steps * settings.sequences_per_step * settings.window
+        for source, share in zip(self.sources, self.shares(settings), strict=True):
+            row = {"source": source.name, "documents": None, "tokens": None, "trained_on": round(share * wanted)}
+            row |= {"passes": None, "at_most": source.passes}
+            if source.name in self.small:
+                lengths = self.lengths[source.name]
+                passes = share * wanted / (drawn_tokens(lengths, settings) or 1.0)
+                allowed = source.passes // settings.long_document_weight
+                if passes > allowed:
+                    times, steps = passes * settings.long_document_weight, int(settings.steps * allowed / passes)
+                    raise ValueError(
+                        f"{source.name}: its {len(lengths)} documents of {lengths.sum():,} tokens would be trained on "
+                        f"{times:.1f} times, more than passes = {source.passes}: lower training.steps to {steps}, add "
+                        "texts, give it less weight, lower long_document_weight, or raise passes"
+                    )
+                row |= {"documents": len(lengths), "tokens": int(lengths.sum())}
+                row["passes"] = passes * settings.long_document_weight
+            rows.append(row)
+        return rows
+
+    def buffers(self, settings: TrainingSettings) -> Iterator[list[TokenizedDocument]]:
+        """The documents of one buffer after the other, in the order of the sources, without end.
+
+        ValueError if a source was read as often as its cap on passes allows, or holds nothing to train on.
+        """
+        count, shares = len(self.sources), self.shares(settings)
+        readers = [self.training(source) for source in self.sources]
+        taken, before, passes, unread = [0.0] * count, [0.0] * count, [0] * count, [*range(count)]
+        buffer: list[list[TokenizedDocument]] = [[] for _ in readers]
+        filled = 0
+        while True:
+            index = min(unread, key=lambda index: taken[index] / (shares[index] or 1.0))
+            document = next(readers[index], None)
+            if document is not None:
+                buffer[index].append(document)
+                taken[index] += drawn_tokens(document.tokens, settings)
+                filled += document.tokens
+                ended = []
+            else:
+                unread.remove(index)
+                ended = [index] if self.weighted else [] if unread else [*range(count)]
+            refused = ""
+            for again in ended:
+                source, passes[again] = self.sources[again], passes[again] + 1
+                if (passes[again] + 1) * settings.long_document_weight > source.passes:
+                    refused = f"{source.name} was read to its end {passes[again]} times, and passes = {source.passes} "
+                    refused += "allows no other: raise passes to go on from here, or lower training.steps"
+            if ended and sum(taken[again] - before[again] for again in ended) == 0:
+                names = ", ".join(self.sources[again].name for again in ended)
+                refused = f"{names}: pack = {str(settings.pack).lower()}, minimum_tokens and maximum_tokens leave no "
+                refused += f"document for a window of {settings.window:,} tokens"
+            for again in ended:
+                readers[again], before[again] = self.training(self.sources[again]), taken[again]
+                unread.append(again)
+            if filled >= BUFFER or (filled and (refused or (ended and not self.weighted))):
+                yield [document for documents in buffer for document in documents]
+                buffer, filled = [[] for _ in readers], 0
+            if refused:
+                raise ValueError(refused)
+
+
+def drawn_tokens(tokens: int | np.ndarray, settings: TrainingSettings) -> float:
+    """The tokens that a pass draws from documents of so many, on average."""
+    tokens = np.atleast_1d(tokens)
+    uses = np.where(tokens >= settings.window, settings.long_document_weight, float(settings.pack))
+    return float((tokens * uses).sum())
+
+
+def reading_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `Mixture.reading` as text."""
+    lines = [f"{'source':32} {'documents':>10} {'tokens':>14} {'trained on':>14} {'passes':>7} {'at most':>7}"]
+    for row in rows:
+        known = [f"{row[name]:,}" if row[name] is not None else "a stream" for name in ("documents", "tokens")]
+        passes = "?" if row["passes"] is None else f"{row['passes']:.2f}"
+        lines.append(
+            f"{row['source']:32} {known[0]:>10} {known[1]:>14} {row['trained_on']:>14,} {passes:>7} {row['at_most']:>7}"
+        )
+    return "\n".join(lines)
+
+
+def read_documents(
+    data: Data, tokenizer: "PreTrainedTokenizerBase", *, window: int = 0, length: int = 0, cache: Path = CACHE
+) -> tuple[Mixture, list[TokenizedDocument]]:
+    """(what is trained on, held-out documents) of a preset's sources, as token ids; raises as `Mixture`."""
+    mixture = Mixture(data, tokenizer, window=window, length=length, cache=cache)
+    return mixture, mixture.held_out()

@@ -1,0 +1,283 @@
+"""Sources as a stream: mixed by weight, made by several processes, the same after every interruption."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from experiments.tiny_llama import FOLDER
+from llama_long_utils.cache import digest
+from llama_long_utils.data import mixture, sources, tokens
+from llama_long_utils.data.documents import draw
+from llama_long_utils.data.mixture import HELD_OUT, Mixture, reading_table
+from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sources import load_documents, read_source
+from llama_long_utils.model.weights import load_tokenizer
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.presets import load_preset
+from llama_long_utils.settings import Data, Source
+
+WORDS = (REPOSITORY / "README.md").read_text().split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(FOLDER)
+
+
+def write_texts(folder, count, words, first=0):
+    """A .jsonl file of `count` texts of so many words, all different."""
+    folder.mkdir(exist_ok=True)
+    texts = (" ".join([str(number), *np.roll(WORDS, number)[:words]]) for number in range(first, first + count))
+    with (folder / "texts.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return folder
+
+
+def data(*names, held_out=None, **options):
+    return Data(list(names), held_out or {}, minimum_characters=1, split_seed=0, **options)
+
+
+def settings(**numbers):
+    plain = {"window": 256, "reach": 256, "steps": 40, "long_document_weight": 1.0, "self_quoting_share": 0.0}
+    return dataclasses.replace(load_preset("tiny").training, **{**plain, **numbers})
+
+
+def arrays(sequence):
+    return [array for array in vars(sequence).values() if array is not None]
+
+
+def ids(sequences):
+    return digest([arrays(sequence) for sequence in sequences])
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Shards of a few texts, buffers of a few shards, and every folder a stream."""
+    monkeypatch.setattr(tokens, "SHARD", 20_000)
+    monkeypatch.setattr(mixture, "BUFFER", 20_000)
+    monkeypatch.setattr(mixture, "SMALL", 0)
+
+
+def test_the_default_preset_trains_on_the_same_sequences_bit_by_bit(tokenizer):
+    """Its stored adapter was trained on what was drawn from lists in memory in November 2026."""
+    tiny = load_preset("tiny")
+    texts = Mixture(tiny.data, tokenizer)
+    assert ids(draw_sequences(texts, tiny.training, tokenizer)) == "e824d762c3287665"
+    two_passes = dataclasses.replace(tiny.training, steps=3000)
+    assert ids(draw_sequences(texts, two_passes, tokenizer)) == "41068dcd112bcc00"
+    assert digest([document.token_ids for document in texts.held_out()]) == "94b65346aff6dea0"
+
+
+def test_a_stream_is_the_same_with_one_and_two_workers_and_by_number(tokenizer, tmp_path, small_parts):
+    folder = write_texts(tmp_path / "texts", 300, 200)
+    found = set()
+    for workers in (1, 2):
+        texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path / str(workers), workers=workers)
+        drawn = draw_sequences(texts, settings(), tokenizer)
+        found.add(ids(drawn))
+        assert len(texts.workers.processes) == workers
+        texts.workers.close()
+    assert len(found) == 1
+    again = draw_sequences(Mixture(data(str(folder)), tokenizer, cache=tmp_path / "1"), settings(), tokenizer)
+    for number in (31, 3, 4, 39, 0):
+        assert digest(arrays(again[number])) == digest(arrays(drawn[number]))
+    quoting = settings(self_quoting_share=0.5, pack=False, reach=512)
+    drawn = draw_sequences(texts, quoting, tokenizer)
+    assert digest(arrays(drawn[21])) == digest(arrays([*drawn][21]))
+
+
+def test_training_begins_before_the_stream_is_read_to_its_end(tokenizer, tmp_path, small_parts, monkeypatch):
+    folder, read = write_texts(tmp_path / "texts", 3000, 100), []
+
+    def counted(*arguments, **options):
+        for document, place in read_source(*arguments, **options):
+            read.append(document.name)
+            yield document, place
+
+    monkeypatch.setattr(tokens, "read_source", counted)
+    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path, workers=2)
+    drawn = draw_sequences(texts, settings(), tokenizer)
+    assert drawn[0].label_tokens > 200
+    assert 0 < len(read) < 500  # of 3,000
+    before = list(read)
+    again = draw_sequences(Mixture(data(str(folder)), tokenizer, cache=tmp_path), settings(), tokenizer)
+    assert digest(arrays(again[0])) == digest(arrays(drawn[0]))
+    assert not set(read[len(before) :]) & set(before[:100])  # what is in the cache is not read again
+    texts.workers.close()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from llama_long_utils.data import mixture, tokens
+from llama_long_utils.data.sequences import draw_sequences
+sys.path.insert(0, "tests")
+from test_mixture import *
+tokens.SHARD = mixture.BUFFER = 20_000
+mixture.SMALL = 0
+tokenizer = load_tokenizer(FOLDER)
+texts = mixture.Mixture(data(sys.argv[1]), tokenizer, cache=Path(sys.argv[2]), workers=2)
+drawn = draw_sequences(texts, settings(steps=400), tokenizer)
+for number in range(400):
+    processes = [process.pid for process in texts.workers.processes.values()]
+    print(number, digest(arrays(drawn[number])), *processes, flush=True)
+    time.sleep(0.02)
+"""
+
+
+def test_after_a_kill_the_stream_goes_on_at_the_exact_token(tokenizer, tmp_path, small_parts):
+    """SIGKILL to a process that tokenizes, then to the one that trains; another begins at the next sequence."""
+    folder = write_texts(tmp_path / "texts", 1000, 200)
+    straight = draw_sequences(
+        Mixture(data(str(folder)), tokenizer, cache=tmp_path / "straight"), settings(steps=400), tokenizer
+    )
+    expected = [digest(arrays(sequence)) for sequence in straight]
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "cache")]
+    found, said, workers = [], "", set()
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if not line[0].isdigit():
+                said += line
+                continue
+            number, what, *processes = line.split()
+            found.append(what)
+            workers |= {int(process) for process in processes}
+            if number == "60":
+                os.kill(int(processes[0]), signal.SIGKILL)
+            if number == "150":
+                run.kill()
+    assert 150 < len(found) < 400
+    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path / "cache", workers=1)
+    resumed = draw_sequences(texts, settings(steps=400), tokenizer)
+    assert found + [digest(arrays(resumed[number])) for number in range(len(found), 400)] == expected
+    texts.workers.close()
+    assert "a tokenizing process was killed" in said
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{process}") for process in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [process for process in workers if os.path.exists(f"/proc/{process}")]  # none is left behind
+
+
+def test_a_damaged_shard_is_made_again(tokenizer, tmp_path, small_parts, capsys):
+    texts = Mixture(data(str(write_texts(tmp_path / "texts", 300, 200))), tokenizer, cache=tmp_path, workers=1)
+    expected = ids(draw_sequences(texts, settings(), tokenizer))
+    files = sorted((tmp_path / "shards").glob("*/*"))
+    whole = {file: file.read_bytes() for file in files}
+    for file, content in ((files[0], b""), (files[3], whole[files[3]][:-100] + bytes(100)), (files[5], b"garbage")):
+        file.write_bytes(content)
+        assert ids(draw_sequences(texts, settings(), tokenizer)) == expected
+        assert "is not whole" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in files} == whole
+    texts.workers.close()
+
+
+def test_weights_are_shares_of_tokens_whatever_the_lengths_of_documents(tokenizer, tmp_path, small_parts):
+    long = Source(str(write_texts(tmp_path / "long", 60, 2000)), weight=3.0, passes=9)
+    short = Source(str(write_texts(tmp_path / "short", 2000, 30, first=5000)), weight=1.0, passes=9)
+    texts = Mixture(data(long, short), tokenizer, cache=tmp_path, workers=1)
+    read = Counter()
+    for buffer in islice(texts.buffers(settings()), 8):
+        for document in buffer:
+            read[document.source] += document.tokens
+    assert read[long.name] / read.total() == pytest.approx(0.75, abs=0.02)
+    texts.workers.close()
+
+
+def test_documents_outside_the_limits_are_not_trained_on(tokenizer, tmp_path):
+    folder = tmp_path / "texts"
+    for words in (20, 200, 1000):
+        write_texts(folder, 10, words)
+    limited = Source(str(folder), minimum_tokens=100, maximum_tokens=1000)
+    texts = Mixture(data(limited), tokenizer, cache=tmp_path)
+    assert len(texts.lengths[limited.name]) == 10
+    assert 100 <= texts.lengths[limited.name].min() <= texts.lengths[limited.name].max() <= 1000
+
+
+def test_what_will_be_read_is_known_before_training_and_too_many_passes_are_refused(tokenizer, tmp_path):
+    folder = write_texts(tmp_path / "texts", 50, 300)
+    other = write_texts(tmp_path / "other", 90, 600)
+    texts = Mixture(data(str(other), str(folder)), tokenizer, cache=tmp_path)
+    rows = texts.reading(settings(steps=400))
+    assert [row["source"] for row in rows] == [str(other), str(folder)]
+    assert rows[1]["documents"] == 50
+    assert sum(row["trained_on"] for row in rows) == 400 * 256
+    assert rows[0]["passes"] == pytest.approx(400 * 256 / sum(row["tokens"] for row in rows))
+    assert f"{rows[0]['tokens']:,}" in reading_table(rows)
+    alone = Mixture(data(str(folder), passes=2), tokenizer, cache=tmp_path)
+    known = alone.reading(settings(steps=40))[0]
+    most = int(2 * known["tokens"] / 256)
+    assert alone.reading(settings(steps=most))[0]["passes"] == pytest.approx(2, abs=0.02)
+    with pytest.raises(ValueError, match=rf"more than passes = 2: lower training.steps to {most}, add texts"):
+        alone.reading(settings(steps=most + 2))
+    with pytest.raises(ValueError, match="more than passes = 2"):
+        alone.reading(settings(steps=most + 2, long_document_weight=2.0))  # each long one twice in a pass
+
+
+def test_a_stream_that_ends_too_early_says_so_when_it_does_and_goes_on_with_more_passes(
+    tokenizer, tmp_path, small_parts
+):
+    folder = str(write_texts(tmp_path / "texts", 100, 300))
+    numbers = settings(steps=2000)
+    texts = Mixture(data(folder, passes=2), tokenizer, cache=tmp_path, workers=1)
+    (row,) = texts.reading(numbers)
+    assert (row["documents"], row["passes"]) == (None, None)
+    assert "a stream" in reading_table([row])
+    drawn, found = draw_sequences(texts, numbers, tokenizer), []
+    with pytest.raises(ValueError, match=r"was read to its end 2 times, and passes = 2 allows no other: raise passes"):
+        found.extend(digest(arrays(drawn[number])) for number in range(2000))
+    counts = Counter(document.name for buffer in texts_until_refused(texts, numbers) for document in buffer)
+    assert set(counts.values()) == {2}
+    more = Mixture(data(folder, passes=4), tokenizer, cache=tmp_path, workers=1)
+    assert more.key == texts.key  # so that the run goes on
+    longer = draw_sequences(more, numbers, tokenizer)
+    assert [digest(arrays(longer[number])) for number in range(100)] == found[:100]
+
+
+def texts_until_refused(texts, numbers):
+    buffers = []
+    with pytest.raises(ValueError, match="passes"):
+        buffers.extend(texts.buffers(numbers))
+    return buffers
+
+
+def test_documents_held_out_of_a_stream_stay_so_when_it_grows(tokenizer, tmp_path, small_parts):
+    folder = write_texts(tmp_path / "texts", 500, 60)
+    held_out = {}
+    for count in (0, 500):
+        write_texts(folder, count, 60, first=500)
+        texts = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path, workers=1)
+        trained = {document.name for document in texts.training(texts.sources[0])}
+        everything = {document.name for document in load_documents(str(folder))}
+        held_out[count] = everything - trained
+        assert held_out[count] == {name for name in everything if draw(0, str(folder), name) < HELD_OUT}
+        chosen = {document.name for document in texts.held_out()}
+        assert len(chosen) == 3
+        assert chosen <= held_out[count]
+    assert held_out[0] < held_out[500]
+    with pytest.raises(ValueError, match=r"cannot hold out 900 documents .*: only \d+ may be held out"):
+        Mixture(data(str(folder), held_out={"texts": 900}), tokenizer, cache=tmp_path, workers=1).held_out()
+
+
+def test_a_long_file_is_read_in_parts_and_from_any_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST", 1000)
+    (tmp_path / "a.txt").write_text("Zeile für Zeile\n" * 300, newline="\r\n")
+    (tmp_path / "b.txt").write_text("文" * 2500)  # no line ends
+    write_texts(tmp_path, 5, 50)
+    source = Source(str(tmp_path))
+    read = [*read_source(source)]
+    assert "".join(document.text for document, _ in read if document.name.startswith("a")) == "Zeile für Zeile\n" * 300
+    assert "".join(document.text for document, _ in read if document.name.startswith("b")) == "文" * 2500
+    assert len({document.name for document, _ in read}) == len(read)
+    for number, (_, place) in enumerate(read, start=1):
+        assert [document for document, _ in read_source(source, json.loads(json.dumps(place)))] == [
+            document for document, _ in read[number:]
+        ]
