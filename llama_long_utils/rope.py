@@ -51,10 +51,8 @@ def ntk_by_parts(
     return keep * inv_freq + (1 - keep) * inv_freq / factor
 
 
-def yarn(
-    inv_freq: torch.Tensor, base: float, factor: float, original_window: int, slow: float = 1.0, fast: float = 32.0
-) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv:2309.00071, section 3): by parts as above, plus a temperature.
+def yarn(inv_freq: torch.Tensor, base: float, factor: float, original_window: int) -> tuple[torch.Tensor, float]:
+    """YaRN (arXiv:2309.00071, section 3): by parts as above, between 32 turns and one, plus a temperature.
 
     The ramp runs over pair numbers, as in the authors' code and in transformers; the paper's own is linear in turns.
     The factor of cos and sin is 0.1 ln(factor) + 1 (its square scales the attention logits).
@@ -64,8 +62,8 @@ def yarn(
     def pair_with(turns: float) -> float:
         return pairs * math.log(original_window / (turns * 2 * math.pi)) / math.log(base)
 
-    first = max(math.floor(pair_with(fast)), 0)
-    last = min(math.ceil(pair_with(slow)), 2 * pairs - 1)
+    first = max(math.floor(pair_with(32)), 0)
+    last = min(math.ceil(pair_with(1)), 2 * pairs - 1)
     interpolate = ((torch.arange(pairs) - first) / max(last - first, 0.001)).clamp(0, 1)
     mixed = interpolate * inv_freq / factor + (1 - interpolate) * inv_freq
     return mixed, 0.1 * math.log(factor) + 1.0
