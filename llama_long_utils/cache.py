@@ -6,7 +6,6 @@ no part of it: a comment must not throw two hours of work away. A file that fail
 
 import hashlib
 import json
-import math
 import re
 import zipfile
 import zlib
@@ -28,26 +27,24 @@ DAMAGES = (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFil
 
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that name values, dataclasses, arrays, bytes; ValueError for a number not finite."""
-    return hashlib.sha256(json.dumps([_plain(part) for part in parts], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(_as_json(parts).encode()).hexdigest()[:16]
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False, default=_plain)
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it; arrays and bytes by their hash."""
+    """A value for which JSON has no form; arrays and bytes by their hash."""
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return asdict(value)
     if isinstance(value, np.ndarray):
         return [str(value.dtype), list(value.shape), hashlib.sha256(np.ascontiguousarray(value).data).hexdigest()]
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"a key cannot hold the number {value}")
-    return value
+    return dict(value)  # of another kind of mapping
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Cache:
         return self.folder / f"{readable}-{digest(self._key(name, inputs))}{suffix}"
 
     def _key(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return _plain({"name": name, "version": self.version, **self.inputs, **inputs})
+        return json.loads(_as_json({"name": name, "version": self.version, **self.inputs, **inputs}))
 
     def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]], **inputs: Any) -> dict[str, np.ndarray]:
         """Arrays by name, as `make` returns them, from their file or made now."""

@@ -50,8 +50,6 @@ TRAININGS = {
     "pose": ("PoSE", TEAL, "^"),
     "s2": ("S2-Attn", AMBER, "v"),
 }
-TRAININGS |= {f"{name}-equal-seconds": (f"{TRAININGS[name][0]}, equal seconds", *TRAININGS[name][1:])
-              for name in ("short", "pose", "s2")}  # fmt: skip
 KINDS = {"arm": ARMS, "method": METHODS, "training": TRAININGS}
 COLOURS = {name: colour for name, (_, colour, _) in ARMS.items()}
 

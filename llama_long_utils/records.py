@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +139,8 @@ def read_table(path: Path, table: str) -> pd.DataFrame:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     """Write a compressed .npz that `numpy.load` reads without pickle, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez_compressed(scratch, **arrays)
-    scratch.replace(path)
-    return path
+    np.savez_compressed(content := BytesIO(), **arrays)
+    return write_atomically(path, content.getvalue())
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -453,7 +453,7 @@ def test_ruler_s_score_is_that_of_the_item_s_length(preset, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"names": ["mmul"]}, r"unknown task 'mmul': did you mean 'mmlu'\?"),
+        ({"names": ["mmul"]}, r"unknown task 'mmul' \(did you mean 'mmlu'\?\): offline there are"),
         ({"names": ["mmlu"], "arms": ["bases"]}, r"unknown arm 'bases': use one of \['base'"),
         ({"names": ["mmlu"], "items": 0}, "items = 0: use at least 1"),
         ({"names": ["squad"], "long_count": 0}, "long_count = 0: use at least 1$"),

@@ -28,7 +28,7 @@ def edit(folder, old, new):
 def test_every_preset_is_valid(name):
     preset = load_preset(name)
     assert preset.name == name
-    assert preset.extension.window >= preset.base.window
+    assert preset.extension.window > preset.base.window
     assert preset.training.sequences_per_step * preset.training.window <= 131_072  # tokens of a step
 
 

@@ -190,9 +190,7 @@ def perplexity(
     """
     nats = np.array([rows.sum(dtype=np.float64) for rows in nll])
     units = np.array([rows.size for rows in nll] if units is None else units)
-    total, bounds = int(units.sum()), (np.nan, np.nan)
-    if total:
-        low, high = Bootstrap(len(nll), bootstrap_samples, seed).interval(nats[:, None], units[:, None])
-        bounds = (low[0], high[0])
-    value, low, high = np.exp([nats.sum() / total if total else np.nan, *bounds])
-    return {"perplexity": value, "low": low, "high": high, "units": total}
+    low, high = Bootstrap(len(nll), bootstrap_samples, seed).interval(nats[:, None], units[:, None])
+    with np.errstate(invalid="ignore"):  # of no units: 0 / 0
+        value, low, high = np.exp([nats.sum() / units.sum(), low[0], high[0]])
+    return {"perplexity": value, "low": low, "high": high, "units": int(units.sum())}

@@ -1,6 +1,5 @@
 """Where benchmark tasks are described, and checking their names before anything heavy is imported."""
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.presets import closest
 
 TASKS = REPOSITORY / "data" / "tasks"
 HUB = "hub:"  # before the name of a task of lm-evaluation-harness that has a namesake here
@@ -28,10 +28,9 @@ def check_names(names: Sequence[str], folder: Path = TASKS) -> None:
             continue
         ours = sorted(path.stem for path in folder.glob("*.yaml"))
         families = [path.name for path in harness.iterdir() if path.is_dir()]
-        near = difflib.get_close_matches(word, ours, n=1) or difflib.get_close_matches(word, families, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else "."
-        offline = f"Offline there are {', '.join(ours)}; with the hub all of lm-evaluation-harness"
-        raise ValueError(f"unknown task {name!r}{hint} {offline}")
+        hint = closest(word, ours) or closest(word, families)
+        offline = f"offline there are {', '.join(ours)}; with the hub all of lm-evaluation-harness"
+        raise ValueError(f"unknown task {name!r}{hint}: {offline}")
 
 
 def _in_harness(name: str, harness: Path) -> bool:
