@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from conftest import functions_of, new_llama
+from llama_long_utils import progress
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.evaluation.perplexity import (
@@ -220,6 +221,16 @@ def test_an_interrupted_reader_does_not_read_again_what_it_has(tmp_path):
     read.clear()
     np.testing.assert_array_equal(Reader(model, cache).nll(texts), expected)
     assert not read
+
+
+def test_how_far_a_reader_is_can_be_seen(tmp_path, monkeypatch):
+    """Minutes of reading without a word look like a kernel that hangs."""
+    monkeypatch.setenv(progress.FILE, str(tmp_path / "said"))
+    model, said = new_llama(seed=0), []
+    model.model.register_forward_pre_hook(lambda *_: said.append((tmp_path / "said").read_text()))
+    Reader(model, Cache(tmp_path, 1)).nll([[text(64)], [text(64, "b", 1)]])
+    assert said[0] == "reading, nll: 0%"
+    assert (tmp_path / "said").read_text() == ""
 
 
 def test_another_model_another_text_and_another_window_are_read(tmp_path):

@@ -1,5 +1,7 @@
 import dataclasses
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -90,6 +92,12 @@ def test_headlines_have_a_column_for_each_model_with_a_record_and_one_seed_is_ca
     rows = [line.split(" | ") for line in headlines().splitlines() if line.startswith("| ")]
     assert {len(row) for row in rows} == {1 + len(read_dose_results(list(scoreboard.MODELS)))}
     assert all("one seed" in cell for cell in rows[1][1:])
+
+
+def test_the_scoreboard_waits_for_no_library_that_loads_models():
+    heavy = "import sys, tools.scoreboard; print(*{'transformers', 'peft', 'bitsandbytes'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", heavy], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "\n", done.stdout + done.stderr
 
 
 def test_readme_fits_a_screen_and_a_half():

@@ -17,6 +17,7 @@ from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.progress import track
 
 VERSION = 1  # of what `Reader` keeps: raise it when an NLL changes
 Stretches = Sequence[Sequence[TokenizedDocument]]  # of each document, from `random_stretches`
@@ -90,7 +91,7 @@ class Reader:
             name = f"{what}-{stretch.name}"
             return self.cache.arrays(name, lambda: {"nll": measure(stretch)}, token_ids=stretch.token_ids)["nll"]
 
-        return [np.stack([kept(stretch) for stretch in document]) for document in stretches]
+        return [np.stack([kept(stretch) for stretch in document]) for document in track(stretches, f"reading, {what}")]
 
 
 def random_stretches(
