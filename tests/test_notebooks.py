@@ -73,6 +73,12 @@ def stdout(cell):
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
+def test_code_that_a_notebook_shows_is_todays(notebook):
+    package = {line for path in REPOSITORY.glob("llama_long_utils/**/*.py") for line in path.read_text().splitlines()}
+    shown = "".join(stdout(cell) for cell in code(notebook) if "inspect.getsource(" in cell.source)
+    assert not [line for line in re.findall(r"(?m)^(?:def |class |@|    ).*", shown) if line not in package]
+
+
 def test_nbval_compares_at_least_60_percent_of_the_cells(notebook):
     cells = code(notebook)
     ignored = [cell for cell in cells if "nbval-ignore-output" in cell.metadata.get("tags", [])]
