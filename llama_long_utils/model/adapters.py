@@ -143,10 +143,7 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
             print(f"passed over: {error}", flush=True)
             continue
         if all(getattr(card, name) == value for name, value in needed.items()):
-            given = {
-                **card.training,
-                "data": {**card.data, "passes": preset.data.passes},
-            }  # a cap, which changes nothing
+            given = {**card.training, "data": {**card.data, "passes": preset.data.passes}}  # a cap changes nothing
             other = {name: given.get(name) for name, value in numbers.items() if given.get(name) != value}
             if not other:
                 return path.parent
