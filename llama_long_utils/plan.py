@@ -137,8 +137,11 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def amount(gib: float) -> str:
-    """3.6 -> "3.60 GiB", 0.004 -> "4.1 MiB"."""
-    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{1024 * gib:.3g} MiB" if gib else "nothing"
+    """3.6 -> "3.60 GiB", 0.004 -> "4.1 MiB"; less than a tenth of a KiB is nothing."""
+    for size, unit, digits in ((1, "GiB", 2), (2**10, "MiB", 1), (2**20, "KiB", 1)):
+        if gib * size >= 0.1:
+            return f"{gib * size:.{digits}f} {unit}"
+    return "nothing"
 
 
 def table(found: dict[str, Any]) -> str:

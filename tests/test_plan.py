@@ -55,9 +55,9 @@ def test_several_gpus_take_more_sequences_each_with_its_own_copy(answer, capsys)
 def test_what_is_small_is_not_shown_as_nothing(answer, capsys):
     table = answer(capsys, "--window", "8192", "--memory", "0.25").splitlines()
     parts = [line.split() for line in table if line.startswith("  ")]
-    assert all(float(amount) > 0 for _, amount, unit in (part for part in parts if part[-1] in ("GiB", "MiB")))
+    assert all(float(amount) > 0 for _, amount, unit in (part for part in parts if part[-1] in ("GiB", "MiB", "KiB")))
     assert all(float(part[-2]) > 0 for part in parts if part[-1] == "s")
-    assert plan.amount(0.004) == "4.1 MiB"
+    assert [plan.amount(gib) for gib in (3.6, 0.004, 5e-5, 0)] == ["3.60 GiB", "4.1 MiB", "52.4 KiB", "nothing"]
 
 
 @pytest.mark.parametrize(
