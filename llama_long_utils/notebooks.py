@@ -17,7 +17,7 @@ from IPython.display import Markdown, display
 
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import preset_from_parameters
-from llama_long_utils.records import recorded, write_arrays, write_record
+from llama_long_utils.records import device_name, recorded, write_arrays, write_record
 from llama_long_utils.settings import Preset
 
 _run: dict[str, Any] = {}  # of the notebook in this kernel: when it started, with which parameters
@@ -126,6 +126,7 @@ def save(
         seeds=dict(seeds or {"split": preset.data.split_seed, "bootstrap": preset.evaluation.seed}),
         seconds=time.perf_counter() - _run["started"],
         parameters=changed,
+        provenance={"device": f"{device_name()}, {preset.base.dtype}"},
     )
     shutil.rmtree(folder / "measuring" / slug[:2], ignore_errors=True)
     print("recorded:", ", ".join(tables))

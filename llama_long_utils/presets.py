@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -26,6 +26,8 @@ def load_preset(name: str) -> Preset:
     try:
         values = _read(name)
         follow_window(values)
+        if _section(values, "base").get("dtype") == "auto":
+            values["base"]["dtype"] = fastest_dtype()
         # As JSON, because pydantic's strict mode takes dataclasses from nothing else.
         preset = TypeAdapter(Preset).validate_json(json.dumps({"name": name, **values}, default=str))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -34,6 +36,12 @@ def load_preset(name: str) -> Preset:
         raise ValueError(f"presets/{name}.toml: {_explain(error)}") from None
     _check_consistency(preset)
     return preset
+
+
+def fastest_dtype(gpu: Path = Path("/proc/driver/nvidia/version"), cpu: Path = Path("/proc/cpuinfo")) -> str:
+    """bfloat16 where there is a GPU or a CPU that multiplies it (AVX512-BF16, AMX), which is 4 times as fast there."""
+    flags = set(cpu.read_text().split()) if cpu.exists() else set()
+    return "bfloat16" if gpu.exists() or flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 
 def _read(name: str, *inheriting: str) -> dict[str, Any]:

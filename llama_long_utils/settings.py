@@ -181,8 +181,8 @@ class Scaling:
 class BaseModel:
     """The model to extend. `source` is a folder of this repository or a model on the hub.
 
-    `dtype` is what it computes in; a CPU that emulates bfloat16 is 50 to 80 times slower than with float32 (measured
-    on AVX2). `rope_scaling` is the one in its config.json, empty for plain RoPE.
+    `dtype` is what it computes in, in a file also "auto"; a CPU that emulates bfloat16 is 50 to 80 times slower than
+    with float32 (measured on AVX2). `rope_scaling` is the one in its config.json, empty for plain RoPE.
     """
 
     source: str

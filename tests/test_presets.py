@@ -43,6 +43,28 @@ def test_presets_for_hub_models_know_what_their_configurations_say():
     assert (tiny_llama.base.window, tiny_llama.base.head_dim, tiny_llama.extension.window) == (2048, 64, 16_384)
 
 
+@pytest.mark.parametrize(
+    ("flags", "gpu", "dtype"),
+    [
+        ("fpu avx2 avx512f", False, "float32"),
+        ("fpu avx512_bf16", False, "bfloat16"),
+        ("fpu amx_bf16 amx_tile", False, "bfloat16"),
+        ("fpu avx2", True, "bfloat16"),
+        (None, False, "float32"),
+    ],
+)
+def test_dtype_auto_is_what_this_machine_multiplies_fastest(tmp_path, monkeypatch, folder, flags, gpu, dtype):
+    cpu, card = tmp_path / "cpuinfo", tmp_path / "nvidia"
+    if flags:
+        cpu.write_text(f"processor : 0\nflags : {flags}\n")
+    if gpu:
+        card.write_text("driver")
+    assert presets.fastest_dtype(card, cpu) == dtype
+    edit(folder, 'dtype = "float32"', 'dtype = "auto"')
+    monkeypatch.setattr(presets, "fastest_dtype", lambda: dtype)
+    assert load_preset("tiny").base.dtype == dtype
+
+
 def test_a_preset_that_is_like_another_states_only_what_differs(folder):
     (folder / "mine.toml").write_text(
         'like = "tiny"\n[extension]\nwindow = 2048\n[data]\nsources = ["sotu"]\nheld_out = { sotu = 2 }\n'
