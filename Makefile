@@ -65,6 +65,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -W ignore -m experiments bench
 
 gpu: $(INSTALLED)
+	-$(BIN)/python -m pytest -q -m gpu tests
 	PYTORCH_ALLOC_CONF=expandable_segments:True $(BIN)/python -W ignore -m experiments gpu
 
 tiny-llama: $(INSTALLED)

@@ -96,7 +96,7 @@ def test_record_of_an_arm_is_named_by_what_it_depends_on(preset):
         arm_record(dataclasses.replace(preset, lora=dataclasses.replace(preset.lora, rank=8)), arm, "base"),
     ]
     assert path not in others
-    tasks = dataclasses.replace(preset.retrieval.tasks, questions=1)
+    tasks = dataclasses.replace(preset.retrieval.tasks, questions=2)
     unrelated = dataclasses.replace(preset, retrieval=dataclasses.replace(preset.retrieval, tasks=tasks))
     assert path == arm_record(unrelated, arm, "base")
 
