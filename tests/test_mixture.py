@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from itertools import islice
 
+import hub_server
 import numpy as np
 import pytest
 
@@ -129,7 +130,7 @@ texts = mixture.Mixture(data(sys.argv[1]), tokenizer, cache=Path(sys.argv[2]), w
 drawn = draw_sequences(texts, settings(steps=400), tokenizer)
 for number in range(400):
     processes = [process.pid for process in texts.workers.processes.values()]
-    print(number, digest(arrays(drawn[number])), *processes, flush=True)
+    os.write(1, " ".join(map(str, [number, digest(arrays(drawn[number])), *processes, "\\n"])).encode())
     time.sleep(0.02)
 """
 
@@ -169,12 +170,12 @@ def test_after_a_kill_the_stream_goes_on_at_the_exact_token(tokenizer, tmp_path,
 
 def test_a_damaged_shard_is_made_again(tokenizer, tmp_path, small_parts, capsys):
     texts = Mixture(data(str(write_texts(tmp_path / "texts", 300, 200))), tokenizer, cache=tmp_path, workers=1)
-    expected = ids(draw_sequences(texts, settings(), tokenizer))
+    expected = ids(draw_sequences(texts, settings(steps=200), tokenizer))
     files = sorted((tmp_path / "shards").glob("*/*"))
     whole = {file: file.read_bytes() for file in files}
     for file, content in ((files[0], b""), (files[3], whole[files[3]][:-100] + bytes(100)), (files[5], b"garbage")):
         file.write_bytes(content)
-        assert ids(draw_sequences(texts, settings(), tokenizer)) == expected
+        assert ids(draw_sequences(texts, settings(steps=200), tokenizer)) == expected
         assert "is not whole" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in files} == whole
     texts.workers.close()
@@ -200,6 +201,20 @@ def test_documents_outside_the_limits_are_not_trained_on(tokenizer, tmp_path):
     texts = Mixture(data(limited), tokenizer, cache=tmp_path)
     assert len(texts.lengths[limited.name]) == 10
     assert 100 <= texts.lengths[limited.name].min() <= texts.lengths[limited.name].max() <= 1000
+
+
+def test_without_packing_short_texts_leave_their_share_and_a_stream_of_others_is_not_read_for_ever(
+    tokenizer, tmp_path, small_parts
+):
+    long = Source(str(write_texts(tmp_path / "long", 60, 2000)), weight=1.0)
+    short = Source(str(write_texts(tmp_path / "short", 1500, 40)), weight=1.0, maximum_tokens=255)
+    texts = Mixture(data(long, short), tokenizer, cache=tmp_path, workers=1)
+    assert [row["trained_on"] for row in texts.reading(settings(pack=False))] == [40 * 256, 0]
+    assert all(sequence.contiguous for sequence in draw_sequences(texts, settings(pack=False), tokenizer))
+    unlimited = Mixture(data(long, dataclasses.replace(short, maximum_tokens=0)), tokenizer, cache=tmp_path, workers=1)
+    with pytest.raises(ValueError, match=r"no document of 256 to inf tokens in the last .*: set pack = true"):
+        list(draw_sequences(unlimited, settings(pack=False), tokenizer))
+    texts.workers.close()
 
 
 def test_what_will_be_read_is_known_before_training_and_too_many_passes_are_refused(tokenizer, tmp_path):
@@ -265,6 +280,56 @@ def test_documents_held_out_of_a_stream_stay_so_when_it_grows(tokenizer, tmp_pat
     assert held_out[0] < held_out[500]
     with pytest.raises(ValueError, match=r"cannot hold out 900 documents .*: only \d+ may be held out"):
         Mixture(data(str(folder), held_out={"texts": 900}), tokenizer, cache=tmp_path, workers=1).held_out()
+
+
+HUB = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_mixture import *
+tokens.SHARD = mixture.BUFFER = 20_000
+book = Source("hub:owner/books", column="body", held_out_split="test", weight=3.0)
+short = Source("hub:owner/pages", "some", weight=1.0, maximum_tokens=400)
+tokenizer = load_tokenizer(FOLDER)
+texts = Mixture(data(book, short, held_out={"books": 2}, passes=9), tokenizer, cache=Path(sys.argv[1]), workers=1)
+drawn = draw_sequences(texts, settings(steps=200), tokenizer)
+found = [digest(arrays(sequence)) for sequence in drawn]
+print(json.dumps([texts.key, texts.reading(settings()), [one.name for one in texts.held_out()], found]))
+"""
+
+
+def test_data_sets_stream_from_the_hub_and_what_was_read_is_not_asked_for_again(tmp_path):
+    from datasets import Dataset
+
+    def rows(name, count, words):
+        folder = write_texts(tmp_path / name, count, words)
+        return [json.loads(line)["text"] for line in (folder / "texts.jsonl").open()]
+
+    books, pages = tmp_path / "hub" / "datasets" / "owner" / "books", tmp_path / "hub" / "datasets" / "owner" / "pages"
+    for split, count in (("train", 6), ("test", 4)):
+        (books / "data").mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict({"body": rows(split, count, 2000)}).to_parquet(books / "data" / f"{split}-0.parquet")
+    (pages / "some").mkdir(parents=True)
+    Dataset.from_dict({"text": rows("pages", 60, 60)}).to_parquet(pages / "some" / "train-0.parquet")
+    (pages / "README.md").write_text("---\nconfigs:\n- config_name: some\n  data_files: some/*.parquet\n---\n")
+    with hub_server.serve(tmp_path / "hub") as hub:
+        hub.losses.append("train-0.parquet")
+
+        def run():
+            command = [sys.executable, "-c", HUB, str(tmp_path / "cache")]
+            environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "home")}
+            done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            return json.loads(done.stdout.splitlines()[-1])
+
+        key, reading, held_out, found = run()
+        assert [row["revision"] for row in reading] == [hub_server.COMMIT] * 2
+        assert [row["trained_on"] for row in reading] == [40 * 256 * 3 // 4, 40 * 256 // 4]
+        assert held_out == ["0", "1"]
+        assert len(found) == 200
+        hub.sent.clear()
+        assert run() == [key, reading, held_out, found]
+        assert not any("parquet" in name for name in hub.sent)  # only the commit was asked for
 
 
 def test_a_long_file_is_read_in_parts_and_from_any_place(tmp_path, monkeypatch):

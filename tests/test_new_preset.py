@@ -150,8 +150,12 @@ def test_the_raised_base_leaves_no_pair_at_new_angles(shape):
 def test_texts_may_be_shorter_than_estimated_but_two_must_fill_the_window(written, texts, tmp_path, monkeypatch):
     write_config(tmp_path / "base")
     size = len((texts / "0.txt").read_text())
-    command(monkeypatch, "--base", tmp_path / "base", "--window", size, "--memory", 1, "--texts", texts, "--name", "a")
+    words = ["--base", tmp_path / "base", "--memory", 1, "--texts", texts, "--name", "a", "--window"]
+    with pytest.raises(ValueError, match=r"the 3 texts in .* hold about 1,8\d\d tokens to train on, and 4 passes"):
+        command(monkeypatch, *words, size)
+    command(monkeypatch, *words, size // 4)
     assert load_preset("a").data.minimum_characters <= size + 100
+    assert (load_preset("a").training.steps, load_preset("a").data.passes) == (1, 4)
     with pytest.raises(ValueError, match=r"two of the 3 texts in .* must fill 9,999 tokens .*: add longer ones"):
         command(monkeypatch, "--base", tmp_path / "base", "--window", 9999, "--memory", 1, "--texts", texts)
     with pytest.raises(ValueError, match="unknown document source 'nowhere'"):
@@ -163,7 +167,7 @@ def test_without_texts_of_ones_own_a_long_window_is_read_as_far_as_texts_go(writ
     write_config(tmp_path / "base")
     command(monkeypatch, "--base", tmp_path / "base", "--window", 131_072, "--memory", 24, "--name", "mine")
     mine = load_preset("mine")
-    assert (mine.evaluation.tokens, mine.evaluation.far_tokens, mine.training.window) == (32_768, 131_072, 131_072)
+    assert (mine.evaluation.tokens, mine.evaluation.far_tokens, mine.training.window) == (65_536, 131_072, 131_072)
 
 
 def test_a_rope_that_changes_with_the_length_leaves_no_file(written, tmp_path, monkeypatch):

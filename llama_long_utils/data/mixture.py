@@ -119,12 +119,18 @@ class Mixture:
         self.workers.close()
         return found
 
-    def training(self, source: Source) -> Iterator[TokenizedDocument]:
-        """The documents of one source to train on, in one pass."""
-        longest = source.maximum_tokens or float("inf")
+    def training(self, source: Source, shortest: int = 0) -> Iterator[TokenizedDocument]:
+        """The documents of one source to train on, in one pass; ValueError if a stream has none for long."""
+        shortest, longest, passed_over = max(shortest, source.minimum_tokens), source.maximum_tokens or float("inf"), 0
         for document, _ in self.tokens[source.name]:
-            if source.minimum_tokens <= document.tokens <= longest and not self.is_held_out(source, document.name):
+            if self.is_held_out(source, document.name):
+                continue
+            if shortest <= document.tokens <= longest:
+                passed_over = 0
                 yield document
+            elif (passed_over := passed_over + document.tokens) > 4 * BUFFER:
+                limits = f"{shortest:,} to {longest:,} tokens in the last {passed_over:,}"
+                raise ValueError(f"{source.name}: no document of {limits}: set pack = true, or change its limits")
 
     @cached_property
     def lengths(self) -> dict[str, np.ndarray]:
@@ -139,6 +145,9 @@ class Mixture:
         sizes = [source.weight or self.sizes[source.name] or 1.0 for source in self.sources]
         if not self.weighted and self.small == self.sizes.keys():
             sizes = [drawn_tokens(self.lengths[name], settings) for name in self.sizes]
+        elif not settings.pack:  # short texts, of which nothing could be drawn, leave their share to the others
+            shorter = [0 < source.maximum_tokens < settings.window for source in self.sources]
+            sizes = [0.0 if short else size for size, short in zip(sizes, shorter, strict=True)]
         return [size / (sum(sizes) or 1.0) for size in sizes]
 
     def reading(self, settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -148,7 +157,13 @@ class Mixture:
         """
         rows, wanted = [], settings.steps * settings.sequences_per_step * settings.window
         for source, share in zip(self.sources, self.shares(settings), strict=True):
-            row = {"source": source.name, "documents": None, "tokens": None, "trained_on": round(share * wanted)}
+            row = {
+                "source": source.name,
+                "revision": source.revision,
+                "documents": None,
+                "tokens": None,
+                "trained_on": round(share * wanted),
+            }
             row |= {"passes": None, "at_most": source.passes}
             if source.name in self.small:
                 lengths = self.lengths[source.name]
@@ -172,8 +187,10 @@ class Mixture:
         ValueError if a source was read as often as its cap on passes allows, or holds nothing to train on.
         """
         count, shares = len(self.sources), self.shares(settings)
-        readers = [self.training(source) for source in self.sources]
-        taken, before, passes, unread = [0.0] * count, [0.0] * count, [0] * count, [*range(count)]
+        shortest = settings.window if self.weighted and not settings.pack else 0
+        readers = [self.training(source, shortest) for source in self.sources]
+        taken, before, passes = [0.0] * count, [0.0] * count, [0] * count
+        unread = [index for index in range(count) if shares[index] or not self.weighted]
         buffer: list[list[TokenizedDocument]] = [[] for _ in readers]
         filled = 0
         while True:
@@ -198,7 +215,7 @@ class Mixture:
                 refused = f"{names}: pack = {str(settings.pack).lower()}, minimum_tokens and maximum_tokens leave no "
                 refused += f"document for a window of {settings.window:,} tokens"
             for again in ended:
-                readers[again], before[again] = self.training(self.sources[again]), taken[again]
+                readers[again], before[again] = self.training(self.sources[again], shortest), taken[again]
                 unread.append(again)
             if filled >= BUFFER or (filled and (refused or (ended and not self.weighted))):
                 yield [document for documents in buffer for document in documents]

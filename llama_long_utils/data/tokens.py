@@ -110,7 +110,8 @@ class Workers:
         except (OSError, EOFError):
             if self.processes.pop(thread, None):  # not by `close`
                 process.kill()
-                print("a tokenizing process was killed, maybe for lack of memory: its part is made here", flush=True)
+                said = "a tokenizing process was killed, maybe for lack of memory: its part is made here\n"
+                print(said, end="", flush=True)  # in one piece, as another thread may write, too
         else:
             if error:
                 raise error
@@ -174,7 +175,8 @@ class TokenizedSource:
         waiting: deque[tuple[Shard | Future | None, tuple]] = deque()
         reader, behind, number, more = None, None, 0, True
         while more or waiting:
-            while more and len(waiting) < 2 * self.workers.count:
+            # Ahead only while one is being made: what is in the cache takes no reader, and no network.
+            while more and len(waiting) < 2 * self.workers.count and not (waiting and isinstance(waiting[0][0], Shard)):
                 shard, job = self.stored(number), ()
                 if shard:
                     reader, behind, more = None, shard.behind, bool(shard.names)
