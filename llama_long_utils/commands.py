@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
@@ -22,5 +23,7 @@ def run_command(main: Callable[[], object], interrupted: str = "interrupted") ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         raise SystemExit(CLOSED) from None
     except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # if the first process failed, too, torchrun ends this one now: one says what was wrong
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     raise SystemExit(0)

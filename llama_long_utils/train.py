@@ -1,4 +1,8 @@
-"""Train a preset's adapter: `python -m llama_long_utils.train --preset NAME`. The same command continues it."""
+"""Train a preset's adapter: `python -m llama_long_utils.train --preset NAME`. The same command continues it.
+
+On two GPUs: `torchrun --nproc-per-node 2 -m llama_long_utils.train --preset NAME`, which takes whole sequences on each.
+With `--context-parallel 2` both share every sequence, so that each needs about half of the memory for activations.
+"""
 
 import argparse
 
@@ -14,15 +18,20 @@ def train() -> None:
     parser.add_argument("--seed", type=int, help="instead of the preset's training.seed")
     parser.add_argument("--control", action="store_true", help="keep the base's RoPE: a control without the extension")
     parser.add_argument("--report-every", type=int, default=10, metavar="STEPS", help="steps between two lines")
+    parser.add_argument("--context-parallel", type=int, default=1, metavar="N", help="processes that share a sequence")
     chosen = parser.parse_args()
     preset = load_preset(chosen.preset)
     settings = training_settings(preset, steps=chosen.steps, seed=chosen.seed)
     scaling = preset.control_rope if chosen.control else preset.extended_rope
 
     from llama_long_utils.training.adapter import train_adapter
+    from llama_long_utils.training.processes import join_processes
 
-    trained = train_adapter(preset, settings=settings, scaling=scaling, progress=chosen.report_every)
-    print(f"{trained.log[-1]['step']:,} steps on {trained.label_tokens:,} labels: {trained.folder}")
+    options = {"progress": chosen.report_every, "context_parallel": chosen.context_parallel}
+    trained = train_adapter(preset, settings=settings, scaling=scaling, **options)
+    if join_processes().is_main_process:
+        print(f"{trained.log[-1]['step']:,} steps on {trained.label_tokens:,} labels: {trained.folder}", flush=True)
+    join_processes().destroy_process_group()
 
 
 def main() -> None:

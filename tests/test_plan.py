@@ -40,16 +40,22 @@ def test_the_plan_fits_and_so_does_the_longest_window(answer, capsys):
         answer(capsys, "--window", str(2 * found["longest_window"]), "--memory", "0.25")
 
 
-def test_several_gpus_take_more_sequences_each_with_its_own_copy(answer, capsys):
-    one, two = (
-        json.loads(answer(capsys, "--window", "8192", "--memory", "0.25", "--devices", devices, "--json"))
-        for devices in ("1", "2")
+def test_several_gpus_take_more_sequences_or_longer_ones(answer, capsys):
+    words = ("--window", "8192", "--memory", "0.25")
+    one, two, shared = (
+        json.loads(answer(capsys, *words, *several, "--json"))
+        for several in ((), ("--devices", "2"), ("--devices", "2", "--context-parallel", "2"))
     )
-    changed = {name for name in one if one[name] != two[name]}
-    assert changed == {"devices", "sequences_per_step", "longest_window_host_gib"}
-    table = answer(capsys, "--window", "8192", "--memory", "0.25", "--devices", "2")
-    assert "2 x 8,192 tokens" in table
-    assert "2 GPUs are data parallel: each holds the whole model" in table
+    sent = one["peak_gib_by_component"]["adapters"]  # as many gradients
+    assert two["peak_gib_by_component"]["gradients"] == pytest.approx(one["peak_gib_by_component"]["gradients"] + sent)
+    assert [found["sequences_per_step"] for found in (one, two, shared)] == [1, 2, 1]
+    assert two["flops"] == one["flops"]
+    assert shared["flops"] == pytest.approx(one["flops"] / 2)
+    assert 1.6 * one["longest_window"] < shared["longest_window"] < 2 * one["longest_window"]
+    assert 0.9 * one["longest_window"] < two["longest_window"] <= one["longest_window"]
+    table = answer(capsys, *words, "--devices", "2", "--context-parallel", "2")
+    assert "1 x 8,192 tokens" in table
+    assert "Each of 2 GPUs holds the whole model and takes 1/2 of its sequences" in table
 
 
 def test_what_is_small_is_not_shown_as_nothing(answer, capsys):

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llama_long_utils.model.loss import causal_lm
 
 DOCUMENTS = "documents"  # what load_base calls it
 
@@ -59,8 +62,9 @@ class ContextShare:
 ALONE = ContextShare()
 
 
-def share_context(model: nn.Module, share: ContextShare) -> None:
-    """Let a model with "documents" attention take its process' share of each sequence."""
+def share_context(model: PreTrainedModel | PeftModel, share: ContextShare) -> None:
+    """Let a model take its process' share of each sequence, by "documents" attention."""
+    causal_lm(model).config._attn_implementation = DOCUMENTS
     for layer in (module for module in model.modules() if hasattr(module, "num_key_value_groups")):
         layer.context_share = share
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
+
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.mixture import Mixture, reading_table
 from llama_long_utils.data.sequences import draw_sequences
@@ -16,6 +18,7 @@ from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.training.planner import USABLE, plan_training
+from llama_long_utils.training.processes import divide, join_processes
 from llama_long_utils.training.trainer import VERSION, run_key, train
 
 FULL = 2**20  # bytes: a disk with less room
@@ -38,32 +41,43 @@ def train_adapter(
     scaling: Scaling | None = None,
     name: str = "",
     progress: int = 0,
+    context_parallel: int = 1,
 ) -> TrainedAdapter:
     """Train LoRA on a preset's base, from a new adapter or the last whole checkpoint; a finished run is only read.
 
-    The run folder, runs/PRESET/training/NAME-KEY, is named by everything that the weights depend on.
+    The run folder, runs/PRESET/training/NAME-KEY, is named by everything that the weights depend on. Processes that a
+    launcher started train together, and the first of them writes; the weights are those of one, up to rounding.
 
     Args:
         settings: in place of the preset's [training]; the planner adds what the preset's memory needs.
         scaling: RoPE in place of the preset's extended one.
         name: how the run folder's name begins; default: the RoPE method.
         progress: a line every so many steps; 0: none.
+        context_parallel: so many processes share each sequence.
 
     Raises:
-        ValueError: a number, the base or the documents do not fit the preset, or no plan fits the memory.
+        ValueError: a number, the base or the documents do not fit the preset, no plan fits the memory, or a step does
+            not divide among the processes.
         RuntimeError: no base can be had, numbers are not finite, the disk is full, or another process is at this run.
     """
     settings, scaling = settings or preset.training, scaling or preset.extended_rope
+    state = join_processes()
+    division = divide(settings, state.num_processes, context_parallel)
+    if context_parallel > 1 and scaling.method in ("dynamic_ntk", "xpos_abf"):
+        raise ValueError(f"RoPE of method {scaling.method!r} needs whole sequences: train without --context-parallel")
+    if not state.is_main_process:
+        state.wait_for_everyone()  # until the first has filled the caches
     base = locate_base(preset)
-    plan = plan_training(preset, settings)
-    settings = replace(settings, memory_savings=plan.memory_savings)
+    plan = plan_training(preset, settings, division)
+    wanted = replace(settings.memory_savings, optimizer=plan.memory_savings.optimizer)  # the rest changes no gradient
+    depends_on, settings = (replace(settings, memory_savings=savings) for savings in (wanted, plan.memory_savings))
     tokenizer = load_tokenizer(base)
     documents = Mixture(preset.data, tokenizer, window=settings.window)
     reading = documents.reading(settings)
     sequences = draw_sequences(documents, settings, tokenizer)
     base_sha256 = weights_sha256(base)
     of_base = {"base": base_sha256, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
-    key = run_key(settings, sequences.key, **of_base, lora=preset.lora)
+    key = run_key(depends_on, sequences.key, **of_base, lora=preset.lora)
     runs, name = Cache(preset.run_folder / "training", VERSION, key), name or scaling.method
     folder, log_file = runs.path(name, {}, ""), runs.path(name, {}, ".json")
     card = AdapterCard(
@@ -76,19 +90,30 @@ def train_adapter(
     )
 
     def work() -> list[dict[str, float]]:
+        if state.is_main_process:
+            broadcast_object_list([None])  # so that the others begin, too
         model = load_base(base, scaling, dtype=preset.base.dtype, attention=settings.attention)
         model = add_lora(model, preset.lora, seed=settings.seed)
         room = preset.memory_gib * USABLE - plan.device_gib
-        if progress:
+        if progress and state.is_main_process:
             print(reading_table(reading), flush=True)
+        options = {"report_every": progress, "gaps_gib": room / 2, "context_parallel": context_parallel}
         try:
-            log = train(model, sequences, settings, folder, report_every=progress, gaps_gib=room / 2)
+            log = train(model, sequences, settings, folder, **options)
         finally:
             documents.workers.close()
         card.training["tokens"] = log[-1]["tokens"]
-        save_adapter(model, card, folder / "adapter")
+        if state.is_main_process:
+            save_adapter(model, card, folder / "adapter")
         return log
 
+    if not state.is_main_process:
+        (log,) = broadcast_object_list([None])
+        if log is None:
+            work()
+            (log,) = broadcast_object_list([None])
+        return TrainedAdapter(folder / "adapter", log, settings, int(log[-1]["tokens"]))
+    state.wait_for_everyone()
     with _alone(folder):
         for left in folder.glob(".adapter.*"):  # by a process that was killed while it saved
             shutil.rmtree(left)
@@ -103,6 +128,7 @@ def train_adapter(
                 f"the disk that holds {folder} is full: make room and run again; training continues from the last "
                 f"whole checkpoint ({error})"
             ) from error
+    broadcast_object_list([log])
     return TrainedAdapter(folder / "adapter", log, settings, int(log[-1]["tokens"]))
 
 

@@ -166,6 +166,8 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     total = dict(zip(COLUMNS, highest.round().astype(int).tolist(), strict=True))
     if shape.accumulated:
         total["gradients"] = total["adapters"]  # as many, in the same type
+    if shape.processes > 1:
+        total["gradients"] += total["adapters"]  # what DDP sends
     return total | {HOST: round(host)}
 
 
@@ -178,7 +180,7 @@ def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np
     model = json.dumps(config.to_dict() | {"num_hidden_layers": LAYERS_RUN}), json.dumps(asdict(lora))
     wanted = replace(shape.memory_savings, recomputed_layers=PLAIN)
     savings = replace(wanted, optimizer="adamw_torch_fused")
-    shape = replace(shape, accumulated=False, memory_savings=savings)
+    shape = replace(shape, accumulated=False, processes=1, memory_savings=savings)
     tiles = min(MOST_TILES, shape.sequences * shape.length // savings.tile) if savings.tile else 0
     short = max(SHORT, 64 * tiles)
     if config.hidden_size in (short, 2 * short):  # offloading would mistake other tensors for hidden states

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
@@ -20,30 +21,36 @@ class _Recompute(torch.autograd.Function):
     """Identity that keeps its input; its backward pass takes the gradient of the *result* of `forward_of_tile`.
 
     `_Compute` lets that gradient through. As the input is saved before the result is computed, torch stops there when
-    it recomputes a checkpointed layer: no tile is computed a third time.
+    it recomputes a checkpointed layer: no tile is computed a third time. The weights in `trained` get their gradients
+    once, as sums over the tiles, because DDP sends each the first time that it is there.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, forward_of_tile: Forward, tile: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, forward_of_tile: Forward, tile: int, *trained: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(hidden)
-        ctx.forward_of_tile, ctx.tile = forward_of_tile, tile
+        ctx.forward_of_tile, ctx.tile, ctx.trained = forward_of_tile, tile, trained
         device = hidden.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        totals: list[torch.Tensor | None] = [None] * len(ctx.trained)
         device, dtype, enabled = ctx.autocast
         rows = zip(*(_tokens(tensor).split(ctx.tile) for tensor in (hidden, grad_output, grad_hidden)), strict=True)
         for tile, grad_result, grad_tile in rows:
             tile = tile.detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                 result = ctx.forward_of_tile(tile)
-            torch.autograd.backward(result, grad_result)
-            grad_tile.copy_(tile.grad)
-        return grad_hidden, None, None
+            found = torch.autograd.grad(result, [tile, *ctx.trained], grad_result, allow_unused=True)
+            grad_tile.copy_(found[0])
+            for place, part in enumerate(found[1:]):
+                totals[place] = part if totals[place] is None else totals[place].add_(part)
+        return grad_hidden, None, None, *totals
 
 
 class _Compute(torch.autograd.Function):
@@ -88,16 +95,17 @@ def tile_over_sequence(model: PreTrainedModel | PeftModel, tile: int) -> None:
             if hasattr(module.forward, "plain_forward"):
                 module.forward = module.forward.plain_forward
             if tile:
-                module.forward = _tiled(module.forward, tile)
+                module.forward = _tiled(module, tile)
 
 
-def _tiled(forward: Forward, tile: int) -> Forward:
+def _tiled(module: nn.Module, tile: int) -> Forward:
+    forward = module.forward
+
     def run(hidden: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled() or hidden[..., 0].numel() <= tile:
             return forward(hidden)
-        if not hidden.requires_grad:  # nothing before it trains, but something in it may
-            hidden = hidden.detach().requires_grad_()
-        return _Compute.apply(_Recompute.apply(hidden, forward, tile), forward, tile)
+        trained = [weight for weight in module.parameters() if weight.requires_grad]
+        return _Compute.apply(_Recompute.apply(hidden, forward, tile, *trained), forward, tile)
 
     run.plain_forward = forward
     return run

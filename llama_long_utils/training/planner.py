@@ -13,6 +13,7 @@ from llama_long_utils.model.weights import model_config
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
 from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger
+from llama_long_utils.training.processes import Division, divide
 
 GIB = 2**30
 USABLE = 0.92  # share of a device's memory that tensors can have: the driver takes some, and gaps between blocks
@@ -87,16 +88,24 @@ class Plan:
         return f"{self.memory_savings}: {memory}, {self.flops:.3g} FLOP for a forward and backward pass"
 
 
-def plan_training(preset: Preset, settings: TrainingSettings) -> Plan:
-    """The plan for a training run with a preset's base, LoRA settings and memory; see `plan`."""
+def is_packed(settings: TrainingSettings) -> bool:
+    """Whether documents that share a sequence are attended one by one; a mask is not counted."""
+    return settings.pack and settings.attention == "documents"
+
+
+def plan_training(preset: Preset, settings: TrainingSettings, division: Division | None = None) -> Plan:
+    """The plan for a process of a training run with a preset's base, LoRA settings and memory; see `plan`."""
+    division = division or divide(settings)
     shape = StepShape(
-        settings.window,
+        settings.window // division.context,
         preset.base.dtype,
         settings.memory_savings,
-        sequences=settings.sequences_at_once,
-        accumulated=settings.sequences_per_step > settings.sequences_at_once,
+        sequences=division.at_once,
+        accumulated=division.sequences > division.at_once,
         gpu=True,
-        packed=settings.pack and settings.attention == "documents",
+        context=division.context,
+        processes=division.processes,
+        packed=is_packed(settings),
     )
     return plan(model_shape(preset.base.source), preset.lora, shape, preset.memory_gib)
 
@@ -124,7 +133,7 @@ def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
     most = longest_context(config, lora, shape, gib)
     advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
     raise ValueError(
-        f"a step of {shape.length:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
+        f"a step of {shape.length * shape.context:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
         "choose a shorter window, or set the memory if the device has more"
     )
 
@@ -144,17 +153,17 @@ def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int |
     if recomputed is not None:
         shape = replace(shape, memory_savings=replace(shape.memory_savings, recomputed_layers=recomputed))
     found = ledger(config, lora, shape)
-    flops = step_flops(config, lora, shape.length, shape.memory_savings)
+    flops = step_flops(config, lora, shape.length * shape.context, shape.memory_savings)
     device = sum(found[name] for name in COMPONENTS) / GIB
-    return Plan(shape.memory_savings, device, found[HOST] / GIB, shape.sequences * sum(flops.values()))
+    return Plan(shape.memory_savings, device, found[HOST] / GIB, shape.sequences * sum(flops.values()) // shape.context)
 
 
 def longest_context(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> int:
-    """The most tokens, in steps of 1,024 from 0, with which a step fits in the usable `gib` by the leanest plan."""
+    """The most tokens, 1,024 more at a time on a device, with which a step fits in its usable `gib`, leanest plan."""
 
     def peak(steps: int) -> float:
         length = 1024 * steps
         savings = leanest(config, length, shape.memory_savings)
         return predict(config, lora, replace(shape, length=length, memory_savings=savings)).device_gib
 
-    return 1024 * bisect.bisect_right(range(1, 2**20), gib * USABLE, key=peak)
+    return 1024 * shape.context * bisect.bisect_right(range(1, 2**20), gib * USABLE, key=peak)

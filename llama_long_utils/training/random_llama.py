@@ -36,7 +36,7 @@ class StepShape:
 
     `accumulated`: gradients of an earlier batch are there. `gpu`: `ledger.attention_workspace` is counted, too.
     `packed`: "documents" attention, whose peak is highest if the last token alone is a document of its own.
-    `context`: processes that share a row, of which this one has `length` tokens.
+    `context`: of the `processes`, those that share a row, of which this one has `length` tokens.
     """
 
     length: int
@@ -47,6 +47,7 @@ class StepShape:
     gpu: bool = False
     packed: bool = False
     context: int = 1
+    processes: int = 1
 
 
 def training_steps(
@@ -106,7 +107,7 @@ def random_llama(
     with each tensor, its component and the name of its weight. `packed` and `context`: as in `StepShape`.
     """
     config = type(config)(**{**config.to_dict(), "dtype": dtype})
-    config._attn_implementation = DOCUMENTS if packed or context > 1 else UNMASKED
+    config._attn_implementation = DOCUMENTS if packed else UNMASKED
     with unset_fake_temporarily(), torch.device("meta"):
         model = LlamaForCausalLM(config).to(getattr(torch, dtype))
         model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=nf4(dtype))
@@ -115,7 +116,8 @@ def random_llama(
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     _fill(adapted, device, made)
     model.tie_weights()
-    share_context(model, ContextShare(size=context))
+    if context > 1:
+        share_context(adapted, ContextShare(size=context))
     return adapted
 
 

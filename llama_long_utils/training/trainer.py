@@ -10,16 +10,19 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from peft import PeftModel
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from llama_long_utils.data.packing import TrainingSequence
+from llama_long_utils.model.attention import share_context
 from llama_long_utils.model.loss import patch_loss
 from llama_long_utils.paths import file_sha256, write_atomically
 from llama_long_utils.progress import in_kernel, progress_bar
@@ -27,6 +30,7 @@ from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import TrainingSettings
 from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
 from llama_long_utils.training.memory_savings import apply_memory_savings, offload_checkpoints
+from llama_long_utils.training.processes import SharedSequences, divide, join_processes
 
 CHECKSUMS = "checksums.json"
 NEEDED = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}  # beside weights and random states
@@ -41,6 +45,7 @@ def train(
     *,
     report_every: int = 0,
     gaps_gib: float = GAPS_GIB,
+    context_parallel: int = 1,
 ) -> list[dict[str, float]]:
     """Train in place and return one row per step: step, tokens, loss (nats), learning_rate, ...
 
@@ -50,11 +55,14 @@ def train(
     Args:
         report_every: print a line every so many steps; 0: none.
         gaps_gib: free memory that may stay resident (`give_back_gaps`).
+        context_parallel: so many processes share a sequence.
 
     Raises:
-        ValueError: `sequences` are not exactly what the settings ask for.
+        ValueError: `sequences` are not what the settings ask for, or do not divide among the processes.
         RuntimeError: a number is not finite, a LoRA-B matrix gets no gradient, or this model was half trained before.
     """
+    state = join_processes()
+    division = divide(settings, state.num_processes, context_parallel)
     wanted = settings.steps * settings.sequences_per_step
     if len(sequences) != wanted or len(sequences[0].input_ids) != settings.window:
         raise ValueError(
@@ -64,13 +72,14 @@ def train(
     if vars(model).get("half_trained"):
         raise RuntimeError("this model holds the weights of an interrupted run: build it anew, then train it")
     began_before = folder.exists()
-    checkpoint, passed_over = last_whole_checkpoint(folder)
+    with state.main_process_first():  # it takes broken ones away
+        checkpoint, passed_over = last_whole_checkpoint(folder)
     step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     what = "training"
     if began_before and step < settings.steps:
         what += f", which was interrupted after step {step:,}" + "".join(f"; {broken}" for broken in passed_over)
         why = "" if step else f": it left no checkpoint (there is one every {settings.checkpoint_every})"
-        if not in_kernel():  # there the bar says it; lines would stay in the stored outputs
+        if state.is_main_process and not in_kernel():  # there the bar says it; lines would stay in the stored outputs
             lines = [*passed_over, f"an interrupted run continues after step {step:,} of {settings.steps:,}{why}"]
             print("\n".join(lines), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,12 +89,14 @@ def train(
     if settings.memory_savings.offload_checkpoints:
         offload_checkpoints(model)
     patch_loss(model)
+    if context_parallel > 1:
+        share_context(model, division.share(state.process_index))
     hooks = give_back_gaps(model, gaps_gib)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.sequences_at_once,
-        gradient_accumulation_steps=settings.sequences_per_step // settings.sequences_at_once,
+        per_device_train_batch_size=division.at_once,
+        gradient_accumulation_steps=division.sequences // division.at_once,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
@@ -102,15 +113,20 @@ def train(
         dataloader_pin_memory=False,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         seed=settings.seed,
     )
-    data = Served(sequences)
+    if arguments.n_gpu > 1:  # without a launcher Trainer would copy the model to all of them in each step
+        print(f"one of {arguments.n_gpu} GPUs trains; for all: torchrun (llama_long_utils.train --help)", flush=True)
+        arguments._n_gpu = 1
+    data = SharedSequences(sequences, division)
     log = StepLog(data, settings, report_every)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log])
     trainer.remove_callback(PrinterCallback)
     model.half_trained = True
-    with progress_bar(what, settings.steps, already=step) as log.report_done:
+    bar = progress_bar(what, settings.steps, already=step) if state.is_main_process else nullcontext(log.report_done)
+    with bar as log.report_done:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.half_trained = False
     for hook in hooks:
@@ -118,26 +134,10 @@ def train(
     return [{name: row[name] for name in COLUMNS} for row in trainer.state.log_history if "loss" in row]
 
 
-class Served(Dataset):
-    """Sequences as `Trainer` reads them, one when it is asked for, and how many labels those have that it was given."""
-
-    def __init__(self, sequences: Sequence[TrainingSequence]) -> None:
-        self.sequences = sequences
-        self.labels: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        sequence = self.sequences[number]
-        self.labels[number] = sequence.label_tokens
-        return sequence.tensors()
-
-
 class StepLog(TrainerCallback):
     """See the module's docstring."""
 
-    def __init__(self, data: Served, settings: TrainingSettings, report_every: int) -> None:
+    def __init__(self, data: SharedSequences, settings: TrainingSettings, report_every: int) -> None:
         self.data, self.settings, self.report_every = data, settings, report_every
         self.checked = False
         self.started = time.perf_counter()
@@ -148,7 +148,7 @@ class StepLog(TrainerCallback):
             check_lora_gradients(model)
         self.checked = True
 
-    def on_log(self, _arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
+    def on_log(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
         row = state.log_history[-1]
         if "loss" not in row:
             return
@@ -160,16 +160,20 @@ class StepLog(TrainerCallback):
         now, per_step = time.perf_counter(), self.settings.sequences_per_step
         before = next((earlier["tokens"] for earlier in state.log_history[-2::-1] if "tokens" in earlier), 0)
         numbers = range((row["step"] - 1) * per_step, row["step"] * per_step)
-        row["tokens"] = before + sum(self.data.labels.pop(number) for number in numbers)
+        served = sum(self.data.labels.pop(number, 0) for number in numbers)  # by this process
+        row["tokens"] = before + int(reduce(torch.tensor(served, device=arguments.device), "sum").item())
         row["tokens_per_second"] = (row["tokens"] - before) / (now - self.started)
         row["peak_gib"] = peak_memory_gib()
         self.started = now
         self.report_done(row["step"])
-        if self.report_every and row["step"] % self.report_every == 0:
+        if self.report_every and state.is_world_process_zero and row["step"] % self.report_every == 0:
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             print(f"step {row['step']:,} of {self.settings.steps:,}: loss {row['loss']:.3f}, {speed}", flush=True)
 
     def on_save(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
+        PartialState().wait_for_everyone()  # each writes a file
+        if not state.is_world_process_zero:
+            return
         folder = Path(arguments.output_dir) / f"checkpoint-{state.global_step}"
         sums = {path.name: file_sha256(path) for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS}
         write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())

@@ -1,0 +1,198 @@
+"""Training by several processes gives what one gives. As a script, this file is what each of the processes runs."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import LORA, new_llama
+from llama_long_utils.data.packing import join_pieces
+from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.presets import load_preset
+from llama_long_utils.settings import BaseModel, Data, MemorySavings
+from llama_long_utils.training.adapter import train_adapter
+from llama_long_utils.training.processes import divide, join_processes
+from llama_long_utils.training.trainer import StepLog, train
+
+TINY = load_preset("tiny")
+SETTINGS = dataclasses.replace(
+    TINY.training,
+    **{"window": 64, "reach": 64, "steps": 4, "sequences_per_step": 4, "sequences_at_once": 1, "warmup_steps": 0},
+    **{"learning_rate": 1e-4, "checkpoint_every": 2, "gradient_clipping": 1e9, "self_quoting_share": 0.0},
+    memory_savings=MemorySavings(1, 24, False, "adamw_torch_fused"),
+)
+WHOLE = [[64]] * 16
+PACKED = [[30, 1, 1, 20, 12], [64], [1, 63], [17, 40, 7]] * 4  # documents across chunks of 16, and as long as one token
+
+
+def sequences(rows):
+    generator = torch.Generator().manual_seed(0)
+    pieces = ([torch.randint(2, 100, (n,), generator=generator).numpy() for n in row] for row in rows)
+    return [join_pieces(row, 64, padding_id=1) for row in pieces]
+
+
+def trained(folder, rows, context=1, settings=SETTINGS):
+    """Losses and gradient norms, gradients of the first step taken, and the weights at the end."""
+    model = add_lora(new_llama(seed=0, num_attention_heads=4, num_key_value_heads=2), LORA, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    gradients, check = {}, StepLog.on_pre_optimizer_step
+
+    def keep(self, *arguments, **options):
+        check(self, *arguments, **options)
+        for name, weight in weights.items():
+            gradients.setdefault(name, weight.grad.clone())
+
+    StepLog.on_pre_optimizer_step = keep
+    log = train(model, sequences(rows), settings, folder, context_parallel=context)
+    StepLog.on_pre_optimizer_step = check
+    numbers = [{name: row[name] for name in ("step", "tokens", "loss", "grad_norm")} for row in log]
+    return {
+        "log": numbers,
+        "gradients": gradients,
+        "weights": {name: w.detach().clone() for name, w in weights.items()},
+    }
+
+
+def doll(folder):
+    """A preset of a random Llama in this folder, with texts of its own."""
+    training = dataclasses.replace(SETTINGS, attention="documents", learning_rate=2e-3, gradient_clipping=1.0)
+    return dataclasses.replace(
+        TINY,
+        base=BaseModel(str(folder / "base"), "float32", window=64, rope_base=1e4, head_dim=32),
+        extension=dataclasses.replace(TINY.extension, window=512),
+        data=Data([str(folder / "texts")], {str(folder / "texts"): 1}, minimum_characters=100, split_seed=0),
+        lora=LORA,
+        training=training,
+    )
+
+
+def adapter(folder, runs, context=1):
+    preset = doll(folder)
+    type(preset).run_folder = folder / runs
+    return train_adapter(preset, context_parallel=context)
+
+
+def make_doll(folder):
+    new_llama(seed=0, vocab_size=2048).to(torch.bfloat16).save_pretrained(folder / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REPOSITORY / "data" / "tiny-llama" / name, folder / "base")
+    (folder / "texts").mkdir()
+    for number in range(3):
+        text = " ".join(f"Sentence {n * n + number} of it." for n in range(200))
+        (folder / "texts" / f"{number}.txt").write_text(text)
+
+
+def one_of_several(folder):
+    """What each process does. The first one keeps what it found."""
+    state, found = join_processes(), {}
+    if state.num_processes == 2:
+        for context in (1, 2):
+            for name, rows in (("whole", WHOLE), ("packed", PACKED)):
+                found[name, context] = trained(folder / f"{name}-{context}", rows, context)
+        found["resumed", 2] = trained(folder / "resumed", PACKED, context=2)
+        for context in (1, 2):
+            found["adapter", context] = str(adapter(folder, f"runs-{context}", context).folder)
+    else:
+        found["packed", 2] = trained(folder / "packed-2-2", PACKED, context=2)
+    if state.is_main_process:
+        torch.save(found, folder / f"{state.num_processes}.pt")
+    state.destroy_process_group()
+
+
+def launched(folder, count):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, __file__, str(folder)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / f"{count}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("several")
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What one process gives, by transformers' mask for packed documents."""
+    found = {"packed": trained(folder / "packed", PACKED), "whole": trained(folder / "whole", WHOLE)}
+    shutil.copytree(folder / "packed" / "checkpoint-2", folder / "resumed" / "checkpoint-2")
+    make_doll(folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(folder, alone):
+    return launched(folder, 2)
+
+
+def assert_same(found, expected):
+    for row, other in zip(found["log"], expected["log"], strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+    for kind, tolerance in (("gradients", 1e-5), ("weights", 1e-4)):
+        for name, value in expected[kind].items():
+            assert (found[kind][name] - value).norm() <= tolerance * value.norm(), (kind, name)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("rows", ["whole", "packed"])
+def test_two_processes_have_the_loss_every_gradient_and_the_weights_of_one(alone, two, rows, context):
+    assert len(alone[rows]["gradients"]) == 28 + 5
+    assert_same(two[rows, context], alone[rows])
+
+
+def test_four_processes_in_two_groups_have_them_too(folder, alone):
+    assert_same(launched(folder, 4)["packed", 2], alone["packed"])
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_processes(folder, alone, two):
+    more = two["resumed", 2]
+    assert_same({**more, "gradients": {}}, {**alone["packed"], "gradients": {}})
+    shutil.rmtree(folder / "packed-2" / "checkpoint-4")
+    fewer = trained(folder / "packed-2", PACKED)
+    assert_same({**fewer, "gradients": {}}, {**alone["packed"], "gradients": {}})
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_the_adapter_of_two_processes_is_the_one_of_one(folder, two, context):
+    expected = adapter(folder, "runs-alone")
+    assert expected.folder.parent.name == Path(two["adapter", context]).parent.name
+    weights = load_file(expected.folder / "adapter_model.safetensors")
+    found = load_file(Path(two["adapter", context]) / "adapter_model.safetensors")
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert (found[name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("processes", "context", "said"),
+    [
+        (3, 2, "3 processes do not divide into groups of 2"),
+        (3, 1, "sequences_per_step = 4 does not divide among 3"),
+        (64, 64, "64 tokens does not divide into 128 equal chunks"),
+        (2, 0, "2 processes do not divide into groups of 0"),
+    ],
+)
+def test_what_does_not_divide_is_refused(processes, context, said):
+    with pytest.raises(ValueError, match=said):
+        divide(SETTINGS, processes, context)
+
+
+def test_a_process_takes_fewer_sequences_at_once_if_its_share_is_smaller():
+    four = dataclasses.replace(SETTINGS, sequences_at_once=4)
+    assert [divide(four, count).at_once for count in (1, 2, 4)] == [4, 2, 1]
+
+
+if __name__ == "__main__":
+    one_of_several(Path(sys.argv[1]))
