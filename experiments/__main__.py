@@ -81,6 +81,9 @@ def arguments() -> argparse.Namespace:
     gpu.add_argument(
         "--out", type=Path, default=REPOSITORY / "runs" / "gpu", help="folder of the record (default: runs/gpu)"
     )
+    corpus = commands.add_parser("corpus", help="read a corpus that streams, and kill the reader (half an hour)")
+    corpus.add_argument("--gib", type=above(0, "size: give GiB above 0, for example 1"), default=1.0, metavar="SIZE")
+    corpus.add_argument("--out", type=Path, default=RESULTS / "tiny", metavar="FOLDER", help="of the record")
     commands.add_parser("tiny-llama", help="train data/tiny-llama again (one to two hours; needs a C++ compiler)")
     asked = parser.parse_args()
     if asked.command == "gpu" and asked.device == "cpu" and not asked.doll:
@@ -168,6 +171,10 @@ def run(asked: argparse.Namespace) -> Path | None:
         from experiments import bench
 
         bench.main()
+    if asked.command == "corpus":
+        from experiments import corpus
+
+        return corpus.run(asked.gib, REPOSITORY / "runs" / "corpus" / f"{asked.gib:g}", asked.out)
     if asked.command == "tiny-llama":
         from experiments import tiny_llama
 

@@ -1,0 +1,192 @@
+"""A large corpus, read as training reads it: `python -m experiments corpus` writes record 03_corpus.
+
+The texts are sources, headers and documents that this machine has. They are read by one process that tokenizes, and by
+two of which one is killed before the reader itself is; both must give the same sequences. Then training takes a step.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
+from typing import Any
+
+import pandas as pd
+
+from experiments.tiny_llama import FOLDER as MODEL
+from llama_long_utils.cache import digest
+from llama_long_utils.data.mixture import Mixture
+from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.model.weights import load_tokenizer
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.presets import load_preset
+from llama_long_utils.records import write_record
+from llama_long_utils.settings import Data
+from llama_long_utils.training.adapter import train_adapter
+
+FOLDERS = (Path(sys.prefix), Path(sys.base_prefix, "lib"), Path("/usr/include"), Path("/usr/share"), Path("/usr/lib"))
+KINDS = r"\.(py|pyi|h|hpp|c|cpp|js|mjs|ts|md|rst|txt|css|html|tcl|pl|pm|pod|sh|json|yaml|xml)"
+SHORTEST = 500  # characters
+ALONE = 2**16  # bytes: a longer file becomes a file, shorter ones are lines of .jsonl
+LINES = 2**26  # bytes of a .jsonl
+
+
+def machine_texts() -> Iterator[str]:
+    """Texts that this machine has, each once, and again with a number in front if they are not enough."""
+    seen: set[bytes] = set()
+    for around in range(100):
+        for folder in FOLDERS:
+            for path in sorted(path for path in folder.rglob("*") if re.fullmatch(KINDS, path.suffix)):
+                try:
+                    text = f"{around}\n" * bool(around) + path.read_text("utf-8")
+                except (OSError, UnicodeDecodeError):
+                    continue
+                if len(text) >= SHORTEST and (key := hashlib.sha256(text.encode()).digest()) not in seen:
+                    seen.add(key)
+                    yield text
+
+
+def write_corpus(folder: Path, size: int) -> None:
+    """So many bytes of text in .txt and .jsonl files; a folder that is there already is kept."""
+    if folder.exists():
+        return
+    scratch, written = folder.with_name(f".{folder.name}"), 0
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for number, text in enumerate(machine_texts()):
+        content = text.encode()
+        written += len(content)
+        if len(content) >= ALONE:
+            (scratch / f"{number:06}.txt").write_bytes(content)
+        else:
+            with (scratch / f"{written // LINES:04}.jsonl").open("a") as lines:
+                lines.write(json.dumps({"text": text}) + "\n")
+        if written >= size:
+            break
+    scratch.replace(folder)
+
+
+def read(texts: str, cache: str, workers: int, out: str) -> None:
+    """Draw the sequences of one pass, from where `out` ends, and write a line on each; the last line is about all."""
+    begun, file = time.time(), Path(out)
+    done = len(file.read_text().splitlines()) if file.exists() else 0
+    tokenizer = load_tokenizer(MODEL)
+    settings = replace(load_preset("tiny").training, steps=10**6, self_quoting_share=0.0, long_document_weight=1.0)
+    data = Data([texts], {}, minimum_characters=1, split_seed=0, passes=1)
+    mixture = Mixture(data, tokenizer, cache=Path(cache), workers=workers)
+    sequences, labels, first = draw_sequences(mixture, settings, tokenizer), 0, 0.0
+    with file.open("a") as lines:
+        try:
+            for number in range(done, len(sequences)):
+                sequence = sequences[number]
+                first = first or time.time() - begun
+                labels += sequence.label_tokens
+                processes = " ".join(str(process.pid) for process in mixture.workers.processes.values())
+                print(digest([sequence.input_ids, sequence.labels, sequence.position_ids]), file=lines, flush=True)
+                print(number, processes, flush=True)
+        except ValueError as error:  # the pass is over
+            print(error, file=sys.stderr)
+    mixture.workers.close()
+    used, seconds = getrusage(RUSAGE_CHILDREN), time.time() - begun
+    about = {"seconds": seconds, "first_sequence_seconds": first, "labels": labels}
+    print(json.dumps({**about, "worker_seconds": used.ru_utime + used.ru_stime}), flush=True)
+
+
+def take_step(texts: str, run_folder: str) -> None:
+    """Train the tiny model for a step; when it has ended, counted from the start of the process."""
+    begun = (
+        time.time()
+        - time.clock_gettime(time.CLOCK_BOOTTIME)
+        + int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    )
+    tiny = load_preset("tiny")
+    settings = replace(tiny.training, steps=1, warmup_steps=0)
+    preset = replace(tiny, name=run_folder, data=Data([texts], {}, minimum_characters=1, split_seed=0))
+    train_adapter(preset, settings=settings)
+    print(json.dumps({"first_step_seconds": time.time() - begun}), flush=True)
+
+
+def watched(call: str, at: Callable[[int, list[int], int], None] = lambda *_: None) -> dict[str, Any]:
+    """What a process prints last, and the highest memory of it and its children, in GiB, resident together.
+
+    Args:
+        at: is called with each number that the process prints, the ids of those that tokenize, and its own.
+    """
+    command = [sys.executable, "-c", f"from experiments.corpus import *\n{call}"]
+    peak, last, looked = 0, "{}", 0.0
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if line[0].isdigit():
+                number, *processes = map(int, line.split())
+                at(number, processes, run.pid)
+            elif line[0] == "{":
+                last = line
+            if time.monotonic() - looked > 0.2:
+                peak, looked = max(peak, resident(run.pid)), time.monotonic()
+    return {**json.loads(last), "peak_gib": peak / 2**30}
+
+
+def resident(process: int) -> int:
+    """Bytes of a process and all below it, pages that they share counted for each."""
+    folder = Path(f"/proc/{process}")
+    try:
+        pages = int((folder / "statm").read_text().split()[1])
+        children = " ".join((task / "children").read_text() for task in (folder / "task").iterdir()).split()
+    except OSError:  # it has ended
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident(int(child)) for child in children)
+
+
+def run(size_gib: float, folder: Path, results: Path) -> Path:
+    """Measure, and write the record."""
+    started, texts = time.perf_counter(), folder / "texts"
+    write_corpus(texts, int(size_gib * 2**30))
+    files = [path for path in texts.iterdir()]
+    documents = sum(1 if path.suffix == ".txt" else len(path.read_text().splitlines()) for path in files)
+    corpus = {"files": len(files), "documents": documents, "bytes": sum(path.stat().st_size for path in files)}
+    stop = max(20, int(size_gib * 2**30 / 3 / 4096 / 3))  # of some three bytes a token, a third of the way
+
+    def kill(number: int, processes: list[int], reader: int) -> None:
+        if number == stop // 2 and processes:
+            os.kill(processes[0], signal.SIGKILL)
+        if number == stop:
+            os.kill(reader, signal.SIGKILL)
+
+    rows, drawn = [], {}
+    for name, workers, parts in (("one worker", 1, 1), ("two workers, killed", 2, 2)):
+        out, cache = folder / f"{name}.txt", folder / f"cache of {name}"
+        out.unlink(missing_ok=True)
+        shutil.rmtree(cache, ignore_errors=True)
+        call = f"read({str(texts)!r}, {str(cache)!r}, {workers}, {str(out)!r})"
+        found = [watched(call, kill if part < parts - 1 else lambda *_: None) for part in range(parts)]
+        drawn[name] = out.read_text().splitlines()
+        row = {"run": name, "workers": workers, "sequences": len(drawn[name]), "digest": digest(drawn[name])}
+        row |= {"peak_gib": max(part["peak_gib"] for part in found), **found[-1], "continued_from": 0}
+        if parts > 1:
+            row |= {"peak_gib": max(part["peak_gib"] for part in found), "continued_from": stop}
+        row["labels_per_worker_second"] = row["labels"] / row["worker_seconds"] if row["worker_seconds"] else None
+        rows.append(row)
+        print(row, flush=True)
+    if drawn["one worker"] != drawn["two workers, killed"]:
+        raise RuntimeError("the two readings gave different sequences")
+    shutil.rmtree(folder / "training", ignore_errors=True)
+    step = watched(f"take_step({str(texts)!r}, {str(folder)!r})")
+    print(step, flush=True)
+    return write_record(
+        results,
+        "03_corpus",
+        preset="tiny",
+        question="Does a corpus stream: how much memory and time does it take, and is it the same after a kill?",
+        tables={"corpus": pd.DataFrame([corpus]), "reading": pd.DataFrame(rows), "training": pd.DataFrame([step])},
+        seeds={"split": 0, "training": 0},
+        seconds=time.perf_counter() - started,
+        provenance={"command": f"python -m experiments corpus --gib {size_gib:g}"},
+    )
