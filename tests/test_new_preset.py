@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llama_long_utils import presets
+from llama_long_utils import new_preset, presets
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.base import check_rope
 from llama_long_utils.model.weights import base_config
@@ -21,7 +21,6 @@ from llama_long_utils.rope import inverse_frequencies, wavelengths
 from llama_long_utils.settings import Preset, raised_base
 from llama_long_utils.training.adapter import train_adapter
 from llama_long_utils.training.planner import model_shape, plan_training
-from tools import new_preset
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES = {  # what is special about each, in its config.json
@@ -192,7 +191,8 @@ def test_it_answers_within_a_second_of_computing(config, words, said, tmp_path):
     write_config(tmp_path, model_type="mistral", **{"sliding_window": None, **config})
     words = words if "--base" in words else ["--base", str(tmp_path), *words]
     before = {path: path.read_bytes() for path in (REPOSITORY / "presets").iterdir()}
-    code = f"import sys, resource; sys.argv[1:] = {words!r}\nfrom tools.new_preset import run_command, write\n"
+    code = f"import sys, resource; sys.argv[1:] = {words!r}\n"
+    code += "from llama_long_utils.new_preset import run_command, write\n"
     code += "try:\n    run_command(write)\nfinally:\n"
     code += "    print('seconds', sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A preset for a model of your own: `python -m tools.new_preset --base MODEL --window N --memory GIB`.
+"""A preset for a model of your own: `python -m llama_long_utils.new_preset --base MODEL --window N --memory GIB`.
 
 Writes presets/NAME.toml from presets/new.toml.in and the model's config.json; no weights are read.
 """
@@ -27,7 +27,7 @@ LONGEST = 65_536  # tokens that every held-out book of the hub's can have
 
 def arguments() -> argparse.Namespace:
     """What was asked for; what can be refused without heavy modules is refused here."""
-    parser = argparse.ArgumentParser(prog="python -m tools.new_preset", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.new_preset", description=__doc__)
     parser.add_argument("--base", required=True, help="folder with config.json, owner/name on the hub, or packaged")
     parser.add_argument("--window", required=True, type=at_least(int, 1), metavar="N", help="tokens to extend it to")
     parser.add_argument("--memory", required=True, type=at_least(float, 0.1), metavar="GIB", help="of the device")
