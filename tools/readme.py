@@ -5,14 +5,25 @@ from pathlib import Path
 
 import nbformat
 
-from llama_long_utils.paths import REPOSITORY, write_atomically
+from llama_long_utils.paths import REPOSITORY, RESULTS, write_atomically
+from llama_long_utils.presets import load_preset, preset_names
 from tools.scoreboard import headlines, scoreboard_table
 from tools.sequence import delivered, index, links
 from tools.store import write_notebook
 
 
+def presets() -> str:
+    """Markdown table of the presets; first those with records of ours."""
+    rows = ["| preset | model | window | needs | measured by us |", "|---|---|---|---|---|"]
+    for recorded, name in sorted(((RESULTS / name).is_dir(), name) for name in preset_names())[::-1]:
+        preset = load_preset(name)
+        windows = f"{preset.base.window:,} to {preset.extension.window:,}"
+        rows.append(f"| `{name}` | {preset.base.source} | {windows} | {preset.needs} | {'yes' if recorded else 'no'} |")
+    return "\n".join(rows)
+
+
 def write_generated(check: bool = False) -> list[Path]:
-    """Write what is made from other files: the README's index, headlines and scoreboard, the links of each notebook.
+    """Write what is made from other files: four blocks of the README, the links of each notebook.
 
     Args:
         check: only return the files that are out of step.
@@ -21,7 +32,8 @@ def write_generated(check: bool = False) -> list[Path]:
     readme = REPOSITORY / "README.md"
     text = readme.read_text("utf-8")
     new = text
-    for name, content in {"index": index(), "headlines": headlines(), "scoreboard": scoreboard_table()}.items():
+    made = {"index": index(), "headlines": headlines(), "scoreboard": scoreboard_table(), "presets": presets()}
+    for name, content in made.items():
         new = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", new)
     if new != text:
         changed.append(readme)
