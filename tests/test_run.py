@@ -252,7 +252,7 @@ def test_lines_say_how_far_a_long_cell_is(preset, tmp_path, monkeypatch, capsys)
     write_small(tmp_path, code=f"{code}    time.sleep(0.7)")
     assert once(preset)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line: training: ")]
-    assert any(re.fullmatch(r"line: training: \d\d%, about 0:0\d left", line) for line in lines), lines
+    assert any(re.fullmatch(r"line: training: \d\d%, about 0:00:0\d left", line) for line in lines), lines
     (notebook,) = outputs(SMALL, preset)
     assert all(not cell.get("outputs") for cell in nbformat.read(notebook, as_version=4).cells)
 
