@@ -100,9 +100,9 @@ def run_whole(config, shape):
     """The peak by component, and bytes on the host, of a step of all layers at its whole length, nothing derived."""
     tracker = StorageTracker()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = random_llama(
-            config, LORA, shape.dtype, made=lambda tensor, component, _name: tracker.add(tensor, component)
-        )
+        options = {"packed": shape.packed, "context": shape.context}
+        options["made"] = lambda tensor, component, _name: tracker.add(tensor, component)
+        model = random_llama(config, LORA, shape.dtype, **options)
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(lambda weight: tracker.add(weight.grad, "gradients"))
@@ -118,16 +118,16 @@ def run_whole(config, shape):
 
 
 @pytest.mark.parametrize(
-    ("memory_savings", "sequences"),
+    ("memory_savings", "other"),
     [
-        (CHECKPOINTED, 2),
-        (replace(CHECKPOINTED, tile=512, offload_checkpoints=True), 1),
-        (replace(PLAIN, recomputed_layers=3, tile=512), 1),
-        (replace(PLAIN, recomputed_layers=2, optimizer="paged_adamw_8bit"), 1),
+        (CHECKPOINTED, {"sequences": 2}),
+        (replace(CHECKPOINTED, tile=512, offload_checkpoints=True), {"packed": True}),
+        (replace(PLAIN, recomputed_layers=3, tile=512), {"context": 2}),
+        (replace(PLAIN, recomputed_layers=2, optimizer="paged_adamw_8bit"), {}),
     ],
 )
-def test_three_layers_at_two_short_lengths_give_the_peak_of_any_step(memory_savings, sequences):
-    shape = replace(SHAPE, length=4096, memory_savings=memory_savings, sequences=sequences)
+def test_three_layers_at_two_short_lengths_give_the_peak_of_any_step(memory_savings, other):
+    shape = replace(SHAPE, length=4096, memory_savings=memory_savings, **other)
     derived = ledger(config(5), LORA, shape)
     whole, host = run_whole(config(5), shape)
     assert sum(whole.values()) == pytest.approx(sum(derived[name] for name in COMPONENTS), rel=1e-3)

@@ -53,8 +53,9 @@ def divide(settings: TrainingSettings, processes: int = 1, context: int = 1) -> 
     groups = processes // context
     if settings.sequences_per_step % groups:
         raise ValueError(
-            f"training.sequences_per_step = {settings.sequences_per_step} does not divide among {groups} (groups of) "
-            "processes: start fewer, let more of them share a sequence (--context-parallel), or change the number"
+            f"training.sequences_per_step = {settings.sequences_per_step} does not divide among {groups} "
+            f"{'processes' if context == 1 else 'groups of processes'}: start fewer, let more of them share a sequence "
+            "(--context-parallel), or change the number"
         )
     if context > 1 and settings.window % (2 * context):
         raise ValueError(f"a window of {settings.window:,} tokens does not divide into {2 * context} equal chunks")
