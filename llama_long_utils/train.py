@@ -2,6 +2,7 @@
 
 On two GPUs: `torchrun --nproc-per-node 2 -m llama_long_utils.train --preset NAME`, which takes whole sequences on each.
 With `--context-parallel 2` both share every sequence, so that each needs about half of the memory for activations.
+Several nodes need one repository folder, which all of them see.
 """
 
 import argparse
