@@ -24,7 +24,7 @@ import pandas as pd
 from experiments.tiny_llama import FOLDER as MODEL
 from llama_long_utils.cache import digest
 from llama_long_utils.data.mixture import Mixture
-from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
@@ -82,7 +82,7 @@ def read(texts: str, cache: str, workers: int, out: str) -> None:
     settings = replace(load_preset("tiny").training, steps=10**6, self_quoting_share=0.0, long_document_weight=1.0)
     data = Data([texts], {}, minimum_characters=1, split_seed=0, passes=1)
     mixture = Mixture(data, tokenizer, cache=Path(cache), workers=workers)
-    sequences, labels, first = draw_sequences(mixture, settings, tokenizer), 0, 0.0
+    sequences, labels, first = TrainingData(mixture, settings, tokenizer), 0, 0.0
     with file.open("a") as lines:
         try:
             for number in range(done, len(sequences)):

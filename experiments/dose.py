@@ -35,7 +35,7 @@ from experiments.dose_record import BIN, write_dose_record
 from experiments.dose_settings import Doses, Way, ways_of
 from experiments.task_requests import answer
 from llama_long_utils.data.packing import TrainingSequence
-from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.evaluation.perplexity import nll_in_windows, sliding_window, token_nll
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.arms import arm_scaling, load_arm
@@ -206,7 +206,7 @@ class _Experiment:
             **{"sequences_per_step": per_step, "sequences_at_once": 1, "long_document_weight": 2.0},
             **{"self_quoting_share": way.quoting, "seed": way.seed},
         )
-        sequences = list(draw_sequences(self.inputs.training, settings, self.tokenizer))
+        sequences = list(TrainingData(self.inputs.training, settings, self.tokenizer))
         lora = replace(self.preset.lora, rank=self.doses.rank, alpha=self.doses.alpha)
         model = add_lora(load(self.preset, way.rope, four_bit=True), lora, seed=way.seed)
         if way.window > self.doses.tokens_at_once:

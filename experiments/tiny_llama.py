@@ -29,7 +29,7 @@ from transformers.trainer_utils import set_seed
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import Document, TokenizedDocument, split_documents, tokenize_documents
 from llama_long_utils.data.packing import TrainingSequence, training_sequences
-from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.data.sources import CORPORA, load_documents
 from llama_long_utils.figures import use_style
 from llama_long_utils.paths import REPOSITORY, write_atomically
@@ -379,7 +379,7 @@ def main(folder: Path = FOLDER, run_folder: Path = REPOSITORY / "runs" / "tiny-l
             "quoting",
             "everything",
             QUOTING,
-            on_sequences(QUOTING, lambda: list(draw_sequences(tokenized, QUOTING, tokenizer))),
+            on_sequences(QUOTING, lambda: list(TrainingData(tokenized, QUOTING, tokenizer))),
         ),
     ):
         model, stage = run_stage(name, trained, settings, work, model, run_folder / name)

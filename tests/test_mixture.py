@@ -19,7 +19,7 @@ from llama_long_utils.cache import digest
 from llama_long_utils.data import mixture, sources, tokens
 from llama_long_utils.data.documents import draw
 from llama_long_utils.data.mixture import HELD_OUT, Mixture, reading_table
-from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.data.sources import load_documents, read_source
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
@@ -72,9 +72,9 @@ def test_the_default_preset_trains_on_the_same_sequences_bit_by_bit(tokenizer):
     """Its stored adapter was trained on what was drawn from lists in memory in November 2026."""
     tiny = load_preset("tiny")
     texts = Mixture(tiny.data, tokenizer)
-    assert ids(draw_sequences(texts, tiny.training, tokenizer)) == "e824d762c3287665"
+    assert ids(TrainingData(texts, tiny.training, tokenizer)) == "e824d762c3287665"
     two_passes = dataclasses.replace(tiny.training, steps=3000)
-    assert ids(draw_sequences(texts, two_passes, tokenizer)) == "41068dcd112bcc00"
+    assert ids(TrainingData(texts, two_passes, tokenizer)) == "41068dcd112bcc00"
     assert digest([document.token_ids for document in texts.held_out()]) == "94b65346aff6dea0"
 
 
@@ -83,16 +83,16 @@ def test_a_stream_is_the_same_with_one_and_two_workers_and_by_number(tokenizer, 
     found = set()
     for workers in (1, 2):
         texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path / str(workers), workers=workers)
-        drawn = draw_sequences(texts, settings(), tokenizer)
+        drawn = TrainingData(texts, settings(), tokenizer)
         found.add(ids(drawn))
         assert len(texts.workers.processes) == workers
         texts.workers.close()
     assert len(found) == 1
-    again = draw_sequences(Mixture(data(str(folder)), tokenizer, cache=tmp_path / "1"), settings(), tokenizer)
+    again = TrainingData(Mixture(data(str(folder)), tokenizer, cache=tmp_path / "1"), settings(), tokenizer)
     for number in (31, 3, 4, 39, 0):
         assert digest(arrays(again[number])) == digest(arrays(drawn[number]))
     quoting = settings(self_quoting_share=0.5, pack=False, reach=512)
-    drawn = draw_sequences(texts, quoting, tokenizer)
+    drawn = TrainingData(texts, quoting, tokenizer)
     assert digest(arrays(drawn[21])) == digest(arrays([*drawn][21]))
 
 
@@ -106,11 +106,11 @@ def test_training_begins_before_the_stream_is_read_to_its_end(tokenizer, tmp_pat
 
     monkeypatch.setattr(tokens, "read_source", counted)
     texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path, workers=2)
-    drawn = draw_sequences(texts, settings(), tokenizer)
+    drawn = TrainingData(texts, settings(), tokenizer)
     assert drawn[0].label_tokens > 200
     assert 0 < len(read) < 500  # of 3,000
     before = list(read)
-    again = draw_sequences(Mixture(data(str(folder)), tokenizer, cache=tmp_path), settings(), tokenizer)
+    again = TrainingData(Mixture(data(str(folder)), tokenizer, cache=tmp_path), settings(), tokenizer)
     assert digest(arrays(again[0])) == digest(arrays(drawn[0]))
     assert not set(read[len(before) :]) & set(before[:100])  # what is in the cache is not read again
     texts.workers.close()
@@ -120,14 +120,14 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from llama_long_utils.data import mixture, tokens
-from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sequences import TrainingData
 sys.path.insert(0, "tests")
 from test_mixture import *
 tokens.SHARD = mixture.BUFFER = 20_000
 mixture.SMALL = 0
 tokenizer = load_tokenizer(FOLDER)
 texts = mixture.Mixture(data(sys.argv[1]), tokenizer, cache=Path(sys.argv[2]), workers=2)
-drawn = draw_sequences(texts, settings(steps=400), tokenizer)
+drawn = TrainingData(texts, settings(steps=400), tokenizer)
 for number in range(400):
     processes = [process.pid for process in texts.workers.processes.values()]
     os.write(1, " ".join(map(str, [number, digest(arrays(drawn[number])), *processes, "\\n"])).encode())
@@ -138,7 +138,7 @@ for number in range(400):
 def test_after_a_kill_the_stream_goes_on_at_the_exact_token(tokenizer, tmp_path, small_parts):
     """SIGKILL to a process that tokenizes, then to the one that trains; another begins at the next sequence."""
     folder = write_texts(tmp_path / "texts", 1000, 200)
-    straight = draw_sequences(
+    straight = TrainingData(
         Mixture(data(str(folder)), tokenizer, cache=tmp_path / "straight"), settings(steps=400), tokenizer
     )
     expected = [digest(arrays(sequence)) for sequence in straight]
@@ -158,7 +158,7 @@ def test_after_a_kill_the_stream_goes_on_at_the_exact_token(tokenizer, tmp_path,
                 run.kill()
     assert 150 < len(found) < 400
     texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path / "cache", workers=1)
-    resumed = draw_sequences(texts, settings(steps=400), tokenizer)
+    resumed = TrainingData(texts, settings(steps=400), tokenizer)
     assert found + [digest(arrays(resumed[number])) for number in range(len(found), 400)] == expected
     texts.workers.close()
     assert "a tokenizing process was killed" in said
@@ -170,12 +170,12 @@ def test_after_a_kill_the_stream_goes_on_at_the_exact_token(tokenizer, tmp_path,
 
 def test_a_damaged_shard_is_made_again(tokenizer, tmp_path, small_parts, capsys):
     texts = Mixture(data(str(write_texts(tmp_path / "texts", 300, 200))), tokenizer, cache=tmp_path, workers=1)
-    expected = ids(draw_sequences(texts, settings(steps=200), tokenizer))
+    expected = ids(TrainingData(texts, settings(steps=200), tokenizer))
     files = sorted((tmp_path / "shards").glob("*/*"))
     whole = {file: file.read_bytes() for file in files}
     for file, content in ((files[0], b""), (files[3], whole[files[3]][:-100] + bytes(100)), (files[5], b"garbage")):
         file.write_bytes(content)
-        assert ids(draw_sequences(texts, settings(steps=200), tokenizer)) == expected
+        assert ids(TrainingData(texts, settings(steps=200), tokenizer)) == expected
         assert "is not whole" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in files} == whole
     texts.workers.close()
@@ -210,10 +210,10 @@ def test_without_packing_short_texts_leave_their_share_and_a_stream_of_others_is
     short = Source(str(write_texts(tmp_path / "short", 1500, 40)), weight=1.0, maximum_tokens=255)
     texts = Mixture(data(long, short), tokenizer, cache=tmp_path, workers=1)
     assert [row["trained_on"] for row in texts.reading(settings(pack=False))] == [40 * 256, 0]
-    assert all(sequence.contiguous for sequence in draw_sequences(texts, settings(pack=False), tokenizer))
+    assert all(sequence.contiguous for sequence in TrainingData(texts, settings(pack=False), tokenizer))
     unlimited = Mixture(data(long, dataclasses.replace(short, maximum_tokens=0)), tokenizer, cache=tmp_path, workers=1)
     with pytest.raises(ValueError, match=r"no document of 256 to inf tokens in the last .*: set pack = true"):
-        list(draw_sequences(unlimited, settings(pack=False), tokenizer))
+        list(TrainingData(unlimited, settings(pack=False), tokenizer))
     texts.workers.close()
 
 
@@ -226,7 +226,7 @@ def test_what_will_be_read_is_known_before_training_and_too_many_passes_are_refu
     assert rows[1]["documents"] == 50
     assert sum(row["trained_on"] for row in rows) == 400 * 256
     assert rows[0]["passes"] == pytest.approx(400 * 256 / sum(row["tokens"] for row in rows))
-    assert f"{rows[0]['tokens']:,}" in reading_table(rows)
+    assert f"{rows[0]['tokens']:,}" in reading_table(rows).to_string()
     alone = Mixture(data(str(folder), passes=2), tokenizer, cache=tmp_path)
     known = alone.reading(settings(steps=40))[0]
     most = int(2 * known["tokens"] / 256)
@@ -245,15 +245,15 @@ def test_a_stream_that_ends_too_early_says_so_when_it_does_and_goes_on_with_more
     texts = Mixture(data(folder, passes=2), tokenizer, cache=tmp_path, workers=1)
     (row,) = texts.reading(numbers)
     assert (row["documents"], row["passes"]) == (None, None)
-    assert "a stream" in reading_table([row])
-    drawn, found = draw_sequences(texts, numbers, tokenizer), []
+    assert reading_table([row]).iloc[0].tolist() == [folder, *["not known yet"] * 2, "512,000", "not known yet", "2"]
+    drawn, found = TrainingData(texts, numbers, tokenizer), []
     with pytest.raises(ValueError, match=r"was read to its end 2 times, and passes = 2 allows no other: raise passes"):
         found.extend(digest(arrays(drawn[number])) for number in range(2000))
     counts = Counter(document.name for buffer in texts_until_refused(texts, numbers) for document in buffer)
     assert set(counts.values()) == {2}
     more = Mixture(data(folder, passes=4), tokenizer, cache=tmp_path, workers=1)
     assert more.key == texts.key  # so that the run goes on
-    longer = draw_sequences(more, numbers, tokenizer)
+    longer = TrainingData(more, numbers, tokenizer)
     assert [digest(arrays(longer[number])) for number in range(100)] == found[:100]
 
 
@@ -292,7 +292,7 @@ book = Source("hub:owner/books", column="body", held_out_split="test", weight=3.
 short = Source("hub:owner/pages", "some", weight=1.0, maximum_tokens=400)
 tokenizer = load_tokenizer(FOLDER)
 texts = Mixture(data(book, short, held_out={"books": 2}, passes=9), tokenizer, cache=Path(sys.argv[1]), workers=1)
-drawn = draw_sequences(texts, settings(steps=200), tokenizer)
+drawn = TrainingData(texts, settings(steps=200), tokenizer)
 found = [digest(arrays(sequence)) for sequence in drawn]
 print(json.dumps([texts.key, texts.reading(settings()), [one.name for one in texts.held_out()], found]))
 """

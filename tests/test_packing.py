@@ -12,7 +12,7 @@ from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import join_pieces, pack_pieces, skip_positions, training_sequences
 from llama_long_utils.data.quoting import quote_themselves, with_excerpts
-from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import IGNORED_LABEL
@@ -184,5 +184,5 @@ def test_the_sequences_of_a_run_stay_the_same_bit_by_bit(changes, expected):
         ids[0], ids[-1] = 0, 1
     documents = [TokenizedDocument("mine", str(number), ids) for number, ids in enumerate(texts)]
     numbers = dataclasses.replace(load_preset("tiny").training, steps=12, self_quoting_share=0.5, **changes)
-    drawn = draw_sequences(documents, numbers, load_tokenizer(FOLDER))
+    drawn = TrainingData(documents, numbers, load_tokenizer(FOLDER))
     assert digest([[array for array in vars(sequence).values() if array is not None] for sequence in drawn]) == expected

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import LORA, new_llama
+from llama_long_utils.data import mixture, tokens
 from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import read_card
@@ -119,6 +120,28 @@ def test_interrupted_and_called_again_it_ends_in_the_same_weights(preset, expect
     assert f"an interrupted run continues after step {3 * (step // 3)} of 8" in capsys.readouterr().out
     assert_equal_weights(trained.folder, expected[0])
     assert numbers(trained.log) == numbers(expected[1])
+
+
+def test_a_run_on_a_stream_goes_on_at_the_exact_token(preset, tmp_path, monkeypatch):
+    """Several buffers and shards; the second start draws what was trained on before by the lengths of documents."""
+    for owner, name, size in ((mixture, "SMALL", 0), (mixture, "BUFFER", 300), (tokens, "SHARD", 500)):
+        monkeypatch.setattr(owner, name, size)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number:02}.txt").write_text(" ".join(f"Sentence {n * n + number} of it." for n in range(20)))
+    data = Data([str(texts)], {}, minimum_characters=100, split_seed=0)
+    plain = dataclasses.replace(preset.training, self_quoting_share=0.0, long_document_weight=1.0)
+    stream = dataclasses.replace(preset, data=data, training=plain)
+    straight = train_adapter(stream, name="straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_at(patch, 5)
+        train_adapter(stream, name="interrupted")
+    resumed = train_adapter(stream, name="interrupted")
+    assert_equal_weights(resumed.folder, load_file(straight.folder / "adapter_model.safetensors"))
+    assert numbers(resumed.log) == numbers(straight.log)
+    (row,) = read_card(resumed.folder).training["read"]
+    assert (row["documents"], row["trained_on"]) == (None, 8 * 2 * 64)
 
 
 def test_a_run_shorter_than_its_checkpoints_says_that_it_begins_again(preset, monkeypatch, capsys):

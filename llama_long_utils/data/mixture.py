@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument, draw, split_documents
@@ -36,15 +37,8 @@ class Mixture:
     """The documents of a preset's sources, to be trained on and held out.
 
     Of a small source, as many documents are held out as asked for. Of a stream, which may grow, all are that `draw`
-    puts below HELD_OUT, or none where another split is held out.
-
-    Args:
-        window, length: tokens that the longest document to train on and the longest held-out one have at least.
-        workers: processes that tokenize; default: one for each core.
-
-    Raises:
-        ValueError: a source or a count is wrong, or its texts are too short.
-        RuntimeError: the hub or PyPI does not answer.
+    puts below HELD_OUT, or none where another split is held out. ValueError if a source or a count is wrong or texts
+    are too short, RuntimeError if the hub or PyPI does not answer.
     """
 
     def __init__(
@@ -52,10 +46,10 @@ class Mixture:
         data: Data,
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        window: int = 0,
-        length: int = 0,
+        window: int = 0,  # tokens that the longest document to train on has at least,
+        length: int = 0,  # and the longest held-out one
         cache: Path = CACHE,
-        workers: int | None = None,
+        workers: int | None = None,  # processes that tokenize; default: one for each core
     ) -> None:
         self.data, self.counts = data, check_sources(data.sources, data.held_out)
         self.sources = [pinned(source) for source in data.mixture]
@@ -231,16 +225,10 @@ def drawn_tokens(tokens: int | np.ndarray, settings: TrainingSettings) -> float:
     return float((tokens * uses).sum())
 
 
-def reading_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `Mixture.reading` as text."""
-    lines = [f"{'source':32} {'documents':>10} {'tokens':>14} {'trained on':>14} {'passes':>7} {'at most':>7}"]
-    for row in rows:
-        known = [f"{row[name]:,}" if row[name] is not None else "a stream" for name in ("documents", "tokens")]
-        passes = "?" if row["passes"] is None else f"{row['passes']:.2f}"
-        lines.append(
-            f"{row['source']:32} {known[0]:>10} {known[1]:>14} {row['trained_on']:>14,} {passes:>7} {row['at_most']:>7}"
-        )
-    return "\n".join(lines)
+def reading_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows of `Mixture.reading` as text, for a reader."""
+    table = pd.DataFrame(rows, dtype=object).drop(columns="revision").fillna("not known yet")
+    return table.map(lambda cell: cell if isinstance(cell, str) else f"{cell:,.{2 * isinstance(cell, float)}f}")
 
 
 def read_documents(

@@ -90,16 +90,12 @@ def packed_pieces(
     window: int,
     *,
     seed: int,
-    long_document_weight: float = 1.0,
+    long_document_weight: float = 1.0,  # uses of long documents in a pass (arXiv:2309.16039, section 2.1)
     pack: bool = True,
 ) -> Iterator[list[np.ndarray]]:
     """The pieces of one training sequence after the other; ValueError if no document is as long as the window.
 
-    Args:
-        buffers: documents that are packed and shuffled together, with new cut points and a new order each time.
-        long_document_weight: expected uses, in one pass, of a document of at least `window` tokens; shorter ones are
-            used once. Llama 2 Long up-weights long text (arXiv:2309.16039, section 2.1) without giving the factor.
-        pack: use the left-overs and short documents too, several to a sequence; else only whole windows.
+    A buffer is packed and shuffled as a whole, and with `pack` left-overs and short documents are used too.
     """
     generator = np.random.default_rng(seed)
     longest = 0

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice, repeat
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
@@ -12,22 +12,18 @@ from llama_long_utils.data.packing import TrainingSequence, join_pieces, packed_
 from llama_long_utils.data.quoting import quote_themselves
 from llama_long_utils.settings import TrainingSettings
 
+NEAR = 64  # sequences that are drawn on the way to another one, which several processes do that share them
+
 
 class TrainingData(Sequence[TrainingSequence]):
     """The sequences that a training run reads: cut, packed, quoting themselves and skipped as set.
 
-    They are drawn in order from texts or settings alone: a run that goes on at number n draws the ones before again,
-    by the lengths of their documents, and joins the tokens from there. Only one buffer of documents is open at a time.
-
-    Attributes:
-        key: a digest of the documents; with the settings it decides every sequence.
+    Texts and settings alone decide them. A run that goes on at number n draws the ones before again, by the lengths of
+    their documents, and joins the tokens from there on. Only one buffer of documents is open at a time.
     """
 
     def __init__(
-        self,
-        documents: Mixture | list[TokenizedDocument],
-        settings: TrainingSettings,
-        tokenizer: PreTrainedTokenizerBase,
+        self, documents: Mixture | list[TokenizedDocument], settings: TrainingSettings, tokenizer: Tokenizer
     ) -> None:
         self.documents, self.settings, self.tokenizer = documents, settings, tokenizer
         mixed = isinstance(documents, Mixture)
@@ -42,7 +38,7 @@ class TrainingData(Sequence[TrainingSequence]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         if number + 1 != self.next:
-            if number < self.next or not self.last:
+            if not self.last or not 0 <= number - self.next < NEAR:
                 self.drawn, self.next = self.from_number(number), number
             self.last = next(islice(self.drawn, number - self.next, None))
             self.next = number + 1
@@ -62,10 +58,3 @@ class TrainingData(Sequence[TrainingSequence]):
         sequences = quote_themselves(sequences, settings.self_quoting_share, seed=settings.seed)
         sequences = skip_positions(sequences, settings.reach, seed=settings.seed)
         return sequences if plain else islice(sequences, first, None)
-
-
-def draw_sequences(
-    documents: Mixture | list[TokenizedDocument], settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase
-) -> TrainingData:
-    """The sequences that a training run reads of some documents, in order."""
-    return TrainingData(documents, settings, tokenizer)

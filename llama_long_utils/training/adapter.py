@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.mixture import Mixture, reading_table
-from llama_long_utils.data.sequences import draw_sequences
+from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, save_adapter
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
@@ -74,7 +74,7 @@ def train_adapter(
     tokenizer = load_tokenizer(base)
     documents = Mixture(preset.data, tokenizer, window=settings.window)
     reading = documents.reading(settings)
-    sequences = draw_sequences(documents, settings, tokenizer)
+    sequences = TrainingData(documents, settings, tokenizer)
     base_sha256 = weights_sha256(base)
     of_base = {"base": base_sha256, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
     key = run_key(depends_on, sequences.key, **of_base, lora=preset.lora)
@@ -96,7 +96,7 @@ def train_adapter(
         model = add_lora(model, preset.lora, seed=settings.seed)
         room = preset.memory_gib * USABLE - plan.device_gib
         if progress and state.is_main_process:
-            print(reading_table(reading), flush=True)
+            print(reading_table(reading).to_string(index=False), flush=True)
         options = {"report_every": progress, "gaps_gib": room / 2, "context_parallel": context_parallel}
         try:
             log = train(model, sequences, settings, folder, **options)
