@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,6 +38,7 @@ KINDS = r"\.(py|pyi|h|hpp|c|cpp|js|mjs|ts|md|rst|txt|css|html|tcl|pl|pm|pod|sh|j
 SHORTEST = 500  # characters
 ALONE = 2**16  # bytes: a longer file becomes a file, shorter ones are lines of .jsonl
 LINES = 2**26  # bytes of a .jsonl
+WINDOW = 32_768
 
 
 def machine_texts() -> Iterator[str]:
@@ -74,14 +76,15 @@ def write_corpus(folder: Path, size: int) -> None:
     scratch.replace(folder)
 
 
-def read(texts: str, cache: str, workers: int, out: str) -> None:
+def read(texts: str, workers: int, out: str) -> None:
     """Draw the sequences of one pass, from where `out` ends, and write a line on each; the last line is about all."""
     begun, file = time.time(), Path(out)
     done = len(file.read_text().splitlines()) if file.exists() else 0
     tokenizer = load_tokenizer(MODEL)
-    settings = replace(load_preset("tiny").training, steps=10**6, self_quoting_share=0.0, long_document_weight=1.0)
+    numbers = {"window": WINDOW, "reach": WINDOW, "self_quoting_share": 0.0, "long_document_weight": 1.0}
+    settings = replace(load_preset("tiny").training, steps=10**6, **numbers)
     data = Data([texts], {}, minimum_characters=1, split_seed=0, passes=1)
-    mixture = Mixture(data, tokenizer, cache=Path(cache), workers=workers)
+    mixture = Mixture(data, tokenizer, workers=workers)
     sequences, labels, first = TrainingData(mixture, settings, tokenizer), 0, 0.0
     with file.open("a") as lines:
         try:
@@ -114,24 +117,31 @@ def take_step(texts: str, run_folder: str) -> None:
     print(json.dumps({"first_step_seconds": time.time() - begun}), flush=True)
 
 
-def watched(call: str, at: Callable[[int, list[int], int], None] = lambda *_: None) -> dict[str, Any]:
+def watched(call: str, cache: Path, at: Callable[[int, list[int], int], None] = lambda *_: None) -> dict[str, Any]:
     """What a process prints last, and the highest memory of it and its children, in GiB, resident together.
 
     Args:
         at: is called with each number that the process prints, the ids of those that tokenize, and its own.
     """
     command = [sys.executable, "-c", f"from experiments.corpus import *\n{call}"]
-    peak, last, looked = 0, "{}", 0.0
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as run:
+    last, samples, environment = "{}", [0], {**os.environ, "LLAMA_LONG_CACHE": str(cache)}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as run:
+
+        def sample() -> None:
+            while run.poll() is None:
+                samples.append(resident(run.pid))
+                time.sleep(0.1)
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
         for line in run.stdout:
             if line[0].isdigit():
                 number, *processes = map(int, line.split())
                 at(number, processes, run.pid)
             elif line[0] == "{":
                 last = line
-            if time.monotonic() - looked > 0.2:
-                peak, looked = max(peak, resident(run.pid)), time.monotonic()
-    return {**json.loads(last), "peak_gib": peak / 2**30}
+    sampler.join()
+    return {**json.loads(last), "peak_gib": max(samples) / 2**30}
 
 
 def resident(process: int) -> int:
@@ -152,7 +162,7 @@ def run(size_gib: float, folder: Path, results: Path) -> Path:
     files = [path for path in texts.iterdir()]
     documents = sum(1 if path.suffix == ".txt" else len(path.read_text().splitlines()) for path in files)
     corpus = {"files": len(files), "documents": documents, "bytes": sum(path.stat().st_size for path in files)}
-    stop = max(20, int(size_gib * 2**30 / 3 / 4096 / 3))  # of some three bytes a token, a third of the way
+    stop = int(size_gib * 2**30 / 2 / WINDOW / 3)  # of some two bytes a token, a third of the way
 
     def kill(number: int, processes: list[int], reader: int) -> None:
         if number == stop // 2 and processes:
@@ -165,8 +175,8 @@ def run(size_gib: float, folder: Path, results: Path) -> Path:
         out, cache = folder / f"{name}.txt", folder / f"cache of {name}"
         out.unlink(missing_ok=True)
         shutil.rmtree(cache, ignore_errors=True)
-        call = f"read({str(texts)!r}, {str(cache)!r}, {workers}, {str(out)!r})"
-        found = [watched(call, kill if part < parts - 1 else lambda *_: None) for part in range(parts)]
+        call = f"read({str(texts)!r}, {workers}, {str(out)!r})"
+        found = [watched(call, cache, kill if part < parts - 1 else lambda *_: None) for part in range(parts)]
         drawn[name] = out.read_text().splitlines()
         row = {"run": name, "workers": workers, "sequences": len(drawn[name]), "digest": digest(drawn[name])}
         row |= {"peak_gib": max(part["peak_gib"] for part in found), **found[-1], "continued_from": 0}
@@ -177,8 +187,9 @@ def run(size_gib: float, folder: Path, results: Path) -> Path:
         print(row, flush=True)
     if drawn["one worker"] != drawn["two workers, killed"]:
         raise RuntimeError("the two readings gave different sequences")
-    shutil.rmtree(folder / "training", ignore_errors=True)
-    step = watched(f"take_step({str(texts)!r}, {str(folder)!r})")
+    for left in (folder / "training", folder / "cache of training"):
+        shutil.rmtree(left, ignore_errors=True)
+    step = watched(f"take_step({str(texts)!r}, {str(folder)!r})", folder / "cache of training")
     print(step, flush=True)
     return write_record(
         results,
