@@ -236,4 +236,8 @@ def read_documents(
 ) -> tuple[Mixture, list[TokenizedDocument]]:
     """(what is trained on, held-out documents) of a preset's sources, as token ids; raises as `Mixture`."""
     mixture = Mixture(data, tokenizer, window=window, length=length, cache=cache)
-    return mixture, mixture.held_out()
+    held_out = mixture.held_out()
+    longest = max((document.tokens for document in held_out), default=length)
+    if longest < length:
+        raise ValueError(f"no held-out document has {length:,} tokens: the longest of {len(held_out)} has {longest:,}")
+    return mixture, held_out

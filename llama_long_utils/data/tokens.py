@@ -135,8 +135,11 @@ def work() -> None:
             answer = write_shard(rules, *pickle.load(sys.stdin.buffer))
         except Exception as error:
             answer = error
-        pickle.dump(answer, answers)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(1)  # the one that asked was killed: nobody is to be told
 
 
 @dataclass(frozen=True)
