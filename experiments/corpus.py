@@ -1,7 +1,8 @@
 """A large corpus, read as training reads it: `python -m experiments corpus` writes record 03_corpus.
 
-The texts are sources, headers and documents that this machine has. They are read by one process that tokenizes, and by
-two of which one is killed before the reader itself is; both must give the same sequences. Then training takes a step.
+The texts are sources, headers and documents that this machine has. Two processes tokenize them to their end; one of the
+two is killed, and then the reader. One process tokenizes the first part, past both kills, which must have the same
+sequences. Then training takes a step.
 """
 
 import hashlib
@@ -76,13 +77,13 @@ def write_corpus(folder: Path, size: int) -> None:
     scratch.replace(folder)
 
 
-def read(texts: str, workers: int, out: str) -> None:
-    """Draw the sequences of one pass, from where `out` ends, and write a line on each; the last line is about all."""
+def read(texts: str, workers: int, out: str, until: int) -> None:
+    """Draw the sequences of one pass, from where `out` ends to `until`, a line on each; the last line is about all."""
     begun, file = time.time(), Path(out)
     done = len(file.read_text().splitlines()) if file.exists() else 0
     tokenizer = load_tokenizer(MODEL)
     numbers = {"window": WINDOW, "reach": WINDOW, "self_quoting_share": 0.0, "long_document_weight": 1.0}
-    settings = replace(load_preset("tiny").training, steps=10**6, **numbers)
+    settings = replace(load_preset("tiny").training, steps=until, **numbers)
     data = Data([texts], {}, minimum_characters=1, split_seed=0, passes=1)
     mixture = Mixture(data, tokenizer, workers=workers)
     sequences, labels, first = TrainingData(mixture, settings, tokenizer), 0, 0.0
@@ -162,7 +163,7 @@ def run(size_gib: float, folder: Path, results: Path) -> Path:
     files = [path for path in texts.iterdir()]
     documents = sum(1 if path.suffix == ".txt" else len(path.read_text().splitlines()) for path in files)
     corpus = {"files": len(files), "documents": documents, "bytes": sum(path.stat().st_size for path in files)}
-    stop = int(size_gib * 2**30 / 2 / WINDOW / 3)  # of some two bytes a token, a third of the way
+    stop = int(size_gib * 2**30 / 2 / WINDOW / 8)  # of some two bytes a token, an eighth of the way
 
     def kill(number: int, processes: list[int], reader: int) -> None:
         if number == stop // 2 and processes:
@@ -171,21 +172,20 @@ def run(size_gib: float, folder: Path, results: Path) -> Path:
             os.kill(reader, signal.SIGKILL)
 
     rows, drawn = [], {}
-    for name, workers, parts in (("one worker", 1, 1), ("two workers, killed", 2, 2)):
+    for name, workers, parts, until in (("one worker", 1, 1, 2 * stop), ("two workers, killed", 2, 2, 10**6)):
         out, cache = folder / f"{name}.txt", folder / f"cache of {name}"
         out.unlink(missing_ok=True)
         shutil.rmtree(cache, ignore_errors=True)
-        call = f"read({str(texts)!r}, {workers}, {str(out)!r})"
+        call = f"read({str(texts)!r}, {workers}, {str(out)!r}, {until})"
         found = [watched(call, cache, kill if part < parts - 1 else lambda *_: None) for part in range(parts)]
         drawn[name] = out.read_text().splitlines()
-        row = {"run": name, "workers": workers, "sequences": len(drawn[name]), "digest": digest(drawn[name])}
-        row |= {"peak_gib": max(part["peak_gib"] for part in found), **found[-1], "continued_from": 0}
-        if parts > 1:
-            row |= {"peak_gib": max(part["peak_gib"] for part in found), "continued_from": stop}
+        row = {"run": name, "workers": workers, "sequences": len(drawn[name])}
+        row |= {"digest": digest(drawn[name][: 2 * stop]), "continued_from": stop if parts > 1 else 0}
+        row |= {**found[-1], "peak_gib": max(part["peak_gib"] for part in found)}
         row["labels_per_worker_second"] = row["labels"] / row["worker_seconds"] if row["worker_seconds"] else None
         rows.append(row)
         print(row, flush=True)
-    if drawn["one worker"] != drawn["two workers, killed"]:
+    if drawn["one worker"] != drawn["two workers, killed"][: 2 * stop]:
         raise RuntimeError("the two readings gave different sequences")
     for left in (folder / "training", folder / "cache of training"):
         shutil.rmtree(left, ignore_errors=True)
