@@ -163,7 +163,7 @@ def run(size_gib: float, folder: Path, results: Path) -> Path:
     files = [path for path in texts.iterdir()]
     documents = sum(1 if path.suffix == ".txt" else len(path.read_text().splitlines()) for path in files)
     corpus = {"files": len(files), "documents": documents, "bytes": sum(path.stat().st_size for path in files)}
-    stop = int(size_gib * 2**30 / 2 / WINDOW / 8)  # of some two bytes a token, an eighth of the way
+    stop = int(size_gib * 2**30 / 2 / WINDOW / 16)  # of some two bytes a token, a sixteenth of the way
 
     def kill(number: int, processes: list[int], reader: int) -> None:
         if number == stop // 2 and processes:
