@@ -10,6 +10,14 @@ from llama_long_utils.records import read_published, read_record, read_table, wr
 from tools.store import results, store_record
 
 COLUMNS = {
+    "03_corpus": {
+        "corpus": {"files", "documents", "bytes"},
+        "reading": {
+            *("run", "workers", "sequences", "digest", "continued_from", "peak_gib", "seconds"),
+            *("first_sequence_seconds", "labels", "worker_seconds", "labels_per_worker_second"),
+        },
+        "training": {"first_step_seconds", "peak_gib"},
+    },
     "04_one_gpu_budget": {
         "ledger": {"model", "context", "plan", "component", "predicted_gib"},
         "ledger_check": {"model", "layers", "context", "dtype", "plan", "predicted_gib", "measured_gib"},
