@@ -58,7 +58,7 @@ LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  #
 
 
 FEW = 2**28  # bytes that are read at once in a quarter of a second
-LONGEST = 2**22  # bytes of a text that is tokenized in one piece: a longer file is several documents
+LONGEST = 2**21  # bytes of a text that is tokenized in one piece: a longer file is several documents
 
 Placed = Iterator[tuple[Document, Any]]  # documents, each with the place behind it, as JSON has it: to go on there
 

@@ -4,6 +4,7 @@
 last one is done. Here a shard is there as soon as it is made; made once, its text is not read again.
 """
 
+import ctypes
 import os
 import pickle
 import subprocess
@@ -31,7 +32,7 @@ from llama_long_utils.settings import Source
 if TYPE_CHECKING:  # three seconds to import, in every process
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 2  # raise it when the same text and tokenizer give other ids, or other documents a shard
+VERSION = 3  # raise it when the same text and tokenizer give other ids, or other documents a shard
 SHARD = 2**22  # characters of a shard, about
 
 
@@ -130,12 +131,13 @@ class Workers:
 def work() -> None:
     """What a process does: shards that come on standard input, until the one that asks is gone."""
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    rules = pickle.load(sys.stdin.buffer)
+    rules, give_back = pickle.load(sys.stdin.buffer), getattr(ctypes.CDLL(None), "malloc_trim", int)
     while sys.stdin.buffer.peek(1):
         try:
             answer = write_shard(rules, *pickle.load(sys.stdin.buffer))
         except Exception as error:
             answer = error
+        give_back(0)  # a long text leaves half a GiB
         try:
             pickle.dump(answer, answers)
             answers.flush()
