@@ -95,7 +95,7 @@ def read(texts: str, workers: int, out: str, until: int) -> None:
                 labels += sequence.label_tokens
                 processes = " ".join(str(process.pid) for process in mixture.workers.processes.values())
                 print(digest([sequence.input_ids, sequence.labels, sequence.position_ids]), file=lines, flush=True)
-                print(number, processes, flush=True)
+                print(f"{number} {processes}\n", end="", flush=True)  # in one piece: a thread may print, too
         except ValueError as error:  # the pass is over
             print(error, file=sys.stderr)
     mixture.workers.close()
