@@ -9,7 +9,7 @@ def test_a_small_corpus_is_read_alike_by_one_and_by_two_killed_processes_in_litt
     corpus, reading, training = (read_table(record, name).iloc for name in ("corpus", "reading", "training"))
     assert corpus[0].bytes >= 0.004 * 2**30
     assert reading[0].digest == reading[1].digest
-    assert 5 < reading[1].continued_from < reading[0].sequences < reading[1].sequences
+    assert 0 < reading[1].continued_from < reading[0].sequences < reading[1].sequences
     assert max(reading[0].peak_gib, reading[1].peak_gib, training[0].peak_gib) <= 2
     assert training[0].first_step_seconds < 60
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus" / "texts").iterdir()}
