@@ -5,12 +5,13 @@ PRESET ?= tiny
 # Two small notebooks at a time take less time than one on two threads; a large model has the machine to itself.
 WORKERS ?= $(if $(filter tiny,$(PRESET)),2,1)
 
-.PHONY: run test test-slow test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
+.PHONY: run test test-slow test-rehearsal test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
 
 help:
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
 	@echo "make test        install, then all tests, notebooks included"
 	@echo "make test-slow   runs that are killed at 23 moments, disturbed and attacked (two minutes)"
+	@echo "make test-rehearsal  preset llama2-7b from a hub on this machine to notebook 8, with a doll of the model"
 	@echo "make test-browser  JupyterLab in headless Chromium: Run All, bars, the control, links, an interruption (three minutes)"
 	@echo "make lab         install, then open the notebooks in JupyterLab"
 	@echo "make data        fetch the corpora into data/cache (part of the installation)"
@@ -34,11 +35,14 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow --ignore tests/browser tests notebooks
+		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow --ignore tests/rehearsal --ignore tests/browser tests notebooks
 
 test-slow: $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,workflow]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slow
+
+test-rehearsal: $(INSTALLED)
+	$(BIN)/python -m pytest tests/rehearsal
 
 test-browser: $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,browser]"

@@ -7,6 +7,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,9 +17,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
-
-COMMIT = hashlib.sha1(b"the only revision").hexdigest()
-BRANCHES = ("main", COMMIT)
 
 
 @dataclass
@@ -41,6 +39,7 @@ class Hub:
     losses: list[str] = field(default_factory=list)
     asked: list[tuple[str, str, int]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
+    commit: str = field(default_factory=lambda: secrets.token_hex(20))  # of every repository
     address: str = ""
     stop: Callable[[], None] = lambda: None
 
@@ -115,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.hub.tokens:
             return self.refuse(401, "", "Invalid credentials in Authorization header")
-        if revision not in (None, *BRANCHES):
+        if revision not in (None, "main", self.hub.commit):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if file:
             if name in self.hub.licence and name not in self.hub.tokens.get(token, ()):
@@ -138,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         if api[3] == "refs":
             return self.send_json(
                 {
-                    "branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}],
+                    "branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": self.hub.commit}],
                     "tags": [],
                     "converts": [],
                 }
@@ -147,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send_json(
             {
                 "id": name,
-                "sha": COMMIT,
+                "sha": self.hub.commit,
                 "private": False,
                 "disabled": False,
                 "gated": "manual" if name in self.hub.licence else False,
@@ -172,7 +171,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.begin(206 if asked else 200, stop - start)
         checksum = hashlib.sha256(file.read_bytes()).hexdigest()
         headers = {"ETag": f'"{checksum}"', "X-Linked-ETag": f'"{checksum}"', "X-Linked-Size": str(size)}
-        headers |= {"X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        headers |= {
+            "X-Repo-Commit": self.hub.commit,
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         if asked:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         for key, value in headers.items():
@@ -221,7 +224,7 @@ def _entry(folder: Path, path: Path) -> dict[str, Any]:
     """What the hub lists of a file or folder."""
     name = str(path.relative_to(folder))
     if path.is_dir():
-        return {"type": "directory", "path": name, "oid": COMMIT, "size": 0}
+        return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
     checksum, size = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
     return {
         "type": "file",

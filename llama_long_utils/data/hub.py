@@ -16,13 +16,15 @@ def why_not(page: str, error: BaseException) -> str:
         status = one.response.status_code if isinstance(one, HfHubHTTPError) else None
         if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
             return "the disk is full: make room and run again, what is here already is not fetched again"
-        if isinstance(one, GatedRepoError):
-            who = "this token's owner has not accepted its licence" if status == 403 else "its licence asks who you are"
+        if isinstance(one, GatedRepoError) or "gated dataset" in str(one):  # as datasets says it
+            who = "its licence asks who you are" if status == 401 else "this token's owner has not accepted its licence"
             return f"{who}: accept it on huggingface.co/{page}, then {TOKEN}"
         if isinstance(one, RepositoryNotFoundError):
             return f"there is no huggingface.co/{page}, or it is private: check the name, or {TOKEN}"
         if status == 401:
             return f"the hub does not know this token: {TOKEN}"
+    if any(type(one).__name__ in ("DatasetNotFoundError", "RevisionNotFoundError") for one in causes):
+        return f"huggingface.co/{page} has no such data set or revision: check both"
     return (
         f"no connection ({type(error).__name__}): run again when there is one, what is here already is not fetched "
         "again; without a network the preset 'tiny' runs"
