@@ -51,6 +51,8 @@ def verdict(
     value: float, low: float, high: float, below: str, above: str, level: str = "not told apart", *, digits: int = 3
 ) -> str:
     """What a difference with its interval says, for prose: `below` or `above` zero, or `level`; then the numbers."""
+    if math.isnan(low):
+        return f"undecided ({measured(value, digits=digits)}, too few for an interval)"
     word = below if high < 0 else above if low > 0 else level
     return f"{word} ({measured(value, low, high, digits=digits)})"
 

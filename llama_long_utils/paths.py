@@ -3,12 +3,13 @@
 import hashlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("LLAMA_LONG_CACHE", REPOSITORY / "data" / "cache"))
+CACHE = Path(os.environ.get("LLAMA_LONG_CACHE", REPOSITORY / "data" / "cache")).absolute()
 ADAPTERS = REPOSITORY / "data" / "adapters"
 RESULTS = REPOSITORY / "data" / "results"
 PUBLISHED = REPOSITORY / "data" / "published"
@@ -18,7 +19,7 @@ PRESETS = REPOSITORY / "presets"
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file so that at every moment either the old one or the whole new one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # several machines may share the folder
     scratch.write_bytes(content)
     scratch.replace(path)
     return path

@@ -51,7 +51,12 @@ def _read(name: str, *inheriting: str) -> dict[str, Any]:
         raise ValueError(f"presets/{name}.toml: like = {like!r} must name another preset")
     if like and like not in preset_names():
         raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {preset_names()}")
-    return _merged(_read(like, name, *inheriting), values) if like else values
+    if not like:
+        return values
+    inherited, own = _read(like, name, *inheriting), _section(values, "extension")
+    if "window" in own and "rope_base" not in own:  # which then follows the window
+        _section(inherited, "extension").pop("rope_base", None)
+    return _merged(inherited, values)
 
 
 def _merged(inherited: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -225,6 +225,10 @@ class Source:
                 f"source {self.name!r}: maximum_tokens = {self.maximum_tokens} is below minimum_tokens = "
                 f"{self.minimum_tokens}"
             )
+        if self.held_out_split == self.split:
+            raise ValueError(
+                f"source {self.name!r}: held_out_split = {self.split!r} is what is trained on: name another"
+            )
         of_hub = {"config": "", "split": "train", "column": "text", "revision": "", "held_out_split": ""}
         given = [field for field, default in of_hub.items() if getattr(self, field) != default]
         if given and not self.name.startswith("hub:"):

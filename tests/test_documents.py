@@ -148,13 +148,16 @@ def test_the_repository_itself_is_no_source(source):
 
 
 def test_faults_in_the_list_of_sources_are_seen_before_any_text_is_read(tmp_path):
-    (tmp_path / "a.txt").write_text("first")
+    for way in ("one", "two"):
+        (tmp_path / way / "texts").mkdir(parents=True)
     for sources, held_out, message in (
         (["sotu", "sotuu"], {}, "unknown document source 'sotuu'"),
         (["sotu", "sotu"], {}, "'sotu' is there twice"),
         (["sotu", "shakespeare"], {"shakespeare": 43}, "cannot hold out 43 documents of 'shakespeare': it has 42"),
         (["sotu"], {"shakespeare": 1}, "held_out names 'shakespeare', which is none of the sources"),
-        ([str(tmp_path), f"{tmp_path}/"], {tmp_path.name: 1}, f"'{tmp_path.name}', which is the name of several"),
+        ([str(tmp_path), f"{tmp_path}/"], {}, "hold the same files: name one of them"),
+        ([str(tmp_path / "one" / "texts"), str(tmp_path / "one")], {}, "hold the same files: name one of them"),
+        ([str(tmp_path / way / "texts") for way in ("one", "two")], {"texts": 1}, "'texts', which is the name of sev"),
     ):
         with pytest.raises(ValueError, match=message):
             read_documents(Data(sources, held_out, 1, 0), None, cache=tmp_path / "empty")

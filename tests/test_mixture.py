@@ -171,7 +171,7 @@ def test_after_a_kill_the_stream_goes_on_at_the_exact_token(tokenizer, tmp_path,
 def test_a_damaged_shard_is_made_again(tokenizer, tmp_path, small_parts, capsys):
     texts = Mixture(data(str(write_texts(tmp_path / "texts", 300, 200))), tokenizer, cache=tmp_path, workers=1)
     expected = ids(TrainingData(texts, settings(steps=200), tokenizer))
-    files = sorted((tmp_path / "shards").glob("*/*"))
+    files = sorted((tmp_path / "shards").glob("*/[0-9]*"))
     whole = {file: file.read_bytes() for file in files}
     for file, content in ((files[0], b""), (files[3], whole[files[3]][:-100] + bytes(100)), (files[5], b"garbage")):
         file.write_bytes(content)
@@ -323,7 +323,7 @@ def test_data_sets_stream_from_the_hub_and_what_was_read_is_not_asked_for_again(
             return json.loads(done.stdout.splitlines()[-1])
 
         key, reading, held_out, found = run()
-        assert [row["revision"] for row in reading] == [hub_server.COMMIT] * 2
+        assert [row["revision"] for row in reading] == [hub.commit] * 2
         assert [row["trained_on"] for row in reading] == [40 * 256 * 3 // 4, 40 * 256 // 4]
         assert held_out == ["0", "1"]
         assert len(found) == 200

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ TOKENS_VERSION = 1  # raise it when the same text and tokenizer give other ids
 
 @dataclass(frozen=True)
 class Document:
-    """One text that is never cut across the split: `source` is the corpus, `name` is unique in it."""
+    """A text, or a part of a long one: `source` is the corpus, `name` is unique in it. No text is on both sides."""
 
     source: str
     name: str
@@ -81,6 +82,11 @@ def draw(seed: int, source: str, name: str) -> str:
     return hashlib.sha256(f"{seed}:{source}:{name}".encode()).hexdigest()
 
 
+def whole(name: str) -> str:
+    """The name of the text that a document of this name is, or is a part of."""
+    return re.sub(r"(\.txt):\d+$", r"\1", name)
+
+
 def split_documents(
     documents: list[Document], held_out: Mapping[str, int], *, minimum_characters: int, seed: int
 ) -> tuple[list[Document], list[Document]]:
@@ -102,7 +108,8 @@ def split_documents(
                 "lower held_out or minimum_characters"
             )
         chosen |= {(d.source, d.name) for d in sorted(candidates, key=lambda d: draw(seed, d.source, d.name))[:count]}
-    training = [d for d in documents if (d.source, d.name) not in chosen]
+    texts = {(source, whole(name)) for source, name in chosen}
+    training = [d for d in documents if (d.source, whole(d.name)) not in texts]
     if not training:
         raise ValueError(
             f"all {len(documents)} documents are held out, none is left to train on: add documents or lower held_out"

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from llama_long_utils.cache import digest
-from llama_long_utils.data.documents import TokenizedDocument, draw, split_documents
+from llama_long_utils.data.documents import TokenizedDocument, draw, split_documents, whole
 from llama_long_utils.data.sources import check_sources, load_documents, pinned, survey
 from llama_long_utils.data.tokens import TokenizedSource, Workers
 from llama_long_utils.paths import CACHE
@@ -52,7 +52,7 @@ class Mixture:
         workers: int | None = None,  # processes that tokenize; default: one for each core
     ) -> None:
         self.data, self.counts = data, check_sources(data.sources, data.held_out)
-        self.sources = [pinned(source) for source in data.mixture]
+        self.sources = [pinned(source, cache) for source in data.mixture]
         surveys = {source.name: survey(source) for source in self.sources}
         self.sizes = {name: size for name, (size, _) in surveys.items()}
         self.small = {name for name, size in self.sizes.items() if size is not None and size <= SMALL}
@@ -72,6 +72,7 @@ class Mixture:
                     "longer documents or ask for fewer tokens"
                 )
         self.chosen = {(document.source, document.name) for document in sides[1]}
+        self.texts_held_out = {(source, whole(name)) for source, name in self.chosen}
         self.workers = Workers(tokenizer, workers)
         self.tokens = {
             one.name: TokenizedSource(one, surveys[one.name][1], self.workers, cache) for one in self.sources
@@ -81,27 +82,38 @@ class Mixture:
     def key(self) -> str:
         """A digest of what its documents depend on, known without reading them. A cap on passes changes none."""
         data = replace(self.data, sources=[replace(source, passes=1) for source in self.sources], passes=1)
-        return digest(data, [tokens.key for tokens in self.tokens.values()], BUFFER, HELD_OUT)
+        return digest(data, [tokens.key for tokens in self.tokens.values()], BUFFER, HELD_OUT, SMALL)
 
     def is_held_out(self, source: Source, name: str) -> bool:
         """Whether a document of this name is never trained on."""
         if source.name in self.small or source.held_out_split or source.name not in self.counts:
-            return (source.name, name) in self.chosen
-        return draw(self.data.split_seed, source.name, name) < HELD_OUT
+            return (source.name, whole(name)) in self.texts_held_out
+        return draw(self.data.split_seed, source.name, whole(name)) < HELD_OUT
 
     def held_out(self) -> list[TokenizedDocument]:
         """The held-out documents, of a stream the first that are long enough; ValueError if they are too few."""
+        try:
+            return self._held_out()
+        finally:
+            self.workers.close()
+
+    def _held_out(self) -> list[TokenizedDocument]:
         found = []
         for source in self.sources:
             count, tokens = self.counts.get(source.name, 0), self.tokens[source.name]
             if source.held_out_split:
-                other = replace(source, split=source.held_out_split)
+                other = replace(source, split=source.held_out_split, held_out_split="")
                 tokens = TokenizedSource(other, survey(other)[1], self.workers, tokens.folder)
             shortest = 0 if source.name in self.small else self.data.minimum_characters
             candidates = (
                 document
                 for document, characters in (tokens if count else ())
-                if characters >= shortest and (source.held_out_split or self.is_held_out(source, document.name))
+                if characters >= shortest
+                and (
+                    (source.name, document.name) in self.chosen
+                    if source.name in self.small
+                    else source.held_out_split or self.is_held_out(source, document.name)
+                )
             )
             chosen = list(islice(candidates, count))
             if len(chosen) < count:
@@ -110,7 +122,6 @@ class Mixture:
                     f"{len(chosen)} may be held out; lower held_out or minimum_characters"
                 )
             found += [replace(document, token_ids=document.token_ids.astype(np.int32)) for document in chosen]
-        self.workers.close()
         return found
 
     def training(self, source: Source, shortest: int = 0) -> Iterator[TokenizedDocument]:
@@ -130,9 +141,10 @@ class Mixture:
     def lengths(self) -> dict[str, np.ndarray]:
         """The tokens of each training document of the small sources."""
         sources = (source for source in self.sources if source.name in self.small)
-        found = {source.name: np.array([one.tokens for one in self.training(source)], int) for source in sources}
-        self.workers.close()
-        return found
+        try:
+            return {source.name: np.array([one.tokens for one in self.training(source)], int) for source in sources}
+        finally:
+            self.workers.close()
 
     def shares(self, settings: TrainingSettings) -> list[float]:
         """Each source's share of the tokens drawn: by weight, or else by size, so that all end at the same time."""
@@ -188,6 +200,8 @@ class Mixture:
         buffer: list[list[TokenizedDocument]] = [[] for _ in readers]
         filled = 0
         while True:
+            if not unread:
+                raise ValueError(f"no source has documents for a window of {settings.window:,} tokens: set pack = true")
             index = min(unread, key=lambda index: taken[index] / (shares[index] or 1.0))
             document = next(readers[index], None)
             if document is not None:
@@ -221,8 +235,10 @@ class Mixture:
 def drawn_tokens(tokens: int | np.ndarray, settings: TrainingSettings) -> float:
     """The tokens that a pass draws from documents of so many, on average."""
     tokens = np.atleast_1d(tokens)
-    uses = np.where(tokens >= settings.window, settings.long_document_weight, float(settings.pack))
-    return float((tokens * uses).sum())
+    long, window = tokens >= settings.window, settings.window
+    if not settings.pack:  # the first cut is anywhere in the first window, and what it cuts off is not used
+        tokens = np.where(long, np.where(tokens == window, window, tokens - window + 1), 0)
+    return float((tokens * np.where(long, settings.long_document_weight, 1.0)).sum())
 
 
 def reading_table(rows: list[dict[str, Any]]) -> pd.DataFrame:

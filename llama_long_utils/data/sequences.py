@@ -12,7 +12,7 @@ from llama_long_utils.data.packing import TrainingSequence, join_pieces, packed_
 from llama_long_utils.data.quoting import quote_themselves
 from llama_long_utils.settings import TrainingSettings
 
-NEAR = 64  # sequences that are drawn on the way to another one, which several processes do that share them
+NEAR = 1024  # sequences that are drawn on the way to another one, which several processes do that share them
 
 
 class TrainingData(Sequence[TrainingSequence]):

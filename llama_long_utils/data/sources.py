@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import Document
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256
+from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, write_atomically
 from llama_long_utils.settings import Source, in_full
 
 
@@ -110,8 +110,12 @@ def survey(source: Source) -> tuple[int | None, list[Any]]:
     return size, [source.name, digest(names, states)]
 
 
-def pinned(source: Source) -> Source:
-    """A source on the hub at the commit that its revision means now; RuntimeError if the hub does not say."""
+def pinned(source: Source, cache: Path = CACHE) -> Source:
+    """A source on the hub at the commit that its revision meant when it was first read here.
+
+    So a run that continues reads the same texts, and needs no network for those in the cache; removing the cache's
+    folder "commits" takes the newest ones. RuntimeError if the hub does not say.
+    """
     if not source.name.startswith("hub:") or re.fullmatch("[0-9a-f]{40}", source.revision):
         return source
     from huggingface_hub import HfApi  # half a second to import
@@ -119,16 +123,20 @@ def pinned(source: Source) -> Source:
     from llama_long_utils.data.hub import why_not
 
     name = source.name.removeprefix("hub:")
+    kept = cache / "commits" / f"{name.replace('/', '--')}@{(source.revision or 'main').replace('/', '--')}"
+    if kept.is_file():
+        return replace(source, revision=kept.read_text())
     try:
         sha = HfApi().dataset_info(name, revision=source.revision or None).sha
     except Exception as error:
         raise RuntimeError(f"cannot get the data set {name!r}: {why_not(f'datasets/{name}', error)}") from None
+    write_atomically(kept, sha.encode())
     return replace(source, revision=sha)
 
 
 def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) -> dict[str, int]:
     """How many documents of each source to hold out: `held_out`, where a source may go by the last part of its name."""
-    names = [source.name for source in in_full(sources)]
+    names, folders = [source.name for source in in_full(sources)], {}
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"document source {name!r} is there twice: name each source once")
@@ -142,6 +150,10 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) 
             )
         if REPOSITORY.is_relative_to(folder):
             raise ValueError(f"document source {name!r} holds this repository: name a folder of texts only")
+        for other, first in folders.items():
+            if folder.is_relative_to(other) or other.is_relative_to(folder):
+                raise ValueError(f"document sources {first!r} and {name!r} hold the same files: name one of them")
+        folders[folder] = name
     counts = {}
     for given, count in held_out.items():
         meant = [given] if given in names else [name for name in names if Path(name).name == given]
@@ -240,7 +252,7 @@ def _read_hub(source: Source, place: list[Any] | None) -> Placed:
     options = {"split": source.split, "revision": source.revision or None}
     try:
         rows = load_dataset(name, source.config or None, streaming=True, **options)
-        columns = rows.column_names or list(next(iter(rows)))
+        columns = rows.column_names or list(next(iter(rows), {}))
         if source.column not in columns:
             raise ValueError(f"it has no column {source.column!r}, but {columns}")
         rows = rows.select_columns([source.column])

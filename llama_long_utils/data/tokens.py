@@ -87,7 +87,9 @@ class Workers:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", count: int | None = None) -> None:
         dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
         self.rules = Rules(tokenizer_rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
-        self.count = count or len(os.sched_getaffinity(0))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a launcher, which share the cores
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.count = count or max(1, cores // here)
         self.threads: ThreadPoolExecutor | None = None
         self.processes: dict[int, subprocess.Popen] = {}  # by the thread that asks it
 
@@ -165,7 +167,7 @@ class TokenizedSource:
     def __init__(self, source: Source, identity: list[Any], workers: Workers, cache: Path = CACHE) -> None:
         self.source, self.workers, self.folder = source, workers, cache
         inputs = {"tokenizer": workers.rules.key, "source": identity}
-        self.key = digest(inputs)
+        self.key = digest(VERSION, inputs)
         self.cache = Cache(cache / "shards" / f"{Path(source.name).name}-{self.key}", VERSION, inputs)
 
     def __iter__(self) -> Iterator[tuple[TokenizedDocument, int]]:
@@ -181,8 +183,9 @@ class TokenizedSource:
         waiting: deque[tuple[Shard | Future | None, tuple]] = deque()
         reader, behind, number, more = None, None, 0, True
         while more or waiting:
-            # Ahead only while one is being made: what is in the cache takes no reader, and no network.
-            while more and len(waiting) < 2 * self.workers.count and not (waiting and isinstance(waiting[0][0], Shard)):
+            # One more for each that is taken, and as many as the workers need while the first is waited for.
+            added = False
+            while more and len(waiting) < self.workers.count + 2 and not (added and _is_made(waiting[0][0])):
                 shard, job = self.stored(number), ()
                 if shard:
                     reader, behind, more = None, shard.behind, bool(shard.names)
@@ -192,7 +195,7 @@ class TokenizedSource:
                     job, more = (self.cache, number, documents, behind), bool(documents)
                     shard = self.workers.start(*job) if filled else None
                 waiting.append((shard, job))
-                number += 1
+                number, added = number + 1, True
             shard, job = waiting.popleft()
             if isinstance(shard, Future):
                 shard.result()
@@ -215,10 +218,14 @@ class TokenizedSource:
             return None
         if not tokens.is_file() or file_sha256(tokens) != found.pop("sha256"):
             print(f"{tokens.name} in {tokens.parent.name}/ is not whole: made again", flush=True)
-            index.unlink()
+            index.unlink(missing_ok=True)
             return None
         ids = np.load(tokens, mmap_mode="r") if found["names"] else np.empty(0)
         return Shard(np.asarray(ids), **found)
+
+
+def _is_made(shard: Shard | Future | None) -> bool:
+    return shard.done() if isinstance(shard, Future) else shard is not None
 
 
 def _take(reader: Placed, behind: Any) -> tuple[list[Document], Any, bool]:
