@@ -123,7 +123,11 @@ def write() -> None:
     except BaseException:
         file.unlink()
         raise
-    print(f"presets/{asked.name}.toml: {preset.extended_rope}\nthen: python -m llama_long_utils.plan {asked.name}")
+    counts = preset.data.held_out
+    few = " (below eight, notebook 6 gives no intervals: add texts)" if sum(counts.values()) < 8 else ""
+    texts = f"texts: {', '.join(source.name for source in preset.data.mixture)}; held out: {counts}{few}"
+    print(f"presets/{asked.name}.toml: {preset.extended_rope}\n{texts}")
+    print(f"then: python -m llama_long_utils.plan {asked.name}")
     print(f"      python -m llama_long_utils.train --preset {asked.name}")
 
 

@@ -50,7 +50,8 @@ def _read(name: str, *inheriting: str) -> dict[str, Any]:
     if not isinstance(like := values.pop("like", ""), str) or like in (name, *inheriting):
         raise ValueError(f"presets/{name}.toml: like = {like!r} must name another preset")
     if like and like not in preset_names():
-        raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {preset_names()}")
+        known = preset_names()
+        raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {known}{closest(like, known)}")
     if not like:
         return values
     inherited, own = _read(like, name, *inheriting), _section(values, "extension")

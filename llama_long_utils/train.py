@@ -31,7 +31,9 @@ def train() -> None:
     options = {"progress": chosen.report_every, "context_parallel": chosen.context_parallel}
     trained = train_adapter(preset, settings=settings, scaling=scaling, **options)
     if join_processes().is_main_process:
-        print(f"{trained.log[-1]['step']:,} steps on {trained.label_tokens:,} labels: {trained.folder}", flush=True)
+        last = trained.log[-1]
+        print(f"{last['step']:,} steps on {trained.label_tokens:,} labels, loss {last['loss']:.3f}: {trained.folder}")
+        print(f"then: python -m tools.run --preset {preset.name} --only 06 -p adapter {trained.folder}", flush=True)
     join_processes().destroy_process_group()
 
 
