@@ -16,7 +16,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrNone = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
-Questions = Annotated[int, Field(ge=2, le=1000)]  # one: what it scores by chance is what the others score
+Questions = Annotated[int, Field(ge=2, le=1000)]  # chance is what an answer scores against another question's
 RopeBase = Annotated[float, Field(gt=1)]
 
 

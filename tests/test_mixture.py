@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import islice
 
 import hub_server
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from llama_long_utils.cache import digest
 from llama_long_utils.data import mixture, sources, tokens
 from llama_long_utils.data.documents import draw
 from llama_long_utils.data.mixture import HELD_OUT, Mixture, reading_table
+from llama_long_utils.data.packing import cut_document
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.data.sources import load_documents, read_source
 from llama_long_utils.model.weights import load_tokenizer
@@ -346,3 +348,51 @@ def test_a_long_file_is_read_in_parts_and_from_any_place(tmp_path, monkeypatch):
         assert [document for document, _ in read_source(source, json.loads(json.dumps(place)))] == [
             document for document, _ in read[number:]
         ]
+
+
+def test_parts_of_one_text_are_on_one_side_of_the_split(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST", 500)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for book in range(6):
+        (folder / f"{book}.txt").write_text("".join(f"{book} line {line}\n" for line in range(200)))
+    for small in (2**25, 0):  # a number of documents is held out of a folder, and by hash of a stream
+        monkeypatch.setattr(mixture, "SMALL", small)
+        monkeypatch.setattr(mixture, "HELD_OUT", "8")
+        texts = Mixture(data(str(folder), held_out={"texts": 2}), tokenizer, cache=tmp_path / str(small))
+        (source,) = texts.sources
+        kept = {document.name.partition(":")[0] for document in texts.held_out()}
+        trained = {document.name.partition(":")[0] for document in texts.training(source)}
+        texts.workers.close()
+        assert kept and trained and not kept & trained
+        assert len(list(folder.iterdir())) > len(trained)
+
+
+@pytest.mark.parametrize("tokens_of_a_document", [256, 300, 384, 512, 1000])
+def test_what_is_drawn_without_packing_is_counted_as_it_is_cut(tokens_of_a_document):
+    generator, numbers = np.random.default_rng(0), settings(pack=False)
+    text = np.arange(tokens_of_a_document)
+    cuts = [cut_document(text, 256, int(generator.integers(1, 257))) for _ in range(3000)]
+    drawn = np.mean([sum(len(piece) for piece in pieces if len(piece) == 256) for pieces in cuts])
+    assert mixture.drawn_tokens(tokens_of_a_document, numbers) == pytest.approx(drawn, rel=0.1)
+
+
+def test_a_split_that_is_trained_on_is_not_held_out():
+    with pytest.raises(ValueError, match="held_out_split = 'train' is what is trained on: name another"):
+        Source("hub:owner/books", held_out_split="train")
+
+
+def test_a_data_set_without_a_revision_keeps_the_commit_it_was_first_read_at(tmp_path, monkeypatch):
+    (tmp_path / "hub" / "datasets" / "owner" / "books").mkdir(parents=True)
+    with hub_server.serve(tmp_path / "hub") as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+        first = sources.pinned(Source("hub:owner/books"), tmp_path)
+        hub.stop()
+        assert first.revision == hub.commit
+        assert sources.pinned(Source("hub:owner/books"), tmp_path) == first
+
+
+def test_processes_of_a_launcher_share_the_cores(tokenizer, monkeypatch):
+    alone = tokens.Workers(tokenizer).count
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert tokens.Workers(tokenizer).count == max(1, alone // 2)

@@ -8,7 +8,7 @@ from llama_long_utils import presets
 from llama_long_utils.paths import PRESETS, REPOSITORY
 from llama_long_utils.presets import load_preset, preset_from_parameters, preset_names
 from llama_long_utils.rope import rotation, wavelengths
-from llama_long_utils.settings import Share
+from llama_long_utils.settings import Share, raised_base
 
 
 @pytest.fixture
@@ -75,6 +75,7 @@ def test_a_preset_that_is_like_another_states_only_what_differs(folder):
     assert (mine.extension.window, mine.training.window, mine.retrieval.lengths[-1]) == (2048, 2048, 2048)
     assert (mine.retrieval.tasks.keys, mine.retrieval.tasks.depths) == (7, tiny.retrieval.tasks.depths)
     assert mine.data.held_out == {"sotu": 2}  # [data] is replaced as a whole
+    assert mine.extension.rope_base == raised_base(64, 1e4, 512, 2048) != tiny.extension.rope_base  # it follows
     assert (mine.base, mine.lora) == (tiny.base, tiny.lora)
 
 
