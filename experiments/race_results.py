@@ -199,7 +199,9 @@ def draw_nll(to_abf: pd.DataFrame, folder: Path, slug: str, number: str, caption
         panel.set(xlim=limits, xlabel=f"{place} minus ABF's (nats)")
     panels[0].set_yticks(range(len(methods)), [look(name, "method")["label"] for name in methods])
     panels[1].get_legend().remove()
-    alt = "A row for each method: near, most lie a little left of ABF; far, half lie at ABF and half beyond the axis."
+    shown = to_abf[to_abf.training.isin(STYLES)].groupby("measure").value
+    ends = (f"{place} {shown.min()[place]:+.2f} to {shown.max()[place]:+.2f}" for place in ("NLL near", "NLL far"))
+    alt = f"A row for each method, minus ABF: {'; '.join(ends)}."
     save_figure(figure, folder, slug, number, caption, alt)
 
 
