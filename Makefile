@@ -65,7 +65,6 @@ race: $(INSTALLED)
 	$(BIN)/snakemake -s experiments/Snakefile --profile experiments/profiles/default --cores 2 race --config preset=$(PRESET)
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[bench]"
 	$(BIN)/python -W ignore -m experiments bench
 
 gpu: $(INSTALLED)
