@@ -4,6 +4,7 @@ Verdicts follow intervals. A comparison whose arms were not fit for it is undeci
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,9 @@ class Line:
 
 RESERVES = (
     "**Reserves.** A window that slides by half has seen three quarters of its length on average: full context gains "
-    "less where it has seen more. SmolLM2's further seeds and its control at the largest dose were trained by a later "
-    "form of the script, which reads slightly worse. A third of the training sequences quote themselves, in every arm. "
-    "The bases have probably read these texts in pretraining."
+    "less where it has seen more (notebook 13). SmolLM2's further seeds and its control at the largest dose were "
+    "trained by a later form of the script, which reads slightly worse. A third of the training sequences quote "
+    "themselves, in every arm. The bases have probably read these texts in pretraining."
 )
 
 
@@ -83,13 +84,13 @@ def worst_depth(asked: pd.DataFrame) -> tuple[int, int]:
     return round(row.exact * row.questions), int(row.questions)
 
 
-def found_in_all(results: DoseResults, arm: str, length: int) -> str:
-    """How many planted statements an arm found at a length: in all and in the worst fifth of the depth."""
+def statements_found(results: DoseResults, arm: str, length: int, *, worst: bool = False) -> str:
+    """How many planted statements an arm found at a length: in all and, if asked, in the worst fifth of the depth."""
     table = results.record.table("retrieval").query("task == 'key' and length == @length")
     names = table.arm + np.where(table.tokens_trained > 0, "-" + table.tokens_trained.astype(str), "")
     part = table[names == arm]
-    worst, asked = worst_depth(part)
-    return f"{round((part.exact * part.questions).sum())} of {part.questions.sum()} (worst fifth {worst} of {asked})"
+    found = f"{round((part.exact * part.questions).sum())} of {part.questions.sum()}"
+    return f"{found} (worst fifth {{}} of {{}})".format(*worst_depth(part)) if worst else found
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,9 @@ def _retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
         judged = f"{UNDECIDED}: PI had not recovered inside the old window"
     for results in list(read_dose_results(list(MODELS)).values())[:1]:
         old = load_preset(results.preset).base.window
-        ours += f"; planted statements at {2 * old:,} tokens: {found_in_all(results, results.largest('full'), 2 * old)}"
-        ours += f", untrained {found_in_all(results, 'raised-nf4', 2 * old)}"
-        ours += f"; base at {old:,}: {found_in_all(results, 'base-nf4', old)}"
+        found = partial(statements_found, results, worst=True)
+        ours += f"; planted statements at {2 * old:,} tokens: {found(results.largest('full'), 2 * old)}"
+        ours += f", untrained {found('raised-nf4', 2 * old)}; base at {old:,}: {found('base-nf4', old)}"
         scale += f"; {MODELS[results.preset]}, one seed, 5 texts"
     at = [figure["rouge_l"][name][-1] for name in ("abf", "pi")]
     return Line(
@@ -405,8 +406,7 @@ def _of_doses(results: DoseResults) -> dict[str, str]:
     read = results.record.table("held_out").tokens.max()
     arms = results.record.table("arms").set_index("arm")
     length = int(arms.window[results.largest("full").rpartition("-")[0]].max())
-    whole = results.worth(whole=True).groupby("line").tail(1).set_index("line")
-    seen = [measured(*whole.loc[line, ["nats", "low", "high"]], digits=3) for line in ("full", "fair")]
+    found = partial(statements_found, results)
     return {
         "": f"{MODELS[results.preset]}, {old:,} to {preset.extension.window:,} tokens"
         + (f", read to {read:,}" if read < preset.extension.window else ""),
@@ -415,16 +415,11 @@ def _of_doses(results: DoseResults) -> dict[str, str]:
         "the same after training on short sequences with skipped positions (PoSE)": str(posed or "not run"),
         "far out, against a control trained as long without an extension": str(compared(results, "fair")),
         "inside the old window, against that control": str(compared(results, "fair", "inside")),
-        "far out, only where windows have seen 7/8 of their length: against its own; against the control's": "; ".join(
-            seen
-        ),
-        "planted statements found at twice the old window": found_in_all(results, results.largest("full"), 2 * old),
-        "the same with the raised base, untrained; with YaRN, untrained": "; ".join(
-            found_in_all(results, arm, 2 * old) for arm in ("raised-nf4", "yarn-nf4")
-        ),
-        "the same in its own window, by the base; by the control": "; ".join(
-            found_in_all(results, arm, old) for arm in ("base-nf4", results.largest("control"))
-        ),
+        "planted statements found at twice the old window": found(results.largest("full"), 2 * old),
+        "the same before training, RoPE base raised": found("raised-nf4", 2 * old),
+        "the same before training, with YaRN": found("yarn-nf4", 2 * old),
+        "in the old window, found by the base": found("base-nf4", old),
+        "in the old window, found by the control": found(results.largest("control"), old),
     }
 
 
