@@ -12,7 +12,7 @@ help:
 	@echo "make test        install, then all tests, notebooks included"
 	@echo "make test-slow   runs that are killed at 23 moments, disturbed and attacked (two minutes)"
 	@echo "make test-rehearsal  preset llama2-7b from a hub on this machine to notebook 8, with a doll of the model"
-	@echo "make test-browser  JupyterLab in headless Chromium: Run All, bars, the control, links, an interruption (three minutes)"
+	@echo "make test-browser  JupyterLab in headless Chromium: Run All, bars, the control, the panel, links, an interruption (three minutes)"
 	@echo "make lab         install, then open the notebooks in JupyterLab"
 	@echo "make data        fetch the corpora into data/cache (part of the installation)"
 	@echo "make notebooks   execute the notebooks and store their outputs, figures and records"

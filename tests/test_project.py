@@ -71,7 +71,7 @@ LAYERS = (
     ("model",),
     ("training",),
     ("evaluation",),
-    ("notebooks", "plan", "train", "benchmark"),
+    ("notebooks", "plan", "train", "benchmark", "panel"),
     ("new_preset",),
 )
 
@@ -109,7 +109,7 @@ def test_every_file_has_one_subject_that_its_docstring_names():
         text = path.read_text()
         assert text.startswith('"""'), name
         assert len(text.splitlines()) <= 400, name
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 6910
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 7124
 
 
 def test_default_branch_of_the_code_trusts_no_remote_code():

@@ -1,9 +1,10 @@
-"""What a reader meets in JupyterLab, driven in headless Chromium: Run All, bars, the control, links, interrupting.
+"""What a reader meets in JupyterLab, in headless Chromium: Run All, bars, the control, the panel, links, interrupting.
 
 Run by `make test-browser`; skipped where there is no Chromium. The notebooks are copies in the folder in which the
 server was started, and what they write stays in a temporary folder.
 """
 
+import json
 import os
 import re
 import shutil
@@ -179,6 +180,62 @@ def test_the_control_of_notebook_2_starts_and_moves(page, address, folder):
         method.select_option(choice)
         page.wait_for_function(NEW_PICTURE)
     assert page.get_by_text("Error displaying widget").count() == 0
+    shut_down(page)
+
+
+PANEL_CELL = """
+from pathlib import Path
+from llama_long_utils.panel import Pair, Panel, Votes
+
+pairs = [Pair(f"question {n}", f"good {n}", f"bad {n}", "rival") for n in range(6)]
+panel = Panel(pairs, Votes(Path("votes.jsonl")))
+panel.widget
+"""
+
+
+def test_a_person_votes_with_mouse_and_keyboard_and_goes_on_where_the_panel_was_closed(page, address, folder):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL_CELL)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / "panel.ipynb")
+    sides = []
+
+    def votes():
+        return [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
+
+    def vote(do):
+        """Prefer the good answer, by what `do` does with a number from 0 (left) to 2 (right)."""
+        left, asked = cell.locator(".widget-html-content").nth(2).inner_text(), status.inner_text()
+        sides.append(left)
+        do(0 if "good" in left else 2)
+        playwright.expect(status).not_to_have_text(asked)
+
+    def by_tab(side):
+        buttons.first.focus()
+        for _ in range(side):
+            page.keyboard.press("Tab")
+        page.keyboard.press("Space")
+
+    cell = page.locator(".jp-OutputArea")
+    name, keys = cell.get_by_placeholder("then Enter"), cell.get_by_placeholder("or type 1, 2 or 3 here")
+    buttons, status = cell.locator("button.widget-button"), cell.locator(".widget-html-content").first
+    open_notebook(page, address, "panel")
+    for opened in (0, 1):
+        run_all(page)
+        page.wait_for_function("window.finished", timeout=PATIENCE)
+        name.fill("Ada")
+        name.press("Enter")
+        playwright.expect(status).to_have_text(f"{3 * opened} of 6 done.")
+        playwright.expect(keys).to_be_focused()
+        vote(lambda side: page.keyboard.press(str(side + 1)))  # the box has the focus, before and after
+        playwright.expect(keys).to_have_value("")
+        vote(lambda side: buttons.nth(side).click())
+        vote(by_tab)
+        assert len(votes()) == 3 * (opened + 1)
+    assert {vote["verdict"] for vote in votes()} == {"win"}
+    assert len({vote["pair"] for vote in votes()}) == 6
+    assert len({text.split()[0] for text in sides}) == 2, "one model is always on one side"
+    playwright.expect(status).to_have_text("6 of 6 done. Thank you.")
+    playwright.expect(keys).to_be_hidden()
     shut_down(page)
 
 
