@@ -14,15 +14,13 @@ from typing import Any
 from llama_long_utils.commands import run_command
 from llama_long_utils.data.sources import check_sources, load_documents
 from llama_long_utils.paths import PRESETS, REPOSITORY
-from llama_long_utils.plan import at_least
-from llama_long_utils.presets import load_preset
-from llama_long_utils.settings import raised_base
+from llama_long_utils.plan import at_least, gibibytes
+from llama_long_utils.presets import CHARACTERS, load_preset
 
 TEMPLATE, PACKAGED = PRESETS / "new.toml.in", REPOSITORY / "data" / "packaged_models.json"
 HUB_DATA = PRESETS / "llama2-7b.toml"
-CHARACTERS = 4.5  # of a token, about
 STEPS, PER_STEP, PASSES = 200, 4, 4  # at most, sequences of a step, times that own texts are trained on
-LONGEST = 65_536  # tokens that every held-out book of the hub's can have
+LONGEST, LONG_BOOKS = 65_536, 4  # tokens of many of the hub's books; held-out ones for longer windows
 
 
 def arguments() -> argparse.Namespace:
@@ -30,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.new_preset", description=__doc__)
     parser.add_argument("--base", required=True, help="folder with config.json, owner/name on the hub, or packaged")
     parser.add_argument("--window", required=True, type=at_least(int, 1), metavar="N", help="tokens to extend it to")
-    parser.add_argument("--memory", required=True, type=at_least(float, 0.1), metavar="GIB", help="of the device")
+    parser.add_argument("--memory", required=True, type=gibibytes, metavar="GIB", help="of the device")
     parser.add_argument("--name", help="of the preset (default: the model's name and the window)")
     parser.add_argument("--texts", metavar="FOLDER", help="your .txt and .jsonl files (default: data sets on the hub)")
     asked = parser.parse_args()
@@ -90,20 +88,22 @@ def own_texts(texts: str, window: int) -> dict[str, Any]:
 def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any]) -> str:
     """The preset's text, for the model with this configuration and these `pretrained_numbers`."""
     values = {f"base_{key}": value for key, value in base.items()} | vars(asked) | {"steps": STEPS}
-    text = TEMPLATE.read_text(encoding="utf-8")
+    text, follows = TEMPLATE.read_text(encoding="utf-8"), int(CHARACTERS * asked.window)
     if asked.texts:
         values |= own_texts(asked.texts, asked.window)
+        if values["minimum_characters"] == follows:  # then it is left out
+            text = text.replace("$minimum_characters\n", "")
+        text = text.replace("$minimum", "minimum_characters = $minimum")
     else:  # as in llama2-7b
         of_llama = HUB_DATA.read_text(encoding="utf-8")
-        data = of_llama[of_llama.index("# Long text is") : of_llama.index("[lora]")].replace("150_000", "$characters")
+        data = of_llama[of_llama.index("# Long text is") : of_llama.index("[lora]")]
         text = text[: text.index("[data]")] + data + text[text.index("[lora]") :]
-        values["characters"] = int(CHARACTERS * min(asked.window, LONGEST))
+        if asked.window > LONGEST:
+            text = text.replace("{ pg19 = 16 }", toml({"pg19": LONG_BOOKS}))
     values["warmup_steps"] = values["steps"] // 10
-    values["raised_base"] = raised_base(base["head_dim"], base["rope_base"], base["window"], asked.window)
     per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * base["head_dim"]  # keys and values, 16 bits
     values["generate_up_to"] = int(asked.memory * 2**30 / 3 / per_token)
-    short = "" if asked.texts or asked.window <= LONGEST else f"tokens = {LONGEST:_}        # books have no more\n"
-    return Template(text.replace("$tokens\n", short)).substitute({key: toml(value) for key, value in values.items()})
+    return Template(text).substitute({key: toml(value) for key, value in values.items()})
 
 
 def write() -> None:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -36,6 +37,14 @@ def at_least(kind: type, least: float) -> Any:
     return number
 
 
+def gibibytes(text: str) -> float:
+    """A converter for argparse: GiB, by which the memory of GPUs is sold; "24", "24GB" and "24 GiB" are the same."""
+    try:
+        return at_least(float, 0.1)(re.sub(r"\s*gi?b?$", "", text, flags=re.IGNORECASE))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB: write 24 or 24GB") from None
+
+
 def arguments() -> argparse.Namespace:
     """What was asked for; heavy modules are imported only after this."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.plan", description=__doc__)
@@ -46,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", help=named)
     count = at_least(int, 1)
     parser.add_argument("--window", type=count, metavar="N", help="tokens of a sequence (default: the preset's)")
-    parser.add_argument("--memory", type=at_least(float, 0.1), metavar="GIB", help="of a GPU (default: the preset's)")
+    parser.add_argument("--memory", type=gibibytes, metavar="GIB", help="of a GPU (default: the preset's)")
     parser.add_argument("--devices", type=count, default=1, metavar="K", help="GPUs, each with a copy of the model")
     parser.add_argument("--context-parallel", type=count, default=1, metavar="C", help="GPUs that share a sequence")
     parser.add_argument("--sequences", type=count, default=1, metavar="B", help="sequences at once on a GPU")
@@ -121,6 +130,9 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
         shape, length=longest // context, memory_savings=planner.leanest(config, longest // context, savings)
     )
     gpus = read_published("gpus")["rows"]
+    seconds = {row["gpu"]: plan.flops / row["bf16_tflops"] / 1e12 / asked.utilisation for row in gpus}
+    sequences = asked.devices // context * asked.sequences
+    total = preset.training.steps * preset.training.sequences_per_step if preset else 0  # of the preset's run
     return {
         "model": asked.model,
         "window": window,
@@ -129,7 +141,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
         "usable_gib": memory * planner.USABLE,
         "devices": asked.devices,
         "context_parallel": context,
-        "sequences_per_step": asked.devices // context * asked.sequences,
+        "sequences_per_step": sequences,
         "lora": asdict(lora),
         "memory_savings": asdict(plan.memory_savings),
         "plan": str(plan.memory_savings),
@@ -140,7 +152,9 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
         "longest_window_host_gib": planner.predict(config, lora, lean).host_gib * asked.devices,
         "flops": plan.flops,
         "utilisation": asked.utilisation,
-        "seconds_per_step": {row["gpu"]: plan.flops / row["bf16_tflops"] / 1e12 / asked.utilisation for row in gpus},
+        "seconds_per_step": seconds,
+        "sequences_of_run": total,
+        "hours_of_run": {gpu: total / sequences * each / 3600 for gpu, each in seconds.items()} if total else {},
     }
 
 
@@ -152,9 +166,16 @@ def amount(gib: float) -> str:
     return "nothing"
 
 
+def cost(seconds: float) -> str:
+    """6.43 -> "6.4 s", 0.0164 -> "0.016 s"."""
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
+
+
 def table(found: dict[str, Any]) -> str:
     """The predictions for people."""
     lora, devices = found["lora"], found["devices"]
+    run = f" h for the preset's {found['sequences_of_run']:,} sequences"
+    run = {gpu: f", {hours:.2g}{run}" for gpu, hours in found["hours_of_run"].items()}
     norms = " and the norms" * lora["train_norms"]
     lines = {
         "model": f"{found['model']} in NF4, LoRA of rank {lora['rank']} on {len(lora['target_modules'])} "
@@ -167,10 +188,7 @@ def table(found: dict[str, Any]) -> str:
         "longest window": f"{found['longest_window']:,} tokens, with every saving and "
         f"{amount(found['longest_window_host_gib'])} of host memory",
         "seconds a step": f"at {found['utilisation']:.0%} of a GPU's peak, {found['flops']:.3g} operations on each",
-        **{
-            f"  {gpu}": f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
-            for gpu, seconds in found["seconds_per_step"].items()
-        },
+        **{f"  {gpu}": cost(seconds) + run.get(gpu, "") for gpu, seconds in found["seconds_per_step"].items()},
     }
     width = max(map(len, lines))
     shown = [f"{name:{width}}  {value}" for name, value in lines.items()]

@@ -13,6 +13,8 @@ from llama_long_utils import settings
 from llama_long_utils.paths import PRESETS
 from llama_long_utils.settings import Preset, TrainingSettings, raised_base
 
+CHARACTERS = 4.5  # of a token, more than most texts have
+
 
 def preset_names() -> list[str]:
     """The presets there are, by name."""
@@ -45,7 +47,7 @@ def fastest_dtype(gpu: Path = Path("/proc/driver/nvidia/version"), cpu: Path = P
 
 
 def _read(name: str, *inheriting: str) -> dict[str, Any]:
-    """The values in a preset's file; what it leaves out is as in the preset that it is `like`, [data] as a whole."""
+    """The values in a preset's file; what it leaves out is as in the preset that it is `like`."""
     values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
     if not isinstance(like := values.pop("like", ""), str) or like in (name, *inheriting):
         raise ValueError(f"presets/{name}.toml: like = {like!r} must name another preset")
@@ -63,7 +65,7 @@ def _read(name: str, *inheriting: str) -> dict[str, Any]:
 def _merged(inherited: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     merged = dict(inherited)
     for key, value in given.items():
-        tables = isinstance(value, dict) and isinstance(inherited.get(key), dict) and key != "data"
+        tables = isinstance(value, dict) and isinstance(inherited.get(key), dict) and key != "held_out"
         merged[key] = _merged(inherited[key], value) if tables else value
     return merged
 
@@ -72,21 +74,22 @@ def follow_window(values: dict[str, Any]) -> None:
     """Fill in, in place, the lengths and the raised RoPE base that a preset leaves out: they follow [extension] window.
 
     Every training and evaluation reach the window. Bucket edges and retrieval lengths are the window halved again and
-    again, after a few short ones.
+    again, after a few short ones. A held-out document has CHARACTERS for each token that is read of it.
     """
     window, old = (_tokens(values, section) for section in ("extension", "base"))
     extension, base = _section(values, "extension"), _section(values, "base")
     plain = [base.get(key) for key in ("head_dim", "rope_base")]
     if extension.get("method") == "abf" and all(isinstance(n, int | float) and 1 < n < 1e12 for n in plain):
         extension.setdefault("rope_base", raised_base(*plain, old, max(old, window)))
-    evaluation = {"tokens": window, "far_tokens": window, **_section(values, "evaluation")}
+    tokens = _section(values, "evaluation").get("tokens", window)
+    tokens = tokens if isinstance(tokens, int) else window
     halved = {window >> times for times in range(8) if window >> times >= 128}
-    marks = {old, evaluation["tokens"]} if isinstance(evaluation["tokens"], int) else {old}
-    edges = sorted({1, 4, 16, 64} | halved | {mark for mark in marks if 64 < mark < window})
+    edges = sorted({1, 4, 16, 64} | halved | {mark for mark in (old, tokens) if 64 < mark < window})
     lengths = sorted({min(256, window)} | {window >> times for times in range(6) if window >> times >= 256})
     tasks = _section(_section(values, "retrieval"), "tasks")
     trainings = _section(_section(values, "race"), "trainings")
     for section, defaults in (
+        (_section(values, "data"), {"minimum_characters": int(CHARACTERS * tokens)}),
         (_section(values, "training"), {"window": window, "reach": window}),
         (_section(values, "evaluation"), {"tokens": window, "far_tokens": window, "bucket_edges": edges}),
         (_section(values, "retrieval"), {"lengths": lengths}),
@@ -163,6 +166,11 @@ def _check_consistency(preset: Preset) -> None:
             f"{where}: data.held_out names {sorted(unknown)}, which data.sources = {sources} does not have"
         )
     edges, tokens = evaluation.bucket_edges, evaluation.tokens
+    if tokens <= preset.base.window:
+        raise ValueError(
+            f"{where}: evaluation.tokens = {tokens} is not above base.window = {preset.base.window}, where there is "
+            "nothing to compare: leave it out, then it follows extension.window"
+        )
     if sorted(set(edges)) != edges or edges[-1] != window or tokens not in edges:
         raise ValueError(
             f"{where}: evaluation.bucket_edges must rise from at least 1 over evaluation.tokens = {tokens} to "
@@ -175,12 +183,19 @@ def _check_consistency(preset: Preset) -> None:
 
 def _explain(error: ValidationError) -> str:
     parts = filter(dataclasses.is_dataclass, vars(settings).values())
-    known = [field.name for part in parts for field in dataclasses.fields(part)]
-    messages = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "unexpected_keyword_argument":
-            messages.append(f"unknown key {key!r}{closest(str(problem['loc'][-1]), known)}")
+    known = ["like", *(field.name for part in parts for field in dataclasses.fields(part))]
+    messages, unknown = [], "unexpected_keyword_argument"
+    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != unknown):  # which explain the missing
+        key = ".".join(str(part) for part in problem["loc"] if part != "table")
+        if problem["type"] == unknown:
+            name = str(problem["loc"][-1])
+            homes = [
+                f"[{part.name}]"
+                for part in dataclasses.fields(Preset)
+                if name in getattr(part.type, "__annotations__", ())
+            ]
+            hint = f" (it is a key of {' or '.join(homes)})" if homes else closest(name, known)
+            messages.append(f"unknown key {key!r}{hint}")
         elif problem["type"] in ("missing", "missing_argument"):
             messages.append(f"key {key!r} is missing")
         elif problem["type"] == "value_error":  # one of our own, which names the value

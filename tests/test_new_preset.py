@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def test_one_number_changes_the_window_and_the_rope_base_with_it(written, tmp_pa
     assert (before.extension.rope_base, after.extension.rope_base) == (500_000, raised_base(128, 1e4, 4096, 16_384))
     lengths = (after.training.window, after.training.reach, after.evaluation.tokens, after.retrieval.lengths[-1])
     assert lengths == (16_384,) * 4
+    assert (before.data.minimum_characters, after.data.minimum_characters) == (147_456, 73_728)
 
 
 def test_for_llama_2_it_writes_the_preset_that_is_there(written, tmp_path, monkeypatch):
@@ -127,7 +129,7 @@ def test_for_llama_2_it_writes_the_preset_that_is_there(written, tmp_path, monke
     )
     command(monkeypatch, "--base", tmp_path / "base", "--window", 32_768, "--memory", 24, "--name", "mine")
     mine = load_preset("mine")
-    for part in ("memory_gib", "extension", "lora", "training", "evaluation", "retrieval"):
+    for part in ("memory_gib", "extension", "data", "lora", "training", "evaluation", "retrieval"):
         assert getattr(mine, part) == getattr(ours, part), part
     assert mine.base == dataclasses.replace(ours.base, source=mine.base.source)
 
@@ -162,11 +164,26 @@ def test_texts_may_be_shorter_than_estimated_but_two_must_fill_the_window(writte
     assert [path.name for path in written.iterdir()] == ["a.toml"]
 
 
-def test_without_texts_of_ones_own_a_long_window_is_read_as_far_as_texts_go(written, tmp_path, monkeypatch):
+def test_without_texts_of_ones_own_a_long_window_is_tested_on_few_books(written, tmp_path, monkeypatch):
     write_config(tmp_path / "base")
-    command(monkeypatch, "--base", tmp_path / "base", "--window", 131_072, "--memory", 24, "--name", "mine")
-    mine = load_preset("mine")
-    assert (mine.evaluation.tokens, mine.evaluation.far_tokens, mine.training.window) == (65_536, 131_072, 131_072)
+    for window, books in ((65_536, 16), (131_072, 4)):
+        command(monkeypatch, "--base", tmp_path / "base", "--window", window, "--memory", 24, "--name", f"to-{window}")
+        mine = load_preset(f"to-{window}")
+        assert (mine.evaluation.tokens, mine.evaluation.far_tokens, mine.training.window) == (window,) * 3
+        assert (mine.data.held_out, mine.data.minimum_characters) == ({"pg19": books}, 4.5 * window)
+
+
+def test_the_window_of_a_preset_for_ones_own_texts_is_one_number(written, texts, tmp_path, monkeypatch):
+    write_config(tmp_path / "base")
+    words = ["--base", tmp_path / "base", "--memory", "1 GB", "--texts", texts, "--name", "mine"]
+    command(monkeypatch, *words, "--window", 256)
+    file = written / "mine.toml"
+    assert "minimum_characters" not in file.read_text()
+    for window in (128, 512):
+        file.write_text(re.sub("(?m)^window = 256 ", f"window = {window} ", file.read_text()))
+        preset = load_preset("mine")
+        assert (preset.data.minimum_characters, preset.training.window) == (4.5 * window, window)
+        file.write_text(file.read_text().replace(f"window = {window} ", "window = 256 "))
 
 
 def test_a_rope_that_changes_with_the_length_leaves_no_file(written, tmp_path, monkeypatch):

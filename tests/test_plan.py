@@ -1,5 +1,6 @@
 """The planner's command line, end to end, for a model of which there is nothing but a config.json."""
 
+import argparse
 import json
 import sys
 
@@ -82,3 +83,23 @@ def test_a_misspelt_model_or_folder_is_no_name_on_the_hub(capsys, monkeypatch, m
 def test_an_owner_and_a_name_are_a_model_on_the_hub(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan", "owner/model", "--window", "4096", "--memory", "8"])
     assert plan.arguments().model == "owner/model"
+
+
+@pytest.mark.parametrize("text", ["24", "24GB", "24 GiB", "24g"])
+def test_memory_may_have_a_unit(text):
+    assert plan.gibibytes(text) == 24.0
+
+
+@pytest.mark.parametrize("text", ["24TB", "GB", "much"])
+def test_memory_in_another_unit_is_refused_with_the_fix(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no number of GiB: write 24 or 24GB"):
+        plan.gibibytes(text)
+
+
+def test_of_a_preset_the_whole_run_is_priced(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan", "tiny", "--sequences", "2", "--json"])
+    plan.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["sequences_of_run"] == 80
+    assert found["hours_of_run"]["H100 80 GB"] == pytest.approx(40 * found["seconds_per_step"]["H100 80 GB"] / 3600)
+    assert " h for the preset's 80 sequences" in plan.table(found)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import subprocess
 import sys
@@ -68,13 +69,13 @@ def test_dtype_auto_is_what_this_machine_multiplies_fastest(tmp_path, monkeypatc
 def test_a_preset_that_is_like_another_states_only_what_differs(folder):
     (folder / "mine.toml").write_text(
         'like = "tiny"\n[extension]\nwindow = 2048\n[data]\nsources = ["sotu"]\nheld_out = { sotu = 2 }\n'
-        "minimum_characters = 20_000\nsplit_seed = 1\n[retrieval.tasks]\nkeys = 7\n"
+        "[retrieval.tasks]\nkeys = 7\n"
     )
     tiny, mine = load_preset("tiny"), load_preset("mine")
     assert mine.name == "mine"
     assert (mine.extension.window, mine.training.window, mine.retrieval.lengths[-1]) == (2048, 2048, 2048)
     assert (mine.retrieval.tasks.keys, mine.retrieval.tasks.depths) == (7, tiny.retrieval.tasks.depths)
-    assert mine.data.held_out == {"sotu": 2}  # [data] is replaced as a whole
+    assert mine.data == dataclasses.replace(tiny.data, sources=["sotu"], held_out={"sotu": 2})
     assert mine.extension.rope_base == raised_base(64, 1e4, 512, 2048) != tiny.extension.rope_base  # it follows
     assert (mine.base, mine.lora) == (tiny.base, tiny.lora)
 
@@ -87,6 +88,31 @@ def test_a_preset_that_is_like_none_is_refused(folder, like, message):
     (folder / "mine.toml").write_text(f"like = {like}\n")
     with pytest.raises(ValueError, match=rf"presets/mine.toml: like = .*{message}"):
         load_preset("mine")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[extension]\nwindw = 2048", r"unknown key 'extension.windw' \(did you mean 'window'\?\)"),
+        ("window = 2048", r"unknown key 'window' \(it is a key of \[base\] or \[extension\] or \[training\]\)"),
+        ('[data]\nsources = ["sotu"]', r"data.held_out names \['shakespeare'\], which data.sources = \['sotu'\] does"),
+        ('[[data.sources]]\nname = "sotu"\nwight = 1.0', r"'data.sources.0.wight' \(did you mean 'weight'\?\)"),
+        ("[evaluation]\ntokens = 512", "evaluation.tokens = 512 is not above base.window = 512"),
+    ],
+)
+def test_a_key_that_is_misspelt_or_misplaced_is_named_with_the_fix(folder, line, message):
+    (folder / "mine.toml").write_text(f'like = "tiny"\n{line}\n')
+    with pytest.raises(ValueError, match=f"^presets/mine.toml: .*{message}"):
+        load_preset("mine")
+    (folder / "mine.toml").write_text('lik = "tiny"\n')
+    with pytest.raises(ValueError, match=r"^presets/mine.toml: unknown key 'lik' \(did you mean 'like'\?\)"):
+        load_preset("mine")
+
+
+def test_held_out_documents_are_as_long_as_what_is_read_of_them():
+    for name in ("llama2-7b", "llama2-70b", "tinyllama-1.1b", "llama3.1-8b"):
+        preset = load_preset(name)
+        assert preset.data.minimum_characters == 4.5 * preset.evaluation.tokens == 4.5 * preset.extension.window
 
 
 def test_llama2_7b_is_the_paper_s():
