@@ -40,14 +40,14 @@ SETTINGS = TrainingSettings(
 )
 
 
-def sequences(count=24):
+def sequences(count=24, window=64):
     # Pieces of very different lengths, so that a mean of means differs from the mean over tokens.
     generator = np.random.default_rng(0)
     documents = [
         TokenizedDocument("mine", str(n), generator.integers(2, 100, size).astype(np.int32))
         for n, size in enumerate([300, 7, 40, 90, 5, 21, 130, 3])
     ]
-    return training_sequences(documents, 64, count, padding_id=1, seed=0)
+    return training_sequences(documents, window, count, padding_id=1, seed=0)
 
 
 def lora_model(base_folder):
@@ -162,6 +162,22 @@ def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(base_folder, tm
     assert [row["tokens"] for row in log] == [row["tokens"] for row in whole_log]
     assert [row["loss"] for row in log] == [row["loss"] for row in whole_log]
     assert_equal_weights(resumed, straight)
+
+
+def test_a_run_that_leaves_off_goes_on_with_longer_sequences(tmp_path):
+    straight = new_llama(seed=0)
+    log = train(straight, sequences(), SETTINGS, tmp_path / "straight")
+    before = train(new_llama(seed=0), sequences(), SETTINGS, tmp_path / "run", stop_after=3)
+    assert [row["loss"] for row in before] == [row["loss"] for row in log[:3]]
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    same = new_llama(seed=0)
+    train(same, sequences(), SETTINGS, tmp_path / "same")
+    assert_equal_weights(same, straight)
+
+    longer = dataclasses.replace(SETTINGS, window=128, reach=128, sequences_per_step=2)
+    after = train(new_llama(seed=1), sequences(12, window=128), longer, tmp_path / "run")
+    assert after[:3] == before
+    assert [row["learning_rate"] for row in after] == [row["learning_rate"] for row in log]
 
 
 def test_a_run_that_left_no_checkpoint_says_that_it_begins_again(base_folder, tmp_path, monkeypatch, capsys):

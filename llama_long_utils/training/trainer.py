@@ -46,6 +46,7 @@ def train(
     report_every: int = 0,
     gaps_gib: float = GAPS_GIB,
     context_parallel: int = 1,
+    stop_after: int = 0,
 ) -> list[dict[str, float]]:
     """Train in place and return one row per step: step, tokens, loss (nats), learning_rate, ...
 
@@ -56,6 +57,7 @@ def train(
         report_every: print a line every so many steps; 0: none.
         gaps_gib: free memory that may stay resident (`give_back_gaps`).
         context_parallel: so many processes share a sequence.
+        stop_after: leave off after this step, with a checkpoint, from which a call without it goes on; 0: at the end.
 
     Raises:
         ValueError: `sequences` are not what the settings ask for, or do not divide among the processes.
@@ -121,7 +123,7 @@ def train(
         print(f"one of {arguments.n_gpu} GPUs trains; for all: torchrun (llama_long_utils.train --help)", flush=True)
         arguments._n_gpu = 1
     data = SharedSequences(sequences, division)
-    log = StepLog(data, settings, report_every)
+    log = StepLog(data, settings, report_every, stop_after)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log])
     trainer.remove_callback(PrinterCallback)
     model.half_trained = True
@@ -137,8 +139,8 @@ def train(
 class StepLog(TrainerCallback):
     """See the module's docstring."""
 
-    def __init__(self, data: SharedSequences, settings: TrainingSettings, report_every: int) -> None:
-        self.data, self.settings, self.report_every = data, settings, report_every
+    def __init__(self, data: SharedSequences, settings: TrainingSettings, report_every: int, stop_after: int) -> None:
+        self.data, self.settings, self.report_every, self.stop_after = data, settings, report_every, stop_after
         self.checked = False
         self.started = time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
@@ -169,6 +171,10 @@ class StepLog(TrainerCallback):
         if self.report_every and state.is_world_process_zero and row["step"] % self.report_every == 0:
             speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             print(f"step {row['step']:,} of {self.settings.steps:,}: loss {row['loss']:.3f}, {speed}", flush=True)
+
+    def on_step_end(self, _arguments: Any, state: TrainerState, control: Any, **_options: Any) -> None:
+        if self.stop_after and state.global_step >= self.stop_after:
+            control.should_save = control.should_training_stop = True
 
     def on_save(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
         PartialState().wait_for_everyone()  # each writes a file
