@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import islice
@@ -16,9 +17,9 @@ import numpy as np
 import pytest
 
 from experiments.tiny_llama import FOLDER
-from llama_long_utils.cache import digest
+from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data import mixture, sources, tokens
-from llama_long_utils.data.documents import draw
+from llama_long_utils.data.documents import Document, draw
 from llama_long_utils.data.mixture import HELD_OUT, Mixture, reading_table
 from llama_long_utils.data.packing import cut_document
 from llama_long_utils.data.sequences import TrainingData
@@ -67,6 +68,7 @@ def small_parts(monkeypatch):
     """Shards of a few texts, buffers of a few shards, and every folder a stream."""
     monkeypatch.setattr(tokens, "SHARD", 20_000)
     monkeypatch.setattr(mixture, "BUFFER", 20_000)
+    monkeypatch.setattr(mixture, "PATIENCE", 80_000)
     monkeypatch.setattr(mixture, "SMALL", 0)
 
 
@@ -195,6 +197,23 @@ def test_weights_are_shares_of_tokens_whatever_the_lengths_of_documents(tokenize
     texts.workers.close()
 
 
+def test_a_small_source_stands_once_in_a_buffer_and_no_more_often_than_allowed(tokenizer, tmp_path):
+    """Its share is that of ten passes of a buffer, among which a sequence drawn at random could be the tenth."""
+    small = Source(str(write_texts(tmp_path / "small", 60, 300)), weight=1.0, passes=3)
+    large = Source(str(write_texts(tmp_path / "large", 900, 300, first=1000)), weight=1.0)
+    texts = Mixture(data(small, large), tokenizer, cache=tmp_path)
+    numbers = settings(steps=10_000)
+    buffers = texts_until_refused(texts, numbers)
+    assert len(buffers) == 3
+    for buffer in buffers:
+        counts = Counter((document.source, document.name) for document in buffer)
+        assert set(counts.values()) == {1}
+        assert sum(source == small.name for source, _ in counts) == 60
+    least = sum(document.tokens for document in buffers[0])
+    (row, _) = texts.reading(settings(steps=least // 256))
+    assert row["passes"] == pytest.approx(1, abs=0.05)
+
+
 def test_documents_outside_the_limits_are_not_trained_on(tokenizer, tmp_path):
     folder = tmp_path / "texts"
     for words in (20, 200, 1000):
@@ -247,7 +266,14 @@ def test_a_stream_that_ends_too_early_says_so_when_it_does_and_goes_on_with_more
     texts = Mixture(data(folder, passes=2), tokenizer, cache=tmp_path, workers=1)
     (row,) = texts.reading(numbers)
     assert (row["documents"], row["passes"]) == (None, None)
-    assert reading_table([row]).iloc[0].tolist() == [folder, *["not known yet"] * 2, "512,000", "not known yet", "2"]
+    shown = dict(reading_table([row]).iloc[0])
+    assert shown == {
+        "source": folder,
+        **dict.fromkeys(("documents", "tokens", "passes"), "not known yet"),
+        "tokens trained on": "512,000",
+        "passes allowed": "2",
+        "documents held out": "0",
+    }
     drawn, found = TrainingData(texts, numbers, tokenizer), []
     with pytest.raises(ValueError, match=r"was read to its end 2 times, and passes = 2 allows no other: raise passes"):
         found.extend(digest(arrays(drawn[number])) for number in range(2000))
@@ -282,6 +308,56 @@ def test_documents_held_out_of_a_stream_stay_so_when_it_grows(tokenizer, tmp_pat
     assert held_out[0] < held_out[500]
     with pytest.raises(ValueError, match=r"cannot hold out 900 documents .*: only \d+ may be held out"):
         Mixture(data(str(folder), held_out={"texts": 900}), tokenizer, cache=tmp_path, workers=1).held_out()
+
+
+def test_what_is_held_out_is_said_before_training_and_not_searched_for_ever(
+    tokenizer, tmp_path, small_parts, monkeypatch
+):
+    folder = write_texts(tmp_path / "texts", 800, 60)
+    stream = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path, workers=1)
+    assert stream.reading(settings())[0]["held_out"] == "3 of 2%, by name"
+    monkeypatch.setattr(mixture, "SMALL", 2**25)
+    small = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path, workers=1)
+    assert small.reading(settings())[0]["held_out"] == "3"
+    monkeypatch.setattr(mixture, "SMALL", 0)
+    monkeypatch.setattr(mixture, "PATIENCE", 5000)
+    long = dataclasses.replace(data(str(folder), held_out={"texts": 3}), minimum_characters=10_000)
+    rare = Mixture(long, tokenizer, cache=tmp_path, workers=1)
+    with pytest.raises(ValueError, match=r"only 0 may be held out, and none was found in the last 5,\d+ tokens; lower"):
+        rare.held_out()
+
+
+def test_texts_that_change_while_they_are_read_are_refused(tokenizer, tmp_path, small_parts):
+    folder = write_texts(tmp_path / "texts", 300, 200)
+    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path, workers=1)
+    reader = read_source(texts.sources[0])
+    next(reader)
+    write_texts(folder, 1, 200, first=9000)
+    with pytest.raises(ValueError, match=r"texts.jsonl changed while it was read: run again when nothing writes to it"):
+        list(reader)
+    with pytest.raises(ValueError, match=r"the texts of .* have changed since the start: run again"):
+        list(texts.training(texts.sources[0]))
+
+
+def test_processes_that_need_the_same_shard_make_it_once(tokenizer, tmp_path, monkeypatch):
+    encoded = []
+
+    def slowly(self, given):
+        encoded.append(given)
+        time.sleep(0.3)
+        return [np.arange(3)] * len(given)
+
+    monkeypatch.setattr(tokens.Rules, "encode", slowly)
+    cache, rules = Cache(tmp_path, 1, {}), tokens.Workers(tokenizer).rules
+    threads = [
+        threading.Thread(target=tokens.write_shard, args=(rules, cache, 0, [Document("a", "b", "text")], [1]))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert encoded == [["text"]]
 
 
 HUB = """

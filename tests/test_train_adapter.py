@@ -144,6 +144,13 @@ def test_a_run_on_a_stream_goes_on_at_the_exact_token(preset, tmp_path, monkeypa
     assert (row["documents"], row["trained_on"]) == (None, 8 * 2 * 64)
 
 
+def test_too_few_held_out_documents_are_said_before_training(preset, monkeypatch):
+    monkeypatch.setattr(mixture, "SMALL", 0)  # the folder is a stream, whose documents are held out by their names
+    monkeypatch.setattr(StepLog, "on_pre_optimizer_step", no_step)
+    with pytest.raises(ValueError, match=r"cannot hold out 1 documents of .* only 0 may be held out; lower held_out"):
+        train_adapter(preset)
+
+
 def test_a_run_shorter_than_its_checkpoints_says_that_it_begins_again(preset, monkeypatch, capsys):
     settings = dataclasses.replace(preset.training, steps=2, checkpoint_every=25)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,6 @@ tokens would be of books.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,10 @@ if TYPE_CHECKING:  # three seconds to import, and sources are checked without it
 
 SMALL = 2**25  # bytes: a source up to this size may be looked at as a whole before training
 BUFFER = 2**24  # tokens
-HELD_OUT = f"{round(0.02 * 2**32):08x}"  # of a stream, documents whose hash is lower: 2%
+FEWEST = 32  # windows of a buffer that is ended early, so that a source stands in it once
+PATIENCE = 4 * BUFFER  # tokens that are read without a document that will do
+HELD_OUT_SHARE = 0.02  # of a stream's documents
+HELD_OUT = f"{round(HELD_OUT_SHARE * 2**32):08x}"  # those whose hash is lower
 
 
 class Mixture:
@@ -82,7 +84,8 @@ class Mixture:
     def key(self) -> str:
         """A digest of what its documents depend on, known without reading them. A cap on passes changes none."""
         data = replace(self.data, sources=[replace(source, passes=1) for source in self.sources], passes=1)
-        return digest(data, [tokens.key for tokens in self.tokens.values()], BUFFER, HELD_OUT, SMALL)
+        numbers = [BUFFER, HELD_OUT, SMALL, *[FEWEST] * self.weighted]
+        return digest(data, [tokens.key for tokens in self.tokens.values()], *numbers)
 
     def is_held_out(self, source: Source, name: str) -> bool:
         """Whether a document of this name is never trained on."""
@@ -105,21 +108,25 @@ class Mixture:
                 other = replace(source, split=source.held_out_split, held_out_split="")
                 tokens = TokenizedSource(other, survey(other)[1], self.workers, tokens.folder)
             shortest = 0 if source.name in self.small else self.data.minimum_characters
-            candidates = (
-                document
-                for document, characters in (tokens if count else ())
-                if characters >= shortest
-                and (
-                    (source.name, document.name) in self.chosen
-                    if source.name in self.small
-                    else source.held_out_split or self.is_held_out(source, document.name)
-                )
-            )
-            chosen = list(islice(candidates, count))
+            chosen: list[TokenizedDocument] = []
+            passed_over = 0
+            for document, characters in tokens if count else ():
+                if source.name in self.small:
+                    wanted = (source.name, document.name) in self.chosen
+                else:
+                    wanted = source.held_out_split or self.is_held_out(source, document.name)
+                if wanted and characters >= shortest:
+                    chosen.append(document)
+                    passed_over = 0
+                else:
+                    passed_over += document.tokens
+                if len(chosen) == count or passed_over > PATIENCE:
+                    break
             if len(chosen) < count:
+                rare = f", and none was found in the last {passed_over:,} tokens" if passed_over > PATIENCE else ""
                 raise ValueError(
                     f"cannot hold out {count} documents of {source.name!r} with at least {shortest:,} characters: only "
-                    f"{len(chosen)} may be held out; lower held_out or minimum_characters"
+                    f"{len(chosen)} may be held out{rare}; lower held_out or minimum_characters"
                 )
             found += [replace(document, token_ids=document.token_ids.astype(np.int32)) for document in chosen]
         return found
@@ -133,7 +140,7 @@ class Mixture:
             if shortest <= document.tokens <= longest:
                 passed_over = 0
                 yield document
-            elif (passed_over := passed_over + document.tokens) > 4 * BUFFER:
+            elif (passed_over := passed_over + document.tokens) > PATIENCE:
                 limits = f"{shortest:,} to {longest:,} tokens in the last {passed_over:,}"
                 raise ValueError(f"{source.name}: no document of {limits}: set pack = true, or change its limits")
 
@@ -170,7 +177,10 @@ class Mixture:
                 "tokens": None,
                 "trained_on": round(share * wanted),
             }
-            row |= {"passes": None, "at_most": source.passes}
+            held_out = self.counts.get(source.name, 0)
+            drawn = "" if source.name in self.small or not held_out else f" of {HELD_OUT_SHARE:.0%}, by name"
+            by = f" of {source.held_out_split}" if source.held_out_split else drawn
+            row |= {"passes": None, "at_most": source.passes, "held_out": f"{held_out}{by}"}
             if source.name in self.small:
                 lengths = self.lengths[source.name]
                 passes = share * wanted / (drawn_tokens(lengths, settings) or 1.0)
@@ -225,7 +235,8 @@ class Mixture:
             for again in ended:
                 readers[again], before[again] = self.training(self.sources[again], shortest), taken[again]
                 unread.append(again)
-            if filled >= BUFFER or (filled and (refused or (ended and not self.weighted))):
+            enough = FEWEST * settings.window if self.weighted else 1
+            if filled >= BUFFER or (filled and refused) or (ended and filled >= enough):
                 yield [document for documents in buffer for document in documents]
                 buffer, filled = [[] for _ in readers], 0
             if refused:
@@ -243,7 +254,8 @@ def drawn_tokens(tokens: int | np.ndarray, settings: TrainingSettings) -> float:
 
 def reading_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The rows of `Mixture.reading` as text, for a reader."""
-    table = pd.DataFrame(rows, dtype=object).drop(columns="revision").fillna("not known yet")
+    names = {"trained_on": "tokens trained on", "at_most": "passes allowed", "held_out": "documents held out"}
+    table = pd.DataFrame(rows, dtype=object).drop(columns="revision").rename(columns=names).fillna("not known yet")
     return table.map(lambda cell: cell if isinstance(cell, str) else f"{cell:,.{2 * isinstance(cell, float)}f}")
 
 

@@ -202,13 +202,17 @@ def _files(source: Source) -> list[tuple[Path, str]]:
 def _read_files(source: Source, place: list[int] | None) -> Placed:
     """Documents of files; a place is the file's number, a byte in it, and the documents or lines before that."""
     file, byte, number = place or (0, 0, 0)
-    for index, (path, name) in enumerate(_files(source)[file:], start=file):
+    files = [(path, name, path.stat()) for path, name in _files(source)]
+    for index, (path, name, before) in enumerate(files[file:], start=file):
         try:
             with path.open("rb") as stream:
                 stream.seek(byte or (len(codecs.BOM_UTF8) if stream.peek(3)[:3] == codecs.BOM_UTF8 else 0))
                 parts = _lines if path.suffix == ".jsonl" else _parts
                 for number, text in parts(stream, path, number):  # noqa: B020 (goes on from it)
-                    several = path.suffix == ".jsonl" or path.stat().st_size >= LONGEST
+                    now = path.stat()
+                    if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                        raise ValueError(f"{path} changed while it was read: run again when nothing writes to it")
+                    several = path.suffix == ".jsonl" or before.st_size >= LONGEST
                     document = Document(source.name, f"{name}:{number}" if several else name, text)
                     yield document, [index, stream.tell(), number]
         except (OSError, UnicodeDecodeError) as error:

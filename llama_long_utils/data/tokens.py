@@ -5,6 +5,7 @@ last one is done. Here a shard is there as soon as it is made; made once, its te
 """
 
 import ctypes
+import fcntl
 import os
 import pickle
 import subprocess
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer
 
 from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data.documents import Document, TokenizedDocument, tokenizer_rules
-from llama_long_utils.data.sources import Placed, read_source
+from llama_long_utils.data.sources import Placed, read_source, survey
 from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, write_atomically
 from llama_long_utils.settings import Source
 
@@ -60,7 +61,10 @@ class Rules:
 
 
 def write_shard(rules: Rules, cache: Cache, number: int, documents: list[Document], behind: Any) -> None:
-    """Tokenize documents into the shard of this number; `behind` is the place in the source where the next begins."""
+    """Tokenize documents into the shard of this number; `behind` is the place in the source where the next begins.
+
+    Of processes that come with the same shard, one makes it while the others wait.
+    """
 
     def make() -> dict[str, Any]:
         rows = rules.encode([document.text for document in documents])
@@ -75,7 +79,11 @@ def write_shard(rules: Rules, cache: Cache, number: int, documents: list[Documen
             "behind": behind,
         }
 
-    cache.value(f"{number:06}", make)
+    lock = cache.path(f"{number:06}", {}, ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)  # the kernel takes it back if the process dies
+        cache.value(f"{number:06}", make)
 
 
 class Workers:
@@ -165,7 +173,7 @@ class TokenizedSource:
     """The documents of a source, of this identity (`survey`), as token ids. What was read once is in the cache."""
 
     def __init__(self, source: Source, identity: list[Any], workers: Workers, cache: Path = CACHE) -> None:
-        self.source, self.workers, self.folder = source, workers, cache
+        self.source, self.identity, self.workers, self.folder = source, identity, workers, cache
         inputs = {"tokenizer": workers.rules.key, "source": identity}
         self.key = digest(VERSION, inputs)
         self.cache = Cache(cache / "shards" / f"{Path(source.name).name}-{self.key}", VERSION, inputs)
@@ -190,7 +198,7 @@ class TokenizedSource:
                 if shard:
                     reader, behind, more = None, shard.behind, bool(shard.names)
                 else:
-                    reader = reader or read_source(self.source, behind, cache=self.folder)
+                    reader = reader or self.reader(behind)
                     documents, behind, filled = _take(reader, behind)
                     job, more = (self.cache, number, documents, behind), bool(documents)
                     shard = self.workers.start(*job) if filled else None
@@ -204,6 +212,12 @@ class TokenizedSource:
                 shard = self.stored(job[1])
             if shard.names:
                 yield shard
+
+    def reader(self, behind: Any) -> Placed:
+        """The documents from a place on; ValueError if the source is no longer what it was when the run began."""
+        if survey(self.source)[1] != self.identity:
+            raise ValueError(f"the texts of {self.source.name!r} have changed since the start: run again")
+        return read_source(self.source, behind, cache=self.folder)
 
     def stored(self, number: int) -> Shard | None:
         """A whole shard of the cache; one that is not whole is removed, to be made again."""

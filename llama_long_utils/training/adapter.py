@@ -74,6 +74,7 @@ def train_adapter(
     tokenizer = load_tokenizer(base)
     documents = Mixture(preset.data, tokenizer, window=settings.window)
     reading = documents.reading(settings)
+    documents.held_out()  # too few of them are said now, not after the training
     sequences = TrainingData(documents, settings, tokenizer)
     base_sha256 = weights_sha256(base)
     of_base = {"base": base_sha256, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
