@@ -2,6 +2,7 @@
 
 On two GPUs: `torchrun --nproc-per-node 2 -m llama_long_utils.train --preset NAME`, which takes whole sequences on each.
 With `--context-parallel 2` both share every sequence, so that each needs about half of the memory for activations.
+With `--shard-base` each keeps half of the base's layers, for a base that does not fit on one.
 Several nodes need one repository folder, which all of them see.
 """
 
@@ -20,6 +21,7 @@ def train() -> None:
     parser.add_argument("--control", action="store_true", help="keep the base's RoPE: a control without the extension")
     parser.add_argument("--report-every", type=int, default=10, metavar="STEPS", help="steps between two lines")
     parser.add_argument("--context-parallel", type=int, default=1, metavar="N", help="processes that share a sequence")
+    parser.add_argument("--shard-base", action="store_true", help="each process keeps a part of the base's layers")
     chosen = parser.parse_args()
     preset = load_preset(chosen.preset)
     settings = training_settings(preset, steps=chosen.steps, seed=chosen.seed)
@@ -29,6 +31,7 @@ def train() -> None:
     from llama_long_utils.training.processes import join_processes
 
     options = {"progress": chosen.report_every, "context_parallel": chosen.context_parallel}
+    options["sharded_base"] = chosen.shard_base
     trained = train_adapter(preset, settings=settings, scaling=scaling, **options)
     if join_processes().is_main_process:
         last = trained.log[-1]

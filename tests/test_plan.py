@@ -57,6 +57,10 @@ def test_several_gpus_take_more_sequences_or_longer_ones(answer, capsys):
     table = answer(capsys, *words, "--devices", "2", "--context-parallel", "2")
     assert "1 x 8,192 tokens" in table
     assert "Each of 2 GPUs holds the whole model and takes 1/2 of its sequences" in table
+    table = answer(capsys, *words, "--devices", "4", "--shard-base")
+    assert "Each of 4 GPUs holds 1/4 of the base's layers and takes its own sequences" in table
+    with pytest.raises(SystemExit):
+        answer(capsys, *words, "--shard-base")
 
 
 def test_what_is_small_is_not_shown_as_nothing(answer, capsys):

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -28,6 +29,7 @@ from llama_long_utils.training.planner import (
     step_flops,
     tile_for,
 )
+from llama_long_utils.training.random_llama import random_llama
 
 NOTHING = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
 SMALL = LlamaConfig(
@@ -199,6 +201,18 @@ def test_what_computes_little_is_counted_by_the_bytes_that_it_moves():
         assert counter.moved == 5 * one.nbytes
         one.copy_(one.exp())
         assert counter.moved == 9 * one.nbytes
+
+
+def test_of_a_sharded_base_the_ledger_counts_a_share_and_three_whole_layers():
+    whole, shared = (
+        ledger(SMALL, LORA, StepShape(512, "bfloat16", NOTHING, processes=4, sharded=one)) for one in (False, True)
+    )
+    weights = [
+        module.weight for module in random_llama(SMALL, LORA, "bfloat16").modules() if isinstance(module, Linear4bit)
+    ]
+    layer = sum(weight.nbytes for weight in weights) / SMALL.num_hidden_layers
+    assert whole["weights"] - shared["weights"] == 4 * layer - (4 * layer / 4 + 3 * layer)
+    assert {**whole, "weights": 0} == {**shared, "weights": 0}
 
 
 def test_shapes_of_models_are_known_by_name():

@@ -18,7 +18,7 @@ from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import BaseModel, Data, MemorySavings
 from llama_long_utils.training.adapter import train_adapter
-from llama_long_utils.training.processes import divide, join_processes
+from llama_long_utils.training.processes import divide, join_processes, shard_base
 from llama_long_utils.training.trainer import StepLog, train
 
 TINY = load_preset("tiny")
@@ -38,14 +38,19 @@ def sequences(rows):
     return [join_pieces(row, 64, padding_id=1) for row in pieces]
 
 
-def trained(folder, rows, context=1, settings=SETTINGS):
+def new_model():
+    return add_lora(new_llama(seed=0, num_attention_heads=4, num_key_value_heads=2), LORA, seed=0)
+
+
+def trained(folder, rows, context=1, settings=SETTINGS, sharded=False):
     """Losses and gradient norms, gradients of the first step taken, and the weights at the end."""
-    model = add_lora(new_llama(seed=0, num_attention_heads=4, num_key_value_heads=2), LORA, seed=0)
+    model = shard_base(new_model) if sharded else new_model()
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    layers = {name: weight for name, weight in model.named_parameters() if name.endswith("proj.base_layer.weight")}
     gradients, check = {}, StepLog.on_pre_optimizer_step
 
     def keep(self, *arguments, **options):
@@ -61,6 +66,7 @@ def trained(folder, rows, context=1, settings=SETTINGS):
         "log": numbers,
         "gradients": gradients,
         "weights": {name: w.detach().clone() for name, w in weights.items()},
+        "layers": {name: getattr(w, "_local_tensor", w).numel() for name, w in layers.items()},
     }
 
 
@@ -77,10 +83,10 @@ def doll(folder):
     )
 
 
-def adapter(folder, runs, context=1):
+def adapter(folder, runs, context=1, sharded=False):
     preset = doll(folder)
     type(preset).run_folder = folder / runs
-    return train_adapter(preset, context_parallel=context)
+    return train_adapter(preset, context_parallel=context, sharded_base=sharded)
 
 
 def make_doll(folder):
@@ -100,9 +106,12 @@ def one_of_several(folder):
         for context in (1, 2):
             for name, rows in (("whole", WHOLE), ("packed", PACKED)):
                 found[name, context] = trained(folder / f"{name}-{context}", rows, context)
-        found["resumed", 2] = trained(folder / "resumed", PACKED, context=2)
+        found["resumed", "context"] = trained(folder / "resumed", PACKED, context=2)
         for context in (1, 2):
-            found["adapter", context] = str(adapter(folder, f"runs-{context}", context).folder)
+            found["adapter", context, False] = str(adapter(folder, f"runs-{context}", context).folder)
+            found["adapter", context, True] = str(adapter(folder, f"runs-sharded-{context}", context, True).folder)
+            found["sharded", context] = trained(folder / f"sharded-{context}", PACKED, context, sharded=True)
+        found["resumed", "sharded"] = trained(folder / "resumed-sharded", PACKED, sharded=True)
     else:
         found["packed", 2] = trained(folder / "packed-2-2", PACKED, context=2)
     if state.is_main_process:
@@ -127,7 +136,8 @@ def folder(tmp_path_factory):
 def alone(folder):
     """What one process gives, by transformers' mask for packed documents."""
     found = {"packed": trained(folder / "packed", PACKED), "whole": trained(folder / "whole", WHOLE)}
-    shutil.copytree(folder / "packed" / "checkpoint-2", folder / "resumed" / "checkpoint-2")
+    for name in ("resumed", "resumed-sharded"):
+        shutil.copytree(folder / "packed" / "checkpoint-2", folder / name / "checkpoint-2")
     make_doll(folder)
     return found
 
@@ -152,24 +162,35 @@ def test_two_processes_have_the_loss_every_gradient_and_the_weights_of_one(alone
     assert_same(two[rows, context], alone[rows])
 
 
+@pytest.mark.parametrize("context", [1, 2])
+def test_they_have_them_too_with_half_of_each_frozen_weight_of_the_layers(alone, two, context):
+    assert_same(two["sharded", context], alone["packed"])
+    whole, shares = alone["packed"]["layers"], two["sharded", context]["layers"]
+    assert len(whole) == 2 * 7
+    assert shares == {name: count / 2 for name, count in whole.items()}
+
+
 def test_four_processes_in_two_groups_have_them_too(folder, alone):
     assert_same(launched(folder, 4)["packed", 2], alone["packed"])
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(folder, alone, two):
-    more = two["resumed", 2]
-    assert_same({**more, "gradients": {}}, {**alone["packed"], "gradients": {}})
-    shutil.rmtree(folder / "packed-2" / "checkpoint-4")
-    fewer = trained(folder / "packed-2", PACKED)
-    assert_same({**fewer, "gradients": {}}, {**alone["packed"], "gradients": {}})
+    for more in ("context", "sharded"):
+        assert_same({**two["resumed", more], "gradients": {}}, {**alone["packed"], "gradients": {}})
+    for before in ("packed-2", "sharded-1"):
+        shutil.rmtree(folder / before / "checkpoint-4")
+        fewer = trained(folder / before, PACKED)
+        assert_same({**fewer, "gradients": {}}, {**alone["packed"], "gradients": {}})
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("context", [1, 2])
-def test_the_adapter_of_two_processes_is_the_one_of_one(folder, two, context):
+def test_the_adapter_of_two_processes_is_the_one_of_one(folder, two, context, sharded):
     expected = adapter(folder, "runs-alone")
-    assert expected.folder.parent.name == Path(two["adapter", context]).parent.name
+    other = Path(two["adapter", context, sharded])
+    assert expected.folder.parent.name == other.parent.name
     weights = load_file(expected.folder / "adapter_model.safetensors")
-    found = load_file(Path(two["adapter", context]) / "adapter_model.safetensors")
+    found = load_file(other / "adapter_model.safetensors")
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         assert (found[name] - weight).norm() <= 1e-3 * weight.norm(), name

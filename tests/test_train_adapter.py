@@ -52,6 +52,15 @@ def preset(small, tmp_path, monkeypatch):
     return small
 
 
+def test_a_base_that_does_not_fit_is_refused_before_its_weights_are_looked_for(preset, tmp_path):
+    new_llama(seed=0).config.save_pretrained(tmp_path / "no weights")
+    large = dataclasses.replace(preset, base=dataclasses.replace(preset.base, source=str(tmp_path / "no weights")))
+    with pytest.raises(ValueError, match=r"not even 1,024 tokens would; .*let several devices share .*--shard-base"):
+        train_adapter(dataclasses.replace(large, memory_gib=1e-4))
+    with pytest.raises(ValueError, match="one process has nobody to share the base with"):
+        train_adapter(large, sharded_base=True)
+
+
 @pytest.fixture(scope="module")
 def expected(small, tmp_path_factory):
     """The adapter that an uninterrupted run of `small` ends in, and its log."""

@@ -24,9 +24,9 @@ def nf4(dtype: str) -> BitsAndBytesConfig:
 
 
 def load_base(
-    folder: Path, rope: Scaling, *, dtype: str, quantized: bool = True, attention: str = "sdpa"
+    folder: Path, rope: Scaling, *, dtype: str, quantized: bool = True, attention: str = "sdpa", on_host: bool = False
 ) -> PreTrainedModel:
-    """The base in a folder with its RoPE scaled as given, on the process' own GPU if there is one.
+    """The base in a folder with its RoPE scaled as given, on the process' own GPU if there is one, or `on_host`.
 
     Args:
         dtype: "bfloat16" or "float32": of embeddings, head, norms, the residual stream and all arithmetic.
@@ -40,7 +40,7 @@ def load_base(
         rope_parameters=rope.parameters(),
         max_position_embeddings=rope.max_position_embeddings,
         attn_implementation=XPOS if rope.method == "xpos_abf" else attention,
-        device_map={"": PartialState().device if torch.cuda.is_available() else "cpu"},
+        device_map={"": PartialState().device if torch.cuda.is_available() and not on_host else "cpu"},
         **LOCAL,
     )
     for module in model.modules():

@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.mixture import Mixture, reading_table
@@ -18,7 +20,7 @@ from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.training.planner import USABLE, plan_training
-from llama_long_utils.training.processes import divide, join_processes
+from llama_long_utils.training.processes import divide, join_processes, shard_base
 from llama_long_utils.training.trainer import VERSION, run_key, train
 
 FULL = 2**20  # bytes: a disk with less room
@@ -42,6 +44,7 @@ def train_adapter(
     name: str = "",
     progress: int = 0,
     context_parallel: int = 1,
+    sharded_base: bool = False,
 ) -> TrainedAdapter:
     """Train LoRA on a preset's base, from a new adapter or the last whole checkpoint; a finished run is only read.
 
@@ -54,6 +57,7 @@ def train_adapter(
         name: how the run folder's name begins; default: the RoPE method.
         progress: a line every so many steps; 0: none.
         context_parallel: so many processes share each sequence.
+        sharded_base: each process keeps a part of the base's layers.
 
     Raises:
         ValueError: a number, the base or the documents do not fit the preset, no plan fits the memory, or a step does
@@ -62,13 +66,13 @@ def train_adapter(
     """
     settings, scaling = settings or preset.training, scaling or preset.extended_rope
     state = join_processes()
-    division = divide(settings, state.num_processes, context_parallel)
+    division = divide(settings, state.num_processes, context_parallel, sharded_base)
     if context_parallel > 1 and scaling.method in ("dynamic_ntk", "xpos_abf"):
         raise ValueError(f"RoPE of method {scaling.method!r} needs whole sequences: train without --context-parallel")
     if not state.is_main_process:
         state.wait_for_everyone()  # until the first has filled the caches
-    base = locate_base(preset)
     plan = plan_training(preset, settings, division)
+    base = locate_base(preset)
     wanted = replace(settings.memory_savings, optimizer=plan.memory_savings.optimizer)  # the rest changes no gradient
     depends_on, settings = (replace(settings, memory_savings=savings) for savings in (wanted, plan.memory_savings))
     tokenizer = load_tokenizer(base)
@@ -93,8 +97,8 @@ def train_adapter(
     def work() -> list[dict[str, float]]:
         if state.is_main_process:
             broadcast_object_list([None])  # so that the others begin, too
-        model = load_base(base, scaling, dtype=preset.base.dtype, attention=settings.attention)
-        model = add_lora(model, preset.lora, seed=settings.seed)
+        build = partial(_new_model, preset, settings, base, scaling, on_host=sharded_base)
+        model = shard_base(build) if sharded_base else build()
         room = preset.memory_gib * USABLE - plan.device_gib
         if progress and state.is_main_process:
             print(reading_table(reading).to_string(index=False), flush=True)
@@ -131,6 +135,11 @@ def train_adapter(
             ) from error
     broadcast_object_list([log])
     return TrainedAdapter(folder / "adapter", log, settings, int(log[-1]["tokens"]))
+
+
+def _new_model(preset: Preset, settings: TrainingSettings, base: Path, scaling: Scaling, *, on_host: bool) -> PeftModel:
+    options = {"dtype": preset.base.dtype, "attention": settings.attention, "on_host": on_host}
+    return add_lora(load_base(base, scaling, **options), preset.lora, seed=settings.seed)
 
 
 def _is_whole(adapter: Path) -> bool:

@@ -43,6 +43,7 @@ ON_DEVICE = np.array([name in COMPONENTS for name in COLUMNS], dtype=float)
 FIRST, RECOMPUTED, PLAIN = range(3)
 LAYERS_RUN = 3
 SHORT = 1024  # tokens: up to here a step is run as it is
+GATHERED = 3  # sharded layers that are there as a whole: one that is used, the next one, and what it comes in
 MOST_TILES = 32  # more of them are counted as so many
 WARM_UP = 16  # tokens
 VERSION = 2  # of the numbers that are kept: raise it when they change
@@ -132,6 +133,22 @@ def tensors_in(values: Any) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers in one decoder layer."""
+    hidden, middle = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, middle),
+        "up_proj": (hidden, middle),
+        "down_proj": (middle, hidden),
+    }
+
+
 def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     """Bytes of each of COMPONENTS at the moment when one training step needs most memory, and the most on the "host".
 
@@ -168,6 +185,10 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
         total["gradients"] = total["adapters"]  # as many, in the same type
     if shape.processes > 1:
         total["gradients"] += total["adapters"]  # what DDP sends
+    if shape.sharded:
+        layer = sum(inputs * outputs for inputs, outputs in linear_shapes(config).values()) // 2
+        layers = config.num_hidden_layers * layer
+        total["weights"] += min(GATHERED, config.num_hidden_layers) * layer - layers + layers // shape.processes
     return total | {HOST: round(host)}
 
 
@@ -180,7 +201,7 @@ def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np
     model = json.dumps(config.to_dict() | {"num_hidden_layers": LAYERS_RUN}), json.dumps(asdict(lora))
     wanted = replace(shape.memory_savings, recomputed_layers=PLAIN)
     savings = replace(wanted, optimizer="adamw_torch_fused")
-    shape = replace(shape, accumulated=False, processes=1, memory_savings=savings)
+    shape = replace(shape, accumulated=False, processes=1, sharded=False, memory_savings=savings)
     tiles = min(MOST_TILES, shape.sequences * shape.length // savings.tile) if savings.tile else 0
     short = max(SHORT, 64 * tiles)
     if config.hidden_size in (short, 2 * short):  # offloading would mistake other tensors for hidden states

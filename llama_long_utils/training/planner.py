@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from llama_long_utils.model.weights import model_config
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
-from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger
+from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger, linear_shapes
 from llama_long_utils.training.processes import Division, divide
 
 GIB = 2**30
@@ -36,22 +36,6 @@ def model_shape(name: str) -> LlamaConfig:
     shape = {key: getattr(found, key) for key in SHAPE}
     biased = found.model_type == "qwen2" or getattr(found, "attention_bias", False)
     return LlamaConfig(**shape, head_dim=getattr(found, "head_dim", None), attention_bias=biased)
-
-
-def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linear layers in one decoder layer."""
-    hidden, middle = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, middle),
-        "up_proj": (hidden, middle),
-        "down_proj": (middle, hidden),
-    }
 
 
 def step_flops(config: LlamaConfig, lora: Lora, length: int, memory_savings: MemorySavings) -> dict[str, int]:
@@ -106,6 +90,7 @@ def plan_training(preset: Preset, settings: TrainingSettings, division: Division
         context=division.context,
         processes=division.processes,
         packed=is_packed(settings),
+        sharded=division.sharded_base,
     )
     return plan(model_shape(preset.base.source), preset.lora, shape, preset.memory_gib)
 
@@ -132,9 +117,10 @@ def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
             return min(filter(None, found), key=lambda choice: choice.flops)
     most = longest_context(config, lora, shape, gib)
     advice = f"the longest context that would is {most:,}" if most else "not even 1,024 tokens would"
+    others = "" if shape.sharded else ", let several devices share the base (--shard-base)"
     raise ValueError(
         f"a step of {shape.length * shape.context:,} tokens does not fit in {gib:.3g} GiB with any plan: {advice}; "
-        "choose a shorter window, or set the memory if the device has more"
+        f"choose a shorter window{others}, or set the memory if the device has more"
     )
 
 

@@ -36,7 +36,8 @@ class StepShape:
 
     `accumulated`: gradients of an earlier batch are there. `gpu`: `ledger.attention_workspace` is counted, too.
     `packed`: "documents" attention, whose peak is highest if the last token alone is a document of its own.
-    `context`: of the `processes`, those that share a row, of which this one has `length` tokens.
+    `context`: of the `processes`, those that share a row, of which this one has `length` tokens. `sharded`: all of the
+    processes share the layers' frozen weights.
     """
 
     length: int
@@ -48,6 +49,7 @@ class StepShape:
     packed: bool = False
     context: int = 1
     processes: int = 1
+    sharded: bool = False
 
 
 def training_steps(

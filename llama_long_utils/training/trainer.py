@@ -30,7 +30,7 @@ from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import TrainingSettings
 from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
 from llama_long_utils.training.memory_savings import apply_memory_savings, offload_checkpoints
-from llama_long_utils.training.processes import SharedSequences, divide, join_processes
+from llama_long_utils.training.processes import SharedSequences, add_up_gradients, divide, is_sharded, join_processes
 
 CHECKSUMS = "checksums.json"
 NEEDED = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}  # beside weights and random states
@@ -126,6 +126,8 @@ def train(
     log = StepLog(data, settings, report_every, stop_after)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log])
     trainer.remove_callback(PrinterCallback)
+    if is_sharded(model):
+        trainer.model_wrapped = add_up_gradients(model)
     model.half_trained = True
     bar = progress_bar(what, settings.steps, already=step) if state.is_main_process else nullcontext(log.report_done)
     with bar as log.report_done:
