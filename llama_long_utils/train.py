@@ -3,7 +3,8 @@
 On two GPUs: `torchrun --nproc-per-node 2 -m llama_long_utils.train --preset NAME`, which takes whole sequences on each.
 With `--context-parallel 2` both share every sequence, so that each needs about half of the memory for activations.
 With `--shard-base` each keeps half of the base's layers, for a base that does not fit on one.
-Several nodes need one repository folder, which all of them see.
+Several nodes need one repository folder, which all of them see. In a notebook, run it in a cell with `!` in front, or
+let accelerate's `notebook_launcher` call a function that imports and calls `train_adapter`, in a new kernel.
 """
 
 import argparse

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from conftest import LORA, new_llama
 from llama_long_utils.data.packing import join_pieces
@@ -186,14 +188,53 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(folder, alone, tw
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("context", [1, 2])
 def test_the_adapter_of_two_processes_is_the_one_of_one(folder, two, context, sharded):
-    expected = adapter(folder, "runs-alone")
-    other = Path(two["adapter", context, sharded])
-    assert expected.folder.parent.name == other.parent.name
-    weights = load_file(expected.folder / "adapter_model.safetensors")
-    found = load_file(other / "adapter_model.safetensors")
+    assert_same_adapter(Path(two["adapter", context, sharded]), adapter(folder, "runs-alone").folder)
+
+
+def assert_same_adapter(folder, expected):
+    assert folder.parent.name == expected.parent.name
+    found, weights = (load_file(one / "adapter_model.safetensors") for one in (folder, expected))
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         assert (found[name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+NOTEBOOK = """
+import sys
+from accelerate import notebook_launcher
+
+def work(folder):
+    from pathlib import Path
+    from test_processes import adapter  # only here: the launcher refuses to start where bitsandbytes was imported
+
+    adapter(Path(folder), "runs-notebook")
+
+notebook_launcher(work, (sys.argv[1],), num_processes=2)
+"""
+
+
+def test_a_notebook_starts_two_processes(folder, alone):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command, tests = [sys.executable, "-c", NOTEBOOK, str(folder)], REPOSITORY / "tests"
+    done = subprocess.run(command, env=environment, cwd=tests, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = folder.glob("runs-notebook/training/*/adapter")
+    assert_same_adapter(found, adapter(folder, "runs-alone").folder)
+
+
+def test_of_two_visible_gpus_without_a_launcher_one_trains(folder, alone, monkeypatch, capsys):
+    none_visible = vars(TrainingArguments)["_setup_devices"]
+
+    def two_visible(arguments):
+        device = none_visible.__get__(arguments)
+        arguments._n_gpu = 2  # what transformers would find
+        return device
+
+    devices = cached_property(two_visible)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    assert_same(trained(folder / "two visible", WHOLE), alone["whole"])  # with both a batch would be twice as large
+    assert "one of 2 GPUs trains; for all: torchrun" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.attention import ContextShare
@@ -37,6 +37,13 @@ def join_processes() -> PartialState:
     """This process among those that a launcher started; alone without one."""
     # The others wait as long as the first one needs to read and tokenize. If one dies, the launcher ends all.
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Without a launcher `Trainer` would divide batches among all GPUs that it sees, each as large as asked for."""
+    if arguments.n_gpu > 1:
+        print(f"one of {arguments.n_gpu} GPUs trains; for all: torchrun (llama_long_utils.train --help)", flush=True)
+        arguments._n_gpu = 1
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,14 @@ from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import TrainingSettings
 from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
 from llama_long_utils.training.memory_savings import apply_memory_savings, offload_checkpoints
-from llama_long_utils.training.processes import SharedSequences, add_up_gradients, divide, is_sharded, join_processes
+from llama_long_utils.training.processes import (
+    SharedSequences,
+    add_up_gradients,
+    divide,
+    is_sharded,
+    join_processes,
+    use_one_gpu,
+)
 
 CHECKSUMS = "checksums.json"
 NEEDED = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}  # beside weights and random states
@@ -119,9 +126,7 @@ def train(
         disable_tqdm=True,
         seed=settings.seed,
     )
-    if arguments.n_gpu > 1:  # without a launcher Trainer would copy the model to all of them in each step
-        print(f"one of {arguments.n_gpu} GPUs trains; for all: torchrun (llama_long_utils.train --help)", flush=True)
-        arguments._n_gpu = 1
+    use_one_gpu(arguments)
     data = SharedSequences(sequences, division)
     log = StepLog(data, settings, report_every, stop_after)
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log])
