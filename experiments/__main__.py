@@ -52,6 +52,9 @@ def arguments() -> argparse.Namespace:
     trainings.add_argument("names", nargs="+", metavar="NAME")
     quoting = commands.add_parser("quoting", help="train with several shares of sequences that quote themselves")
     quoting.add_argument("shares", type=share, nargs="+", metavar="SHARE")
+    instruction = commands.add_parser(
+        "instruction", help="the ablation of notebook 9 (half an hour; goes on if stopped)"
+    )
     dose = commands.add_parser("dose", help="train at growing doses in several ways, for notebook 6 (minutes on a GPU)")
     dose.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     dose.add_argument(
@@ -67,7 +70,7 @@ def arguments() -> argparse.Namespace:
     dose.add_argument(
         "--record", action="store_true", help="write the record into data/results, not beside the results"
     )
-    for command in (race, arm, longrope, bases, trainings, quoting, dose):
+    for command in (race, arm, longrope, bases, trainings, quoting, instruction, dose):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     commands.add_parser("bench", help="measure training steps beside other trainers, for notebook 4 (two hours)")
     gpu = commands.add_parser(
@@ -161,6 +164,10 @@ def run(asked: argparse.Namespace) -> Path | None:
         if asked.command == "quoting":
             return searches.compare_quoting(preset, asked.shares, seed=0)
         return searches.compare_trainings(preset, asked.names, seed=0)
+    if asked.command == "instruction":
+        from experiments.instruction import ablate
+
+        return ablate(preset, RESULTS / preset.name)
     if asked.command == "gpu":
         from experiments import gpu_budget
 

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 from pydantic.dataclasses import dataclass
 
 from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.stages import STRICT, Instruction, Seed, Share, ShareOrNone, Steps
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Share = Annotated[float, Field(gt=0, le=1)]
-ShareOrNone = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 Questions = Annotated[int, Field(ge=2, le=1000)]  # chance is what an answer scores against another question's
 RopeBase = Annotated[float, Field(gt=1)]
 
@@ -259,18 +255,15 @@ class Data:
     """Document sources, each by its name or as a table, and how many documents of each are held out."""
 
     sources: Annotated[list[NameOrSource], Field(min_length=1)]  # without weights, a pass reads every document
-    held_out: dict[str, PositiveInt] | None = None  # left out: eight of them, from which on there are intervals
-    minimum_characters: PositiveInt = dataclasses.field(kw_only=True)  # of a held-out document
-    split_seed: Seed = dataclasses.field(kw_only=True)
+    held_out: dict[str, PositiveInt]
+    minimum_characters: PositiveInt  # of a held-out document
+    split_seed: Seed
     passes: PositiveInt = 4  # times a document may be trained on: four cost little beside new text, arXiv:2305.16264
 
     def __post_init__(self) -> None:
         weights = [source.weight for source in self.mixture]
         if any(weights) and not all(weights):
             raise ValueError(f"sources have the weights {weights}: give a weight above 0 to all of them, or to none")
-        if self.held_out is None:
-            each = dict.fromkeys((source.name for source in self.mixture), -(-8 // len(self.sources)))
-            object.__setattr__(self, "held_out", each)
 
     @property
     def mixture(self) -> list[Source]:
@@ -373,6 +366,7 @@ class Preset:
     evaluation: Evaluation
     retrieval: Retrieval
     race: Race
+    instruction: Instruction = Field(default_factory=Instruction)
 
     @property
     def base_rope(self) -> Scaling:

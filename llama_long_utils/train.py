@@ -8,23 +8,33 @@ let accelerate's `notebook_launcher` call a function that imports and calls `tra
 """
 
 import argparse
+from dataclasses import replace
 
 from llama_long_utils.commands import run_command
 from llama_long_utils.presets import load_preset, training_settings
+from llama_long_utils.settings import Preset
+
+STAGES = ("extension", "sft")
 
 
 def train() -> None:
     """What the command does. Heavy imports come after its arguments are checked."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.train", description=__doc__)
     parser.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
-    parser.add_argument("--steps", type=int, help="instead of the preset's training.steps")
-    parser.add_argument("--seed", type=int, help="instead of the preset's training.seed")
+    parser.add_argument("--stage", choices=STAGES, default="extension", help="what to train (default: the extension)")
+    parser.add_argument("--steps", type=int, help="instead of the preset's training.steps, or those of the stage")
+    parser.add_argument("--seed", type=int, help="instead of the preset's training.seed, or that of the stage")
     parser.add_argument("--control", action="store_true", help="keep the base's RoPE: a control without the extension")
     parser.add_argument("--report-every", type=int, default=10, metavar="STEPS", help="steps between two lines")
     parser.add_argument("--context-parallel", type=int, default=1, metavar="N", help="processes that share a sequence")
     parser.add_argument("--shard-base", action="store_true", help="each process keeps a part of the base's layers")
     chosen = parser.parse_args()
     preset = load_preset(chosen.preset)
+    if chosen.stage != "extension":
+        of_extension = [chosen.control, chosen.context_parallel > 1, chosen.shard_base]
+        if any(of_extension):
+            parser.error("--control, --context-parallel and --shard-base are for the extension")
+        return tune(preset, chosen)
     settings = training_settings(preset, steps=chosen.steps, seed=chosen.seed)
     scaling = preset.control_rope if chosen.control else preset.extended_rope
 
@@ -38,6 +48,21 @@ def train() -> None:
         last = trained.log[-1]
         print(f"{last['step']:,} steps on {trained.label_tokens:,} labels, loss {last['loss']:.3f}: {trained.folder}")
         print(f"then: python -m tools.run --preset {preset.name} --only 06 -p adapter {trained.folder}", flush=True)
+    join_processes().destroy_process_group()
+
+
+def tune(preset: Preset, chosen: argparse.Namespace) -> None:
+    """A stage after the extension: "sft" is instruction tuning."""
+    given = {"steps": chosen.steps, "seed": chosen.seed}
+    settings = replace(preset.instruction, **{name: value for name, value in given.items() if value is not None})
+
+    from llama_long_utils.training.instruction import tune_instructions
+    from llama_long_utils.training.processes import join_processes
+
+    tuned = tune_instructions(preset, settings=settings, progress=chosen.report_every)
+    if join_processes().is_main_process:
+        last = tuned.log[-1]
+        print(f"{last['step']:,} steps on {tuned.label_tokens:,} labels, loss {last['loss']:.3f}: {tuned.folder}")
     join_processes().destroy_process_group()
 
 

@@ -114,11 +114,14 @@ def _config_digest(folder: Path) -> str:
     return digest({name: sorted(value) if isinstance(value, list) else value for name, value in numbers.items()})
 
 
-def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling | None = None) -> Path:
+def find_adapter(
+    preset: Preset, folder: Path | str | None = None, rope: Scaling | None = None, *, stage: str = "training"
+) -> Path:
     """The adapter folder named; else the newest trained with the preset's numbers and data; else the stored one.
 
     `folder` is absolute or seen from the repository; it was trained with `rope`, by default the preset's extended one.
-    ValueError if there is none, or if the one named is not whole or not for this preset.
+    The `stage` after the extension is the name of its settings, "instruction". ValueError if there is none, or if the
+    one named is not whole or not for this preset.
     """
     rope = rope or preset.extended_rope
     needed = {"rope": rope, "base": preset.base.source, "base_sha256": weights_sha256(locate_base(preset))}
@@ -131,12 +134,15 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
                     f"{preset.name!r} has {value}: use the preset it was trained with"
                 )
         return REPOSITORY / folder
-    numbers = {**asdict(preset.training), "lora": asdict(preset.lora), "data": asdict(preset.data)}
+    own = asdict(getattr(preset, stage))
+    own.pop("memory_savings", None)  # they change no gradient
+    numbers = {**(own if stage == "training" else {stage: own}), "lora": asdict(preset.lora)}
+    numbers = json.loads(json.dumps({**numbers, "data": asdict(preset.data)}))  # tuples as a card has them
     others: list[str] = []
-    del numbers["memory_savings"]  # they change no gradient
-    trained = preset.run_folder.glob(f"training/*/adapter/{CARD}")
+    trained = preset.run_folder.glob(f"{stage}/*/adapter/{CARD}")
     newest_first = sorted(trained, key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in [*newest_first, *ADAPTERS.glob(f"{preset.name}/{CARD}")]:
+    stored = preset.name if stage == "training" else f"{preset.name}-{stage}"
+    for path in [*newest_first, *ADAPTERS.glob(f"{stored}/{CARD}")]:
         try:
             card = read_card(path.parent)
         except ValueError as error:
@@ -149,9 +155,9 @@ def find_adapter(preset: Preset, folder: Path | str | None = None, rope: Scaling
                 return path.parent
             said = [f"other {name}" if isinstance(was, dict) else f"{name} = {was}" for name, was in other.items()]
             others.append(f"; the one in {path.parent} has {', '.join(said)}: name this folder as adapter to use it")
+    notebook = {"training": "05_finetune_qlora", "instruction": "09_instruction_tuning"}.get(stage, "its notebook")
     raise ValueError(
-        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run 05_finetune_qlora"
-        + "".join(others[:1])
+        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run {notebook}" + "".join(others[:1])
     )
 
 
@@ -173,7 +179,7 @@ def read_card(folder: Path) -> AdapterCard:
     return card
 
 
-def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, adapter: Path, base: Path, *, trainable: bool = False) -> PeftModel:
     """A saved adapter on a loaded base, of which `base` is the folder; ValueError unless it is as the card says."""
     card = read_card(adapter)
     try:
@@ -191,6 +197,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel
         )
     # PeftModel.from_pretrained would round the saved fp32 norms to the base's bf16; here the copies are fp32 first.
     config = LoraConfig.from_pretrained(adapter)
+    config.inference_mode = not trainable
     config.base_model_name_or_path = None  # the card's hash was compared, not a name, which PEFT would warn of
     adapted = _wrap(model, config)
     set_peft_model_state_dict(adapted, load_file(adapter / "adapter_model.safetensors"))

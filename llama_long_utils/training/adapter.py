@@ -1,8 +1,11 @@
-"""From a preset to a trained adapter in its run folder: planned, resumed, saved with its card."""
+"""From a preset to a trained adapter in its run folder: planned, resumed, saved with its card.
+
+Every stage has its own folder in runs/PRESET, "training" for the extension itself.
+"""
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -84,7 +87,7 @@ def train_adapter(
     of_base = {"base": base_sha256, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
     key = run_key(depends_on, sequences.key, **of_base, lora=preset.lora)
     runs, name = Cache(preset.run_folder / "training", VERSION, key), name or scaling.method
-    folder, log_file = runs.path(name, {}, ""), runs.path(name, {}, ".json")
+    folder = runs.path(name, {}, "")
     card = AdapterCard(
         base=preset.base.source,
         base_sha256=base_sha256,
@@ -95,8 +98,6 @@ def train_adapter(
     )
 
     def work() -> list[dict[str, float]]:
-        if state.is_main_process:
-            broadcast_object_list([None])  # so that the others begin, too
         build = partial(_new_model, preset, settings, base, scaling, on_host=sharded_base)
         model = shard_base(build) if sharded_base else build()
         room = preset.memory_gib * USABLE - plan.device_gib
@@ -112,12 +113,27 @@ def train_adapter(
             save_adapter(model, card, folder / "adapter")
         return log
 
+    log = run_or_read(runs, name, work)
+    return TrainedAdapter(folder / "adapter", log, settings, int(log[-1]["tokens"]))
+
+
+def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The rows of a finished run of this name, or those that `work` returns once it has saved the run's adapter.
+
+    All processes of a launcher call it. RuntimeError if the disk is full, or another process is at this run.
+    """
+    state, folder, log_file = join_processes(), runs.path(name, {}, ""), runs.path(name, {}, ".json")
+
+    def begin() -> list[dict[str, float]]:
+        broadcast_object_list([None])  # so that the others begin, too
+        return work()
+
     if not state.is_main_process:
         (log,) = broadcast_object_list([None])
         if log is None:
             work()
             (log,) = broadcast_object_list([None])
-        return TrainedAdapter(folder / "adapter", log, settings, int(log[-1]["tokens"]))
+        return log
     state.wait_for_everyone()
     with _alone(folder):
         for left in folder.glob(".adapter.*"):  # by a process that was killed while it saved
@@ -125,7 +141,7 @@ def train_adapter(
         if not _is_whole(folder / "adapter"):
             log_file.unlink(missing_ok=True)
         try:
-            log = runs.value(name, work)
+            log = runs.value(name, begin)
         except (OSError, RuntimeError) as error:  # torch does not say that a disk is full
             if shutil.disk_usage(folder.parent).free > FULL:
                 raise
@@ -134,7 +150,7 @@ def train_adapter(
                 f"whole checkpoint ({error})"
             ) from error
     broadcast_object_list([log])
-    return TrainedAdapter(folder / "adapter", log, settings, int(log[-1]["tokens"]))
+    return log
 
 
 def _new_model(preset: Preset, settings: TrainingSettings, base: Path, scaling: Scaling, *, on_host: bool) -> PeftModel:

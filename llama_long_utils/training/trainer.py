@@ -31,6 +31,7 @@ from llama_long_utils.settings import TrainingSettings
 from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
 from llama_long_utils.training.memory_savings import apply_memory_savings, offload_checkpoints
 from llama_long_utils.training.processes import (
+    Division,
     SharedSequences,
     add_up_gradients,
     divide,
@@ -54,6 +55,7 @@ def train(
     gaps_gib: float = GAPS_GIB,
     context_parallel: int = 1,
     stop_after: int = 0,
+    build: "Build | None" = None,
 ) -> list[dict[str, float]]:
     """Train in place and return one row per step: step, tokens, loss (nats), learning_rate, ...
 
@@ -65,6 +67,7 @@ def train(
         gaps_gib: free memory that may stay resident (`give_back_gaps`).
         context_parallel: so many processes share a sequence.
         stop_after: leave off after this step, with a checkpoint, from which a call without it goes on; 0: at the end.
+        build: what makes the `Trainer`; default: `plain_trainer`.
 
     Raises:
         ValueError: `sequences` are not what the settings ask for, or do not divide among the processes.
@@ -73,7 +76,7 @@ def train(
     state = join_processes()
     division = divide(settings, state.num_processes, context_parallel)
     wanted = settings.steps * settings.sequences_per_step
-    if len(sequences) != wanted or len(sequences[0].input_ids) != settings.window:
+    if len(sequences) != wanted or (not build and len(sequences[0].input_ids) != settings.window):
         raise ValueError(
             f"{settings.steps} steps of {settings.sequences_per_step} sequences need {wanted} sequences of "
             f"{settings.window} tokens, got {len(sequences)} of {len(sequences[0].input_ids)}"
@@ -101,7 +104,7 @@ def train(
     if context_parallel > 1:
         share_context(model, division.share(state.process_index))
     hooks = give_back_gaps(model, gaps_gib)
-    arguments = TrainingArguments(
+    arguments = dict(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=division.at_once,
@@ -126,10 +129,9 @@ def train(
         disable_tqdm=True,
         seed=settings.seed,
     )
-    use_one_gpu(arguments)
-    data = SharedSequences(sequences, division)
-    log = StepLog(data, settings, report_every, stop_after)
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[log])
+    trainer, labels = (build or plain_trainer)(model, sequences, division, arguments)
+    log = StepLog(labels, settings, report_every, stop_after)
+    trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
     if is_sharded(model):
         trainer.model_wrapped = add_up_gradients(model)
@@ -143,11 +145,27 @@ def train(
     return [{name: row[name] for name in COLUMNS} for row in trainer.state.log_history if "loss" in row]
 
 
+Labels = dict[int, int]  # how many this process was given of each sequence, by its number
+Build = Callable[[PreTrainedModel | PeftModel, Sequence[Any], Division, dict[str, Any]], tuple[Trainer, Labels]]
+
+
+def plain_trainer(
+    model: PreTrainedModel | PeftModel,
+    sequences: Sequence[TrainingSequence],
+    division: Division,
+    arguments: dict[str, Any],
+) -> tuple[Trainer, Labels]:
+    """transformers' `Trainer`, and where it counts labels."""
+    config, data = TrainingArguments(**arguments), SharedSequences(sequences, division)
+    use_one_gpu(config)
+    return Trainer(model=model, args=config, train_dataset=data), data.labels
+
+
 class StepLog(TrainerCallback):
     """See the module's docstring."""
 
-    def __init__(self, data: SharedSequences, settings: TrainingSettings, report_every: int, stop_after: int) -> None:
-        self.data, self.settings, self.report_every, self.stop_after = data, settings, report_every, stop_after
+    def __init__(self, labels: Labels, settings: TrainingSettings, report_every: int, stop_after: int) -> None:
+        self.labels, self.settings, self.report_every, self.stop_after = labels, settings, report_every, stop_after
         self.checked = False
         self.started = time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
@@ -169,7 +187,7 @@ class StepLog(TrainerCallback):
         now, per_step = time.perf_counter(), self.settings.sequences_per_step
         before = next((earlier["tokens"] for earlier in state.log_history[-2::-1] if "tokens" in earlier), 0)
         numbers = range((row["step"] - 1) * per_step, row["step"] * per_step)
-        served = sum(self.data.labels.pop(number, 0) for number in numbers)  # by this process
+        served = sum(self.labels.pop(number, 0) for number in numbers)  # by this process
         row["tokens"] = before + int(reduce(torch.tensor(served, device=arguments.device), "sum").item())
         row["tokens_per_second"] = (row["tokens"] - before) / (now - self.started)
         row["peak_gib"] = peak_memory_gib()

@@ -1,0 +1,191 @@
+"""The ablation of instruction tuning (Llama 2 Long, arXiv:2309.16039, Table 9) on questions that are right or wrong.
+
+Every arm is tuned on as many tokens, by the same questions for each token, and asked about documents that are held out.
+Expected before it was run: past the old window, questions about long documents beat short ones alone by 10 points of
+exact answers, and a loss on the long documents adds a few points, by keeping the model at reading. An interval of the
+difference that holds 0, or lies below, refutes either.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_long_utils.cache import Cache
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.data.instructions import Dialogue, Maker, quotation_dialogue
+from llama_long_utils.data.mixture import read_documents
+from llama_long_utils.evaluation.answers import answers, held_out_dialogues
+from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches
+from llama_long_utils.model.adapters import find_adapter
+from llama_long_utils.model.arms import load_arm
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.progress import track
+from llama_long_utils.records import device_name, package_versions, write_arrays, write_record
+from llama_long_utils.settings import Preset
+from llama_long_utils.stages import Instruction
+from llama_long_utils.training.adapter import TrainedAdapter
+from llama_long_utils.training.instruction import tune_instructions
+
+QUESTION = "What should the questions of instruction tuning be about, and what is to be trained on?"
+SLUG = "09_instruction_tuning"
+VERSION = 1  # of what an arm measures: raise it when its numbers change
+QUESTIONS = 8  # about each held-out document, at each length
+
+
+def synthetic_dialogue(
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    settings: Instruction,
+    generator: np.random.Generator,
+) -> Dialogue:
+    """A long document made of short ones, and the questions about all of them behind it: context synthesis."""
+    short = min(settings.short_window, tokens)
+    parts = [quotation_dialogue(documents, tokenizer, short, settings, generator) for _ in range(tokens // short)]
+    ids = np.concatenate([parts[0].token_ids, *(part.token_ids[1:] for part in parts[1:])])
+    asked = [
+        dataclasses.replace(question, place=(number + question.place) / len(parts))
+        for number, part in enumerate(parts)
+        for question in part.questions
+    ]
+    order = generator.permutation(len(asked))
+    return Dialogue("synthetic", ids, [asked[number] for number in order])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What [instruction] is changed to; `extended` False: the base as it is. `row`: of Table 9, if it has one."""
+
+    long_share: float = 0.0
+    text_share: float = 0.0
+    loss_on_prompt: bool = False
+    extended: bool = True
+    maker: Callable = quotation_dialogue
+    row: str = ""
+
+    def tune(self, preset: Preset, name: str, seed: int) -> TrainedAdapter:
+        """Its adapter, trained now or read."""
+        changes = {"long_share": self.long_share, "text_share": self.text_share, "loss_on_prompt": self.loss_on_prompt}
+        settings = dataclasses.replace(preset.instruction, **changes, seed=seed)
+        maker: Maker = self.maker
+        return tune_instructions(preset, settings=settings, extended=self.extended, long_dialogue=maker, name=name)
+
+
+ARMS = {
+    "untuned": Arm(),  # the extended model before
+    "chat base": Arm(extended=False, row="Llama 2 Chat"),
+    "short": Arm(row="RLHF V5 data"),
+    "short, text": Arm(text_share=0.5, row="with pretraining data"),
+    "long": Arm(long_share=0.5, row="with self-instruct, no loss on the prompt"),
+    "long, loss on prompt": Arm(long_share=0.5, loss_on_prompt=True, row="with self-instruct, loss on the prompt"),
+    "synthetic context": Arm(long_share=0.5, maker=synthetic_dialogue),
+}
+
+
+def ablate(preset: Preset, folder: Path) -> Path:
+    """Measure every arm and seed that was not yet, then write the record SLUG into a folder."""
+    tokenizer = load_tokenizer(base := locate_base(preset))
+    _, held_out = read_documents(preset.data, tokenizer, length=preset.evaluation.tokens)
+    evaluation = preset.evaluation
+    stretches = random_stretches(held_out, evaluation.tokens, at_most=1, seed=evaluation.seed)
+    lengths = [length for length in preset.retrieval.lengths if length >= preset.base.window]
+    edges = evaluation.near_edges
+    inputs = {"instruction": preset.instruction, "data": preset.data, "lora": preset.lora, "evaluation": evaluation}
+    inputs |= {"base": weights_sha256(base), "start": weights_sha256(find_adapter(preset)), "lengths": lengths}
+    inputs |= {"device": device_name(), "versions": package_versions(), "dtype": preset.base.dtype}
+    cache = Cache(preset.run_folder / "instruction-ablation", VERSION, inputs)
+    runs = [(name, seed) for seed in preset.race.seeds for name in ARMS if name != "untuned"]
+    runs = [("untuned", preset.race.seeds[0]), *runs]
+    measured = [
+        cache.value(
+            f"{name}-{seed}",
+            lambda name=name, seed=seed: _measure(preset, tokenizer, stretches, lengths, edges, name, seed),
+        )
+        for name, seed in track(runs, "instruction ablation")
+    ]
+    return _write(preset, folder, runs, measured, lengths, edges, [f"{c.source}/{c.name}" for (c,) in stretches])
+
+
+def _measure(
+    preset: Preset,
+    tokenizer: PreTrainedTokenizerBase,
+    stretches: list[list[TokenizedDocument]],
+    lengths: list[int],
+    edges: list[int],
+    name: str,
+    seed: int,
+) -> dict:
+    """Of one arm and seed: labels trained on, answers by length and document, NLL by bucket and document."""
+    arm, labels = ARMS[name], 0
+    model: PreTrainedModel | PeftModel
+    if name == "untuned":
+        model = load_arm(preset, "extended")
+    else:
+        trained = arm.tune(preset, name.replace(", ", "-").replace(" ", "-"), seed)
+        labels = trained.label_tokens
+        scaling = preset.extended_rope if arm.extended else preset.base_rope
+        model = load_arm(preset, "extended", adapter=trained.folder, scaling=scaling)
+    window = 0 if arm.extended else preset.base.window
+    options = {"questions": QUESTIONS, "seed": preset.evaluation.seed}
+    dialogues = held_out_dialogues(stretches, tokenizer, preset.instruction, lengths, **options)
+    read: dict[str, np.ndarray] = {}
+    rows = answers(model, tokenizer, dialogues, window=window, nll=read)
+    nats, tokens = bucket_sums([nll[None] for nll in read.values()], edges) if arm.extended else np.zeros((2, 0))
+    return {"labels": labels, "answers": rows.to_dict("list"), "nats": nats.tolist(), "tokens": tokens.tolist()}
+
+
+def _write(
+    preset: Preset,
+    folder: Path,
+    runs: list[tuple[str, int]],
+    measured: list[dict],
+    lengths: list[int],
+    edges: list[int],
+    documents: list[str],
+) -> Path:
+    rows, arrays = [], {"documents": np.array(documents)}
+    for length in lengths:
+        tables = [pd.DataFrame(one["answers"]).query("length == @length") for one in measured]
+        for measure in ("exact", "words", "log_probability"):
+            by_document = [table.groupby("document")[measure].mean().reindex(documents) for table in tables]
+            arrays[f"{measure}_{length}"] = np.stack([part.to_numpy(float) for part in by_document])
+        for (arm, seed), table in zip(runs, tables, strict=True):
+            means = table[["exact", "words", "log_probability"]].mean()
+            rows.append({"arm": arm, "seed": seed, "length": length, "questions": len(table), **means})
+    nll = [(arm, seed, one) for (arm, seed), one in zip(runs, measured, strict=True) if one["nats"]]
+    positions = [
+        {"arm": arm, "seed": seed, "position_low": low, "position_high": high, "nll": sums / count}
+        for arm, seed, one in nll
+        for low, high, sums, count in zip(
+            edges[:-1], edges[1:], np.sum(one["nats"], axis=0), np.sum(one["tokens"], axis=0), strict=True
+        )
+    ]
+    arrays["nats"] = np.array([one["nats"] for _, _, one in nll])
+    arrays["tokens"] = np.array(nll[0][2]["tokens"])
+    trained = [
+        {"arm": arm, "seed": seed, "labels": one["labels"]} for (arm, seed), one in zip(runs, measured, strict=True)
+    ]
+    write_arrays(folder / f"{SLUG}.npz", arrays)
+    return write_record(
+        folder,
+        SLUG,
+        preset=preset.name,
+        question=QUESTION,
+        tables={
+            "answers": pd.DataFrame(rows),
+            "nll_by_position": pd.DataFrame(positions),
+            "runs": pd.DataFrame(trained),
+        },
+        seeds={"training": preset.race.seeds, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
+        seconds=0.0,
+        provenance={
+            "command": f"python -m experiments instruction --preset {preset.name}",
+            "device": f"{device_name()}, {preset.base.dtype}",
+        },
+    )

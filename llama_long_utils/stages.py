@@ -1,0 +1,47 @@
+"""Numbers of the stages that follow the extension, and the types that all settings share."""
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Share = Annotated[float, Field(gt=0, le=1)]
+ShareOrNone = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Steps = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Instruction:
+    """Instruction tuning: its data, and what replaces the numbers of [training].
+
+    Of its sequences some are long (a document that fills the window, and questions), some plain text; the others are
+    short documents with questions, side by side.
+    """
+
+    steps: Steps = 100
+    sequences_per_step: PositiveInt = 1
+    sequences_at_once: PositiveInt = 1
+    learning_rate: Share = 1e-4
+    warmup_steps: NonNegativeInt = 5
+    checkpoint_every: PositiveInt = 25
+    seed: Seed = 0
+    long_share: ShareOrNone = 0.5
+    text_share: ShareOrNone = 0.0  # all of it is trained on
+    loss_on_prompt: bool = True  # on long documents too, not on answers only (arXiv:2309.16039, Table 9)
+    short_window: PositiveInt = 512  # tokens of a short document with its questions
+    tokens_per_question: PositiveInt = 256
+    quoted_words: PositiveInt = 6  # a question quotes so many
+    answer_words: tuple[PositiveInt, PositiveInt] = (2, 8)  # which follow there, up to a punctuation mark
+
+    def __post_init__(self) -> None:
+        if self.long_share + self.text_share > 1:
+            raise ValueError(
+                f"long_share = {self.long_share} and text_share = {self.text_share} are more than all sequences"
+            )
+        if self.sequences_per_step % self.sequences_at_once:
+            raise ValueError(
+                f"sequences_per_step = {self.sequences_per_step} must be a multiple of sequences_at_once = "
+                f"{self.sequences_at_once}"
+            )

@@ -1,0 +1,185 @@
+"""Instruction tuning of an extended model by TRL's `SFTTrainer`.
+
+TRL masks, cuts and pads; the rest is as in `train_adapter`. Three of its defaults would change the result without a
+word: sequences are cut at 1,024 tokens, a preset of fp32 is trained in bf16, and in 4 bits the trained adapter is
+rounded to bf16. Its own loss is chunked, too, but computes all products twice, and on a CPU those without labels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from llama_long_utils.cache import Cache, digest
+from llama_long_utils.data.instructions import (
+    InstructionSequence,
+    Maker,
+    instruction_sequences,
+    quotation_dialogue,
+)
+from llama_long_utils.data.mixture import Mixture
+from llama_long_utils.data.sequences import TrainingData
+from llama_long_utils.model.adapters import AdapterCard, add_lora, find_adapter, load_adapter, save_adapter
+from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.records import package_versions
+from llama_long_utils.settings import IGNORED_LABEL, Preset, TrainingSettings
+from llama_long_utils.stages import Instruction
+from llama_long_utils.training.adapter import TrainedAdapter, run_or_read
+from llama_long_utils.training.planner import USABLE, plan_training
+from llama_long_utils.training.processes import Division, divide, join_processes, use_one_gpu
+from llama_long_utils.training.trainer import VERSION, Labels, run_key, train
+
+STAGE = "instruction"  # its settings, and its folder in runs/PRESET
+
+
+class InstructionTrainer(SFTTrainer):
+    """With the loss that `patch_loss` put into the model's forward, in place of TRL's own."""
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        return Trainer.compute_loss(self, *arguments, **options)
+
+
+@contextmanager
+def weights_kept(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """TRL rounds what is trained to bf16 where the base has 4 bits: afterwards it is as it was before."""
+    before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if name in before:
+            weight.data = before[name]
+
+
+def instruction_trainer(
+    model: PreTrainedModel | PeftModel,
+    sequences: Sequence[InstructionSequence],
+    division: Division,
+    arguments: dict[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+) -> tuple[Trainer, Labels]:
+    """As `plain_trainer`, by TRL. RuntimeError if TRL would train on other tokens than the sequences say."""
+    config = SFTConfig(
+        **arguments,
+        max_length=window,
+        completion_only_loss=True,  # what counts as completion, the sequences say
+        gradient_checkpointing=False,  # `apply_memory_savings` has switched on what is needed
+        bf16=False,  # `in_compute_dtype` autocasts if the base is bf16
+    )
+    use_one_gpu(config)
+    datasets.disable_progress_bars()
+    columns = {name: [vars(one)[name].tolist() for one in sequences] for name in ("input_ids", "completion_mask")}
+    with weights_kept(model):
+        trainer = InstructionTrainer(
+            model=model,
+            args=config,
+            train_dataset=datasets.Dataset.from_dict(columns),
+            processing_class=tokenizer,
+        )
+    counts = [sum(label != IGNORED_LABEL for label in row[1:]) for row in trainer.train_dataset["labels"]]
+    if counts != [sequence.label_tokens for sequence in sequences]:
+        raise RuntimeError(f"TRL would train on {sum(counts):,} tokens, which are not those of the sequences")
+    own = join_processes().process_index  # batches are dealt out to one process after the other
+    labels = {
+        number: count for number, count in enumerate(counts) if number // division.at_once % division.processes == own
+    }
+    return trainer, labels
+
+
+def instruction_settings(preset: Preset, settings: Instruction, *, extended: bool = True) -> TrainingSettings:
+    """[training] with the numbers of instruction tuning; the base as it is takes sequences of its own window."""
+    numbers = {name: value for name, value in asdict(settings).items() if hasattr(preset.training, name)}
+    training = replace(preset.training, **numbers, reach=preset.training.window, pack=False, self_quoting_share=0.0)
+    if extended:
+        return training
+    window = min(preset.base.window, training.window)
+    many = settings.sequences_per_step * (training.window // window)
+    return replace(training, window=window, reach=window, sequences_per_step=many)
+
+
+def tune_instructions(
+    preset: Preset,
+    *,
+    settings: Instruction | None = None,
+    adapter: Path | str | None = None,
+    extended: bool = True,
+    long_dialogue: Maker = quotation_dialogue,
+    name: str = "quotations",
+    progress: int = 0,
+) -> TrainedAdapter:
+    """Train the extended model's adapter on instructions; as `train_adapter`, in runs/PRESET/instruction.
+
+    Args:
+        settings: in place of the preset's [instruction].
+        adapter: where to begin; default: what `find_adapter` finds.
+        extended: False trains a new adapter on the base with its RoPE as it is, on short sequences.
+        long_dialogue: what makes a long document's dialogue.
+        name: how the run folder's name begins.
+        progress: a line every so many steps; 0: none.
+
+    Raises:
+        ValueError, RuntimeError: as `train_adapter` and `find_adapter`.
+    """
+    settings, state = settings or preset.instruction, join_processes()
+    scaling, training = preset.extended_rope, instruction_settings(preset, settings, extended=extended)
+    if not extended:
+        scaling, settings = preset.base_rope, replace(settings, sequences_per_step=training.sequences_per_step)
+    division = divide(training, state.num_processes)
+    if not state.is_main_process:
+        state.wait_for_everyone()  # until the first has filled the caches
+    base = locate_base(preset)
+    start = find_adapter(preset, adapter) if extended else None
+    plan = plan_training(preset, training, division)
+    wanted = replace(training.memory_savings, optimizer=plan.memory_savings.optimizer)
+    depends_on, training = (replace(training, memory_savings=savings) for savings in (wanted, plan.memory_savings))
+    tokenizer = load_tokenizer(base)
+    mixture = Mixture(preset.data, tokenizer, window=training.window)
+    try:
+        documents = next(mixture.buffers(training))
+    finally:
+        mixture.workers.close()
+    texts = TrainingData(mixture, training, tokenizer)
+    options = {"texts": texts, "long_dialogue": long_dialogue}
+    sequences = instruction_sequences(documents, tokenizer, settings, training.window, **options)
+    base_sha256, began = weights_sha256(base), weights_sha256(start) if start else None
+    data = digest([[one.input_ids, one.completion_mask] for one in sequences])
+    of_base = {"base": base_sha256, "start": began, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
+    runs = Cache(preset.run_folder / STAGE, VERSION, run_key(depends_on, data, **of_base, lora=preset.lora))
+    folder = runs.path(name, {}, "")
+    card = AdapterCard(
+        base=preset.base.source,
+        base_sha256=base_sha256,
+        rope=scaling,
+        data=asdict(preset.data),
+        training={**asdict(training), STAGE: asdict(settings), "lora": asdict(preset.lora), "start": began},
+        versions=package_versions(),
+    )
+
+    def work() -> list[dict[str, float]]:
+        model = load_base(base, scaling, dtype=preset.base.dtype, attention=training.attention)
+        model = (
+            load_adapter(model, start, base, trainable=True)
+            if start
+            else add_lora(model, preset.lora, seed=settings.seed)
+        )
+        build = partial(instruction_trainer, tokenizer=tokenizer, window=training.window)
+        room = preset.memory_gib * USABLE - plan.device_gib
+        log = train(model, sequences, training, folder, report_every=progress, gaps_gib=room / 2, build=build)
+        check_rope(model, scaling)
+        if log[-1]["tokens"] != sum(one.label_tokens for one in sequences):
+            raise RuntimeError(f"{log[-1]['tokens']:,} tokens were trained on, not all that the sequences have")
+        card.training.update(tokens=log[-1]["tokens"], run=folder.name)
+        if state.is_main_process:
+            save_adapter(model, card, folder / "adapter")
+        return log
+
+    log = run_or_read(runs, name, work)
+    return TrainedAdapter(folder / "adapter", log, training, int(log[-1]["tokens"]))
