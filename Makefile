@@ -5,13 +5,14 @@ PRESET ?= tiny
 # Two small notebooks at a time take less time than one on two threads; a large model has the machine to itself.
 WORKERS ?= $(if $(filter tiny,$(PRESET)),2,1)
 
-.PHONY: run test test-slow test-rehearsal test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
+.PHONY: run test test-slow test-rehearsal test-rehearsal-long test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
 
 help:
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
 	@echo "make test        install, then all tests, notebooks included"
 	@echo "make test-slow   runs that are killed at 23 moments, disturbed and attacked (two minutes)"
-	@echo "make test-rehearsal  preset llama2-7b from a hub on this machine to notebook 8, with a doll of the model"
+	@echo "make test-rehearsal  preset llama2-7b from a hub on this machine to notebook 8, with a doll of the model (four minutes)"
+	@echo "make test-rehearsal-long  the same with llama3.1-8b, on sequences of 131,072 tokens (half an hour)"
 	@echo "make test-browser  JupyterLab in headless Chromium: Run All, bars, the control, the panel, links, an interruption (three minutes)"
 	@echo "make lab         install, then open the notebooks in JupyterLab"
 	@echo "make data        fetch the corpora into data/cache (part of the installation)"
@@ -42,7 +43,10 @@ test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slow
 
 test-rehearsal: $(INSTALLED)
-	$(BIN)/python -m pytest tests/rehearsal
+	$(BIN)/python -m pytest tests/rehearsal -m "not long"
+
+test-rehearsal-long: $(INSTALLED)
+	$(BIN)/python -m pytest tests/rehearsal -m long
 
 test-browser: $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,browser]"

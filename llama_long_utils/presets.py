@@ -56,9 +56,10 @@ def _read(name: str, *inheriting: str) -> dict[str, Any]:
         raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {known}{closest(like, known)}")
     if not like:
         return values
-    inherited, own = _read(like, name, *inheriting), _section(values, "extension")
-    if "window" in own and "rope_base" not in own:  # which then follows the window
-        _section(inherited, "extension").pop("rope_base", None)
+    inherited = _read(like, name, *inheriting)
+    for section, given, follows in (("extension", "window", "rope_base"), ("data", "sources", "held_out")):
+        if given in _section(values, section):
+            _section(inherited, section).pop(follows, None)
     return _merged(inherited, values)
 
 
@@ -163,7 +164,8 @@ def _check_consistency(preset: Preset) -> None:
     unknown = set(preset.data.held_out) - set(sources) - {PurePath(source).name for source in sources}
     if unknown:
         raise ValueError(
-            f"{where}: data.held_out names {sorted(unknown)}, which data.sources = {sources} does not have"
+            f"{where}: data.held_out names {sorted(unknown)}, which data.sources = {sources} does not have: name "
+            "those, or leave held_out out for eight documents"
         )
     edges, tokens = evaluation.bucket_edges, evaluation.tokens
     if tokens <= preset.base.window:

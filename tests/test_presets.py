@@ -68,14 +68,16 @@ def test_dtype_auto_is_what_this_machine_multiplies_fastest(tmp_path, monkeypatc
 
 def test_a_preset_that_is_like_another_states_only_what_differs(folder):
     (folder / "mine.toml").write_text(
-        'like = "tiny"\n[extension]\nwindow = 2048\n[data]\nsources = ["sotu"]\nheld_out = { sotu = 2 }\n'
+        'like = "tiny"\n[extension]\nwindow = 2048\n[data]\nsources = ["sotu", "shakespeare"]\n'
         "[retrieval.tasks]\nkeys = 7\n"
     )
     tiny, mine = load_preset("tiny"), load_preset("mine")
     assert mine.name == "mine"
     assert (mine.extension.window, mine.training.window, mine.retrieval.lengths[-1]) == (2048, 2048, 2048)
     assert (mine.retrieval.tasks.keys, mine.retrieval.tasks.depths) == (7, tiny.retrieval.tasks.depths)
-    assert mine.data == dataclasses.replace(tiny.data, sources=["sotu"], held_out={"sotu": 2})
+    assert mine.data == dataclasses.replace(
+        tiny.data, sources=["sotu", "shakespeare"], held_out={"sotu": 4, "shakespeare": 4}
+    )
     assert mine.extension.rope_base == raised_base(64, 1e4, 512, 2048) != tiny.extension.rope_base  # it follows
     assert (mine.base, mine.lora) == (tiny.base, tiny.lora)
 
@@ -95,7 +97,10 @@ def test_a_preset_that_is_like_none_is_refused(folder, like, message):
     [
         ("[extension]\nwindw = 2048", r"unknown key 'extension.windw' \(did you mean 'window'\?\)"),
         ("window = 2048", r"unknown key 'window' \(it is a key of \[base\] or \[extension\] or \[training\]\)"),
-        ('[data]\nsources = ["sotu"]', r"data.held_out names \['shakespeare'\], which data.sources = \['sotu'\] does"),
+        (
+            "[data]\nheld_out = { sotus = 2 }",
+            r"data.held_out names \['sotus'\], which .*: name those, or leave held_out",
+        ),
         ('[[data.sources]]\nname = "sotu"\nwight = 1.0', r"'data.sources.0.wight' \(did you mean 'weight'\?\)"),
         ("[evaluation]\ntokens = 512", "evaluation.tokens = 512 is not above base.window = 512"),
     ],

@@ -64,6 +64,8 @@ def next_sentence(*, max_seq_lengths: Sequence[int], preset: str, count: int, **
     tokenizer = load_tokenizer(locate_base(settings))
     _, held_out = read_documents(settings.data, tokenizer)
     rows = next_sentence_rows(held_out, tokenizer, max_seq_lengths, count=count, seed=settings.evaluation.seed)
+    if left_out := sorted({*max_seq_lengths} - {row["max_length"] for row in rows}):
+        print(f"not asked at {left_out} tokens: no held-out document has more than twice as many")
     return {"test": Dataset.from_list(rows)}
 
 
@@ -192,19 +194,21 @@ def next_sentence_rows(
     They lie outside of what is shown and not right behind it. At every length the same sentence is asked for.
 
     Args:
-        lengths: tokens of the prompt and the longest choice, about.
+        lengths: tokens of the prompt and the longest choice, about; those that no document is long enough for, which
+            has to have more than twice as many, are left out.
         count: questions at each length, from the documents in turn; fewer where a document has no fitting sentences.
 
     Raises:
-        ValueError: no document is long enough.
+        ValueError: no document is long enough for any of them.
     """
-    fitting = [document for document in documents if document.tokens > 2 * max(lengths)]
-    if not fitting:
-        longest = max((document.tokens for document in documents), default=0)
+    longest = max((document.tokens for document in documents), default=0)
+    fewest, lengths = min(lengths), [length for length in lengths if 2 * length < longest]
+    if not lengths:
         raise ValueError(
-            f"no document has more than {2 * max(lengths):,} tokens (the longest of {len(documents)} has {longest:,}): "
+            f"no document has more than {2 * fewest:,} tokens (the longest of {len(documents)} has {longest:,}): "
             "ask at shorter lengths or hold out longer documents"
         )
+    fitting = [document for document in documents if document.tokens > 2 * max(lengths)]
     rows = []
     for number in range(count):
         document = fitting[number % len(fitting)]
