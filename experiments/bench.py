@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoTokenizer,
@@ -234,6 +233,8 @@ def common_arguments(dtype: str, steps: int, folder: str, on_gpu: bool = False) 
 
 def run_trainer(model: Any, ids: np.ndarray, dtype: str, folder: str, on_gpu: bool = False) -> dict:
     """As PEFT's guide to quantisation and transformers' guide to its `Trainer` show it."""
+    from datasets import Dataset  # as for TRL: a machine without them measures the others
+
     model = prepare_model_for_kbit_training(model)
     settings = LoraConfig(task_type="CAUSAL_LM", r=LORA.rank, lora_alpha=LORA.alpha, target_modules=MODULES)
     model = get_peft_model(model, settings)
@@ -250,16 +251,17 @@ def run_trainer(model: Any, ids: np.ndarray, dtype: str, folder: str, on_gpu: bo
     return {"seconds": timer.seconds, "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
 
 
-def run_trl(model: Any, ids: np.ndarray, dtype: str, folder: str) -> dict:
+def run_trl(model: Any, ids: np.ndarray, dtype: str, folder: str, on_gpu: bool = False) -> dict:
     """TRL's trainer with its defaults: chunked loss and gradient checkpointing."""
-    from trl import SFTConfig, SFTTrainer  # needed here only, and not installed for the tests
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
     timer = StepTimer()
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**common_arguments(dtype, len(ids), folder), max_length=ids.shape[1], packing=False),
+        args=SFTConfig(**common_arguments(dtype, len(ids), folder, on_gpu), max_length=ids.shape[1], packing=False),
         train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
-        processing_class=AutoTokenizer.from_pretrained(FOLDER / "base"),
+        processing_class=AutoTokenizer.from_pretrained(REPOSITORY / "data" / "tiny-llama"),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=LORA.rank, lora_alpha=LORA.alpha, target_modules=MODULES),
         callbacks=[timer],
     )

@@ -1,9 +1,10 @@
-"""Training steps on one GPU against the ledger, the longest context under a cap, and the `Trainer` beside them.
+"""Training steps on one GPU against the ledger, the longest context under a cap, and other trainers beside them.
 
 `make gpu` needs CUDA, nothing of the hub, and nine minutes on an H200. Each measurement is a line of
 runs/gpu/measurements.jsonl, and in the record beside that file, before the next begins: whenever the command is
 stopped, what was measured is there, and the same command continues. What will not end in time is not started.
-Weights are random, in NF4: of what is measured here nothing depends on them.
+Weights are random, in NF4: of what is measured here nothing depends on them. At the end SmolLM2 trains for what time
+is left. A library that is missing (TRL, datasets) leaves out the rows that need it, and the line says which.
 """
 
 import json
@@ -22,8 +23,9 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
 from transformers import LlamaConfig
 
-from experiments.bench import MODULES, PLAIN, run_trainer
+from experiments.bench import MODULES, PLAIN, run_trainer, run_trl
 from experiments.gpu_checks import Machine, Row, kernels, run_checks
+from experiments.gpu_training import train_for
 from llama_long_utils.records import write_record
 from llama_long_utils.settings import Lora
 from llama_long_utils.training import planner
@@ -32,12 +34,14 @@ from llama_long_utils.training.planner import Plan
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 
 SLUG = "04_one_gpu_budget"
-OURS, TRAINER = "ours", "Trainer + PEFT"
+OURS = "ours"
+OTHERS = {"Trainer + PEFT": run_trainer, "TRL SFTTrainer": run_trl}
 RANKS = {"Llama 2 7B": 16, "Llama 3.1 8B": 32}
 CAP_GIB = 24.0
 WARM_UP = 1024  # tokens of a first step, which loads kernels and makes the optimizer's state
 START_SECONDS = 5  # of a task: building a model, pinning memory
 SMALLER = 64  # how much shorter contexts are with --doll
+SCRATCH = Path("runs") / "gpu" / "trainer"
 DOLL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 
 
@@ -46,7 +50,7 @@ class Task:
     """A measurement.
 
     Attributes:
-        kind: "checks", "attention" or "step".
+        kind: "checks", "attention", "step" or "training".
         context: tokens; 0 for the longest that is predicted to fit.
         plan: "lean" with every saving, "fit" with the fewest that fit in the memory.
         cap_gib: of torch's allocator; None for all of the device.
@@ -69,13 +73,18 @@ TASKS = (
     Task("step", SEVEN, 8192),
     Task("step", SEVEN, 32_768),
     Task("step", SEVEN, 131_072),
-    *(Task("step", SEVEN, context, "its own", contender=TRAINER) for context in (8192, 16_384, 32_768)),
+    *(
+        Task("step", SEVEN, context, "its own", contender=other)
+        for context in (8192, 16_384, 32_768)
+        for other in OTHERS
+    ),
     Task("step", SEVEN, 8192, "fit"),
     Task("step", SEVEN, 32_768, "fit"),
     Task("step", SEVEN, 65_536),
     Task("step", SEVEN, 32_768, "fit", CAP_GIB),
     Task("step", EIGHT, 32_768, "fit", CAP_GIB),
     Task("step", EIGHT, 78_848, cap_gib=CAP_GIB),
+    Task("training"),
 )
 
 
@@ -105,7 +114,7 @@ class Budget:
             shape = replace(shape, length=(task.context or 131_072) // SMALLER)
         elif not task.context:
             shape = replace(shape, length=planner.longest_context(config, lora, shape, gib))
-        if task.contender == TRAINER:
+        if task.contender in OTHERS:
             savings = replace(PLAIN, recomputed_layers=config.num_hidden_layers)
         elif task.plan == "lean":
             savings = planner.leanest(config, shape.length, PLAIN)
@@ -136,6 +145,10 @@ class Budget:
             return list(run_checks(self.machine))
         if task.kind == "attention":
             return list(kernels(self.machine))
+        if task.kind == "training":
+            self.built = "", None
+            self.machine.forget()
+            return train_for(self.machine, left, SCRATCH, self.config(SEVEN)[0] if self.doll else None)
         shape, plan = self.plan(task)
         row: Row = {"model": task.model, "context": shape.length, "cap_gib": task.cap_gib, "contender": task.contender}
         if task.contender == OURS:  # and what was predicted before attention's workspace was known
@@ -149,16 +162,16 @@ class Budget:
             return [{**row, "skipped": f"it needs {needed:.0f} s, and {left:.0f} s are left"}]
         try:
             seconds = self.step(task, shape)
-        except RuntimeError as error:  # out of memory, mostly
+        except (RuntimeError, ImportError) as error:  # out of memory, mostly
             return [{**row, "error": f"{type(error).__name__}: {error}"[:600]}]
         self.rate = plan.flops / seconds
         speed = {"tokens_per_second": shape.length / seconds, "share_of_bf16_peak": self.rate / self.peak_rate}
         return [{**row, **self.machine.peaks(), "seconds": seconds, **speed}]
 
     def step(self, task: Task, shape: StepShape) -> float:
-        """Seconds of a training step behind a shorter one; of the `Trainer`, of its second step."""
-        if task.contender == TRAINER:
-            return self.trainer_step(task, shape.length)
+        """Seconds of a training step behind a shorter one; of another trainer, of its second step."""
+        if task.contender in OTHERS:
+            return self.other_step(task, shape.length)
         model = self.model(task)
         give_back(PINNED, unlock)
         steps = training_steps(model, shape, [min(WARM_UP, shape.length), shape.length])
@@ -175,16 +188,16 @@ class Budget:
             raise RuntimeError(f"the loss is {loss.item()}")
         return seconds
 
-    def trainer_step(self, task: Task, length: int) -> float:
+    def other_step(self, task: Task, length: int) -> float:
         model = plain_base(self.model(task))
         self.built = "", None  # PEFT changes it
         ids = np.random.default_rng(0).integers(2, model.config.vocab_size, (2, length)).astype(np.int32)
-        scratch = Path("runs") / "gpu" / "trainer"
         self.machine.forget()
         try:
-            return run_trainer(model, ids, "bfloat16", str(scratch), on_gpu=self.machine.on_gpu)["seconds"][-1]
+            found = OTHERS[task.contender](model, ids, "bfloat16", str(SCRATCH), on_gpu=self.machine.on_gpu)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(SCRATCH, ignore_errors=True)
+        return found["seconds"][-1]
 
 
 def give_back(buffers: HostBuffers, release: Callable[[torch.Tensor], Any]) -> None:
@@ -221,29 +234,29 @@ def plain_base(model: PeftModel) -> Any:
 
 
 def measured(out: Path) -> list[Row]:
-    """Rows that are on disk, each with the task that it belongs to; a line that was cut off is left out."""
+    """Rows that are on disk, a line for each task; one that was cut off is left out."""
     rows, path = [], out / "measurements.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
+            rows += json.loads(line)
         except ValueError:
             continue
     return rows
 
 
 def append(out: Path, rows: list[Row]) -> None:
-    """Write rows so that they survive whatever comes next."""
+    """Write a task's rows so that they survive whatever comes next."""
     with (out / "measurements.jsonl").open("a") as stream:
-        stream.write("".join("\n" + json.dumps(row) for row in rows))  # in front: a line that was cut off ends here
+        stream.write("\n" + json.dumps(rows))  # in front: a line that was cut off ends here
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def tables(rows: list[Row]) -> dict[str, pd.DataFrame]:
     """The record's tables from the rows of all tasks, as far as they got."""
-    found = {"checks": [], "attention": [], "steps": []}
+    found = {"checks": [], "attention": [], "steps": [], "training": []}
     for row in rows:
-        kind = {"checks": "checks", "attention": "attention", "step": "steps"}.get(row["kind"])
+        kind = {"step": "steps"}.get(row["kind"], row["kind"])
         if kind and not {"error", "skipped"} & set(row):
             found[kind].append({name: value for name, value in row.items() if name not in ("task", "kind")})
     # Every saving under a cap: the longest of them that ran.
@@ -289,7 +302,7 @@ def run(device: str, seconds: float, out: Path, *, doll: bool = False) -> Path |
         rows = [{**about, **row} for row in budget.rows(task, left=started + seconds - time.monotonic())]
         append(out, rows)
         record = write(out, time.monotonic() - started)
-        for row in rows:
+        for row in rows if task.kind != "training" else rows[-1:]:
             print(summary(row), flush=True)
     return record
 
