@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from conftest import LORA, PLAIN, new_llama
 from experiments.attention import S2_GROUPS, s2_attention
 from llama_long_utils.model.adapters import add_lora
-from llama_long_utils.model.attention import DOCUMENTS, document_starts
+from llama_long_utils.model.attention import DOCUMENTS, _CausalOnCPU, document_starts
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.loss import hidden_states, patch_loss
 from llama_long_utils.settings import MemorySavings
@@ -199,3 +199,53 @@ def test_packed_documents_are_attended_one_by_one(base_folder):
         for begin, end in pairwise(edges):
             alone = hidden_states(model, ids[None, begin:end])[0]
             torch.testing.assert_close(states[begin:end], alone, rtol=1e-4, atol=1e-5)
+
+
+def attended(attend, dtype, *tensors):
+    """The output, and the gradients of queries, keys and values."""
+    grad, *leaves = (tensor.to(dtype, copy=True) for tensor in tensors)
+    output = attend(*(leaf.requires_grad_() for leaf in leaves), 0.1)
+    output.backward(grad)
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def torchs_attention(query, key, value, scale):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+
+@pytest.mark.parametrize(("heads", "shared", "length"), [(9, 3, 700), (4, 4, 512), (8, 2, 130)])
+def test_our_backward_pass_on_cpus_is_torchs(heads, shared, length):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1, length, n, 64, generator=generator).transpose(1, 2) for n in (heads, heads, shared, shared)
+    ]
+    tensors[1] *= 4  # weights that differ
+    exact = attended(torchs_attention, torch.float64, *(tensor.bfloat16() for tensor in tensors))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.015)):
+        rounded = tensors if dtype == torch.float32 else [tensor.bfloat16() for tensor in tensors]
+        ours, theirs = (attended(one, dtype, *rounded) for one in (_CausalOnCPU.apply, torchs_attention))
+        assert torch.equal(ours[0], theirs[0])
+        for found, expected in zip(ours, theirs if dtype == torch.float32 else exact, strict=True):
+            assert (found - expected).norm() <= tolerance * expected.norm(), dtype
+
+
+def names_of(node):
+    """Of the functions in a graph."""
+    waiting, seen = [node], set()
+    while waiting:
+        if (one := waiting.pop()) and one not in seen:
+            seen.add(one)
+            waiting += [before for before, _ in one.next_functions]
+    return {one.name() for one in seen}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "ours"), [("bfloat16", 600, True), ("bfloat16", 64, False), ("float32", 600, False)]
+)
+def test_documents_take_it_in_bf16_where_they_are_long(dtype, length, ours):
+    model, plain = (new_llama(seed=0, num_attention_heads=4, num_key_value_heads=2) for _ in range(2))
+    model.set_attn_implementation(DOCUMENTS)
+    ids = torch.randint(2, 100, (2, length), generator=torch.Generator().manual_seed(0))
+    losses = [one.to(getattr(torch, dtype))(input_ids=ids, labels=ids, use_cache=False).loss for one in (model, plain)]
+    assert ["_CausalOnCPUBackward" in names_of(loss.grad_fn) for loss in losses] == [ours, False]
+    assert torch.equal(*losses)

@@ -2,7 +2,8 @@
 
 transformers' "sdpa" finds the documents in the positions, too, but turns them into a mask of length x length: 1 GiB at
 32,768 tokens, with which torch leaves its fastest kernels. Here each document is a call without a mask. torch's context
-parallelism takes neither packed sequences nor a CPU; ours is `ContextShare`.
+parallelism takes neither packed sequences nor a CPU; ours is `ContextShare`. In bf16 on a CPU the backward pass is ours
+(`_CausalOnCPU`).
 """
 
 from bisect import bisect_right
@@ -116,7 +117,7 @@ def document_attention(
         position_ids = share.gather(position_ids, 1)
         key, value = _Gather.apply(key, share), _Gather.apply(value, share)
     starts = document_starts(position_ids)
-    if share.size == 1 and all(row == [0] for row in starts):
+    if share.size == 1 and all(row == [0] for row in starts) and not _is_ours(query, dropout):
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, dropout=dropout)
     starts *= len(query) // len(starts)
     spans, outputs = share.spans(query.shape[2]), []
@@ -138,9 +139,71 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: 
     """Causal attention of one document's last tokens to all of it."""
     # For fewer queries than keys a CPU makes a mask; a GPU's kernel needs none, and the ledger counts what a GPU needs.
     square = query.shape[2] == key.shape[2] or isinstance(query, FakeTensor)
+    if square and _is_ours(query, dropout):
+        return _CausalOnCPU.apply(query, key, value, scaling)
     mask = None if square else causal_lower_right(query.shape[2], key.shape[2])
     options = {"dropout_p": dropout, "scale": scaling, "is_causal": square}
     return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=len(key[0]) < len(query[0]), **options)
+
+
+TILE = 128  # tokens of queries whose weights exist at once
+LEAST = 512  # tokens of a document, below which many small products take longer
+
+
+def _is_ours(query: Tensor, dropout: float) -> bool:
+    small = query.shape[2] < LEAST or isinstance(query, FakeTensor)
+    return not (small or dropout or query.is_cuda) and query.dtype == torch.bfloat16 and query.requires_grad
+
+
+class _CausalOnCPU(torch.autograd.Function):
+    """torch's kernel forwards; backwards products of tiles in bf16, for which CPUs have instructions.
+
+    torch's own backward kernel took 1.9 times as long (2,048 tokens of SmolLM2's heads, AVX512-BF16, one thread). A
+    product rounds its result to bf16. So what is subtracted from it, the logsumexp of the scores, is one more column of
+    the factors, in two parts: then weights that count are rounded where they are near 1, not as scores.
+    Shapes: (1, heads, length, head_dim); keys and values may have fewer heads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output, logsumexp = kernel(query, key, value, 0.0, True, scale=scale)
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        future = torch.ones(TILE, TILE, dtype=torch.bool).triu(1)[:, None]
+        delta = (grad.float() * output.float()).sum(-1)
+        heads = [part[0].split(groups) for part in (query * ctx.scale, grad, logsumexp, delta)]
+        grad_query = torch.empty(len(key[0]), length * groups, query.shape[3], dtype=query.dtype)
+        grad_key, grad_value = torch.zeros(2, *key.shape[1:]).unbind()
+        for i, (queries, grads, shift, delta) in enumerate(zip(*heads, strict=True)):
+            queries, grads = (part.transpose(0, 1).flatten(0, 1) for part in (queries, grads))  # token after token
+            left = _with_columns(queries, shift.T.flatten()), _with_columns(grads, delta.T.flatten())
+            right = [F.pad(part[0, i], (0, 2), value=-1.0).T for part in (key, value)]
+            for begin in range(0, length, TILE):
+                end = min(begin + TILE, length)
+                rows = slice(begin * groups, end * groups)
+                weights = (left[0][rows] @ right[0][:, :end]).exp_()
+                own = weights.view(end - begin, groups, end)[:, :, begin:]
+                own.masked_fill_(future[: end - begin, :, : end - begin], 0)
+                grad_value[i, :end] += weights.T @ grads[rows]
+                weights *= left[1][rows] @ right[1][:, :end]
+                grad_query[i, rows] = (weights @ key[0, i, :end]).mul_(ctx.scale)
+                grad_key[i, :end] += weights.T @ queries[rows]
+        grad_query = grad_query.unflatten(1, (length, groups)).transpose(1, 2).flatten(0, 1)
+        return grad_query[None], grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None
+
+
+def _with_columns(rows: Tensor, subtracted: Tensor) -> Tensor:
+    """(n, width) and (n,) -> (n, width + 2): the numbers in two parts, as bf16 holds three digits of them."""
+    coarse = subtracted.to(rows.dtype)
+    fine = (subtracted - coarse).to(rows.dtype)
+    return torch.cat([rows, coarse[:, None], fine[:, None]], dim=1)
 
 
 def document_starts(position_ids: Tensor) -> list[list[int]]:
