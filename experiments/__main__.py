@@ -72,6 +72,11 @@ def arguments() -> argparse.Namespace:
     )
     for command in (race, arm, longrope, bases, trainings, quoting, instruction, dose):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
+    pretraining = commands.add_parser(
+        "pretraining", help="small models from scratch, short sequences first, and data mixes, for notebook 12 (hours)"
+    )
+    pretraining.add_argument("--cell", nargs=3, metavar=("SIZE", "ARM", "SEED"), help="measure this one only")
+    pretraining.add_argument("--finished", action="store_true", help="join the cells that are measured, and no others")
     commands.add_parser("bench", help="measure training steps beside other trainers, for notebook 4 (two hours)")
     gpu = commands.add_parser(
         "gpu", help="measure training steps on a GPU against the ledger, for notebook 4 (9 minutes)"
@@ -174,6 +179,13 @@ def run(asked: argparse.Namespace) -> Path | None:
         return gpu_budget.run(asked.device, asked.seconds, asked.out, doll=asked.doll)
     if asked.command == "dose":
         return run_dose_checked(preset, asked)
+    if asked.command == "pretraining":
+        from experiments import pretraining
+
+        if asked.cell:
+            size, arm, seed = asked.cell
+            return pretraining.run_cell(pretraining.checked_cell(size, arm, seed))
+        return pretraining.run_all(RESULTS / "tiny", finished=asked.finished)
     if asked.command == "bench":
         from experiments import bench
 

@@ -22,6 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
+from experiments.pretraining_results import collect
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import read_documents
@@ -49,14 +50,24 @@ SHORT_BASE, LONG_BASE = PRESET.base.rope_base, PRESET.extension.rope_base
 RUNS = PRESET.run_folder / "pretraining"
 SEEDS = (0, 1, 2)
 SWITCHES = {"long": 0.0, "switch-20": 0.2, "switch-40": 0.4, "switch-80": 0.8, "switch-95": 0.95, "short": 1.0}
+MIXES = {  # texts of the long rows, of the short rows, share of long rows (pretraining_mix.py)
+    "original": ("speeches and plays", "bible", 0.5),
+    "long-removed": ("speeches and plays", "bible", 0.0),
+    "shredded": ("speeches and plays", "bible", 0.5),
+    "upweighted": ("speeches and plays", "bible", 0.8),
+    "other-domain": ("python", "python", 0.5),
+    "better": ("speeches and plays", "speeches and plays", 0.5),
+}
 CONTINUED = "continued"  # the arm "short", then trained on long sequences until it has cost what "switch-80" costs
+ARMS = (*SWITCHES, CONTINUED, *(f"mix-{mix}" for mix in MIXES))
 EDGES = [1, 16, 64, 128, 256, 512, 1024, 2048, 4096]  # of the positions' buckets
-STRETCHES = 3  # of each held-out document, at most
+BF16 = "bf16 autocast"
+STRETCHES = 2  # of each held-out document, at most
 
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of a model, which has Llama's proportions and ties its embeddings."""
+    """The shape of a model, which has Llama's proportions."""
 
     hidden: int
     layers: int
@@ -66,10 +77,10 @@ class Size:
 
 
 SIZES = {
-    "doll": Size(64, 2, 2, 4e-3, steps=20),
-    "0.2M": Size(64, 2, 2, 4e-3),
-    "0.7M": Size(128, 2, 2, 3e-3),
-    "4M": Size(256, 4, 4, 2e-3),
+    "doll": Size(64, 2, 2, 7e-3, steps=120),
+    "0.4M": Size(64, 2, 2, 7e-3),
+    "0.9M": Size(128, 2, 2, 3e-3),  # not tuned: at 5e-3 the long arm ended at 5.06 nats, above that of 0.4M
+    "4M": Size(256, 4, 4, 3e-3),
 }
 
 
@@ -84,6 +95,44 @@ class Cell:
         """Where it is once it is measured, named by what its numbers depend on."""
         key = digest(VERSION, SIZES[self.size], self.arm, long_settings(self.size, self.seed), PRESET.data, EDGES)
         return RUNS / "cells" / f"{self.size}-{self.arm}-{self.seed}-{key[:8]}.json"
+
+    @property
+    def short_owner(self) -> "Cell | None":
+        """The cell "short" whose training this one begins with: two processes must not train it at a time."""
+        first = 0 if self.arm.startswith("mix-") else self.seed
+        return None if self.arm in ("long", "short") else Cell(self.size, "short", first)
+
+
+def checked_cell(size: str, arm: str, seed: str) -> Cell:
+    """A cell by the words of a command line; ValueError if there is none of these names."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}: use one of {list(SIZES)}")
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
+    if not seed.isdigit():
+        raise ValueError(f"{seed!r} is no seed: give a whole number from 0 on")
+    return Cell(size, arm, int(seed))
+
+
+def all_cells() -> list[Cell]:
+    """The cells of the record, those that decide first: curriculum, data mix, the curriculum at a second size."""
+    smallest, second = "0.4M", "0.9M"
+    curriculum = [*SWITCHES, CONTINUED]
+    cells = [Cell(smallest, arm, seed) for seed in SEEDS for arm in curriculum]
+    cells += [Cell(smallest, f"mix-{mix}", seed) for seed in SEEDS for mix in MIXES]
+    return cells + [Cell(second, arm, seed) for seed in SEEDS for arm in curriculum]
+
+
+def run_all(folder: Path, *, finished: bool) -> Path:
+    """Measure every cell that has no record yet, unless only `finished` ones are asked for; join them in `folder`."""
+    cells = [cell for cell in all_cells() if not finished or cell.record.is_file()]
+    for number, cell in enumerate(cells, start=1):
+        run_cell(cell)
+        print(f"[{number}/{len(cells)}] {cell.size} {cell.arm}, seed {cell.seed}", flush=True)
+    from experiments.pretraining_context import measured_contexts
+
+    contexts = measured_contexts([cell for cell in cells if cell.arm == "long"], finished=finished)
+    return collect([cell.record for cell in cells], folder, contexts)
 
 
 def flops_per_token(layers: int, hidden: int, length: int) -> float:
@@ -143,20 +192,25 @@ def texts() -> tuple[PreTrainedTokenizerBase, list[TokenizedDocument], list[Toke
     return tokenizer, training, held_out
 
 
-def cut_short(rows: list[TrainingSequence]) -> list[TrainingSequence]:
-    """The same tokens as texts of their own of 512 tokens, each with BOS in place of its first token."""
+def cut(row: TrainingSequence, length: int) -> TrainingSequence:
+    """A sequence with the same tokens as texts of `length` tokens, each with BOS in place of its first token."""
     tokenizer = texts()[0]
-    return [
-        join_pieces([part], SHORT, tokenizer.eos_token_id, tokenizer.bos_token_id)
-        for row in rows
-        for part in row.input_ids.reshape(-1, SHORT)
-    ]
+    pieces = list(row.input_ids.reshape(-1, length))
+    return join_pieces(pieces, row.input_ids.size, tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+def cut_short(rows: list[TrainingSequence]) -> list[TrainingSequence]:
+    """The same tokens as sequences of 512."""
+    pieces = (piece for row in rows for piece in row.input_ids.reshape(-1, SHORT))
+    tokenizer = texts()[0]
+    return [join_pieces([piece], SHORT, tokenizer.eos_token_id, tokenizer.bos_token_id) for piece in pieces]
 
 
 def new_model(size: str, rope_base: float, seed: int) -> LlamaForCausalLM:
-    """The untrained model: equal weights for equal seeds. Its decoder multiplies in bf16, its weights are fp32.
+    """The untrained model: equal weights for equal seeds.
 
-    With one thread bf16 is 1.3 times as fast as fp32 at 0.2M parameters and twice as fast at 4M.
+    Its weights are fp32, its decoder multiplies in bf16: with one thread of a CPU that has bf16 instructions that is
+    1.3 times as fast at 0.4M parameters, twice as fast at 4M. The doll multiplies in fp32, as any CPU can.
     """
     shape, tokenizer = SIZES[size], texts()[0]
     set_seed(seed)
@@ -169,14 +223,19 @@ def new_model(size: str, rope_base: float, seed: int) -> LlamaForCausalLM:
             num_attention_heads=shape.heads,
             max_position_embeddings=LONG,
             rope_parameters={"rope_type": "default", "rope_theta": rope_base},
-            tie_word_embeddings=True,
+            initializer_range=0.05,  # 5.15 nats after 600,000 tokens at 0.4M; 5.34 with 0.125
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    decoder = model.model
-    decoder.forward = torch.autocast("cpu", torch.bfloat16)(decoder.forward)
+    decoder, bf16 = model.model, arithmetic(size) == BF16
+    decoder.forward = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(decoder.forward)
     return model
+
+
+def arithmetic(size: str) -> str:
+    """What the products of training are computed in."""
+    return "fp32" if size == "doll" else BF16
 
 
 def begin_with(checkpoint: Path, folder: Path) -> None:
@@ -197,9 +256,9 @@ def timed_training(
     """
     before, _ = last_whole_checkpoint(folder)
     first, clock = int(before.name.split("-")[1]) if before else 0, folder / "seconds.json"
-    if first == until and clock.is_file():  # measured before
+    if first == until:  # trained before
         log = train(model, rows, settings, folder) if until == settings.steps else []
-        return log, json.loads(clock.read_text())
+        return log, json.loads(clock.read_text()) if clock.is_file() else float("nan")
     begin = time.process_time()
     log = train(model, rows, settings, folder, stop_after=until)
     seconds = (time.process_time() - begin) / max(until - first, 1)
@@ -211,7 +270,8 @@ def short_part(size: str, seed: int, until: int) -> tuple[Path, float]:
     """The folder of a run on short sequences that has come to step `until`, and its seconds per step."""
     settings = long_settings(size, seed)
     folder = RUNS / "short" / f"{size}-{seed}-{digest(VERSION, SIZES[size], settings, PRESET.data)[:8]}-{until}"
-    earlier = [round(share * settings.steps) for share in SWITCHES.values() if 0 < share * settings.steps < until]
+    switches = {round(share * settings.steps) for share in SWITCHES.values()}
+    earlier = [switch for switch in switches if 0 < switch < until]
     if earlier and not folder.exists():
         before, _ = short_part(size, seed, max(earlier))
         begin_with(last_whole_checkpoint(before)[0], folder)
@@ -231,43 +291,40 @@ def run_cell(cell: Cell) -> Path:
     if cell.record.is_file():
         read_record(cell.record)
         return cell.record
-    settings = long_settings(cell.size, cell.seed)
-    steps = settings.steps
-    switch = round(SWITCHES.get(cell.arm, 1.0) * steps)
-    seconds = {"short": 0.0, "long": 0.0}
-    folder = RUNS / "long" / cell.record.stem
-    if switch:
-        before, seconds["short"] = short_part(cell.size, cell.seed, switch)
-        checkpoint = last_whole_checkpoint(before)[0]
+    settings, mix = long_settings(cell.size, cell.seed), cell.arm.removeprefix("mix-")
+    later = cell.arm == CONTINUED or mix != cell.arm  # trained on, as another run, from the end of "short"
+    switch = round(SWITCHES.get(cell.arm, 1.0) * settings.steps)
     model = new_model(cell.size, SHORT_BASE if cell.arm == "short" else LONG_BASE, cell.seed)
-    long_steps = steps - switch
-    if cell.arm == CONTINUED:
-        long_steps = continued_steps(cell.size)
-        settings = replace(
-            settings,
-            steps=long_steps,
-            learning_rate=settings.learning_rate / 2,
-            warmup_steps=max(long_steps // 20, 1),
-            seed=cell.seed + 1000,  # other sequences than before
-        )
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(checkpoint).state_dict())
-    elif switch == steps:
+    folder, seconds, rows = RUNS / "long" / cell.record.stem, {"short": 0.0, "long": 0.0}, []
+    if switch:
+        before, seconds["short"] = short_part(cell.size, 0 if mix != cell.arm else cell.seed, switch)
+        checkpoint = last_whole_checkpoint(before)[0]
+    if switch == settings.steps:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(checkpoint).state_dict())
         log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-        log = [row for row in log if "loss" in row]
     elif switch:
         begin_with(checkpoint, folder)
-    if long_steps:
-        log, seconds["long"] = timed_training(model, long_rows(settings), settings, folder, settings.steps)
+    if later:
+        settings = later_settings(cell)
+    if mix != cell.arm:
+        from experiments.pretraining_mix import mix_rows
+
+        model.set_attn_implementation("documents")
+        rows = mix_rows(mix, settings)
+    elif later or switch < settings.steps:
+        rows = long_rows(settings)
+    if rows:
+        log, seconds["long"] = timed_training(model, rows, settings, folder, settings.steps)
+        model.set_attn_implementation("sdpa")
     del model.model.forward  # measured in fp32
     shape = SIZES[cell.size]
-    cost = {**asdict(cell), "parameters": model.num_parameters(), "short_steps": switch, "long_steps": long_steps}
-    parts = ((switch, SHORT), (long_steps, LONG))
-    cost["tokens"] = LONG * (switch + long_steps)
-    cost["flops"] = sum(LONG * n * flops_per_token(shape.layers, shape.hidden, length) for n, length in parts)
-    cost["flops_counted"] = sum(LONG * n * counted_flops(model, length) for n, length in parts)
-    cost["seconds"] = switch * seconds["short"] + long_steps * seconds["long"]
-    loss = pd.DataFrame([{"step": int(row["step"]), "loss": row["loss"]} for row in log])
+    lengths = [SHORT] * switch + [int(row.position_ids.max()) + 1 for row in rows[0 if later else switch :]]
+    cost = {**asdict(cell), "parameters": model.num_parameters(), "tokens": LONG * len(lengths)}
+    cost |= {"short_steps": switch, "long_steps": len(lengths) - switch}
+    cost["flops"] = sum(LONG * flops_per_token(shape.layers, shape.hidden, length) for length in lengths)
+    cost["flops_counted"] = sum(LONG * counted_flops(model, length) for length in lengths)
+    cost["seconds"] = switch * seconds["short"] + cost["long_steps"] * seconds["long"]
+    loss = pd.DataFrame([{"step": int(row["step"]), "loss": row["loss"]} for row in log if "loss" in row])
     return write_record(
         cell.record.parent,
         cell.record.stem,
@@ -276,8 +333,15 @@ def run_cell(cell: Cell) -> Path:
         tables={"nll": measure(model), "loss": loss, "cost": pd.DataFrame([cost])},
         seeds={"training": cell.seed, "evaluation": PRESET.evaluation.seed, "split": PRESET.data.split_seed},
         seconds=cost["seconds"],
-        provenance={"command": f"python -m experiments pretraining {cell.size} {cell.arm} {cell.seed}"},
+        provenance={"command": f"python -m experiments pretraining --cell {cell.size} {cell.arm} {cell.seed}"},
     )
+
+
+def later_settings(cell: Cell) -> TrainingSettings:
+    """Of another run after the end of "short": half the learning rate, a warm-up and a decay of its own."""
+    settings = long_settings(cell.size, cell.seed + 1000)  # other sequences than before
+    steps = continued_steps(cell.size) if cell.arm == CONTINUED else settings.steps // 4
+    return replace(settings, steps=steps, learning_rate=settings.learning_rate / 2, warmup_steps=max(steps // 20, 1))
 
 
 def continued_steps(size: str) -> int:

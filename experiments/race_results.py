@@ -79,6 +79,26 @@ def _attention_groups(settings: TrainingSettings) -> Iterator[tuple[slice, float
         yield slice(max(start, 0), min(start + group, window)), 0.5
 
 
+def mean_over_seeds(values: np.ndarray, weights: np.ndarray, bootstrap: Bootstrap) -> dict[str, float]:
+    """Weighted mean of values (seeds, documents), and bounds that resample both: NaN of documents below `FEWEST`."""
+    seeds, documents = values.shape
+    mean = float(values.mean(axis=0).sum() / weights.sum())
+    if documents < FEWEST:
+        return {"value": mean, "low": math.nan, "high": math.nan}
+    of_seeds, of_documents = resampled(seeds, documents, bootstrap)
+    means = np.einsum("bs,sd,bd->b", of_seeds, values, of_documents) / (of_documents @ weights)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"value": mean, "low": float(low), "high": float(high)}
+
+
+def resampled(seeds: int, documents: int, bootstrap: Bootstrap) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sample of the bootstrap, the share of every seed and how often it draws every document."""
+    of_documents = dataclasses.replace(bootstrap, units=documents).weights()
+    generator = np.random.default_rng(bootstrap.seed)
+    of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(of_documents)) / seeds
+    return of_seeds, of_documents
+
+
 @dataclass(frozen=True)
 class RaceResults:
     """The race as recorded: `arms` has a row for each arm, in the order of the arrays' first axis.
@@ -149,17 +169,8 @@ class RaceResults:
         return pd.DataFrame(rows, columns=["method", "training", "measure", "value", "low", "high"])
 
     def mean(self, values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        """Weighted mean of values (seeds, documents), and its bounds: NaN of fewer documents than `FEWEST`."""
-        seeds, documents = values.shape
-        mean = float(values.mean(axis=0).sum() / weights.sum())
-        if documents < FEWEST:
-            return {"value": mean, "low": math.nan, "high": math.nan}
-        of_documents = dataclasses.replace(self.bootstrap, units=documents).weights()
-        generator = np.random.default_rng(self.bootstrap.seed)
-        of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(of_documents)) / seeds
-        means = np.einsum("bs,sd,bd->b", of_seeds, values, of_documents) / (of_documents @ weights)
-        low, high = np.percentile(means, [2.5, 97.5])
-        return {"value": mean, "low": float(low), "high": float(high)}
+        """`mean_over_seeds` by this race's bootstrap."""
+        return mean_over_seeds(values, weights, self.bootstrap)
 
     def _rows(self, method: str, training: str) -> np.ndarray:
         return np.flatnonzero((self.arms.method == method) & (self.arms.training == training))

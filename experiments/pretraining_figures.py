@@ -1,0 +1,168 @@
+"""The figures and tables of notebook 12."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.pretraining_results import PLACES, PretrainingResults
+from llama_long_utils.figures import (
+    AMBER,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    PURPLE,
+    RED,
+    TEAL,
+    intervals,
+    mark_window,
+    plt,
+    save_figure,
+    token_axis,
+)
+from llama_long_utils.notebooks import measured
+
+STYLES = {  # label, colour and marker of every arm
+    "long": ("long throughout", BLACK, "D"),
+    "switch-20": ("switch at 20%", PURPLE, "^"),
+    "switch-40": ("switch at 40%", TEAL, "v"),
+    "switch-80": ("switch at 80%", BLUE, "s"),
+    "switch-95": ("switch at 95%", AMBER, "P"),
+    "short": ("short throughout, in windows", GREY, "o"),
+    "continued": ("short, then a second run", RED, "X"),
+}
+SWITCHED = [name for name in STYLES if name.startswith("switch")]
+
+
+def in_words(table: pd.DataFrame, digits: int) -> list[str]:
+    """The numbers of columns value, low and high, with their intervals."""
+    return [measured(*row, digits=digits) for row in table[["value", "low", "high"]].itertuples(index=False)]
+
+
+def in_percent(found: dict[str, float]) -> str:
+    """A share with its interval, in percent."""
+    return f"{found['value']:.0%} [{found['low']:.0%}, {found['high']:.0%}]"
+
+
+def jumps(results: PretrainingResults, size: str) -> pd.DataFrame:
+    """Training loss minus the long arm's, in nats, mean over seeds: before each switch, at it, and soon after."""
+    rows = []
+    for name in SWITCHED:
+        around = results.spike(size, name)
+        means = {"20 steps before": around[:, :20], "first 2 long steps": around[:, 20:22]}
+        means["long steps 11 to 20"] = around[:, 30:40]
+        rows.append({"arm": STYLES[name][0]} | {when: part.mean() for when, part in means.items()})
+        rows[-1]["seeds"] = len(around)
+    return pd.DataFrame(rows)
+
+
+def draw_switch(
+    loss: pd.DataFrame,
+    switch: int,
+    live: str,
+    results: PretrainingResults,
+    size: str,
+    folder: Path,
+    slug: str,
+    number: str,
+) -> None:
+    """The live run's loss, and the recorded arms' minus the long arm's around their switch."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2))
+    panels[0].plot(loss.step, loss.loss, color=BLUE, linewidth=1)
+    panels[0].axvline(switch + 0.5, color="0.4", linestyle=":")
+    panels[0].set(title=f"live: {live}", xlabel="step", ylabel="training loss (nats)")
+    for name in SWITCHED:
+        around, (label, colour, marker) = results.spike(size, name), STYLES[name]
+        binned = (
+            around[:, : around.shape[1] // 5 * 5].mean(axis=0).reshape(-1, 5).mean(axis=1)
+        )  # the switch is between bins
+        panels[1].plot(5 * np.arange(len(binned)) - 18, binned, color=colour, marker=marker, markersize=4, label=label)
+    panels[1].axvline(-0.5, color="0.4", linestyle=":")
+    panels[1].axhline(0, color="0.35", linewidth=1)
+    panels[1].set(title=f"recorded: {size}, minus long throughout", xlabel="steps since the switch")
+    panels[1].set_ylabel("difference in loss (nats)")
+    panels[1].legend(fontsize=9)
+    caption = (
+        "Training loss at the switch. Left: the live run. Right: recorded by us, means over seeds and five steps. "
+    )
+    caption += "Dotted: where long sequences begin."
+    alt = (
+        "Left, a falling loss with its switch marked. Right, loss minus the long arm's around each switch, four curves."
+    )
+    save_figure(figure, folder, slug, number, caption, alt)
+
+
+def draw_quality(
+    table: pd.DataFrame, size: str, published: dict[str, Any], folder: Path, slug: str, number: str
+) -> None:
+    """NLL minus the long arm's against operations, and the paper's Tables 10 and 11 beside it."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(3, 2))
+    for row in table.itertuples():
+        label, colour, marker = STYLES[row.arm]
+        place = row.flops + 0.015 * (row.arm == "continued")  # which costs what a switch does
+        panels[0].vlines(place, row.low, row.high, color=colour)
+        panels[0].scatter(place, row.value, color=colour, marker=marker, s=44, label=label, zorder=3)
+        panels[0].scatter([place] * len(row.each), row.each, facecolors="none", edgecolors=colour, s=16)
+    panels[0].set(title=f"ours, {size}", ylabel="NLL minus long throughout (nats)")
+    flops, perplexity = np.array(published["table_10"]["flops"]), published["table_11"]
+    theirs = np.log(pd.DataFrame(perplexity["rows"], columns=perplexity["columns"]))
+    for name, marker, colour in zip(theirs, "osD", (GREEN, PURPLE, AMBER), strict=True):
+        panels[1].plot(flops / flops[0], theirs[name] - theirs[name][0], marker=marker, color=colour, label=name)
+    panels[1].set_title("the paper's, 7B")
+    for panel in panels:
+        panel.axhline(0, color="0.35", linewidth=1)
+        panel.set(xlabel="operations beside long throughout", xlim=(0, 1.05))
+        panel.legend(fontsize=8)
+    caption = "Quality against operations. Left: recorded by us; hollow: seeds, bars: 95% intervals over seeds and "
+    caption += "documents. Right: Tables 10 and 11, published without intervals."
+    alt = "; ".join(
+        f"{STYLES[row.arm][0]}: {row.flops:.0%} of the operations, {row.value:+.3f}" for row in table.itertuples()
+    )
+    save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {alt}.")
+
+
+def draw_positions(results: PretrainingResults, size: str, window: int, folder: Path, slug: str, number: str) -> None:
+    """NLL by position minus that of the long arm, for every arm that reads all positions."""
+    edges = results.arrays["edges"]
+    figure, axes = plt.subplots(figsize=(8, 4.4))
+    for name in [one for one in STYLES if one not in ("long", "short") and results.seeds(size, one, "long")]:
+        places = pairwise(edges)
+        pair = (name, "full"), ("long", "full")
+        line = pd.DataFrame(results.difference(size, *pair, int(low), int(high)) for low, high in places)
+        centre, (label, colour, marker) = np.sqrt(edges[:-1] * edges[1:]), STYLES[name]
+        axes.plot(centre, line.value, color=colour, marker=marker, markersize=5, label=label)
+        if name == "switch-80":
+            axes.fill_between(centre, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(0, color="0.35", linewidth=1)
+    axes.set_ylabel("NLL minus long throughout (nats)")
+    token_axis(axes, [2**k for k in range(2, 13, 2)], "position in the text (tokens)")
+    mark_window(axes, window, "short sequences end")
+    axes.legend(fontsize=8)
+    caption = (
+        f"Held-out NLL by position, {size}, minus that of long sequences throughout, recorded by us; band: 95% over "
+    )
+    caption += "seeds and documents, of the switch at 80%."
+    alt = "A line for each arm over positions 1 to 4,096; zero is the arm that is long throughout."
+    save_figure(figure, folder, slug, number, caption, alt)
+
+
+def draw_mixes(mixes: pd.DataFrame, size: str, folder: Path, slug: str, number: str) -> None:
+    """NLL of every data mix minus the original one's, near and far."""
+    near, far = PLACES["near"], PLACES["far"]
+    styles = {
+        "near": {"label": f"near: positions below {near[1]:,}", "color": GREY, "marker": "o"},
+        "far": {"label": f"far: positions from {far[0]:,} on", "color": BLUE, "marker": "s"},
+    }
+    figure, axes = plt.subplots(figsize=(8, 3.8))
+    intervals(axes, mixes, row="mix", colour="place", zero=0, samples="each", styles=styles)
+    axes.set_xlabel("NLL minus the original mix's (nats)")
+    caption = (
+        f"Data mixes after short pretraining, {size}, recorded by us; hollow: seeds, bars: 95% intervals over seeds "
+    )
+    caption += "and documents. Left of the line is better."
+    parts = mixes[mixes.place == "far"]
+    alt = "; ".join(f"{row.mix} {row.value:+.3f}" for row in parts.itertuples())
+    save_figure(figure, folder, slug, number, caption, f"NLL minus the original mix's, far: {alt}.")

@@ -1,0 +1,252 @@
+"""Reading the pretraining experiment: its record from the cells, and what an arm costs and is worth beside another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import curve_fit
+
+from experiments.race_results import mean_over_seeds, resampled
+from llama_long_utils.evaluation.statistics import Bootstrap
+from llama_long_utils.paths import RESULTS
+from llama_long_utils.presets import load_preset
+from llama_long_utils.records import Record, read_record, read_table, write_arrays, write_record
+
+SLUG = "12_pretraining_curriculum"
+NAMES = ["size", "arm", "seed"]
+SHARES = {"long": 0.0, "switch-20": 0.2, "switch-40": 0.4, "switch-80": 0.8, "switch-95": 0.95}
+
+
+@dataclass(frozen=True)
+class PretrainingResults:
+    """The cells as recorded: `cells` has a row for each, in the order of the arrays' first axis.
+
+    `arrays`: nats (cells, ways, documents, buckets), tokens (documents, buckets), loss (cells, steps; NaN behind the
+    end), documents, edges, ways.
+    """
+
+    cells: pd.DataFrame
+    arrays: dict[str, np.ndarray]
+    bootstrap: Bootstrap
+    record: Record | None = None
+
+    def nats(
+        self, size: str, arm: str, low: int, high: int, way: str = "full"
+    ) -> tuple[dict[int, np.ndarray], np.ndarray]:
+        """Nats of each document by seed, and tokens of each document, at positions [low, high)."""
+        edges, ways = list(self.arrays["edges"]), list(self.arrays["ways"])
+        buckets = slice(edges.index(low), edges.index(high))
+        rows = self.cells[(self.cells["size"] == size) & (self.cells.arm == arm)]
+        nats = self.arrays["nats"][:, ways.index(way), :, buckets].sum(axis=2)
+        return {int(seed): nats[row] for row, seed in rows.seed.items()}, self.arrays["tokens"][:, buckets].sum(axis=1)
+
+    def seeds(self, size: str, *arms: str) -> list[int]:
+        """Seeds of which all these arms were measured."""
+        parts = self.cells[self.cells["size"] == size]
+        return sorted(set.intersection(*(set(parts[parts.arm == arm].seed) for arm in arms)))
+
+    def difference(
+        self, size: str, first: tuple[str, str], second: tuple[str, str], low: int = 1, high: int = 4096
+    ) -> dict[str, Any]:
+        """NLL of one (arm, way) minus another's, paired by seed and document: value, low, high, each seed, seeds."""
+        seeds = self.seeds(size, first[0], second[0])
+        (one, tokens), (other, _) = (self.nats(size, arm, low, high, way) for arm, way in (first, second))
+        change = np.array([one[seed] - other[seed] for seed in seeds])
+        each = list(change.sum(axis=1) / tokens.sum())
+        return {**mean_over_seeds(change, tokens, self.bootstrap), "each": each, "seeds": len(seeds)}
+
+    def cost(self, size: str, arm: str, column: str = "flops") -> float:
+        """Mean over seeds of a column of `cells`."""
+        return float(self.cells[(self.cells["size"] == size) & (self.cells.arm == arm)][column].mean())
+
+    def curriculum(self, size: str) -> pd.DataFrame:
+        """A row for each arm from scratch and the continued one: cost beside "long", NLL minus that of "long".
+
+        "short" is read in windows of its own length, all others with full context.
+        """
+        rows = []
+        for arm in ("long", *list(SHARES)[1:], "short", "continued"):
+            if not self.seeds(size, "long", arm):
+                continue
+            way = "window" if arm == "short" else "full"
+            whole = {name: self.cost(size, arm, name) / self.cost(size, "long", name) for name in COSTS}
+            rows.append({"arm": arm, **whole, **self.difference(size, (arm, way), ("long", "full"))})
+        return pd.DataFrame(rows)
+
+    def saved_at_equal_quality(self, size: str, column: str = "flops") -> dict[str, float]:
+        """Share of operations that the latest switch saves whose NLL is at most EQUAL above "long": value, low, high.
+
+        Between two switches NLL is taken as a straight line. The interval resamples seeds and documents.
+        """
+        shares = np.array(list(SHARES.values()))
+        seeds = self.seeds(size, *SHARES)
+        found = [self.nats(size, arm, 1, 4096) for arm in SHARES]
+        tokens = found[0][1]
+        nats = np.array([[by_seed[seed] for seed in seeds] for by_seed, _ in found])
+        change = nats - nats[:1] - EQUAL * tokens
+        per_share = 1 - self.cost(size, "switch-80", column) / self.cost(size, "long", column)
+        per_share /= SHARES["switch-80"]
+        of_seeds, of_documents = resampled(len(seeds), len(tokens), self.bootstrap)
+        means = np.einsum("bs,asd,bd->ba", of_seeds, change, of_documents) / (of_documents @ tokens)[:, None]
+        drawn = [per_share * latest_equal(shares, row) for row in means]
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        value = per_share * latest_equal(shares, change.mean(axis=1).sum(axis=1) / tokens.sum())
+        return {"value": value, "low": float(low), "high": float(high)}
+
+    def spike(self, size: str, arm: str, before: int = 20, after: int = 60) -> np.ndarray:
+        """Training loss of an arm minus that of "long" at the same step, on the same tokens, around its switch.
+
+        Shape (seeds, before + after), in nats; column `before` is the first long step.
+        """
+        loss, rows = self.arrays["loss"], self.cells[self.cells["size"] == size].set_index(["arm", "seed"], append=True)
+        at = {(arm, seed): row for row, arm, seed in rows.index}
+        seeds = self.seeds(size, arm, "long")
+        switch = int(self.cost(size, arm, "short_steps"))
+        change = np.array([loss[at[arm, seed]] - loss[at["long", seed]] for seed in seeds])
+        return change[:, switch - before : switch + after]
+
+    def mean_nll(self, cell: int) -> float:
+        """NLL of a row of `cells` over all tokens, with full context."""
+        ways = list(self.arrays["ways"])
+        return float(self.arrays["nats"][cell, ways.index("full")].sum() / self.arrays["tokens"].sum())
+
+    def content_and_length(self, size: str) -> pd.DataFrame:
+        """Rows: what is changed between two mixes, and far NLL of the first minus the second: value, low, high."""
+        pairs = {
+            "length alone": ("mix-shredded", "mix-original"),
+            "content, all rows short": ("mix-long-removed", "mix-shredded"),
+            "content, lengths unchanged": ("mix-better", "mix-original"),
+            "more long documents": ("mix-upweighted", "mix-original"),
+        }
+        return pd.DataFrame(
+            {"what is changed": what, "first minus second": " - ".join(arm.removeprefix("mix-") for arm in pair)}
+            | self.difference(size, (pair[0], "full"), (pair[1], "full"), *PLACES["far"])
+            for what, pair in pairs.items()
+            if self.seeds(size, *pair)
+        )
+
+    def mixes(self, size: str) -> pd.DataFrame:
+        """A row for each data mix and place, near or far: NLL minus that of "mix-original"."""
+        names = [arm for arm in dict.fromkeys(self.cells.arm) if arm.startswith("mix-") and arm != "mix-original"]
+        return pd.DataFrame(
+            {"mix": arm.removeprefix("mix-"), "place": place}
+            | self.difference(size, (arm, "full"), ("mix-original", "full"), low, high)
+            for arm in names
+            if self.seeds(size, arm, "mix-original")
+            for place, (low, high) in PLACES.items()
+        )
+
+
+PLACES = {"near": (1, 512), "far": (2048, 4096)}
+LAW_SAMPLES = 300
+EQUAL = 0.01  # nat: a smaller loss is equal quality; one percent less probability
+COSTS = ("flops", "flops_counted", "seconds")
+
+
+def latest_equal(shares: np.ndarray, change: np.ndarray) -> float:
+    """The largest share at which a piecewise linear `change`, at most 0 at the first share, is not above 0."""
+    last = int(np.flatnonzero(change <= 0)[-1])
+    if last + 1 == len(shares):
+        return float(shares[-1])
+    return float(np.interp(0.0, change[last : last + 2], shares[last : last + 2]))
+
+
+def pretraining_results(path: Path | None = None) -> PretrainingResults:
+    """The experiment from its committed record, or another."""
+    record = Record(path or RESULTS / "tiny" / f"{SLUG}.json")
+    arrays = record.arrays
+    evaluation = load_preset("tiny").evaluation
+    bootstrap = Bootstrap(len(arrays["documents"]), evaluation.bootstrap_samples, evaluation.seed)
+    return PretrainingResults(record.table("cells"), arrays, bootstrap, record)
+
+
+def fitted_law(context: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
+    """(alpha, beta, gamma) of L(c) = (alpha / c)^beta + gamma by least squares in log-loss, as in notebook 6."""
+
+    def log_law(context: np.ndarray, log_alpha: float, beta: float, gamma: float) -> np.ndarray:
+        return np.log(np.exp(beta * (log_alpha - np.log(context))) + gamma)
+
+    bounds = ([-20, 0.01, 0], [20, 5, losses.max()])
+    begin = [np.log(20), 0.5, 0.9 * losses.min()]
+    found, _ = curve_fit(log_law, context, np.log(losses), begin, bounds=bounds, max_nfev=20_000)
+    return float(np.exp(found[0])), float(found[1]), float(found[2])
+
+
+def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
+    """A row for each model and seed: the law's numbers, beta with a 95% interval over documents, the misfit in nats.
+
+    `table` has columns model, seed, parameters, document, context, nats, tokens. "saved" is what the longest context
+    saves against the shortest, in nats, with its interval, too.
+    """
+    rows = []
+    for (model, seed), part in table.groupby(["model", "seed"], sort=False):
+        nats, tokens = (part.pivot_table(name, "document", "context").to_numpy() for name in ("nats", "tokens"))
+        context = np.sort(part.context.unique()).astype(float)
+        losses = nats.sum(axis=0) / tokens.sum(axis=0)
+        alpha, beta, gamma = fitted_law(context, losses)
+        weights = replace(bootstrap, units=len(nats), samples=LAW_SAMPLES).weights()
+        drawn = (weights @ nats) / (weights @ tokens)
+        betas, gains = [fitted_law(context, line)[1] for line in drawn], drawn[:, 0] - drawn[:, -1]
+        misfit = np.sqrt(np.mean(((alpha / context) ** beta + gamma - losses) ** 2))
+        row = {"model": model, "seed": int(seed), "parameters": int(part.parameters.iloc[0])}
+        row |= {"alpha": alpha, "beta": beta, "gamma": gamma, "rmse": float(misfit)}
+        row["beta_low"], row["beta_high"] = np.percentile(betas, [2.5, 97.5])
+        row["saved"] = losses[0] - losses[-1]
+        row["saved_low"], row["saved_high"] = np.percentile(gains, [2.5, 97.5])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def collect(records: list[Path], folder: Path, contexts: Sequence[Path] = ()) -> Path:
+    """Join the records of cells and of losses by context to folder/SLUG.json and .npz; ValueError if there is none."""
+    if not records:
+        raise ValueError("no cell is measured yet: leave out --finished, or measure one with --cell")
+    cells = pd.concat([read_table(path, "cost") for path in records], ignore_index=True)
+    tables = [read_table(path, "nll") for path in records]
+    losses = [read_table(path, "loss").loss.to_numpy() for path in records]
+    first = tables[0]
+    documents, ways = list(first.document.unique()), list(first.way.unique())
+    edges = sorted({*first.position_low, *first.position_high})
+    shape = (len(documents), len(ways), len(edges) - 1)
+    nats = np.array([table.nats.to_numpy().reshape(shape).swapaxes(0, 1) for table in tables])
+    loss = np.full((len(records), max(map(len, losses))), np.nan, dtype=np.float32)
+    for row, values in zip(loss, losses, strict=True):
+        row[: len(values)] = values
+    tokens = first.tokens.to_numpy().reshape(shape)[:, 0]
+    arrays = {"nats": nats.astype(np.float32), "tokens": tokens, "loss": loss, "edges": np.array(edges)}
+    write_arrays(folder / f"{SLUG}.npz", arrays | {"documents": np.array(documents), "ways": np.array(ways)})
+    means = nats.sum(axis=2) / tokens.sum(axis=0)
+    by_position = [
+        {**dict(cells.loc[cell, NAMES]), "way": way, "position_low": low, "position_high": high, "value": value}
+        for cell in range(len(cells))
+        for way, line in zip(ways, means[cell], strict=True)
+        for low, high, value in zip(edges[:-1], edges[1:], line, strict=True)
+    ]
+    by_context = {}
+    if contexts:
+        table = pd.concat([read_table(path, "contexts") for path in contexts], ignore_index=True)
+        sums = table.groupby(["model", "seed", "parameters", "context"], sort=False)[["nats", "tokens"]].sum()
+        by_context["context_loss"] = (sums.nats / sums.tokens).rename("value").reset_index()
+        evaluation = load_preset("tiny").evaluation
+        by_context["power_law"] = power_laws(table, Bootstrap(len(documents), LAW_SAMPLES, evaluation.seed))
+    contents = [read_record(path) for path in records]
+    provenance = [content["provenance"] for content in contents]
+    same = {name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")}
+    return write_record(
+        folder,
+        SLUG,
+        preset=contents[0]["preset"],
+        question=contents[0]["question"],
+        tables={"cells": cells, "nll_by_position": pd.DataFrame(by_position), **by_context},
+        seeds={"training": sorted(int(seed) for seed in cells.seed.unique())}
+        | {name: provenance[0]["seeds"][name] for name in ("evaluation", "split")},
+        seconds=float(cells.seconds.sum()),
+        provenance={
+            **same,
+            "command": "python -m experiments pretraining",
+            "device": f"{same['device']}, products of training in bf16, weights and reading in fp32",
+        },
+    )

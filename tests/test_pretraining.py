@@ -1,0 +1,113 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import pretraining
+from experiments.pretraining import LONG, MIXES, SHORT, Cell, Size, cut_short, flops_per_token, long_settings
+from experiments.pretraining_mix import PIECE, mix_rows
+from experiments.pretraining_results import PretrainingResults, collect, latest_equal, pretraining_results
+from llama_long_utils.evaluation.statistics import Bootstrap
+from llama_long_utils.records import read_published, read_table
+
+SETTINGS = replace(long_settings("doll", 0), steps=10)
+
+
+def test_our_count_gives_the_papers_operations_to_all_digits():
+    table = read_published("llama2_long")["table_10"]
+    tokens = 100_000 * 4 * 2**20
+    for share, published in zip(table["short_share"], table["flops"], strict=True):
+        short, long = (flops_per_token(32, 4096, length) for length in (4096, 32_768))
+        assert f"{tokens * (share * short + (1 - share) * long):.3e}" == f"{published:.3e}"
+
+
+def test_short_and_long_arms_read_the_same_tokens_in_every_step():
+    rows = pretraining.long_rows(SETTINGS)
+    parts = cut_short(rows)
+    assert len(parts) == len(rows) * LONG // SHORT
+    joined = np.concatenate([part.input_ids for part in parts]).reshape(len(rows), LONG)
+    whole = np.array([row.input_ids for row in rows])
+    starts = np.arange(0, LONG, SHORT)
+    assert (joined[:, starts] == 0).all()  # BOS
+    inside = np.delete(np.arange(LONG), starts)
+    assert (joined[:, inside] == whole[:, inside]).all()
+    assert {part.position_ids.max() for part in parts} == {SHORT - 1}
+
+
+def test_shredding_takes_length_away_and_nothing_else():
+    original, shredded = mix_rows("original", SETTINGS), mix_rows("shredded", SETTINGS)
+    assert sum(row.contiguous for row in original) == SETTINGS.steps // 2
+    assert not any(row.contiguous for row in shredded)
+    for one, other in zip(original, shredded, strict=True):
+        assert (np.flatnonzero(one.input_ids != other.input_ids) % PIECE == 0).all()
+        assert other.position_ids.max() == PIECE - 1
+
+
+def test_mixes_have_their_shares_of_long_rows_and_repeat_no_text():
+    for name, (_, _, share) in MIXES.items():
+        rows = mix_rows(name, SETTINGS)
+        if name != "shredded":
+            assert sum(row.contiguous for row in rows) == round(share * SETTINGS.steps)
+        assert len({row.input_ids[1:PIECE].tobytes() for row in rows}) == len(rows)
+
+
+def test_an_arm_is_one_run_with_its_short_part_shared(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretraining.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=10))
+    monkeypatch.setattr(pretraining, "RUNS", tmp_path)
+    tokenizer, training, held_out = pretraining.texts()
+    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
+    paths = {arm: pretraining.run_cell(Cell("doll", arm, 0)) for arm in ("short", "switch-80", "continued")}
+    loss = {arm: read_table(path, "loss").loss.to_numpy() for arm, path in paths.items()}
+    assert (loss["switch-80"][:8] == loss["short"][:8]).all()
+    assert (loss["switch-80"][8:] != loss["short"][8:]).all()
+    rates = json.loads(next(tmp_path.glob("long/doll-switch-80-*/checkpoint-10/trainer_state.json")).read_text())
+    learning_rate = [row["learning_rate"] for row in rates["log_history"] if "loss" in row]
+    assert np.diff(learning_rate).max() <= 0  # one cosine: no warm-up at the switch
+    cost = pd.concat([read_table(path, "cost") for path in paths.values()]).set_index("arm")
+    assert list(cost.short_steps) == [10, 8, 10]
+    assert cost.flops["continued"] == pytest.approx(cost.flops["switch-80"], abs=LONG * flops_per_token(2, 64, LONG))
+    assert cost.tokens["short"] == cost.tokens["switch-80"] == 10 * LONG
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert pretraining.run_cell(Cell("doll", "switch-80", 0)) == paths["switch-80"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    record = collect(list(paths.values()), tmp_path / "record")
+    results = pretraining_results(record)
+    assert results.seeds("doll", "short", "switch-80") == [0]
+    assert results.arrays["nats"].shape == (3, 2, 2, 8)
+
+
+def test_unknown_cells_are_refused_by_name():
+    with pytest.raises(ValueError, match="unknown size '7B': use one of"):
+        pretraining.checked_cell("7B", "long", "0")
+    with pytest.raises(ValueError, match="unknown arm 'switch-50': use one of"):
+        pretraining.checked_cell("0.4M", "switch-50", "0")
+
+
+@pytest.mark.parametrize(
+    ("change", "share"),
+    [([0, -1, -1, -1], 1.0), ([0, 1, 2, 3], 0.0), ([0, -1, 1, 2], 0.375), ([0, 2, -1, 1], 0.75)],
+)
+def test_the_latest_switch_of_equal_quality(change, share):
+    assert latest_equal(np.array([0, 0.25, 0.5, 1.0]), np.array(change, float)) == pytest.approx(share)
+
+
+def results_with(change):
+    """Results of three seeds in which the switches cost so many nats more than long sequences."""
+    arms = ["long", *(f"switch-{percent}" for percent in (20, 40, 80, 95))]
+    cells = pd.DataFrame([{"size": "s", "arm": arm, "seed": seed} for arm in arms for seed in range(3)])
+    cells["flops"] = [1 - share for share in (0, 0.2, 0.4, 0.8, 0.95) for _ in range(3)]
+    noise = np.random.default_rng(0).normal(0, 1, (len(cells), 1, 12, 1))
+    nats = 300 + np.repeat(change, 3)[:, None, None, None] * 100 + 0.1 * noise
+    arrays = {"nats": nats, "tokens": np.full((12, 1), 100), "edges": np.array([1, 4096]), "ways": np.array(["full"])}
+    return PretrainingResults(cells, arrays, Bootstrap(12, 500, 0))
+
+
+def test_the_operations_saved_follow_the_losses():
+    assert results_with([0, -1, -1, -1, -1]).saved_at_equal_quality("s")["value"] == pytest.approx(0.95)
+    none = results_with([0, 1, 1, 1, 1]).saved_at_equal_quality("s")
+    assert none["high"] < 0.05
+    between = results_with([0, -1, -1, 1, 1]).saved_at_equal_quality("s")
+    assert between["value"] == pytest.approx(0.6, abs=0.03)
+    assert between["low"] < between["value"] < between["high"]
