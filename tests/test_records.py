@@ -120,6 +120,18 @@ COLUMNS = {
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
         "cost": {"method", "training", "seed", "tokens", "seconds"},
     },
+    "12_pretraining_curriculum": {
+        "cells": {
+            *("size", "arm", "seed", "parameters", "tokens", "short_steps", "long_steps", "flops", "flops_counted"),
+            "seconds",
+        },
+        "nll_by_position": {"size", "arm", "seed", "way", "position_low", "position_high", "value"},
+        "context_loss": {"model", "seed", "parameters", "context", "value"},
+        "power_law": {
+            *("model", "seed", "parameters", "alpha", "beta", "gamma", "rmse", "beta_low", "beta_high", "saved"),
+            *("saved_low", "saved_high"),
+        },
+    },
     "11_quoting_share": {"scores": {"share", "measure", "value", "low", "high"}},
     "11_longrope_search": {"factors": {"pair", "factor"}, "search": {"round", "nll"}},
     "11_rope_base_search": {

@@ -35,6 +35,7 @@ NAMES = re.compile(
 PAPER = re.compile(r"[^.!?]*\b[Tt]he paper\b([^.!?]|\.\d)*")  # a sentence about it
 # What numbers are by definition, with the reason. The words around them must be these.
 DEFINITIONS = {
+    r"switch(es)? (at|after) \d+%|the switch at \d+% costs|of which is at 95%": "arms of notebook 12",
     r"95%": "how wide intervals are",
     r"1\.1 GB": "size of a download",
     r"\d+\.\d+ (million|billion) parameters": "size of a model",

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.pretraining_results import EQUAL, pretraining_results
+from experiments.pretraining_results import SLUG as CURRICULUM
 from experiments.race_results import RaceResults, race_results
 from experiments.real_models import DoseResults, attention_share, read_dose_results
 from llama_long_utils.evaluation.statistics import FEWEST
@@ -24,6 +26,7 @@ AGREES, DISAGREES, UNDECIDED, NOT_TESTED = "agrees", "disagrees", "undecided", "
 RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
 MARGIN = 0.02  # share of right answers that a short task may lose and be called unharmed
 CHANCE = {"mmlu": 0.25}  # of its four choices, one is right
+FROM_SCRATCH = "0.4M"  # parameters of the models of notebook 12 that have all arms and seeds
 BENCHMARKS, POSITIONS = "08_benchmark_deltas", "06_perplexity_by_position"
 Interval = tuple[float, float, float]  # value, low, high
 
@@ -287,7 +290,19 @@ def _power_law(published: dict[str, Any]) -> Line:
 
 def _model_size(laws: dict[str, Any]) -> Line:
     small, large = laws["7B"]["beta"], laws["70B"]["beta"]
-    return Line("Larger models use context better", f"β = {small} at 7B, {large} at 70B (Figure 1)")
+    claim, paper = "Larger models use context better", f"β = {small} at 7B, {large} at 70B (Figure 1)"
+    record = recorded("tiny", CURRICULUM)
+    if record is None or "power_law" not in record.content["tables"]:
+        return Line(claim, paper)
+    found, scale = [], []
+    for _, rows in record.table("power_law").sort_values("parameters").groupby("parameters"):
+        size = f"{rows.parameters.iloc[0] / 1e6:.1f}M"
+        beta = measured(rows.beta.mean(), rows.beta_low.min(), rows.beta_high.max(), sign=False)
+        gain = measured(rows.saved.mean(), rows.saved_low.min(), rows.saved_high.max(), sign=False)
+        found.append(f"β = {beta} at {size}, where 4,064 tokens save {gain} nat against 32")
+        scale.append(f"{size}, {len(rows)} seed{'s' * (len(rows) > 1)}")
+    judged = f"{UNDECIDED}: the sizes were trained differently"
+    return Line(claim, paper, "; ".join(found), f"own Llamas: {'; '.join(scale)}", judged)
 
 
 def _short_tasks(table: dict[str, Any]) -> Line:
@@ -342,14 +357,56 @@ def _data_mix(table: dict[str, Any]) -> Line:
     place = table["columns"].index("quality")
     kept, removed = (table["rows"][name][place] for name in ("Long mix", "Llama 2 mix, long text removed"))
     paper = f"QuALITY {kept:+.0f}% over Llama 2 with the new mix, {removed:+.0f}% with Llama 2's short texts (Table 7)"
-    return Line("The data mix matters more than the length of texts", paper)
+    claim = "The data mix matters more than the length of texts"
+    if recorded("tiny", CURRICULUM) is None:
+        return Line(claim, paper)
+    effects = pretraining_results().content_and_length(FROM_SCRATCH).set_index("what is changed")
+    if not {"length alone", "content, lengths unchanged"} <= {*effects.index}:
+        return Line(claim, paper)
+    length, content = (effects.loc[name] for name in ("length alone", "content, lengths unchanged"))
+    ours = f"far NLL: long documents cut into four {_nats(length)} nat; texts nearer to those asked for, at the same "
+    ours += f"lengths, {_nats(content)} nat"
+    larger = content.high < 0 and -content.high > max(abs(length.low), abs(length.high))
+    judged = (
+        f"{AGREES}: where better means nearer to the texts asked for"
+        if larger
+        else DISAGREES
+        if length.low > -content.low
+        else f"{UNDECIDED}: the intervals overlap"
+    )
+    return Line(claim, paper, ours, f"{_from_scratch(min(length.seeds, content.seeds))}, short to long", judged)
+
+
+def _from_scratch(seeds: int) -> str:
+    return f"Llama of {FROM_SCRATCH} parameters from scratch, {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def _nats(row: Any) -> str:
+    return measured(row.value, row.low, row.high, digits=3)
 
 
 def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     saved = 1 - flops["flops"][-1] / flops["flops"][0]
     books = [perplexity["rows"][row][perplexity["columns"].index("books")] for row in (-1, 0)]
     paper = f"{saved:.0%} fewer operations, {books[0]} against {books[1]} perplexity on books (Tables 10, 11)"
-    return Line("Pretraining short first, then long, costs less at equal quality", paper)
+    claim = "Pretraining short first, then long, costs less at equal quality"
+    if recorded("tiny", CURRICULUM) is None:
+        return Line(claim, paper)
+    results = pretraining_results()
+    arms = results.curriculum(FROM_SCRATCH).set_index("arm")
+    late, short = arms.loc["switch-80"], arms.loc["short"]
+    ours = f"switch at 80% of the tokens: {1 - late.flops:.0%} fewer operations, NLL {_nats(late)} nat against long "
+    ours += f"throughout; short throughout, read in windows, {_nats(short)} nat"
+    if late.low > 0:
+        judged = DISAGREES
+    elif late.high > EQUAL:
+        judged = f"{UNDECIDED}: a loss of {EQUAL} nat is not excluded"
+    elif short.low > 0:
+        judged = AGREES
+    else:
+        judged = f"{UNDECIDED}: it costs less and loses nothing, but without long sequences nothing is lost either: so "
+        judged += "small a model does not need them"
+    return Line(claim, paper, ours, _from_scratch(late.seeds), judged)
 
 
 def _instruction_tuning(table: dict[str, Any]) -> list[Line]:

@@ -111,7 +111,12 @@ SEQUENCE = [
         "Which way to scale RoPE, and which way to train it, wins on equal terms?",
         picture="11_retrieval",
     ),
-    Notebook("12_pretraining_curriculum", "Pretraining curriculum", "When should pretraining sequences become long?"),
+    Notebook(
+        "12_pretraining_curriculum",
+        "Pretraining curriculum",
+        "When should pretraining sequences become long?",
+        picture="12_quality_against_operations",
+    ),
     Notebook("13_real_models", "Real models", "What holds for a real LLM?", needs_base=False, picture="13_dose"),
     Notebook(
         "14_published_results",
