@@ -55,6 +55,9 @@ def arguments() -> argparse.Namespace:
     instruction = commands.add_parser(
         "instruction", help="the ablation of notebook 9 (half an hour; goes on if stopped)"
     )
+    asking = commands.add_parser("self-instruct", help="a chat model asks about a preset's documents, for notebook 9")
+    asking.add_argument("--writer", default="qwen2.5-coder-1.5b", help="the preset whose base is the chat model")
+    asking.add_argument("--pairs", type=int, default=32, help="chunks to ask about (default: 32), an hour on one core")
     dose = commands.add_parser("dose", help="train at growing doses in several ways, for notebook 6 (minutes on a GPU)")
     dose.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     dose.add_argument(
@@ -70,7 +73,7 @@ def arguments() -> argparse.Namespace:
     dose.add_argument(
         "--record", action="store_true", help="write the record into data/results, not beside the results"
     )
-    for command in (race, arm, longrope, bases, trainings, quoting, instruction, dose):
+    for command in (race, arm, longrope, bases, trainings, quoting, instruction, asking, dose):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     pretraining = commands.add_parser(
         "pretraining", help="small models from scratch, short sequences first, and data mixes, for notebook 12 (hours)"
@@ -173,6 +176,10 @@ def run(asked: argparse.Namespace) -> Path | None:
         from experiments.instruction import ablate
 
         return ablate(preset, RESULTS / preset.name)
+    if asked.command == "self-instruct":
+        from experiments.self_instruct import generate
+
+        return generate(preset, load_preset(asked.writer), asked.pairs, RESULTS / asked.writer)
     if asked.command == "gpu":
         from experiments import gpu_budget
 

@@ -60,18 +60,19 @@ def synthetic_dialogue(
 
 @dataclass(frozen=True)
 class Arm:
-    """What [instruction] is changed to; `extended` False: the base as it is. `row`: of Table 9, if it has one."""
+    """What [instruction] is changed to; `extended` False: the base as it is."""
 
     long_share: float = 0.0
     text_share: float = 0.0
     loss_on_prompt: bool = False
     extended: bool = True
     maker: Callable = quotation_dialogue
-    row: str = ""
+    times: int = 1  # the steps; with more, one seed
 
     def tune(self, preset: Preset, name: str, seed: int) -> TrainedAdapter:
         """Its adapter, trained now or read."""
         changes = {"long_share": self.long_share, "text_share": self.text_share, "loss_on_prompt": self.loss_on_prompt}
+        changes["steps"] = self.times * preset.instruction.steps
         settings = dataclasses.replace(preset.instruction, **changes, seed=seed)
         maker: Maker = self.maker
         return tune_instructions(preset, settings=settings, extended=self.extended, long_dialogue=maker, name=name)
@@ -79,12 +80,15 @@ class Arm:
 
 ARMS = {
     "untuned": Arm(),  # the extended model before
-    "chat base": Arm(extended=False, row="Llama 2 Chat"),
-    "short": Arm(row="RLHF V5 data"),
-    "short, text": Arm(text_share=0.5, row="with pretraining data"),
-    "long": Arm(long_share=0.5, row="with self-instruct, no loss on the prompt"),
-    "long, loss on prompt": Arm(long_share=0.5, loss_on_prompt=True, row="with self-instruct, loss on the prompt"),
+    "chat base": Arm(extended=False),
+    "short": Arm(),
+    "short, text": Arm(text_share=0.5),
+    "long": Arm(long_share=0.5),
+    "long, loss on prompt": Arm(long_share=0.5, loss_on_prompt=True),
     "synthetic context": Arm(long_share=0.5, maker=synthetic_dialogue),
+    # Added when the loss on the prompt had fallen behind: does it only need more steps?
+    "long, 4 times": Arm(long_share=0.5, times=4),
+    "long, loss on prompt, 4 times": Arm(long_share=0.5, loss_on_prompt=True, times=4),
 }
 
 
@@ -100,8 +104,9 @@ def ablate(preset: Preset, folder: Path) -> Path:
     inputs |= {"base": weights_sha256(base), "start": weights_sha256(find_adapter(preset)), "lengths": lengths}
     inputs |= {"device": device_name(), "versions": package_versions(), "dtype": preset.base.dtype}
     cache = Cache(preset.run_folder / "instruction-ablation", VERSION, inputs)
-    runs = [(name, seed) for seed in preset.race.seeds for name in ARMS if name != "untuned"]
-    runs = [("untuned", preset.race.seeds[0]), *runs]
+    seeds, once = preset.race.seeds, {name for name, arm in ARMS.items() if name == "untuned" or arm.times > 1}
+    runs = [(name, seed) for seed in seeds for name in ARMS if name not in once]
+    runs += [(name, seeds[0]) for name in ARMS if name in once]
     measured = [
         cache.value(
             f"{name}-{seed}",
@@ -151,7 +156,8 @@ def _write(
 ) -> Path:
     rows, arrays = [], {"documents": np.array(documents)}
     for length in lengths:
-        tables = [pd.DataFrame(one["answers"]).query("length == @length") for one in measured]
+        every = [pd.DataFrame(one["answers"]) for one in measured]
+        tables = [table[table.length == length] for table in every]
         for measure in ("exact", "words", "log_probability"):
             by_document = [table.groupby("document")[measure].mean().reindex(documents) for table in tables]
             arrays[f"{measure}_{length}"] = np.stack([part.to_numpy(float) for part in by_document])

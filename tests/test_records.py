@@ -115,6 +115,11 @@ COLUMNS = {
         "agreement": {"arm", "task", "items", "all_likeliest", "exact", "same_verdict", "rank_correlation"},
         "mistakes": {"arm", "task", "setting", "length", "items", "answer", "other", "anything_else"},
     },
+    "09_instruction_tuning": {
+        "answers": {"arm", "seed", "length", "questions", "exact", "words", "log_probability"},
+        "nll_by_position": {"arm", "seed", "position_low", "position_high", "nll"},
+        "runs": {"arm", "seed", "labels"},
+    },
     "11_ablations": {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},

@@ -3,13 +3,14 @@
 Verdicts follow intervals. A comparison whose arms were not fit for it is undecided, whatever its numbers say.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from experiments.instruction_results import instruction_results
 from experiments.pretraining_results import EQUAL, pretraining_results
 from experiments.pretraining_results import SLUG as CURRICULUM
 from experiments.race_results import RaceResults, race_results
@@ -414,13 +415,24 @@ def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
     without, with_loss = (
         quality[f"with self-instruct, {way}"] for way in ("no loss on the prompt", "loss on the prompt")
     )
-    return [
-        Line("A loss on the long prompt helps instruction tuning", f"QuALITY {without} to {with_loss} (Table 9)"),
-        Line(
-            "Self-instructed long questions help without human labels",
-            f"QuALITY {quality['RLHF V5 data']} to {with_loss} (Table 9)",
-        ),
-    ]
+    claims = {
+        "A loss on the long prompt helps instruction tuning": ("long, loss on prompt", "long", without),
+        "Self-instructed long questions help without human labels": ("long", "short", quality["RLHF V5 data"]),
+    }
+    preset, lines = load_preset("tiny"), []
+    results, reach = instruction_results(preset), preset.evaluation.tokens
+    for claim, (arm, other, before) in claims.items():
+        line = Line(claim, f"QuALITY {before} to {with_loss} (Table 9)")
+        if results:
+            found, past = results.difference(arm, other), f"{results.past[0]:,} to {results.past[-1]:,} tokens"
+            nats = results.mean(results.nll(arm, reach // 2, reach) - results.nll(other, reach // 2, reach))
+            seeds = results.runs[results.runs.arm == other].seed.nunique()
+            said = AGREES if found[1] > 0 else DISAGREES if found[2] < 0 else f"{UNDECIDED}: not told from chance"
+            ours = f"exact answers to quotations, {past}: {measured(*found, digits=1)} points; "
+            ours += f"NLL of held-out text far out {measured(*nats)} nat"
+            line = replace(line, ours=ours, scale=f"{MODELS['tiny']}, {seeds} seeds", verdict=said)
+        lines.append(line)
+    return lines
 
 
 def _full_attention(attention: dict[str, Any]) -> Line:

@@ -103,7 +103,14 @@ SEQUENCE = [
         record_with={"items": 100, "tasks": "hellaswag truthfulqa_mc1 mmlu"},
         picture="08_deltas",
     ),
-    Notebook("09_instruction_tuning", "Instruction tuning", "How does a long base model become a chat model?"),
+    Notebook(
+        "09_instruction_tuning",
+        "Instruction tuning",
+        "How does a long base model become a chat model?",
+        needs_adapter=True,
+        leaves=("instruction/*/adapter/adapter_model.safetensors",),
+        picture="09_answers",
+    ),
     Notebook("10_preference_tuning", "Preference tuning", "Does preference tuning keep long context?"),
     Notebook(
         "11_ablations",
