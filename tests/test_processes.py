@@ -14,13 +14,20 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from conftest import LORA, new_llama
+from experiments.bench import HIGHEST, RESIDENT, forget_highest, own_memory
 from llama_long_utils.data.packing import join_pieces
 from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.model.attention import share_context
+from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import BaseModel, Data, MemorySavings
 from llama_long_utils.training.adapter import train_adapter
+from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger
+from llama_long_utils.training.memory_savings import apply_memory_savings
+from llama_long_utils.training.planner import GIB, model_shape
 from llama_long_utils.training.processes import divide, join_processes, shard_base
+from llama_long_utils.training.random_llama import random_llama
 from llama_long_utils.training.trainer import StepLog, train
 
 TINY = load_preset("tiny")
@@ -101,9 +108,31 @@ def make_doll(folder):
         (folder / "texts" / f"{number}.txt").write_text(text)
 
 
+def peaks():
+    """Measured and predicted peak of a step of two processes that share 4,096 tokens, above what is there before."""
+    config, plain = model_shape("tiny"), MemorySavings(0, 0, False, "adamw_torch_fused")
+    model = random_llama(config, LORA, "float32", packed=True)
+    share = divide(SETTINGS, 2, 2).share(join_processes().process_index)
+    share_context(model, share)
+    apply_memory_savings(model.train(), plain)
+    for length in (1024, 4096):
+        before = own_memory(RESIDENT)
+        forget_highest()
+        ids, places = (share.of(row[None], 1) for row in (torch.arange(length) % 1000, torch.arange(length)))
+        loss = next_token_nll(hidden_states(model, ids, places), causal_lm(model).get_output_embeddings(), ids)
+        loss.backward()
+        model.zero_grad()
+    found = ledger(config, LORA, StepShape(2048, "float32", plain, context=2))
+    there = sum(found[name] for name in ("weights", "adapters", "optimizer"))
+    return own_memory(HIGHEST) - before, (sum(found[name] for name in COMPONENTS) - there) / GIB
+
+
 def one_of_several(folder):
     """What each process does. The first one keeps what it found."""
     state, found = join_processes(), {}
+    if folder.name == "peaks":
+        torch.save(peaks(), folder / f"{state.process_index}.pt")
+        return state.destroy_process_group()
     if state.num_processes == 2:
         for context in (1, 2):
             for name, rows in (("whole", WHOLE), ("packed", PACKED)):
@@ -121,12 +150,12 @@ def one_of_several(folder):
     state.destroy_process_group()
 
 
-def launched(folder, count):
+def launched(folder, count, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run([*command, __file__, str(folder)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / f"{count}.pt")
+    return torch.load(path) if (path := folder / f"{count}.pt").exists() else None
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +226,15 @@ def assert_same_adapter(folder, expected):
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         assert (found[name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are counted by Linux")
+def test_the_ledger_knows_the_peak_of_each_process_that_shares_a_sequence(tmp_path):
+    (tmp_path / "peaks").mkdir()
+    launched(tmp_path / "peaks", 2, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back at once
+    for process in range(2):
+        measured, predicted = torch.load(tmp_path / "peaks" / f"{process}.pt")
+        assert measured == pytest.approx(predicted, rel=0.05)
 
 
 NOTEBOOK = """

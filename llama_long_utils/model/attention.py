@@ -137,9 +137,9 @@ def document_attention(
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
     """Causal attention of one document's last tokens to all of it."""
-    # For fewer queries than keys a CPU makes a mask; a GPU's kernel needs none, and the ledger counts what a GPU needs.
+    # For fewer queries than keys a CPU keeps a mask, without ours; a GPU's kernel needs none.
     square = query.shape[2] == key.shape[2] or isinstance(query, FakeTensor)
-    if square and _is_ours(query, dropout):
+    if _is_ours(query, dropout, square):
         return _CausalOnCPU.apply(query, key, value, scaling)
     mask = None if square else causal_lower_right(query.shape[2], key.shape[2])
     options = {"dropout_p": dropout, "scale": scaling, "is_causal": square}
@@ -150,9 +150,10 @@ TILE = 128  # tokens of queries whose weights exist at once
 LEAST = 512  # tokens of a document, below which many small products take longer
 
 
-def _is_ours(query: Tensor, dropout: float) -> bool:
-    small = query.shape[2] < LEAST or isinstance(query, FakeTensor)
-    return not (small or dropout or query.is_cuda) and query.dtype == torch.bfloat16 and query.requires_grad
+def _is_ours(query: Tensor, dropout: float, square: bool = True) -> bool:
+    if dropout or query.is_cuda or isinstance(query, FakeTensor) or not query.requires_grad:
+        return False
+    return not square or (query.dtype == torch.bfloat16 and query.shape[2] >= LEAST)
 
 
 class _CausalOnCPU(torch.autograd.Function):
@@ -161,13 +162,19 @@ class _CausalOnCPU(torch.autograd.Function):
     torch's own backward kernel took 1.9 times as long (2,048 tokens of SmolLM2's heads, AVX512-BF16, one thread). A
     product rounds its result to bf16. So what is subtracted from it, the logsumexp of the scores, is one more column of
     the factors, in two parts: then weights that count are rounded where they are near 1, not as scores.
-    Shapes: (1, heads, length, head_dim); keys and values may have fewer heads.
+    Shapes: (1, heads, length, head_dim); keys and values may have fewer heads, and begin before the queries do.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output, logsumexp = kernel(query, key, value, 0.0, True, scale=scale)
+        before = key.shape[2] - query.shape[2]
+        output, logsumexp = kernel(query, key[:, :, before:], value[:, :, before:], 0.0, True, scale=scale)
+        if before:
+            earlier, other = kernel(query, key[:, :, :before], value[:, :, :before], 0.0, False, scale=scale)
+            share = (other - logsumexp).sigmoid()[..., None]
+            output = torch.lerp(output.float(), earlier.float(), share).to(output.dtype)
+            logsumexp = torch.logaddexp(logsumexp, other)
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, output, logsumexp)
         return output
@@ -176,6 +183,7 @@ class _CausalOnCPU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, logsumexp = ctx.saved_tensors
         groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        before = key.shape[2] - length
         future = torch.ones(TILE, TILE, dtype=torch.bool).triu(1)[:, None]
         delta = (grad.float() * output.float()).sum(-1)
         heads = [part[0].split(groups) for part in (query * ctx.scale, grad, logsumexp, delta)]
@@ -187,14 +195,14 @@ class _CausalOnCPU(torch.autograd.Function):
             right = [F.pad(part[0, i], (0, 2), value=-1.0).T for part in (key, value)]
             for begin in range(0, length, TILE):
                 end = min(begin + TILE, length)
-                rows = slice(begin * groups, end * groups)
-                weights = (left[0][rows] @ right[0][:, :end]).exp_()
-                own = weights.view(end - begin, groups, end)[:, :, begin:]
+                rows, seen = slice(begin * groups, end * groups), before + end
+                weights = (left[0][rows] @ right[0][:, :seen]).exp_()
+                own = weights.view(end - begin, groups, seen)[:, :, before + begin :]
                 own.masked_fill_(future[: end - begin, :, : end - begin], 0)
-                grad_value[i, :end] += weights.T @ grads[rows]
-                weights *= left[1][rows] @ right[1][:, :end]
-                grad_query[i, rows] = (weights @ key[0, i, :end]).mul_(ctx.scale)
-                grad_key[i, :end] += weights.T @ queries[rows]
+                grad_value[i, :seen] += weights.T @ grads[rows]
+                weights *= left[1][rows] @ right[1][:, :seen]
+                grad_query[i, rows] = (weights @ key[0, i, :seen]).mul_(ctx.scale)
+                grad_key[i, :seen] += weights.T @ queries[rows]
         grad_query = grad_query.unflatten(1, (length, groups)).transpose(1, 2).flatten(0, 1)
         return grad_query[None], grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None
 
