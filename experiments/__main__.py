@@ -58,6 +58,10 @@ def arguments() -> argparse.Namespace:
     asking = commands.add_parser("self-instruct", help="a chat model asks about a preset's documents, for notebook 9")
     asking.add_argument("--writer", default="qwen2.5-coder-1.5b", help="the preset whose base is the chat model")
     asking.add_argument("--pairs", type=int, default=32, help="chunks to ask about (default: 32), an hour on one core")
+    preference = commands.add_parser(
+        "preference", help="reward model, RL and DPO over seeds, for notebook 10 (half an hour; goes on if stopped)"
+    )
+    preference.add_argument("--adapter", metavar="FOLDER", help="instruction-tuned (default: as notebook 10 finds it)")
     dose = commands.add_parser("dose", help="train at growing doses in several ways, for notebook 6 (minutes on a GPU)")
     dose.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     dose.add_argument(
@@ -73,7 +77,7 @@ def arguments() -> argparse.Namespace:
     dose.add_argument(
         "--record", action="store_true", help="write the record into data/results, not beside the results"
     )
-    for command in (race, arm, longrope, bases, trainings, quoting, instruction, asking, dose):
+    for command in (race, arm, longrope, bases, trainings, quoting, instruction, asking, preference, dose):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     pretraining = commands.add_parser(
         "pretraining", help="small models from scratch, short sequences first, and data mixes, for notebook 12 (hours)"
@@ -180,6 +184,11 @@ def run(asked: argparse.Namespace) -> Path | None:
         from experiments.self_instruct import generate
 
         return generate(preset, load_preset(asked.writer), asked.pairs, RESULTS / asked.writer)
+    if asked.command == "preference":
+        from experiments.preference import run_preference
+        from llama_long_utils.model.adapters import find_adapter
+
+        return run_preference(preset, find_adapter(preset, asked.adapter, stage="instruction"), RESULTS / preset.name)
     if asked.command == "gpu":
         from experiments import gpu_budget
 

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, Positi
 from pydantic.dataclasses import dataclass
 
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.stages import STRICT, Instruction, Seed, Share, ShareOrNone, Steps
+from llama_long_utils.stages import STRICT, Instruction, Preference, Seed, Share, ShareOrNone, Steps
 
 Questions = Annotated[int, Field(ge=2, le=1000)]  # chance is what an answer scores against another question's
 RopeBase = Annotated[float, Field(gt=1)]
@@ -370,6 +370,7 @@ class Preset:
     retrieval: Retrieval
     race: Race
     instruction: Instruction = Field(default_factory=Instruction)
+    preference: Preference = Field(default_factory=Preference)
 
     @property
     def base_rope(self) -> Scaling:

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -44,4 +44,45 @@ class Instruction:
             raise ValueError(
                 f"sequences_per_step = {self.sequences_per_step} must be a multiple of sequences_at_once = "
                 f"{self.sequences_at_once}"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class PreferenceStage:
+    """One training on preferences: what replaces the numbers of [training]."""
+
+    steps: Steps = 100
+    rows_per_step: PositiveInt = 16  # comparisons, or in "rl" answers that are sampled
+    rows_at_once: PositiveInt = 4
+    learning_rate: Share = 5e-5
+    warmup_steps: NonNegativeInt = 5
+    checkpoint_every: PositiveInt = 25
+    beta: PositiveFloat = 0.1  # the leash: what a nat of KL costs ("rl"), and DPO's beta
+
+    def __post_init__(self) -> None:
+        if self.rows_per_step % self.rows_at_once:
+            both = f"rows_per_step = {self.rows_per_step}", f"rows_at_once = {self.rows_at_once}"
+            raise ValueError(" must be a multiple of ".join(both))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Preference:
+    """Preference tuning: the answers that are compared, and the three trainings."""
+
+    tokens: PositiveInt = 1024  # of a document with its question
+    answer_tokens: PositiveInt = 64  # at most
+    questions: PositiveInt = 1024  # whose answers are compared
+    answers: Annotated[int, Field(ge=2)] = 4  # sampled to each, also in "rl", where they are rated against each other
+    temperature: PositiveFloat = 1.0
+    errors: ShareOrNone = 0.0  # comparisons that are turned round, as by people who err
+    seed: Seed = 0
+    reward: PreferenceStage = Field(default_factory=PreferenceStage)
+    rl: PreferenceStage = Field(default_factory=PreferenceStage)
+    dpo: PreferenceStage = Field(default_factory=PreferenceStage)
+
+    def __post_init__(self) -> None:
+        if self.rl.rows_at_once % self.answers:
+            raise ValueError(
+                f"rl.rows_at_once = {self.rl.rows_at_once} must be a multiple of answers = {self.answers}: answers to "
+                "a question are rated against each other"
             )

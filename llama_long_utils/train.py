@@ -14,7 +14,7 @@ from llama_long_utils.commands import run_command
 from llama_long_utils.presets import load_preset, training_settings
 from llama_long_utils.settings import Preset
 
-STAGES = ("extension", "sft")
+STAGES = ("extension", "sft", "reward", "rl", "dpo")
 
 
 def train() -> None:
@@ -52,14 +52,25 @@ def train() -> None:
 
 
 def tune(preset: Preset, chosen: argparse.Namespace) -> None:
-    """A stage after the extension: "sft" is instruction tuning."""
-    given = {"steps": chosen.steps, "seed": chosen.seed}
-    settings = replace(preset.instruction, **{name: value for name, value in given.items() if value is not None})
+    """A stage after the extension: instruction tuning ("sft"), or a stage of preference tuning that follows it."""
+    given = {name: value for name in ("steps", "seed") if (value := getattr(chosen, name)) is not None}
+    numbers = preset.preference
+    if chosen.stage == "sft":
+        preset = replace(preset, instruction=replace(preset.instruction, **given))
+    else:
+        steps = {chosen.stage: replace(getattr(numbers, chosen.stage), steps=chosen.steps)} if chosen.steps else {}
+        preset = replace(preset, preference=replace(numbers, seed=given.get("seed", numbers.seed), **steps))
 
+    from llama_long_utils.model.adapters import find_adapter
     from llama_long_utils.training.instruction import tune_instructions
+    from llama_long_utils.training.preferences import tune_preferences
     from llama_long_utils.training.processes import join_processes
 
-    tuned = tune_instructions(preset, settings=settings, progress=chosen.report_every)
+    if chosen.stage == "sft":
+        tuned = tune_instructions(preset, progress=chosen.report_every)
+    else:
+        start = find_adapter(preset, stage="instruction")
+        tuned = tune_preferences(preset, chosen.stage, start, progress=chosen.report_every)
     if join_processes().is_main_process:
         last = tuned.log[-1]
         print(f"{last['step']:,} steps on {tuned.label_tokens:,} labels, loss {last['loss']:.3f}: {tuned.folder}")

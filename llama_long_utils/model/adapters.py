@@ -75,11 +75,21 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             # bf16 runs under autocast, which casts LoRA's matrices. PEFT looks for CUDA's autocast only and would
             # turn each input to fp32 on a CPU.
             module.cast_input_dtype_enabled = False
-        elif isinstance(module, ModulesToSaveWrapper):
+    keep_copies_fp32(adapted)
+    return adapted
+
+
+def keep_copies_fp32(model: PeftModel) -> None:
+    """Trained norms and embeddings, and their copies in other adapters, are fp32, with outputs in the base's dtype."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
             dtype = module.original_module.weight.dtype
             for copy in module.modules_to_save.values():
-                copy.float().register_forward_hook(lambda _module, _inputs, output, dtype=dtype: output.to(dtype))
-    return adapted
+                copy.float()
+                if isinstance(copy, torch.nn.Linear):  # a reward model's head, whose number stays fp32
+                    copy.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
+                elif not copy._forward_hooks:
+                    copy.register_forward_hook(lambda _module, _inputs, output, dtype=dtype: output.to(dtype))
 
 
 def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
@@ -198,9 +208,14 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path, *, trainable
     # PeftModel.from_pretrained would round the saved fp32 norms to the base's bf16; here the copies are fp32 first.
     config = LoraConfig.from_pretrained(adapter)
     config.inference_mode = not trainable
+    if hasattr(model, "score"):  # a reward model's head is trained and saved whole
+        config.task_type, config.modules_to_save = "SEQ_CLS", sorted({*(config.modules_to_save or ()), "score"})
     config.base_model_name_or_path = None  # the card's hash was compared, not a name, which PEFT would warn of
     adapted = _wrap(model, config)
-    set_peft_model_state_dict(adapted, load_file(adapter / "adapter_model.safetensors"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    if hasattr(model, "score"):
+        weights.setdefault("base_model.model.score.weight", model.score.weight)  # a new one, on another adapter
+    set_peft_model_state_dict(adapted, weights)
     return adapted
 
 

@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 from llama_long_utils.model import attention as _registered  # noqa: F401 ("documents")
 from llama_long_utils.model.loss import causal_lm
@@ -24,7 +24,14 @@ def nf4(dtype: str) -> BitsAndBytesConfig:
 
 
 def load_base(
-    folder: Path, rope: Scaling, *, dtype: str, quantized: bool = True, attention: str = "sdpa", on_host: bool = False
+    folder: Path,
+    rope: Scaling,
+    *,
+    dtype: str,
+    quantized: bool = True,
+    attention: str = "sdpa",
+    on_host: bool = False,
+    reward: bool = False,
 ) -> PreTrainedModel:
     """The base in a folder with its RoPE scaled as given, on the process' own GPU if there is one, or `on_host`.
 
@@ -32,15 +39,22 @@ def load_base(
         dtype: "bfloat16" or "float32": of embeddings, head, norms, the residual stream and all arithmetic.
         quantized: the linear layers in NF4 with double quantisation; else in `dtype`, too.
         attention: as transformers names it; xPos brings its own.
+        reward: with a new head for one number in place of the one for tokens.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    quantization, kind, options = nf4(dtype) if quantized else None, AutoModelForCausalLM, {}
+    if reward:
+        kind, options = AutoModelForSequenceClassification, {"num_labels": 1}
+        if quantization:
+            quantization.llm_int8_skip_modules = ["score"]
+    model = kind.from_pretrained(
         folder,
-        quantization_config=nf4(dtype) if quantized else None,
+        quantization_config=quantization,
         dtype=getattr(torch, dtype),
         rope_parameters=rope.parameters(),
         max_position_embeddings=rope.max_position_embeddings,
         attn_implementation=XPOS if rope.method == "xpos_abf" else attention,
         device_map={"": PartialState().device if torch.cuda.is_available() and not on_host else "cpu"},
+        **options,
         **LOCAL,
     )
     for module in model.modules():

@@ -35,8 +35,22 @@ def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def in_compute_dtype(model: PreTrainedModel | PeftModel) -> AbstractContextManager:
     """bf16 autocast if the base is bf16 (LoRA matrices and trained norms are fp32 beside it), else nothing."""
-    weight = causal_lm(model).get_output_embeddings().weight
+    inner = causal_lm(model)
+    weight = (inner.get_output_embeddings() or inner.get_input_embeddings()).weight  # a reward model has only these
     return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+
+
+def compute_in_base_dtype(model: PreTrainedModel | PeftModel) -> None:
+    """Let the decoder do what `in_compute_dtype` does, whoever calls it: TRL's fused head and `generate` do not."""
+    decoder = causal_lm(model).model
+    forward = decoder.forward
+
+    @functools.wraps(forward)
+    def run(*arguments: Any, **options: Any) -> Any:
+        with in_compute_dtype(model):
+            return forward(*arguments, **options)
+
+    decoder.forward = run
 
 
 def hidden_states(

@@ -23,7 +23,7 @@ from transformers.trainer_utils import set_seed
 
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.attention import share_context
-from llama_long_utils.model.loss import patch_loss
+from llama_long_utils.model.loss import causal_lm, patch_loss
 from llama_long_utils.paths import file_sha256, write_atomically
 from llama_long_utils.progress import in_kernel, progress_bar
 from llama_long_utils.records import device_name, package_versions
@@ -100,7 +100,8 @@ def train(
     apply_memory_savings(model, settings.memory_savings)
     if settings.memory_savings.offload_checkpoints:
         offload_checkpoints(model)
-    patch_loss(model)
+    if causal_lm(model).get_output_embeddings() is not None:  # a reward model has no tokens to lose
+        patch_loss(model)
     if context_parallel > 1:
         share_context(model, division.share(state.process_index))
     hooks = give_back_gaps(model, gaps_gib)
@@ -212,7 +213,7 @@ class StepLog(TrainerCallback):
 
 def check_lora_gradients(model: PeftModel) -> None:
     """Raise RuntimeError if, after a backward pass, a LoRA-B matrix has no gradient."""
-    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and weight.requires_grad}
     dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
     if dead:
         raise RuntimeError(

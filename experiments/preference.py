@@ -1,0 +1,309 @@
+"""Preference tuning against a reward model, over seeds: what the reward model says (proxy), what is right (gold), KL.
+
+Expected, before it was run: RL and DPO raise the gold score of held-out answers over the instruction-tuned model's, and
+the proxy rises with it. Refuted if the interval of the share of questions with a better answer includes one half.
+Over-optimisation would be a proxy that rises while gold falls, or answers that grow longer or repeat themselves.
+"Preference tuning keeps long context": refuted if held-out documents of a whole window cost 0.02 nat a token more. It
+was: averages of the weights before and after were added when that had been seen.
+"""
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from llama_long_utils.cache import Cache
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.data.mixture import Mixture
+from llama_long_utils.evaluation.generation import likelihoods
+from llama_long_utils.evaluation.perplexity import paired_table, random_stretches, token_nll
+from llama_long_utils.evaluation.retrieval import score
+from llama_long_utils.evaluation.retrieval_items import planted_items
+from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_mean, share_interval
+from llama_long_utils.model.adapters import load_adapter, read_card
+from llama_long_utils.model.base import load_base
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.records import device_name, write_record
+from llama_long_utils.settings import Preset
+from llama_long_utils.training.comparisons import (
+    Asked,
+    Comparison,
+    ask,
+    compare,
+    load_reward_model,
+    rewards,
+    sample_answers,
+)
+from llama_long_utils.training.preferences import optimise_policy, train_dpo, train_reward_model
+
+SLUG = "10_preference_tuning"
+ARMS = ("rl", "dpo")  # against the reward model; on the same pairs
+KEPT = (0.25, 0.125)  # shares of the change, in averages of the weights before and after (arXiv:2309.06256)
+VERSION = 1  # of what is measured
+SEEDS = (0, 1, 2)
+TESTED = 64  # held-out questions
+MEASUREMENTS = 3  # of a training, the last one at its end
+DOCUMENTS = 12  # held-out, of a whole window
+QUESTIONS = 12  # pass keys, asked at every length
+LOGGED = ("step", "loss", "reward", "kl", "accuracy", "margin", "length", "entropy")
+SHOWN = 24  # questions whose answers go to the record, for the panel
+
+
+def load_policy(preset: Preset, adapter: Path, start: Path | None = None, kept: float = 1.0) -> PeftModel:
+    """An adapter on the base, in eval mode; with `start`, only a share `kept` of the way from there."""
+    base = locate_base(preset)
+    model = load_adapter(load_base(base, read_card(adapter).rope, dtype=preset.base.dtype), adapter, base).eval()
+    if start:
+        before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, adapter))
+        set_peft_model_state_dict(model, {name: torch.lerp(before[name], after[name], kept) for name in after})
+    return model
+
+
+def repeated(answer: list[int]) -> float:
+    """The share of pairs of neighbouring tokens that stood in the answer before."""
+    pairs = list(itertools.pairwise(answer))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+@dataclass
+class Judge:
+    """Measures a policy on the held-out questions."""
+
+    preset: Preset
+    tokenizer: PreTrainedTokenizerBase
+    asked: list[Asked]
+    reward_model: PeftModel
+    start: PeftModel
+
+    def rows(self, policy: PeftModel, **labels: Any) -> list[dict[str, Any]]:
+        """One for each question and way of decoding: gold, proxy, kl (nats an answer, sampled), length, repeated."""
+        found = []
+        prompts = [one.prompt for one in self.asked]
+        for decoding, temperature in (("greedy", 0.0), ("sampled", self.preset.preference.temperature)):
+            settings, numbers = self.preset.preference, {"seed": 99, "temperature": temperature}
+            answers = sample_answers(policy, self.tokenizer, prompts, settings, **numbers)
+            proxy = rewards(self.reward_model, [[*one, *two] for one, two in zip(prompts, answers, strict=True)])
+            pairs = list(zip(prompts, answers, strict=True))
+            own, reference = (
+                np.array([nats for nats, *_ in likelihoods(model, pairs)]) for model in (policy, self.start)
+            )
+            for number, (question, answer) in enumerate(zip(self.asked, answers, strict=True)):
+                found.append(
+                    {
+                        **labels,
+                        "decoding": decoding,
+                        "question": number,
+                        "gold": question.gold(answer),
+                        "proxy": proxy[number],
+                        "kl": own[number] - reference[number],
+                        "length": len(answer),
+                        "repeated": repeated(answer),
+                        "ended": float(answer[-1] == self.tokenizer.eos_token_id),
+                        "answer": self.tokenizer.decode(answer, skip_special_tokens=True),
+                    }
+                )
+        return found
+
+
+class Measure(TrainerCallback):
+    """Measures the policy every few steps of its training."""
+
+    def __init__(self, judge: Judge, cache: Cache, labels: dict[str, Any], every: int) -> None:
+        self.judge, self.cache, self.labels, self.every = judge, cache, labels, every
+
+    def on_step_end(self, _arguments: Any, state: Any, _control: Any, model: PeftModel, **_options: Any) -> None:
+        if state.global_step % self.every == 0:
+            training = model.training
+            labels = {**self.labels, "step": state.global_step}
+            self.cache.value("answers", lambda: self.judge.rows(model.eval(), **labels), **labels)
+            model.train(training)
+
+
+def run_preference(preset: Preset, adapter: Path, out: Path) -> Path:
+    """Write the record 10_preference_tuning of a preset; what was measured lies in runs/PRESET/preference."""
+    began, tokenizer = time.perf_counter(), load_tokenizer(locate_base(preset))
+    mixture = Mixture(preset.data, tokenizer)
+    documents = [one for source in mixture.sources for one in mixture.training(source)]
+    held_out = mixture.held_out()
+    mixture.workers.close()
+    test, start = ask(held_out, tokenizer, preset, TESTED, 1000), load_policy(preset, adapter)
+    arms, rows, logs, rated = [("sft", 0, adapter, {})], [], [], []
+    key = {"start": weights_sha256(adapter), "device": device_name(), "base": weights_sha256(locate_base(preset))}
+    for seed in SEEDS:
+        settings = replace(preset.preference, seed=seed)
+        seeded = replace(preset, preference=settings)
+        cache = Cache(preset.run_folder / "preference", VERSION, {**key, "settings": settings})
+        questions = ask(documents, tokenizer, seeded, settings.questions, seed)
+        prompts = [one.prompt for one in questions]
+        repeats = [prompt for prompt in prompts for _ in range(settings.answers)]
+        written = cache.value("written", partial(sample_answers, start, tokenizer, repeats, settings, seed=seed))
+        answers = [written[first : first + settings.answers] for first in range(0, len(written), settings.answers)]
+        pairs = compare(questions, answers, settings)
+        kept = len(pairs) * 7 // 8  # the last ones only test the reward model
+        name = f"study-{seed}"
+        proxy = train_reward_model(seeded, pairs[:kept], adapter, name=name)
+        reward_model = load_reward_model(seeded, proxy.folder).eval()
+        rated.append({"seed": seed, "comparisons": kept, **rating(reward_model, pairs[kept:])})
+        judge = Judge(seeded, tokenizer, test, reward_model, start)
+        rows += cache.value("answers", partial(judge.rows, start, arm="sft", seed=seed, step=0), arm="sft")
+        for arm in ARMS:
+            labels, steps = {"arm": arm, "seed": seed}, (settings.dpo if arm == "dpo" else settings.rl).steps
+            options = {"callbacks": [Measure(judge, cache, labels, steps // MEASUREMENTS)], "name": name}
+            if arm == "rl":
+                trained = optimise_policy(seeded, prompts, proxy.folder, adapter, **options)
+            else:
+                trained = train_dpo(seeded, pairs[:kept], adapter, **options)
+            for step in range(steps // MEASUREMENTS, steps + 1, steps // MEASUREMENTS):
+                part = {**labels, "step": step}
+                rows += cache.value("answers", partial(no_such_step, part), **part)
+            arms.append((arm, seed, trained.folder, {}))
+            for share in KEPT:
+                last, mixed = (
+                    {"arm": f"{arm}, {share:g}", "seed": seed, "step": steps},
+                    {"start": adapter, "kept": share},
+                )
+                average = partial(load_policy, preset, trained.folder, **mixed)
+                rows += cache.value("answers", lambda j=judge, a=average, p=last: j.rows(a(), **p), **last)
+                arms.append((last["arm"], seed, trained.folder, mixed))
+            logs += [{**labels, **{column: row.get(column) for column in LOGGED}} for row in trained.log]
+            print(f"seed {seed}, {arm}: {time.perf_counter() - began:,.0f} s", flush=True)
+    table = pd.DataFrame(rows)
+    tables = {"curves": curves(table), "wins": wins(table), "reward_model": pd.DataFrame(rated)}
+    tables |= {"log": pd.DataFrame(logs), "shown": shown(table, test, tokenizer)}
+    kept_context = Cache(preset.run_folder / "preference", VERSION, {"device": device_name()})
+    tables |= costs(preset, arms, held_out, tokenizer, kept_context)
+    return write_record(
+        out,
+        SLUG,
+        preset=preset.name,
+        question="Does preference tuning do what it is asked, and keep long context?",
+        tables=tables,
+        seeds={"preference": list(SEEDS), "questions": 1000, "bootstrap": SEED},
+        seconds=time.perf_counter() - began,
+        provenance={
+            "command": f"python -m experiments preference --preset {preset.name}",
+            "device": f"{device_name()}, {preset.base.dtype}",
+        },
+    )
+
+
+def no_such_step(part: dict[str, Any]) -> list:
+    """What is measured during training cannot be measured later."""
+    raise RuntimeError(
+        f"{part} was not measured: remove runs/PRESET/{part['arm']}/study-{part['seed']}-* and run again"
+    )
+
+
+def rating(model: PeftModel, pairs: Sequence[Comparison]) -> dict[str, float]:
+    """How often the reward model agrees with comparisons that it was not trained on."""
+    sides = [rewards(model, [[*one.prompt, *getattr(one, side)] for one in pairs]) for side in ("chosen", "rejected")]
+    right = int(np.sum(np.array(sides[0]) > np.array(sides[1])))
+    low, high = share_interval(right, len(pairs))
+    return {"held_out": len(pairs), "right": right / len(pairs), "low": low, "high": high}
+
+
+def curves(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over questions, by arm, seed, step and decoding."""
+    numbers = ["gold", "proxy", "kl", "length", "repeated", "ended"]
+    groups = table.assign(exact=(table.gold == 1).astype(float)).groupby(
+        ["arm", "seed", "step", "decoding"], sort=False
+    )
+    return groups[[*numbers, "exact"]].mean().reset_index()
+
+
+def wins(table: pd.DataFrame) -> pd.DataFrame:
+    """Shares of questions that an arm, fully trained, answers better than the SFT model, as well, and worse.
+
+    `preferred` counts half of the ties; low and high bound it by a bootstrap over questions, each the mean of its
+    seeds. Of the row of all seeds, `seed` is missing.
+    """
+    last = table[table.step == table.groupby("arm").step.transform("max")]
+    gold = last.pivot_table(index=["decoding", "seed", "question"], columns="arm", values="gold")
+    rows = []
+    for arm, decoding in itertools.product(
+        [arm for arm in dict.fromkeys(table.arm) if arm != "sft"], ("sampled", "greedy")
+    ):
+        better = np.sign((gold[arm] - gold["sft"]).loc[decoding].round(9))
+        better = better.reset_index().pivot_table(index="question", columns="seed", values=0)
+        for seed in (None, *better.columns):
+            part = better if seed is None else better[[seed]]
+            points = (part.mean(axis=1).to_numpy() + 1) / 2
+            low, high = mean_interval(points)
+            shares = {"win": part.gt(0), "tie": part.eq(0), "loss": part.lt(0)}
+            row = {"arm": arm, "decoding": decoding, "seed": seed, "questions": len(points)}
+            row |= {name: float(share.to_numpy().mean()) for name, share in shares.items()}
+            rows.append(row | {"preferred": points.mean(), "low": low, "high": high})
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
+
+
+def shown(table: pd.DataFrame, test: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """Questions with the right answer, and what each arm of the first seed answers, sampled."""
+    last = table[(table.step == table.groupby("arm").step.transform("max")) & (table.seed == SEEDS[0])]
+    last = last[(last.decoding == "sampled") & (last.question < SHOWN)]
+    table = partial(last.pivot_table, index="question", columns="arm")
+    texts, golds = table(values="answer", aggfunc="first"), table(values="gold").add_prefix("gold_")
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    asked = {
+        "prompt": [decode(one.prompt) for one in test[:SHOWN]],
+        "answer": [decode(one.answer) for one in test[:SHOWN]],
+    }
+    return pd.DataFrame(asked, index=texts.index).join(texts).join(golds).reset_index()
+
+
+def costs(
+    preset: Preset,
+    arms: Sequence[tuple[str, int, Path, dict[str, Any]]],
+    held_out: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Cache,
+) -> dict[str, pd.DataFrame]:
+    """Long context before and after: NLL by position on the same documents, and retrieval of the same pass keys."""
+    window, edges = preset.extension.window, preset.evaluation.near_edges
+    cuts = [cut for (cut,) in random_stretches(held_out, window, at_most=1, seed=0)][:DOCUMENTS]
+    lengths = [length for length in preset.retrieval.lengths if length <= 2048]
+    items = {
+        length: planted_items("passkey", held_out, tokenizer, length, preset.retrieval, questions=QUESTIONS, seed=0)
+        for length in lengths
+    }
+    read, found = {}, []
+    for arm, seed, folder, mixed in arms:
+        model, inputs = load_policy(preset, folder, **mixed), {"adapter": weights_sha256(folder), **mixed}
+        own = replace(cache, inputs={**cache.inputs, **inputs})
+        read[arm, seed] = [
+            own.arrays(cut.name, lambda m=model, c=cut: {"nll": token_nll(m, c)}, ids=cut.token_ids)["nll"][None]
+            for cut in cuts
+        ]
+        for part in () if mixed else items.values():
+            found.append(score(model, tokenizer, part, preset.retrieval, own).assign(arm=arm, seed=seed))
+    options = {"bootstrap_samples": preset.evaluation.bootstrap_samples, "seed": preset.evaluation.seed}
+    changes = []
+    for arm, seed, *_ in arms[1:]:
+        for bounds in ([1, window], edges):
+            part = paired_table(read[arm, seed], read["sft", 0], bounds, **options)
+            changes.append(part.assign(arm=arm, seed=seed, whole=len(bounds) == 2))
+    answers = pd.concat(found)
+    columns = ["arm", "seed", "task", "length"]
+    by_length = answers.groupby(columns, sort=False)[["probability", "exact", "rouge_l"]].mean().reset_index()
+    means = answers.pivot_table(index="number", columns=["arm", "seed"], values="probability")
+    paired = []
+    for arm, seed in (pair for pair in means if pair != ("sft", 0)):
+        change = paired_mean(means["sft", 0].to_numpy(), means[arm, seed].to_numpy())
+        paired.append(
+            {
+                "arm": arm,
+                "seed": seed,
+                "questions": len(means),
+                **{name: getattr(change, name) for name in ("before", "after", "difference", "low", "high")},
+            }
+        )
+    return {"nll": pd.concat(changes), "retrieval": by_length, "retrieval_change": pd.DataFrame(paired)}

@@ -1,0 +1,70 @@
+"""The figures of notebook 10, from its record."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from llama_long_utils.figures import AMBER, BLUE, plt, save_figure
+from llama_long_utils.panel import draw_verdicts
+
+LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
+
+
+def draw_gold_and_proxy(curves: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
+    """Both scores of sampled answers against steps: thin lines are seeds."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True)
+    drawn, ends = curves[curves.decoding == "sampled"], []
+    for arm, (label, colour, marker) in LOOKS.items():
+        part = drawn[drawn.arm.isin(["sft", arm])]
+        for axes, value in zip(panels, ("proxy", "gold"), strict=True):
+            for _, rows in part.groupby("seed"):
+                axes.plot(rows.step, rows[value], color=colour, alpha=0.3, linewidth=1)
+            means = part.groupby("step")[value].mean()
+            axes.plot(means.index, means, color=colour, marker=marker, label=label)
+            ends.append(f"{label}, {value}: {means.iloc[0]:.2f} to {means.iloc[-1]:.2f}")
+    for axes, title in zip(panels, ("proxy: what the reward model says", "gold: what is right"), strict=True):
+        axes.set(xlabel="step", title=title)
+    panels[0].set_ylabel("mean over held-out questions")
+    panels[1].set_ylabel("share of tokens that match")
+    panels[1].legend()
+    caption = f"Proxy and gold of sampled answers to held-out questions, {origin}; thin: single seeds."
+    save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
+
+
+def draw_both_panels(
+    ours: pd.DataFrame, published: pd.DataFrame, folder: Path, slug: str, number: str, origin: str
+) -> None:
+    """Win, tie and loss of our models, judged by a program, and of Llama 2 Long Chat, judged by people."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1.2, 1))
+    draw_verdicts(panels[0], ours.assign(row=ours.arm + ", " + ours.decoding), row="row")
+    draw_verdicts(panels[1], published.assign(row=["vs " + name for name in published.index]), row="row")
+    panels[0].set_xlabel("share of held-out questions (%), judged by a program")
+    panels[1].set_xlabel("share of votes (%), judged by people")
+    panels[1].get_legend().remove()
+    caption = f"Left: against the instruction-tuned model, judged by gold, {origin}. "
+    caption += "Right: Llama 2 Long Chat 70B, judged by people, published (arXiv:2309.16039, Figure 3)."
+    rows = [f"{row.arm}, {row.decoding}: {row.win:.0%} win, {row.loss:.0%} loss" for row in ours.itertuples()]
+    save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")
+
+
+def draw_tradeoff(
+    cost: pd.Series, preferred: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str
+) -> None:
+    """What is won against what it costs, by arm, along the averages of the weights before and after."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    for arm, (label, colour, marker) in LOOKS.items():
+        path = sorted([name for name in cost.index if name.split(",")[0] == arm], key=lambda name: cost[name])
+        rows = preferred.loc[path]
+        axes.plot([0, *cost[path]], [0.5, *rows.preferred], color=colour, alpha=0.5)
+        spread = [rows.preferred - rows.low, rows.high - rows.preferred]
+        axes.errorbar(cost[path], rows.preferred, yerr=spread, fmt=marker, color=colour, label=label, capsize=3)
+    axes.axvline(limit, color="0.4", linestyle=":")
+    axes.axhline(0.5, color="0.4", linewidth=1)
+    axes.set(xlabel="cost on held-out long documents (nats per token)", ylabel="preferred, sampled answers")
+    axes.legend(loc="lower right")
+    shares = sorted({float(name.split(", ")[1]) for name in cost.index if ", " in name})
+    parts = ", ".join(f"{share:g}" for share in shares)
+    caption = f"What is won and what it costs, {origin}. From the left: nothing, {parts} of the change, all of it. "
+    caption += f"Bars: 95% over questions; dotted: {limit:g} nat."
+    rows = [f"{arm}: preferred {preferred.preferred[arm]:.2f} at {cost[arm]:+.3f} nats" for arm in cost.index]
+    save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")

@@ -1,0 +1,338 @@
+"""Preference tuning with TRL: a reward model from comparisons, a policy against it on a leash, DPO on the same pairs.
+
+All start from the instruction-tuned adapter on the 4-bit base, and a frozen copy of it, in the same model, is the
+reference. TRL 1.16 tokenizes texts again, puts EOS behind answers that were cut off, and drops what is longer than
+1,024 tokens. Here rows are token ids as they were read and written, and none is dropped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+
+from llama_long_utils.cache import Cache, digest
+from llama_long_utils.data.mixture import Mixture
+from llama_long_utils.model.adapters import keep_copies_fp32, load_adapter, read_card, save_adapter
+from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.loss import compute_in_base_dtype
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.records import device_name, package_versions
+from llama_long_utils.settings import Preset, Scaling, TrainingSettings
+from llama_long_utils.stages import Preference
+from llama_long_utils.training.adapter import TrainedAdapter, run_or_read
+from llama_long_utils.training.comparisons import (
+    Asked,
+    Comparison,
+    Reward,
+    ask,
+    compare,
+    load_reward_model,
+    reward_of,
+    sample_answers,
+)
+from llama_long_utils.training.instruction import weights_kept
+from llama_long_utils.training.ledger import ledger
+from llama_long_utils.training.planner import GIB, Plan, model_shape, plan
+from llama_long_utils.training.processes import join_processes, use_one_gpu
+from llama_long_utils.training.random_llama import StepShape
+from llama_long_utils.training.trainer import VERSION, Labels, run_key, train
+
+LOGGED = {  # what TRL calls it: what it is called in the rows of a log
+    "reward": "reward",  # of the answers that were sampled in this step, on average
+    "kl": "kl",  # nats a token
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "accuracy": "accuracy",  # of the reward model on the comparisons of this step
+    "margin": "margin",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+}
+ANSWERS = ("chosen_ids", "rejected_ids")
+
+
+class TokenPolicyTrainer(RLOOTrainer):
+    """`RLOOTrainer` on prompts that are token ids already."""
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict]:
+        return prompts, None, {}
+
+
+class TokenPairTrainer(DPOTrainer):
+    """`DPOTrainer` on pairs that are token ids already: none is cut, dropped or ended."""
+
+    def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any, **_options: Any) -> datasets.Dataset:
+        return dataset
+
+
+@contextmanager
+def reference_kept(model: PeftModel) -> Iterator[None]:
+    """`weights_kept`, also for the copy named "ref" that TRL makes for a reference: rounded to the base's dtype.
+
+    Its norms are fp32 with outputs in the base's dtype afterwards, as the policy's are (`add_lora`).
+    """
+    with weights_kept(model):
+        yield
+    keep_copies_fp32(model)
+    of_policy = {name: weight for name, weight in model.named_parameters() if ".default." in name}
+    for name, weight in model.named_parameters():
+        if ".ref." in name:
+            weight.data = of_policy[name.replace(".ref.", ".default.")].data.clone()
+
+
+def check_preference(trainer: Trainer, rope: Scaling) -> None:
+    """ValueError unless policy and reference rotate as asked, and the reference is a copy of the policy."""
+    check_rope(trainer.model, rope)
+    if (reference := getattr(trainer, "ref_model", None)) is not None:
+        check_rope(reference, rope)  # TRL loads it by its path, with the RoPE that its config.json has
+    elif not isinstance(trainer, RewardTrainer):
+        weights = dict(trainer.model.named_parameters())
+        pairs = [
+            (weights[name.replace(".default.", ".ref.")], weight)
+            for name, weight in weights.items()
+            if ".default." in name
+        ]
+        if not all(torch.equal(*pair) for pair in pairs):
+            raise ValueError("the reference is not a copy of the policy: KL would not start at 0")
+    wrong = {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad} - {torch.float32}
+    if wrong:
+        raise ValueError(f"trained weights are {wrong}, not fp32: norms near 1 would move in steps of 1/128")
+
+
+def plan_preference(preset: Preset, stage: str, training: TrainingSettings) -> Plan:
+    """The plan for a step, as `plan`: two sequences of a comparison; for "rl" the reward model's base, keys and values.
+
+    ValueError if nothing fits.
+    """
+    config, sequences = model_shape(preset.base.source), training.sequences_at_once * (1 if stage == "rl" else 2)
+    savings, dtype = training.memory_savings, preset.base.dtype
+    shape = StepShape(training.window, dtype, savings, sequences=sequences, accumulated=True, gpu=True)
+    others = 0.0
+    if stage == "rl":
+        size = 2 if dtype == "bfloat16" else 4
+        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+        others = ledger(config, preset.lora, shape)["weights"] / GIB + sequences * training.window * kept / GIB
+    if others >= preset.memory_gib:
+        raise ValueError(
+            f"stage {stage!r}: the reward model, keys and values of {sequences} answers take {others:.1f} of "
+            f"{preset.memory_gib:g} GiB: lower preference.rl.rows_at_once, or preference.tokens"
+        )
+    try:
+        return plan(config, preset.lora, shape, preset.memory_gib - others)
+    except ValueError as error:
+        raise ValueError(
+            f"stage {stage!r}, {sequences} sequences at once: {error}; or lower preference.{stage}.rows_at_once"
+        ) from None
+
+
+def train_reward_model(
+    preset: Preset, comparisons: Sequence[Comparison], adapter: Path, **options: Any
+) -> TrainedAdapter:
+    """Train a head, and the adapter under it, so that the preferred answer of each pair has the larger number."""
+    rows = [
+        {"chosen_ids": [*one.prompt, *one.chosen], "rejected_ids": [*one.prompt, *one.rejected]} for one in comparisons
+    ]
+
+    def build(
+        model: PeftModel, rows: Sequence[dict], arguments: dict[str, Any], tokenizer: Any, _beta: float
+    ) -> Trainer:
+        padding = tokenizer.pad_token or tokenizer.eos_token
+        if padding == tokenizer.eos_token:  # the number would be read before EOS, blind to whether a text has ended
+            padding = tokenizer.bos_token or tokenizer.unk_token
+        config = RewardConfig(**arguments, max_length=None, pad_token=padding)
+        use_one_gpu(config)
+        return RewardTrainer(model, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer)
+
+    return _tune(preset, "reward", rows, adapter, build, **options)
+
+
+def optimise_policy(
+    preset: Preset, prompts: Sequence[list[int]], reward: Path | Reward, adapter: Path, **options: Any
+) -> TrainedAdapter:
+    """RLOO (arXiv:2402.14740): sampled answers that a reward model, or a function, rates above others become likelier.
+
+    A nat of KL to the reference costs `beta`. With a function, name the run by what it computes.
+    """
+    if isinstance(reward, Path) and read_card(reward).rope != read_card(adapter).rope:
+        raise ValueError(f"the reward model in {reward} rotates in another way than the policy in {adapter}")
+
+    @cache
+    def rate() -> Reward:
+        return reward_of(load_reward_model(preset, reward).eval()) if isinstance(reward, Path) else reward
+
+    def rated(prompts: list[list[int]], completion_ids: list[list[int]], **_columns: Any) -> list[float]:
+        return rate()(prompts, completion_ids)
+
+    def build(
+        model: PeftModel, rows: Sequence[dict], arguments: dict[str, Any], tokenizer: Any, beta: float
+    ) -> Trainer:
+        numbers = options.get("settings") or preset.preference
+        config = RLOOConfig(
+            **arguments,
+            beta=beta,
+            num_generations=numbers.answers,
+            max_completion_length=numbers.answer_tokens,
+            temperature=numbers.temperature,
+            shuffle_dataset=False,
+        )
+        use_one_gpu(config)
+        prompts = as_dataset(rows[:: numbers.answers])  # which TRL repeats
+        return TokenPolicyTrainer(model, rated, config, prompts, processing_class=tokenizer)
+
+    given = weights_sha256(reward) if isinstance(reward, Path) else options.get("name")
+    rows = [{"prompt": prompt} for prompt in prompts]
+    return _tune(preset, "rl", rows, adapter, build, reward=given, **options)
+
+
+def train_dpo(preset: Preset, comparisons: Sequence[Comparison], adapter: Path, **options: Any) -> TrainedAdapter:
+    """DPO (arXiv:2305.18290) on the same pairs: no reward model, nothing is sampled."""
+    rows = [{"prompt_ids": one.prompt, "chosen_ids": one.chosen, "rejected_ids": one.rejected} for one in comparisons]
+
+    def build(
+        model: PeftModel, rows: Sequence[dict], arguments: dict[str, Any], tokenizer: Any, beta: float
+    ) -> Trainer:
+        config = DPOConfig(**arguments, beta=beta, max_length=None)
+        use_one_gpu(config)
+        return TokenPairTrainer(model, None, config, train_dataset=as_dataset(rows), processing_class=tokenizer)
+
+    return _tune(preset, "dpo", rows, adapter, build, **options)
+
+
+def as_dataset(rows: Sequence[dict]) -> datasets.Dataset:
+    """The rows as TRL takes them."""
+    datasets.disable_progress_bars()
+    return datasets.Dataset.from_list(list(rows))
+
+
+def stage_training(preset: Preset, stage: str, settings: Preference) -> TrainingSettings:
+    """[training] with the numbers of a stage, and the plan with which it fits; ValueError if none does."""
+    numbers, window = getattr(settings, stage), settings.tokens + settings.answer_tokens
+    training = replace(
+        preset.training,
+        steps=numbers.steps,
+        window=window,
+        reach=window,
+        pack=False,
+        attention="sdpa",
+        sequences_per_step=numbers.rows_per_step,
+        sequences_at_once=numbers.rows_at_once,
+        learning_rate=numbers.learning_rate,
+        warmup_steps=numbers.warmup_steps,
+        seed=settings.seed,
+        checkpoint_every=numbers.checkpoint_every,
+    )
+    return replace(training, memory_savings=plan_preference(preset, stage, training).memory_savings)
+
+
+def _tune(
+    preset: Preset,
+    stage: str,
+    given: Sequence[dict],
+    adapter: Path,
+    build: Callable[..., Trainer],
+    *,
+    reward: str | None = None,
+    settings: Preference | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    name: str = "",
+    progress: int = 0,
+) -> TrainedAdapter:
+    """Train one stage in runs/PRESET/STAGE, as `train_adapter`; rows come in a new order in each pass."""
+    if join_processes().num_processes > 1:
+        raise ValueError("preference tuning runs in one process: start it without a launcher")
+    settings = settings or preset.preference
+    training, beta, base, card = (
+        stage_training(preset, stage, settings),
+        getattr(settings, stage).beta,
+        locate_base(preset),
+        read_card(adapter),
+    )
+    longest = max(sum(map(len, row.values())) - len(row.get("rejected_ids", ())) for row in given)
+    if longest > training.window + 1:
+        raise ValueError(f"a row has {longest:,} tokens: preference.tokens and answer_tokens allow {training.window:,}")
+    repeats = settings.answers if stage == "rl" else 1
+    needed, generator = training.steps * training.sequences_per_step // repeats, np.random.default_rng(settings.seed)
+    order = np.concatenate([generator.permutation(len(given)) for _ in range(-(-needed // len(given)))])[:needed]
+    rows = [given[number] for number in order for _ in range(repeats)]
+    began = weights_sha256(adapter)
+    depends_on = {"base": weights_sha256(base), "start": began, "rope": card.rope, "dtype": preset.base.dtype}
+    depends_on |= {"lora": preset.lora, "preference": asdict(settings), "reward": reward}
+    runs, name = (
+        Cache(preset.run_folder / stage, VERSION, run_key(training, digest(list(rows)), **depends_on)),
+        name or stage,
+    )
+    folder, tokenizer = runs.path(name, {}, ""), load_tokenizer(base)
+    trainers: list[Trainer] = []
+
+    def build_trainer(
+        model: PeftModel, rows: Sequence[dict], _division: Any, arguments: dict
+    ) -> tuple[Trainer, Labels]:
+        arguments |= {"bf16": False, "gradient_checkpointing": False}  # TRL's defaults are True
+        with reference_kept(model):
+            trainer = build(model, rows, arguments, tokenizer, beta)
+        check_preference(trainer, card.rope)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainers.append(trainer)
+        return trainer, {number: sum(len(row.get(side, ())) for side in ANSWERS) for number, row in enumerate(rows)}
+
+    def work() -> list[dict[str, float]]:
+        if stage == "reward":
+            model = load_reward_model(preset, adapter, trainable=True, seed=settings.seed)
+        else:
+            model = load_adapter(load_base(base, card.rope, dtype=preset.base.dtype), adapter, base, trainable=True)
+        compute_in_base_dtype(model)
+        log = train(model, rows, training, folder, report_every=progress, build=build_trainer)
+        check_rope(model, card.rope)
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
+        own = {**asdict(training), "stage": stage, "preference": asdict(settings), "start": began, "run": folder.name}
+        save_adapter(model, replace(card, training=own, versions=package_versions()), folder / "adapter")
+        logged = [row for row in trainers[-1].state.log_history if "loss" in row]
+        added = [{LOGGED[key]: row[key] for key in LOGGED if key in row} for row in logged]
+        return [{**row, **more} for row, more in zip(log, added, strict=True)]
+
+    log = run_or_read(runs, name, work)
+    return TrainedAdapter(folder / "adapter", log, training, int(log[-1]["tokens"]))
+
+
+def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison]]:
+    """Questions about documents that are trained on, and comparisons of what an adapter's model answers."""
+    settings, base, rope = preset.preference, locate_base(preset), read_card(adapter).rope
+    tokenizer = load_tokenizer(base)
+    mixture = Mixture(preset.data, tokenizer, window=settings.tokens)
+    try:
+        documents = next(mixture.buffers(preset.training))
+    finally:
+        mixture.workers.close()
+    asked = ask(documents, tokenizer, preset, settings.questions, settings.seed)
+    prompts = [one.prompt for one in asked for _ in range(settings.answers)]
+
+    def write() -> list[list[int]]:
+        model = load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base).eval()
+        return sample_answers(model, tokenizer, prompts, settings, seed=settings.seed, at_once=settings.rl.rows_at_once)
+
+    depends_on = {"start": weights_sha256(adapter), "settings": asdict(settings), "device": device_name()}
+    kept = Cache(preset.run_folder / "answers", VERSION, {**depends_on, "prompts": digest(prompts)})
+    written = kept.value("answers", write)
+    answers = [written[first : first + settings.answers] for first in range(0, len(written), settings.answers)]
+    return asked, compare(asked, answers, settings)
+
+
+def tune_preferences(preset: Preset, stage: str, adapter: Path, *, progress: int = 0) -> TrainedAdapter:
+    """A stage from a preset's numbers, "reward", "rl" or "dpo"; "rl" trains the reward model if there is none yet."""
+    stage_training(preset, stage, preset.preference)  # refuses what does not fit
+    asked, pairs = collect(preset, adapter)
+    if stage == "dpo":
+        return train_dpo(preset, pairs, adapter, progress=progress)
+    rated = train_reward_model(preset, pairs, adapter, progress=progress)
+    prompts = [one.prompt for one in asked]
+    return rated if stage == "reward" else optimise_policy(preset, prompts, rated.folder, adapter, progress=progress)

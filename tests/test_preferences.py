@@ -1,0 +1,303 @@
+"""Preference tuning through TRL: what its trainers would do in silence, named by the trap, and what ours do."""
+
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, RLOOConfig
+
+from conftest import LORA, RAISED, new_llama, small_preset
+from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, read_card, save_adapter
+from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.weights import load_tokenizer, weights_sha256
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.presets import load_preset
+from llama_long_utils.stages import Preference, PreferenceStage
+from llama_long_utils.training import preferences
+from llama_long_utils.training.comparisons import Asked, Comparison, compare, load_reward_model, rewards, sample_answers
+
+TOKENIZER = load_tokenizer(REPOSITORY / "data" / "tiny-llama")
+EOS = TOKENIZER.eos_token_id
+NOWHERE = tempfile.mkdtemp()  # for trainers that only look
+STAGE = PreferenceStage(
+    steps=2, rows_per_step=4, rows_at_once=4, learning_rate=1e-3, warmup_steps=0, checkpoint_every=1, beta=0.1
+)
+NUMBERS = Preference(tokens=24, answer_tokens=8, questions=4, answers=2, errors=0.0, reward=STAGE, rl=STAGE, dpo=STAGE)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def preset(request, tmp_path_factory):
+    """A small Llama under RAISED; `start` is the folder of its instruction-tuned adapter."""
+    folder = tmp_path_factory.mktemp("base")
+    new_llama(seed=0, vocab_size=len(TOKENIZER), bos_token_id=0, eos_token_id=1).to(torch.bfloat16).save_pretrained(
+        folder
+    )
+    TOKENIZER.save_pretrained(folder)
+    preset = small_preset(folder, dtype=request.param)
+    home = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(preset), "run_folder", property(lambda _self: home))
+        yield dataclasses.replace(preset, lora=LORA, preference=NUMBERS)
+
+
+@pytest.fixture(scope="module")
+def start(preset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "adapter"
+    base = Path(preset.base.source)
+    model = add_lora(load_base(base, RAISED, dtype=preset.base.dtype), LORA, seed=0)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.data += 0.3 * torch.randn_like(weight) if "lora_B" in name else 1e-3 * torch.randn_like(weight)
+    save_adapter(model, AdapterCard(str(base), weights_sha256(base), RAISED, {}, {}, {}), folder)
+    return folder
+
+
+def random_rows(count, seed=0, tokens=24):
+    generator = np.random.default_rng(seed)
+    return [[0, *generator.integers(2, 2048, tokens - 1).tolist()] for _ in range(count)]
+
+
+def pairs(count=6, tokens=24):
+    answers = random_rows(2 * count, seed=1, tokens=7)
+    prompts = random_rows(count, tokens=tokens)
+    return [Comparison(prompt, [*answers[2 * n][1:], EOS], answers[2 * n + 1][1:]) for n, prompt in enumerate(prompts)]
+
+
+def any_reward(_prompts, answers):
+    return [float(sum(answer) % 97) for answer in answers]
+
+
+def weights(folder, preset):
+    model = load_adapter(
+        load_base(Path(preset.base.source), RAISED, dtype=preset.base.dtype), folder, Path(preset.base.source)
+    )
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if ".default." in name}
+
+
+def test_the_reference_is_the_instruction_tuned_model_and_kl_starts_at_zero(preset, start):
+    trained = preferences.optimise_policy(preset, random_rows(4), any_reward, start, name="any")
+    assert abs(trained.log[0]["kl"]) < 1e-5
+    assert {"reward", "kl", "length"} <= set(trained.log[0])
+    model = load_adapter(
+        load_base(Path(preset.base.source), RAISED, dtype=preset.base.dtype), start, Path(preset.base.source)
+    )
+    rows = torch.tensor(random_rows(4))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=preset.base.dtype == "bfloat16"):
+        own = model(rows).logits.float().log_softmax(-1)
+        with model.disable_adapter():  # what TRL takes for a reference if the adapter is new
+            base = model(rows).logits.float().log_softmax(-1)
+    assert (own.exp() * (own - base)).sum(-1).mean() > 1e-3
+
+
+def test_dpo_begins_at_log_2(preset, start):
+    trained = preferences.train_dpo(preset, pairs(), start)
+    assert trained.log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert trained.log[1]["loss"] != trained.log[0]["loss"]
+
+
+def test_long_pairs_are_trained_on_whole_though_trl_drops_what_has_more_than_1024_tokens(preset, start):
+    long = pairs(2, tokens=1100)
+    rows = [{"prompt": "a" * 1500, "chosen": "b", "rejected": "c"}] * 2
+    config = DPOConfig(NOWHERE, report_to=[], use_cpu=True, bf16=False)
+    plain = DPOTrainer(
+        policy(preset, start), None, config, train_dataset=Dataset.from_list(rows), processing_class=TOKENIZER
+    )
+    assert len(plain.train_dataset) == 0
+    numbers = dataclasses.replace(NUMBERS, tokens=1100)
+    for train, per_pair in ((preferences.train_dpo, 7 + 6), (preferences.train_reward_model, 2 * 1100 + 7 + 6)):
+        trained = train(preset, long, start, settings=numbers)
+        assert trained.label_tokens == trained.settings.steps * STAGE.rows_per_step * per_pair
+    with pytest.raises(ValueError, match="a row has 1,107 tokens"):
+        preferences.train_dpo(preset, long, start)
+
+
+def policy(preset, start):
+    base = Path(preset.base.source)
+    return load_adapter(load_base(base, RAISED, dtype=preset.base.dtype), start, base, trainable=True)
+
+
+def dpo_trainer(model, **options):
+    rows = [{"prompt": "to be", "chosen": "or not", "rejected": "again"}] * 2
+    config = DPOConfig(NOWHERE, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False)
+    return DPOTrainer(model, None, config, train_dataset=Dataset.from_list(rows), processing_class=TOKENIZER, **options)
+
+
+def test_norms_and_lora_stay_as_they_were_in_fp32_though_trl_casts_them_to_bf16(preset, start):
+    model = policy(preset, start)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    assert any("norm" in name for name in before)
+    with preferences.reference_kept(model):
+        trainer = dpo_trainer(model)
+        assert {weight.dtype for name, weight in model.named_parameters() if name in before} == {torch.bfloat16}
+    after = dict(model.named_parameters())
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight)
+        assert torch.equal(after[name.replace(".default.", ".ref.")], weight)
+    preferences.check_preference(trainer, RAISED)
+    with pytest.raises(ValueError, match="not a copy of the policy"):  # which is rounded, its reference is not
+        preferences.check_preference(dpo_trainer(policy(preset, start)), RAISED)
+    for name in before:
+        for adapter in (".default.", ".ref."):
+            after[name.replace(".default.", adapter)].data = before[name].to(torch.bfloat16)
+    with pytest.raises(ValueError, match="not fp32"):
+        preferences.check_preference(trainer, RAISED)
+
+
+def test_a_reference_that_full_finetuning_loads_by_its_path_has_another_rope_and_is_refused(preset):
+    whole = load_base(Path(preset.base.source), RAISED, dtype=preset.base.dtype, quantized=False)
+    trainer = dpo_trainer(whole)
+    check_rope(trainer.model, RAISED)
+    assert trainer.ref_model.config.rope_parameters["rope_theta"] == 1e4  # the policy has 5e5, and nothing said so
+    with pytest.raises(ValueError, match="does not rotate as asked"):
+        preferences.check_preference(trainer, RAISED)
+
+
+def test_a_policy_has_a_leash_though_grpo_has_none_by_default():
+    assert GRPOConfig(NOWHERE, use_cpu=True, bf16=False).beta == 0
+    with pytest.raises(ValueError, match="greater than 0"):
+        dataclasses.replace(STAGE, beta=0.0)
+
+
+def test_answers_end_where_the_preset_says_and_long_prompts_are_refused_not_cut(preset, start):
+    assert RLOOConfig(NOWHERE, use_cpu=True, bf16=False).max_completion_length == 512
+    trained = preferences.optimise_policy(preset, random_rows(4), any_reward, start, name="any")
+    assert all(row["length"] <= NUMBERS.answer_tokens for row in trained.log)
+    with pytest.raises(ValueError, match="a row has 99 tokens"):
+        preferences.optimise_policy(preset, random_rows(4, tokens=99), any_reward, start, name="any")
+
+
+def test_the_adapter_is_named_default_without_which_trl_stops_and_is_saved_without_its_copy(preset, start):
+    model = policy(preset, start)
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("sft", model.peft_config["default"])
+    model.set_adapter("sft")
+    model.delete_adapter("default")
+    with pytest.raises(KeyError, match="default"):
+        dpo_trainer(model)
+    trained = preferences.train_dpo(preset, pairs(), start)
+    assert not (trained.folder / "ref").exists()
+    assert read_card(trained.folder).training["stage"] == "dpo"
+    before, after = weights(start, preset), weights(trained.folder, preset)
+    assert before.keys() == after.keys()
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_reward_model_trains_where_trl_mixes_fp32_and_bf16(preset, start):
+    plain = load_reward_model(preset, start, trainable=True)
+    rows = Dataset.from_list([{"chosen_ids": [0, 5, 1], "rejected_ids": [0, 6, 1]}] * 8)
+    config = RewardConfig(NOWHERE, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=1)
+    trainer = RewardTrainer(plain, config, train_dataset=rows, processing_class=TOKENIZER)
+    with pytest.raises(RuntimeError, match=r"dtype|same type"):
+        trainer.train()
+    numbers = dataclasses.replace(NUMBERS, reward=dataclasses.replace(STAGE, steps=12, learning_rate=3e-3))
+    trained = preferences.train_reward_model(preset, pairs(), start, settings=numbers)
+    assert np.mean([row["loss"] for row in trained.log[-2:]]) < np.mean([row["loss"] for row in trained.log[:2]])
+    model = load_reward_model(preset, trained.folder)
+    check_rope(model, RAISED)
+    better, worse = (
+        rewards(model, [[*one.prompt, *getattr(one, side)] for one in pairs()]) for side in ("chosen", "rejected")
+    )
+    assert np.mean(np.array(better) > worse) >= 5 / 6
+
+
+def test_a_reward_model_sees_whether_a_text_has_ended_though_padding_is_eos(preset, start):
+    model = load_reward_model(preset, start)
+    row = random_rows(1)[0]
+    open_, ended = rewards(model, [row, [*row, EOS]])
+    assert open_ != ended
+    model.config.pad_token_id = EOS  # what TRL sets for a tokenizer without a padding token
+    compute = torch.autocast("cpu", torch.bfloat16, enabled=preset.base.dtype == "bfloat16")
+    with torch.no_grad(), compute:
+        blind = model(torch.tensor([[*row, EOS]])).logits.item()
+        model.config.pad_token_id = TOKENIZER.bos_token_id
+        sees = model(torch.tensor([[*row, EOS]])).logits.item()
+    assert blind == pytest.approx(open_, rel=1e-2)
+    assert sees == pytest.approx(ended, rel=1e-2)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, _arguments, state, _control, **_options):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stage", ["reward", "rl", "dpo"])
+def test_an_interrupted_run_continues_to_the_same_weights(preset, start, stage, monkeypatch, tmp_path):
+    numbers = dataclasses.replace(NUMBERS, **{stage: dataclasses.replace(STAGE, steps=3)})
+
+    def train(**options):
+        match stage:
+            case "reward":
+                return preferences.train_reward_model(preset, pairs(), start, settings=numbers, **options)
+            case "rl":
+                prompts = random_rows(4)
+                return preferences.optimise_policy(
+                    preset, prompts, any_reward, start, settings=numbers, name="x", **options
+                )
+            case "dpo":
+                return preferences.train_dpo(preset, pairs(), start, settings=numbers, **options)
+
+    logs, found = [], []
+    for interrupted in (False, True):
+        monkeypatch.setattr(type(preset), "run_folder", property(lambda _self, part=str(interrupted): tmp_path / part))
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                train(callbacks=[Stop()])
+        trained = train()
+        logs.append([(row["loss"], row.get("kl")) for row in trained.log])
+        found.append((trained.folder / "adapter_model.safetensors").read_bytes())
+    assert logs[0] == logs[1]
+    assert found[0] == found[1]
+
+
+def test_a_step_that_does_not_fit_is_refused_before_anything_is_loaded():
+    small = dataclasses.replace(load_preset("tiny"), memory_gib=0.02)
+    for stage in ("reward", "rl", "dpo"):
+        with pytest.raises(ValueError, match=rf"stage '{stage}'.*lower preference\.{stage}\.rows_at_once"):
+            preferences.stage_training(small, stage, small.preference)
+    numbers = load_preset("tiny").preference
+    pairs_, answers = (preferences.stage_training(load_preset("tiny"), stage, numbers) for stage in ("dpo", "rl"))
+    assert (pairs_.window, pairs_.sequences_at_once) == (
+        numbers.tokens + numbers.answer_tokens,
+        numbers.dpo.rows_at_once,
+    )
+    assert answers.sequences_at_once == numbers.rl.rows_at_once
+
+
+def test_the_best_and_the_worst_answer_are_compared_and_some_pairs_are_turned_round():
+    question = Asked([0, 2], [5, 6, 7, EOS])
+    answers = [[5, 6, 9, EOS], [5, 6, 7, EOS], [8, 9]]
+    assert compare([question], [answers], NUMBERS) == [Comparison([0, 2], answers[1], answers[2])]
+    assert compare([question], [[[8], [9]]], NUMBERS) == []
+    many = compare([question] * 2000, [answers] * 2000, dataclasses.replace(NUMBERS, errors=0.1))
+    assert 0.08 < np.mean([one.chosen == answers[2] for one in many]) < 0.12
+
+
+def test_gold_is_one_for_the_answer_only_and_less_for_one_that_does_not_stop():
+    question = Asked([0], [5, 6, 7, EOS])
+    assert question.gold([5, 6, 7, EOS]) == 1
+    assert question.gold([5, 6, 7]) < 1
+    assert question.gold([5, 6, 7, 5, 6, 7, 8, 9]) < question.gold([5, 6, 7, 8, EOS]) < 1
+    assert question.gold([8, 9]) == 0
+
+
+def test_answers_do_not_depend_on_their_batch_and_leave_random_numbers_alone(preset, start):
+    model, prompts = policy(preset, start), [*random_rows(3), random_rows(1, seed=2, tokens=9)[0]]
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    together = sample_answers(model, TOKENIZER, prompts, NUMBERS, temperature=0.0)
+    assert torch.rand(1) == expected
+    if preset.base.dtype == "float32":
+        alone = [sample_answers(model, TOKENIZER, [one], NUMBERS, temperature=0.0)[0] for one in prompts]
+        assert together == alone
+    assert all(EOS not in answer[:-1] for answer in together)
+    drawn = [sample_answers(model, TOKENIZER, prompts, NUMBERS, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
