@@ -67,7 +67,7 @@ REHEARSALS = {
         "llama3.1-8b",
         "meta-llama/Llama-3.1-8B",
         "[data]\nheld_out = { pg19 = 1 }\nminimum_characters = 600_000\n"
-        "[evaluation]\ncopied_documents = 1\ntokens = 196_608\n"
+        "[evaluation]\ncopied_documents = 1\ntokens = 196_608\nseed = 1\n"
         "[retrieval]\ndocuments = 1\nlengths = [1024, 139_264]",
         ("model-00001*", "data-train-0.parquet"),
         book_characters=620_000,
