@@ -111,7 +111,12 @@ SEQUENCE = [
         leaves=("instruction/*/adapter/adapter_model.safetensors",),
         picture="09_answers",
     ),
-    Notebook("10_preference_tuning", "Preference tuning", "Does preference tuning keep long context?"),
+    Notebook(
+        "10_preference_tuning",
+        "Preference tuning",
+        "Does preference tuning do what it is asked, and does it keep long context?",
+        picture="10_gold_and_proxy",
+    ),
     Notebook(
         "11_ablations",
         "Ablations",
