@@ -213,7 +213,7 @@ class StepLog(TrainerCallback):
 
 def check_lora_gradients(model: PeftModel) -> None:
     """Raise RuntimeError if, after a backward pass, a LoRA-B matrix has no gradient."""
-    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and weight.requires_grad}
+    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and ".ref." not in name}
     dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
     if dead:
         raise RuntimeError(
