@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
-from experiments.pretraining_results import PLACES, PretrainingResults
+from experiments.pretraining_results import PLACES, SWITCHED, PretrainingResults
 from llama_long_utils.figures import (
     AMBER,
     BLACK,
@@ -34,7 +35,6 @@ STYLES = {  # label, colour and marker of every arm
     "short": ("short throughout, in windows", GREY, "o"),
     "continued": ("short, then a second run", RED, "X"),
 }
-SWITCHED = [name for name in STYLES if name.startswith("switch")]
 
 
 def in_words(table: pd.DataFrame, digits: int) -> list[str]:
@@ -42,20 +42,20 @@ def in_words(table: pd.DataFrame, digits: int) -> list[str]:
     return [measured(*row, digits=digits) for row in table[["value", "low", "high"]].itertuples(index=False)]
 
 
-def in_percent(found: dict[str, float]) -> str:
-    """A share with its interval, in percent."""
-    return f"{found['value']:.0%} [{found['low']:.0%}, {found['high']:.0%}]"
-
-
 def jumps(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """Training loss minus the long arm's, in nats, mean over seeds: before each switch, at it, and soon after."""
+    """Training loss minus the long arm's, in nats: before each switch, at it, soon after; then the jump between.
+
+    Columns value, low and high are the jump, with Student's interval of the seeds' means.
+    """
     rows = []
     for name in SWITCHED:
         around = results.spike(size, name)
         means = {"20 steps before": around[:, :20], "first 2 long steps": around[:, 20:22]}
         means["long steps 11 to 20"] = around[:, 30:40]
         rows.append({"arm": STYLES[name][0]} | {when: part.mean() for when, part in means.items()})
-        rows[-1]["seeds"] = len(around)
+        each = around[:, 20:22].mean(axis=1) - around[:, :20].mean(axis=1)
+        half = student.ppf(0.975, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each))
+        rows[-1] |= {"value": each.mean(), "low": each.mean() - half, "high": each.mean() + half, "seeds": len(each)}
     return pd.DataFrame(rows)
 
 
@@ -84,7 +84,7 @@ def draw_switch(
     panels[1].axhline(0, color="0.35", linewidth=1)
     panels[1].set(title=f"recorded: {size}, minus long throughout", xlabel="steps since the switch")
     panels[1].set_ylabel("difference in loss (nats)")
-    panels[1].legend(fontsize=9)
+    figure.legend(loc="outside lower right", ncols=4, fontsize=9)
     caption = (
         "Training loss at the switch. Left: the live run. Right: recorded by us, means over seeds and five steps. "
     )
@@ -115,9 +115,11 @@ def draw_quality(
     for panel in panels:
         panel.axhline(0, color="0.35", linewidth=1)
         panel.set(xlabel="operations beside long throughout", xlim=(0, 1.05))
-        panel.legend(fontsize=8)
+    panels[0].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    panels[1].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     caption = "Quality against operations. Left: recorded by us; hollow: seeds, bars: 95% intervals over seeds and "
-    caption += "documents. Right: Tables 10 and 11, published without intervals."
+    caption += "documents, or over seeds alone where that is wider. The cross is shifted to the right: it costs what a "
+    caption += "switch does. Right: Tables 10 and 11, published without intervals, on a scale of its own."
     alt = "; ".join(
         f"{STYLES[row.arm][0]}: {row.flops:.0%} of the operations, {row.value:+.3f}" for row in table.itertuples()
     )
@@ -125,12 +127,12 @@ def draw_quality(
 
 
 def draw_positions(results: PretrainingResults, size: str, window: int, folder: Path, slug: str, number: str) -> None:
-    """NLL by position minus that of the long arm, for every arm that reads all positions."""
+    """NLL by position minus that of the long arm, for every arm; "short" is read in windows."""
     edges = results.arrays["edges"]
     figure, axes = plt.subplots(figsize=(8, 4.4))
-    for name in [one for one in STYLES if one not in ("long", "short") and results.seeds(size, one, "long")]:
+    for name in [one for one in STYLES if one != "long" and results.seeds(size, one, "long")]:
         places = pairwise(edges)
-        pair = (name, "full"), ("long", "full")
+        pair = (name, "window" if name == "short" else "full"), ("long", "full")
         line = pd.DataFrame(results.difference(size, *pair, int(low), int(high)) for low, high in places)
         centre, (label, colour, marker) = np.sqrt(edges[:-1] * edges[1:]), STYLES[name]
         axes.plot(centre, line.value, color=colour, marker=marker, markersize=5, label=label)
@@ -141,10 +143,8 @@ def draw_positions(results: PretrainingResults, size: str, window: int, folder: 
     token_axis(axes, [2**k for k in range(2, 13, 2)], "position in the text (tokens)")
     mark_window(axes, window, "short sequences end")
     axes.legend(fontsize=8)
-    caption = (
-        f"Held-out NLL by position, {size}, minus that of long sequences throughout, recorded by us; band: 95% over "
-    )
-    caption += "seeds and documents, of the switch at 80%."
+    caption = f"Held-out NLL by position, {size}, minus that of long sequences throughout, recorded by us; band: 95% "
+    caption += "interval of the switch at 80%, as in Figure 12.2."
     alt = "A line for each arm over positions 1 to 4,096; zero is the arm that is long throughout."
     save_figure(figure, folder, slug, number, caption, alt)
 
@@ -156,13 +156,14 @@ def draw_mixes(mixes: pd.DataFrame, size: str, folder: Path, slug: str, number: 
         "near": {"label": f"near: positions below {near[1]:,}", "color": GREY, "marker": "o"},
         "far": {"label": f"far: positions from {far[0]:,} on", "color": BLUE, "marker": "s"},
     }
-    figure, axes = plt.subplots(figsize=(8, 3.8))
-    intervals(axes, mixes, row="mix", colour="place", zero=0, samples="each", styles=styles)
-    axes.set_xlabel("NLL minus the original mix's (nats)")
-    caption = (
-        f"Data mixes after short pretraining, {size}, recorded by us; hollow: seeds, bars: 95% intervals over seeds "
-    )
-    caption += "and documents. Left of the line is better."
+    large = mixes.value.abs().groupby(mixes.mix).transform("max") > 0.3
+    figure, panels = plt.subplots(2, 1, figsize=(8, 5), height_ratios=((~large).sum(), large.sum()))
+    for panel, part in zip(panels, (mixes[~large], mixes[large]), strict=True):
+        intervals(panel, part, row="mix", colour="place", zero=0, samples="each", styles=styles)
+    panels[1].get_legend().remove()
+    panels[1].set_xlabel("NLL minus the original mix's (nats)")
+    caption = f"Data mixes after one short checkpoint, {size}, recorded by us; hollow: orders of the texts, bars: 95% "
+    caption += "intervals as in Figure 12.2. Left of the line is better. The lower panel has a wider scale."
     parts = mixes[mixes.place == "far"]
     alt = "; ".join(f"{row.mix} {row.value:+.3f}" for row in parts.itertuples())
     save_figure(figure, folder, slug, number, caption, f"NLL minus the original mix's, far: {alt}.")

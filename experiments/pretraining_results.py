@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.optimize import curve_fit
+from scipy.stats import t as student
 
-from experiments.race_results import mean_over_seeds, resampled
+from experiments.race_results import mean_over_seeds
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import load_preset
@@ -17,7 +18,7 @@ from llama_long_utils.records import Record, read_record, read_table, write_arra
 
 SLUG = "12_pretraining_curriculum"
 NAMES = ["size", "arm", "seed"]
-SHARES = {"long": 0.0, "switch-20": 0.2, "switch-40": 0.4, "switch-80": 0.8, "switch-95": 0.95}
+SWITCHED = ("switch-20", "switch-40", "switch-80", "switch-95")
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,27 @@ class PretrainingResults:
         self, size: str, first: tuple[str, str], second: tuple[str, str], low: int = 1, high: int = 4096
     ) -> dict[str, Any]:
         """NLL of one (arm, way) minus another's, paired by seed and document: value, low, high, each seed, seeds."""
-        seeds = self.seeds(size, first[0], second[0])
+        return self._interval(*self._change(size, first, second, low, high))
+
+    def less_from_context(self, size: str, arm: str, low: int, high: int, base: str = "long") -> dict[str, Any]:
+        """What full context saves `base` against windows minus what it saves `arm`, as in `difference`.
+
+        Above zero, the arm makes less of what lies far back.
+        """
+        seeds = self.seeds(size, arm, base)
+        gains = [self._change(size, (one, "full"), (one, "window"), low, high, seeds) for one in (arm, base)]
+        return self._interval(gains[0][0] - gains[1][0], gains[0][1])
+
+    def _change(
+        self, size: str, first: tuple[str, str], second: tuple[str, str], low: int, high: int, seeds: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Nats of one (arm, way) minus another's, (seeds, documents), and tokens (documents)."""
         (one, tokens), (other, _) = (self.nats(size, arm, low, high, way) for arm, way in (first, second))
-        change = np.array([one[seed] - other[seed] for seed in seeds])
-        each = list(change.sum(axis=1) / tokens.sum())
-        return {**mean_over_seeds(change, tokens, self.bootstrap), "each": each, "seeds": len(seeds)}
+        return np.array([one[seed] - other[seed] for seed in seeds or self.seeds(size, first[0], second[0])]), tokens
+
+    def _interval(self, change: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+        each = change.sum(axis=1) / tokens.sum()
+        return {**wider_interval(change, tokens, self.bootstrap), "each": list(each), "seeds": len(each)}
 
     def cost(self, size: str, arm: str, column: str = "flops") -> float:
         """Mean over seeds of a column of `cells`."""
@@ -68,33 +85,13 @@ class PretrainingResults:
         "short" is read in windows of its own length, all others with full context.
         """
         rows = []
-        for arm in ("long", *list(SHARES)[1:], "short", "continued"):
+        for arm in ("long", *SWITCHED, "short", "continued"):
             if not self.seeds(size, "long", arm):
                 continue
             way = "window" if arm == "short" else "full"
             whole = {name: self.cost(size, arm, name) / self.cost(size, "long", name) for name in COSTS}
             rows.append({"arm": arm, **whole, **self.difference(size, (arm, way), ("long", "full"))})
         return pd.DataFrame(rows)
-
-    def saved_at_equal_quality(self, size: str, column: str = "flops") -> dict[str, float]:
-        """Share of operations that the latest switch saves whose NLL is at most EQUAL above "long": value, low, high.
-
-        Between two switches NLL is taken as a straight line. The interval resamples seeds and documents.
-        """
-        shares = np.array(list(SHARES.values()))
-        seeds = self.seeds(size, *SHARES)
-        found = [self.nats(size, arm, 1, 4096) for arm in SHARES]
-        tokens = found[0][1]
-        nats = np.array([[by_seed[seed] for seed in seeds] for by_seed, _ in found])
-        change = nats - nats[:1] - EQUAL * tokens
-        per_share = 1 - self.cost(size, "switch-80", column) / self.cost(size, "long", column)
-        per_share /= SHARES["switch-80"]
-        of_seeds, of_documents = resampled(len(seeds), len(tokens), self.bootstrap)
-        means = np.einsum("bs,asd,bd->ba", of_seeds, change, of_documents) / (of_documents @ tokens)[:, None]
-        drawn = [per_share * latest_equal(shares, row) for row in means]
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        value = per_share * latest_equal(shares, change.mean(axis=1).sum(axis=1) / tokens.sum())
-        return {"value": value, "low": float(low), "high": float(high)}
 
     def spike(self, size: str, arm: str, before: int = 20, after: int = 60) -> np.ndarray:
         """Training loss of an arm minus that of "long" at the same step, on the same tokens, around its switch.
@@ -128,6 +125,13 @@ class PretrainingResults:
             if self.seeds(size, *pair)
         )
 
+    def context_saves_more(self, larger: str, smaller: str) -> dict[str, Any]:
+        """What the longest context saves `larger` minus what it saves `smaller`, paired by document."""
+        table = self.record.table("context_saved")
+        parts = [table[table.model == name].pivot_table("nats", "seed", "document") for name in (larger, smaller)]
+        tokens = table[table.model == smaller].groupby("document").tokens.first()
+        return self._interval(parts[0].to_numpy() - parts[1].to_numpy(), tokens.to_numpy())
+
     def mixes(self, size: str) -> pd.DataFrame:
         """A row for each data mix and place, near or far: NLL minus that of "mix-original"."""
         names = [arm for arm in dict.fromkeys(self.cells.arm) if arm.startswith("mix-") and arm != "mix-original"]
@@ -142,16 +146,22 @@ class PretrainingResults:
 
 PLACES = {"near": (1, 512), "far": (2048, 4096)}
 LAW_SAMPLES = 300
-EQUAL = 0.01  # nat: a smaller loss is equal quality; one percent less probability
-COSTS = ("flops", "flops_counted", "seconds")
+EQUAL = 0.01  # nat: a loss to exclude before quality is called equal; one percent less probability
+COSTS = ("flops", "flops_counted", "seconds", "tokens")
 
 
-def latest_equal(shares: np.ndarray, change: np.ndarray) -> float:
-    """The largest share at which a piecewise linear `change`, at most 0 at the first share, is not above 0."""
-    last = int(np.flatnonzero(change <= 0)[-1])
-    if last + 1 == len(shares):
-        return float(shares[-1])
-    return float(np.interp(0.0, change[last : last + 2], shares[last : last + 2]))
+def wider_interval(change: np.ndarray, weights: np.ndarray, bootstrap: Bootstrap) -> dict[str, float]:
+    """Weighted mean of `change` (seeds, documents), value, with the outer bounds of two 95% intervals, low and high.
+
+    One resamples seeds and documents. Of three seeds that is too narrow, so the other is Student's t of the seeds'
+    means: it knows no more than that there are three.
+    """
+    found, each = mean_over_seeds(change, weights, bootstrap), change.sum(axis=1) / weights.sum()
+    if len(each) > 1:
+        half = float(student.ppf(0.975, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each)))
+        found["low"] = min(found["low"], found["value"] - half)
+        found["high"] = max(found["high"], found["value"] + half)
+    return found
 
 
 def pretraining_results(path: Path | None = None) -> PretrainingResults:
@@ -231,6 +241,10 @@ def collect(records: list[Path], folder: Path, contexts: Sequence[Path] = ()) ->
         sums = table.groupby(["model", "seed", "parameters", "context"], sort=False)[["nats", "tokens"]].sum()
         by_context["context_loss"] = (sums.nats / sums.tokens).rename("value").reset_index()
         evaluation = load_preset("tiny").evaluation
+        ends = table[table.context.isin([table.context.min(), table.context.max()])]
+        nats = ends.pivot_table("nats", ["model", "seed", "document", "tokens"], "context", sort=False)
+        saved = (nats[nats.columns.min()] - nats[nats.columns.max()]).rename("nats")
+        by_context["context_saved"] = saved.reset_index()
         by_context["power_law"] = power_laws(table, Bootstrap(len(documents), LAW_SAMPLES, evaluation.seed))
     contents = [read_record(path) for path in records]
     provenance = [content["provenance"] for content in contents]

@@ -8,7 +8,7 @@ import pytest
 from experiments import pretraining
 from experiments.pretraining import LONG, MIXES, SHORT, Cell, Size, cut_short, flops_per_token, long_settings
 from experiments.pretraining_mix import PIECE, mix_rows
-from experiments.pretraining_results import PretrainingResults, collect, latest_equal, pretraining_results
+from experiments.pretraining_results import PretrainingResults, collect, pretraining_results, wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.records import read_published, read_table
 
@@ -85,29 +85,31 @@ def test_unknown_cells_are_refused_by_name():
         pretraining.checked_cell("0.4M", "switch-50", "0")
 
 
-@pytest.mark.parametrize(
-    ("change", "share"),
-    [([0, -1, -1, -1], 1.0), ([0, 1, 2, 3], 0.0), ([0, -1, 1, 2], 0.375), ([0, 2, -1, 1], 0.75)],
-)
-def test_the_latest_switch_of_equal_quality(change, share):
-    assert latest_equal(np.array([0, 0.25, 0.5, 1.0]), np.array(change, float)) == pytest.approx(share)
+def test_of_two_intervals_the_outer_bounds_count():
+    generator, tokens, bootstrap = np.random.default_rng(0), np.full(40, 100), Bootstrap(40, 500, 0)
+    documents = generator.normal(0, 50, 40)
+    alike = wider_interval(documents + np.array([[-0.1], [0.0], [0.1]]), tokens, bootstrap)  # documents vary, not seeds
+    assert alike["high"] - alike["low"] > 0.1
+    apart = wider_interval(np.array([[-1.0], [0.0], [1.0]]) * tokens, tokens, bootstrap)  # seeds vary, not documents
+    assert apart["value"] == pytest.approx(0)
+    assert apart["high"] == pytest.approx(4.303 / np.sqrt(3), abs=1e-3)  # Student's t of two degrees of freedom
 
 
-def results_with(change):
-    """Results of three seeds in which the switches cost so many nats more than long sequences."""
-    arms = ["long", *(f"switch-{percent}" for percent in (20, 40, 80, 95))]
-    cells = pd.DataFrame([{"size": "s", "arm": arm, "seed": seed} for arm in arms for seed in range(3)])
-    cells["flops"] = [1 - share for share in (0, 0.2, 0.4, 0.8, 0.95) for _ in range(3)]
-    noise = np.random.default_rng(0).normal(0, 1, (len(cells), 1, 12, 1))
-    nats = 300 + np.repeat(change, 3)[:, None, None, None] * 100 + 0.1 * noise
-    arrays = {"nats": nats, "tokens": np.full((12, 1), 100), "edges": np.array([1, 4096]), "ways": np.array(["full"])}
-    return PretrainingResults(cells, arrays, Bootstrap(12, 500, 0))
+def test_an_arm_that_gains_less_from_far_context_is_found_though_its_nll_is_equal():
+    cells = pd.DataFrame([{"size": "s", "arm": arm, "seed": seed} for arm in ("long", "late") for seed in range(3)])
+    full = 300 + np.random.default_rng(0).normal(0, 1, (6, 12))
+    windows = full + np.repeat([2.0, 0.5], 3)[:, None]
+    ways, edges = np.array(["full", "window"]), np.array([2048, 4096])
+    arrays = {"nats": np.stack([full, windows], axis=1)[..., None], "tokens": np.full((12, 1), 100)}
+    results = PretrainingResults(cells, arrays | {"edges": edges, "ways": ways}, Bootstrap(12, 500, 0))
+    found = results.less_from_context("s", "late", 2048, 4096)
+    assert [found["value"], *found["each"]] == pytest.approx([0.015] * 4)
+    assert found["low"] > 0 > results.difference("s", ("late", "full"), ("long", "full"), 2048, 4096)["low"]
 
 
-def test_the_operations_saved_follow_the_losses():
-    assert results_with([0, -1, -1, -1, -1]).saved_at_equal_quality("s")["value"] == pytest.approx(0.95)
-    none = results_with([0, 1, 1, 1, 1]).saved_at_equal_quality("s")
-    assert none["high"] < 0.05
-    between = results_with([0, -1, -1, 1, 1]).saved_at_equal_quality("s")
-    assert between["value"] == pytest.approx(0.6, abs=0.03)
-    assert between["low"] < between["value"] < between["high"]
+def test_what_context_saves_is_paired_by_document():
+    results = pretraining_results()
+    laws = results.record.table("power_law").groupby("model").saved.mean()
+    more = results.context_saves_more("tiny-llama, extended", "0.4M")
+    assert more["value"] == pytest.approx(laws["tiny-llama, extended"] - laws["0.4M"], abs=1e-4)
+    assert more["seeds"] == 3
