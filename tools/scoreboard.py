@@ -377,7 +377,7 @@ def _data_mix(table: dict[str, Any]) -> Line:
     ours += f"lengths, {_nats(content)} nat; full context minus windows in the original mix {_nats(gain)} nat"
     larger = content.high < 0 and -content.high > max(abs(length.low), abs(length.high))
     if gain.high >= 0:
-        judged = f"{UNDECIDED}: the base mix gains nothing from far context, so length could not matter; 'better' "
+        judged = f"{UNDECIDED}: no gain from far context is told apart from zero, so length could not matter; 'better' "
         judged += "means nearer to the texts asked for"
     elif larger:
         judged = f"{AGREES}: where better means nearer to the texts asked for"
