@@ -1,12 +1,13 @@
 """Reading the record of the instruction ablation: scores by length, differences between arms, what tuning costs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from experiments.race_results import mean_over_seeds
 from llama_long_utils.evaluation.statistics import Bootstrap
@@ -39,6 +40,7 @@ LOOKS = {
     "long, 4 times": ("short, long; 4 times the steps", TEAL, "^", ""),
     "long, loss on prompt, 4 times": ("short, long, loss on prompt; 4 times the steps", BLUE, "s", ""),
 }
+MEASURES = {"exact": "exact answers", "words": "right words, whatever follows"}
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -87,10 +89,28 @@ class InstructionResults:
         bootstrap = Bootstrap(values.shape[1], evaluation.bootstrap_samples, evaluation.seed)
         return tuple(mean_over_seeds(values, np.ones(values.shape[1]), bootstrap).values())
 
-    def difference(self, first: str, second: str, lengths: Sequence[int] = (), measure: str = "exact") -> Interval:
-        """First minus second arm, paired by document and seed; default: the lengths past the old window."""
-        one, other = (self.scores(arm, lengths or self.past, measure) for arm in (first, second))
-        return self.mean(one - other)
+    def contrast(self, changes: np.ndarray) -> Interval:
+        """Mean of (seeds, documents) within the wider bounds of two: `mean`'s, and Student's t over means of seeds."""
+        value, low, high = self.mean(changes)
+        of_seeds = changes.mean(axis=1)
+        if len(of_seeds) == 1:
+            return value, low, high
+        reach = stats.t.ppf(0.975, len(of_seeds) - 1) * stats.sem(of_seeds)
+        return value, min(low, value - reach), max(high, value + reach)
+
+    def difference(self, first: str, second: str, measure: str = "exact") -> Interval:
+        """First minus second arm past the old window, paired by document and seed."""
+        one, other = (self.scores(arm, self.past, measure) for arm in (first, second))
+        return self.contrast(one - other)
+
+    def far_nll(self, first: str, second: str) -> Interval:
+        """First minus second arm's nats per token in the far half."""
+        far = (self.preset.evaluation.tokens // 2, self.preset.evaluation.tokens)
+        return self.contrast(self.nll(first, *far) - self.nll(second, *far))
+
+    def ended(self, arm: str) -> float:
+        """Of the answers whose words are right, the percentage that end there, past the old window."""
+        return 100 * float(self.scores(arm, self.past).mean() / self.scores(arm, self.past, "words").mean())
 
     def table(self, measure: str = "exact") -> pd.DataFrame:
         """Columns arm, length, value, low, high."""
@@ -109,42 +129,56 @@ def instruction_results(preset: Preset) -> InstructionResults | None:
 
 
 def draw_scores(results: InstructionResults, folder: Path, slug: str, number: str, caption: str) -> None:
-    """Exact answers by length, a line with intervals for each arm."""
-    table = results.table()
-    figure, axes = plt.subplots(figsize=(8, 4.4))
-    for place, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
-        label, colour, marker, _ = LOOKS[arm]
-        form = {"marker": marker, "color": colour, "label": label, "linestyle": "--" if "times" in arm else "-"}
-        bars = [rows.value - rows.low, rows.high - rows.value]
-        axes.errorbar(rows.length * 1.03 ** (place - 4), rows.value, yerr=bars, capsize=2, **form)
-    token_axis(axes, results.lengths, "document, question and answer (tokens)")
-    axes.set(ylabel="exact answers (%)", ylim=(-1, None))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    last = table[table.length == results.lengths[-1]]
-    said = "; ".join(f"{LOOKS[row.arm][0]} {row.value:.0f}%" for row in last.itertuples())
-    alt = f"Exact answers against length, falling for all arms. At {results.lengths[-1]:,} tokens: {said}."
+    """Exact answers and right words by length, a line with intervals for each arm of the preset's steps."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
+    said = []
+    for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+        table = results.table(measure)
+        table = table[~table.arm.str.contains("times")]
+        for place, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
+            label, colour, marker, _ = LOOKS[arm]
+            bars = [rows.value - rows.low, rows.high - rows.value]
+            form = {"marker": marker, "color": colour, "label": label, "capsize": 2}
+            axes.errorbar(rows.length * 1.03 ** (place - 3), rows.value, yerr=bars, **form)
+        token_axis(axes, results.lengths, "document, question and answer (tokens)")
+        axes.set_title(title)
+        last = table[table.length == results.lengths[-1]]
+        said.append(f"{title}: " + "; ".join(f"{LOOKS[row.arm][0]} {row.value:.0f}" for row in last.itertuples()))
+    panels[0].set(ylabel="answers (%)", ylim=(-1, None))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    alt = f"Falling with length in all arms. At {results.lengths[-1]:,} tokens, in percent. {'. '.join(said)}."
     save_figure(figure, folder, slug, number, caption, alt)
 
 
 def draw_beside_paper(
     results: InstructionResults, published: dict, folder: Path, slug: str, number: str, caption: str
 ) -> None:
-    """Left: our arms minus short data alone; right: Table 9's rows minus the same row, every task a mark."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    rows = {arm: row for arm, (*_, row) in LOOKS.items() if row and row != "RLHF V5 data" and arm in results.arms}
-    ours = pd.DataFrame(
-        [(LOOKS[arm][0], *results.difference(arm, "short")) for arm in rows], columns=["row", "value", "low", "high"]
-    )
-    intervals(left, ours, row="row", zero=0)
-    short = np.array(published["rows"]["RLHF V5 data"])
-    for place, row in enumerate(rows.values()):
-        change = np.array(published["rows"][row]) - short
-        right.scatter(change, [place] * len(change), s=30, facecolors="none", edgecolors=BLUE)
+    """Left: our arms minus short data, and the loss on the prompt minus none; right: Table 9's, every task a mark."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), sharex=True, sharey=True)
+    pairs = [(arm, "short") for arm, (*_, row) in LOOKS.items() if row and arm not in ("short", "untuned")]
+    pairs.append(("long, loss on prompt", "long"))
+    ours = []
+    for place, (arm, other) in enumerate(pairs):
+        theirs = [np.array(published["rows"][LOOKS[one][-1]]) for one in (arm, other)]
+        name = f"{LOOKS[arm][0]}\n({LOOKS[arm][-1]})" if other == "short" else "loss on prompt\nminus none"
+        ours += [(name, title, *results.difference(arm, other, measure)) for measure, title in MEASURES.items()]
+        changes = theirs[0] - theirs[1]
+        right.scatter(changes, [place] * len(changes), s=30, facecolors="none", edgecolors=BLUE)
+    table = pd.DataFrame(ours, columns=["row", "measure", "value", "low", "high"])
+    intervals(left, table, row="row", colour="measure", zero=0, styles=_styles(MEASURES.values()))
+    left.get_legend().remove()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     right.axvline(0, color="0.35", linewidth=1)
-    left.set(title="ours, past the old window", xlabel="exact answers minus short data's (points)")
-    right.set(title="published: five tasks", xlabel="score minus short data's (points)")
-    said = "; ".join(f"{row.row} {row.value:+.1f}" for row in ours.itertuples())
+    for axes, title in ((left, "ours, past the old window"), (right, "published: five tasks")):
+        axes.axhline(len(pairs) - 1.5, color="0.7", linewidth=0.8)
+        axes.set(title=title, xlabel="difference (points)")
+    said = "; ".join(f"{row.row}, {row.measure} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Ours, minus short data, in points: {said}.")
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    looks = zip(names, (RED, BLUE), "os", strict=True)
+    return {name: {"label": name, "color": colour, "marker": marker} for name, colour, marker in looks}
 
 
 def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str, caption: str) -> None:
@@ -155,14 +189,11 @@ def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str
     for arm in (arm for arm in results.arms if arm not in ("untuned", "chat base")):
         for place, (low, high) in places.items():
             cost = results.nll(arm, low, high) - results.nll("untuned", low, high)
-            rows.append((LOOKS[arm][0], place, *results.mean(cost)))
+            rows.append((LOOKS[arm][0], place, *results.contrast(cost)))
     table = pd.DataFrame(rows, columns=["row", "place", "value", "low", "high"])
-    styles = {
-        place: {"label": place, "color": colour, "marker": marker}
-        for place, colour, marker in zip(places, (RED, BLUE), "os", strict=True)
-    }
     figure, axes = plt.subplots(figsize=(8, 3.6))
-    intervals(axes, table, row="row", colour="place", zero=0, styles=styles)
+    intervals(axes, table, row="row", colour="place", zero=0, styles=_styles(places))
+    axes.legend(loc="center right")
     axes.set(xlabel="NLL minus that before tuning (nats per token; right: worse)")
     said = "; ".join(f"{row.row}, {row.place} {row.value:+.3f}" for row in table.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Nats against before: {said}.")

@@ -74,6 +74,22 @@ def test_differences_are_paired_by_document_and_seed_over_lengths_past_the_old_w
     assert alone[1] < alone[0] < alone[2]
 
 
+def test_a_difference_that_seeds_disagree_on_is_not_told_from_zero_however_well_documents_agree(results):
+    changes = np.repeat([[1.0], [2.0], [9.0]], 9, axis=1)
+    value, low, _ = results.mean(changes)
+    assert low >= 1
+    wide = results.contrast(changes)
+    assert wide[0] == value == pytest.approx(4)
+    assert wide[1] == pytest.approx(4 - 4.3027 * np.sqrt(19 / 3), abs=1e-3)  # t of 2 degrees of freedom, variance 19
+    assert results.contrast(changes[:1]) == results.mean(changes[:1])  # one seed has no spread
+
+
+def test_ended_is_the_share_of_right_words_that_stop(results):
+    for length in results.past:
+        results.record.arrays[f"words_{length}"] = 2 * results.record.arrays[f"exact_{length}"]
+    assert results.ended("long") == pytest.approx(50)
+
+
 def test_nll_is_of_the_buckets_asked_for(results):
     rows = np.flatnonzero(results.runs.arm == "long")
     expected = results.record.arrays["nats"][rows][..., 1] / 20
