@@ -3,15 +3,19 @@
 Expected, before it was run: RL and DPO raise the gold score of held-out answers over the instruction-tuned model's, and
 the proxy rises with it. Refuted if the interval of the share of questions with a better answer includes one half.
 Over-optimisation would be a proxy that rises while gold falls, or answers that grow longer or repeat themselves.
+Neither came. Added afterwards, from the answers that were kept: right words whatever follows them, and the untrained
+answer cut where an arm's ends, or stopped by a rule. Gold also rises when wrong answers end earlier.
 "Preference tuning keeps long context": refuted if held-out documents of a whole window cost 0.02 nat a token more. It
-was: averages of the weights before and after were added when that had been seen.
+was: averages of the adapters before and after were added when that had been seen.
 """
 
 import itertools
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,7 @@ from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_m
 from llama_long_utils.model.adapters import load_adapter, read_card
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.records import device_name, write_record
+from llama_long_utils.records import device_name, package_versions, write_record
 from llama_long_utils.settings import Preset
 from llama_long_utils.training.comparisons import (
     Asked,
@@ -48,7 +52,7 @@ from llama_long_utils.training.preferences import optimise_policy, train_dpo, tr
 
 SLUG = "10_preference_tuning"
 ARMS = ("rl", "dpo")  # against the reward model; on the same pairs
-KEPT = (0.25, 0.125)  # shares of the change, in averages of the weights before and after (arXiv:2309.06256)
+KEPT = (0.25, 0.125)  # shares of the change, in averages of the adapters before and after, after arXiv:2309.06256
 VERSION = 1  # of what is measured
 SEEDS = (0, 1, 2)
 TESTED = 64  # held-out questions
@@ -57,10 +61,15 @@ DOCUMENTS = 12  # held-out, of a whole window
 QUESTIONS = 12  # pass keys, asked at every length
 LOGGED = ("step", "loss", "reward", "kl", "accuracy", "margin", "length", "entropy")
 SHOWN = 24  # questions whose answers go to the record, for the panel
+STOPS = (".", ",", ";", ":", "?", "!")  # where a right answer ends
+MEASURES = ("words_right", "exact", "gold", "proxy_scaled")
 
 
 def load_policy(preset: Preset, adapter: Path, start: Path | None = None, kept: float = 1.0) -> PeftModel:
-    """An adapter on the base, in eval mode; with `start`, only a share `kept` of the way from there."""
+    """An adapter on the base, in eval mode; with `start`, only a share `kept` of the way from there.
+
+    Factors of LoRA are averaged, not their products: not quite an average of the weights.
+    """
     base = locate_base(preset)
     model = load_adapter(load_base(base, read_card(adapter).rope, dtype=preset.base.dtype), adapter, base).eval()
     if start:
@@ -86,7 +95,7 @@ class Judge:
     start: PeftModel
 
     def rows(self, policy: PeftModel, **labels: Any) -> list[dict[str, Any]]:
-        """One for each question and way of decoding: gold, proxy, kl (nats an answer, sampled), length, repeated."""
+        """One for each question and way of decoding: gold, proxy, kl (log-ratio in nats), length, repeated."""
         found = []
         prompts = [one.prompt for one in self.asked]
         for decoding, temperature in (("greedy", 0.0), ("sampled", self.preset.preference.temperature)):
@@ -177,9 +186,10 @@ def run_preference(preset: Preset, adapter: Path, out: Path) -> Path:
                 arms.append((last["arm"], seed, trained.folder, mixed))
             logs += [{**labels, **{column: row.get(column) for column in LOGGED}} for row in trained.log]
             print(f"seed {seed}, {arm}: {time.perf_counter() - began:,.0f} s", flush=True)
-    table = pd.DataFrame(rows)
-    tables = {"curves": curves(table), "wins": wins(table), "reward_model": pd.DataFrame(rated)}
-    tables |= {"log": pd.DataFrame(logs), "shown": shown(table, test, tokenizer)}
+    table = with_words(pd.DataFrame(rows), test, tokenizer)
+    tables = {"curves": curves(table), "wins": wins(table, test), "changes": differences(table)}
+    tables |= {"reward_model": pd.DataFrame(rated).join(heeded(table), on="seed")}
+    tables |= {"log": pd.DataFrame(logs), "shown": shown(table[table.arm != "sft, stopped"], test, tokenizer)}
     kept_context = Cache(preset.run_folder / "preference", VERSION, {"device": device_name()})
     tables |= costs(preset, arms, held_out, tokenizer, kept_context)
     return write_record(
@@ -193,6 +203,7 @@ def run_preference(preset: Preset, adapter: Path, out: Path) -> Path:
         provenance={
             "command": f"python -m experiments preference --preset {preset.name}",
             "device": f"{device_name()}, {preset.base.dtype}",
+            "versions": {"python": platform.python_version(), **package_versions(), "trl": version("trl")},
         },
     )
 
@@ -212,37 +223,107 @@ def rating(model: PeftModel, pairs: Sequence[Comparison]) -> dict[str, float]:
     return {"held_out": len(pairs), "right": right / len(pairs), "low": low, "high": high}
 
 
+def with_words(table: pd.DataFrame, test: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """The answers with more columns, and an arm that needs no training: "sft, stopped", cut at the first of STOPS.
+
+    `words` is the share of the right answer's tokens, without EOS, that an answer begins with; `words_right` is 1 if it
+    begins with all. `proxy_scaled` is in standard deviations above the SFT model's mean: each reward model has its own
+    scale. Answers were kept as texts, and most, not all, are tokenized again as they were written.
+    """
+    end = tokenizer.eos_token_id
+    texts = [tokenizer(text, add_special_tokens=False).input_ids for text in table.answer]
+    table = table.assign(
+        tokens=[ids + [end] * bool(ended) for ids, ended in zip(texts, table.ended, strict=True)],
+        kl=table.kl.where(table.decoding == "sampled"),  # of greedy answers it is no KL
+    )
+    untrained = table[table.arm == "sft"].groupby(["seed", "decoding"]).proxy
+    scale = table[["seed", "decoding"]].join(untrained.agg(["mean", "std"]), on=["seed", "decoding"])
+    table["proxy_scaled"] = (table.proxy - scale["mean"]) / scale["std"]
+    stopped = table[table.arm == "sft"].assign(arm="sft, stopped", ended=1.0, kl=np.nan, proxy=np.nan)
+    stopped["tokens"] = [stop(ids, tokenizer) for ids in stopped.tokens]
+    stopped["gold"] = [test[row.question].gold(row.tokens) for row in stopped.itertuples()]
+    table = pd.concat([table, stopped.assign(length=stopped.tokens.map(len), proxy_scaled=np.nan)], ignore_index=True)
+    table["words"] = [begun(test[row.question].answer[:-1], row.tokens) for row in table.itertuples()]
+    return table.assign(words_right=(table.words == 1).astype(float), exact=(table.gold == 1).astype(float))
+
+
+def begun(right: list[int], written: list[int]) -> float:
+    """The share of the right tokens that were written before the first wrong one."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(right, written, strict=False))
+    return len(list(same)) / len(right)
+
+
+def stop(written: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """An answer up to its first punctuation mark, and EOS."""
+    end = tokenizer.eos_token_id
+    words = [token for token in written if token != end]
+    marks = (n for n in range(2, len(words)) if tokenizer.decode(words[:n]).rstrip().endswith(STOPS))
+    return [*words[: next(marks, len(words))], end]
+
+
+def shortened(written: list[int], like: list[int], end: int) -> list[int]:
+    """An answer cut, and ended, where another one is; as it was if it is shorter than that."""
+    words, length = [token for token in written if token != end], len(like) - (like[-1] == end)
+    return written if len(words) < length else [*words[:length], *like[length:]]
+
+
+def heeded(table: pd.DataFrame) -> pd.DataFrame:
+    """By seed: rank correlations of the reward model's number, over the SFT model's sampled answers."""
+    drawn = table[(table.arm == "sft") & (table.decoding == "sampled")]
+    columns = ["ended", "length", "gold", "words"]
+    return pd.DataFrame(
+        {seed: part[columns].corrwith(part.proxy, method="spearman") for seed, part in drawn.groupby("seed")}
+    ).T.add_prefix("rank_")
+
+
 def curves(table: pd.DataFrame) -> pd.DataFrame:
     """Means over questions, by arm, seed, step and decoding."""
-    numbers = ["gold", "proxy", "kl", "length", "repeated", "ended"]
-    groups = table.assign(exact=(table.gold == 1).astype(float)).groupby(
-        ["arm", "seed", "step", "decoding"], sort=False
-    )
-    return groups[[*numbers, "exact"]].mean().reset_index()
+    numbers = ["gold", "proxy", "kl", "length", "repeated", "ended", "exact", "words", "words_right", "proxy_scaled"]
+    return table.groupby(["arm", "seed", "step", "decoding"], sort=False)[numbers].mean().reset_index()
 
 
-def wins(table: pd.DataFrame) -> pd.DataFrame:
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """By arm, decoding and measure: the last step against the SFT model and against the first step that was measured.
+
+    Paired over questions, each the mean of its seeds.
+    """
+    means = table.pivot_table(index="question", columns=["decoding", "arm", "step"], values=list(MEASURES))
+    rows = []
+    for arm, decoding, name in itertools.product(ARMS, ("sampled", "greedy"), MEASURES):
+        own = means[name, decoding, arm]
+        for since, before in (("sft", means[name, decoding, "sft", 0]), ("first", own.iloc[:, 0])):
+            change = paired_mean(before.to_numpy(), own.iloc[:, -1].to_numpy())
+            numbers = {key: getattr(change, key) for key in ("before", "after", "difference", "low", "high")}
+            rows.append({"arm": arm, "decoding": decoding, "measure": name, "since": since, **numbers})
+    return pd.DataFrame(rows)
+
+
+def wins(table: pd.DataFrame, test: Sequence[Asked]) -> pd.DataFrame:
     """Shares of questions that an arm, fully trained, answers better than the SFT model, as well, and worse.
 
     `preferred` counts half of the ties; low and high bound it by a bootstrap over questions, each the mean of its
-    seeds. Of the row of all seeds, `seed` is missing.
+    seeds. `preferred_cut` is the same against the SFT model's answer, cut where the arm's ends. Of the row of all
+    seeds, `seed` is missing.
     """
-    last = table[table.step == table.groupby("arm").step.transform("max")]
-    gold = last.pivot_table(index=["decoding", "seed", "question"], columns="arm", values="gold")
-    rows = []
-    for arm, decoding in itertools.product(
-        [arm for arm in dict.fromkeys(table.arm) if arm != "sft"], ("sampled", "greedy")
-    ):
-        better = np.sign((gold[arm] - gold["sft"]).loc[decoding].round(9))
-        better = better.reset_index().pivot_table(index="question", columns="seed", values=0)
-        for seed in (None, *better.columns):
-            part = better if seed is None else better[[seed]]
-            points = (part.mean(axis=1).to_numpy() + 1) / 2
-            low, high = mean_interval(points)
-            shares = {"win": part.gt(0), "tie": part.eq(0), "loss": part.lt(0)}
-            row = {"arm": arm, "decoding": decoding, "seed": seed, "questions": len(points)}
-            row |= {name: float(share.to_numpy().mean()) for name, share in shares.items()}
-            rows.append(row | {"preferred": points.mean(), "low": low, "high": high})
+    index, end = ["decoding", "seed", "question"], test[0].answer[-1]
+    last = table[table.step == table.groupby("arm").step.transform("max")].set_index(index)
+    sft, rows = last[last.arm == "sft"], []
+    for arm in [arm for arm in dict.fromkeys(table.arm) if arm != "sft"]:
+        own = last[last.arm == arm].join(sft[["tokens", "gold"]], rsuffix="_sft").reset_index()
+        own["gold_cut"] = [
+            test[row.question].gold(shortened(row.tokens_sft, row.tokens, end)) for row in own.itertuples()
+        ]
+        for decoding, seed in itertools.product(("sampled", "greedy"), (None, *SEEDS)):
+            part = own[(own.decoding == decoding) & ((own.seed == seed) | (seed is None))]
+            row = {"arm": arm, "decoding": decoding, "seed": seed, "questions": part.question.nunique()}
+            for name in ("", "_cut"):
+                better = np.sign((part.gold - part[f"gold{name or '_sft'}"]).round(9))
+                points = ((better + 1) / 2).groupby(part.question).mean()
+                low, high = mean_interval(points.to_numpy())
+                if not name:
+                    row |= {"win": (better > 0).mean(), "tie": (better == 0).mean(), "loss": (better < 0).mean()}
+                row |= {f"preferred{name}": points.mean(), f"low{name}": low, f"high{name}": high}
+            rows.append(row)
     return pd.DataFrame(rows).astype({"seed": "Int64"})
 
 
@@ -277,7 +358,9 @@ def costs(
     }
     read, found = {}, []
     for arm, seed, folder, mixed in arms:
-        model, inputs = load_policy(preset, folder, **mixed), {"adapter": weights_sha256(folder), **mixed}
+        model, inputs = load_policy(preset, folder, **mixed), {"adapter": weights_sha256(folder)}
+        if mixed:
+            inputs |= {**mixed, "start": weights_sha256(mixed["start"])}
         own = replace(cache, inputs={**cache.inputs, **inputs})
         read[arm, seed] = [
             own.arrays(cut.name, lambda m=model, c=cut: {"nll": token_nll(m, c)}, ids=cut.token_ids)["nll"][None]

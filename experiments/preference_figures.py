@@ -8,26 +8,30 @@ from llama_long_utils.figures import AMBER, BLUE, plt, save_figure
 from llama_long_utils.panel import draw_verdicts
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
+PANELS = {
+    "proxy_scaled": ("proxy: what the reward model says", "standard deviations above the start"),
+    "gold": ("gold: right words, and the end", "share of tokens that match"),
+    "words_right": ("words: right, whatever follows", "share of answers that begin right"),
+}
 
 
 def draw_gold_and_proxy(curves: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
-    """Both scores of sampled answers against steps: thin lines are seeds."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True)
-    drawn, ends = curves[curves.decoding == "sampled"], []
+    """Proxy, gold and right words of greedy answers against steps: thin lines are seeds."""
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), sharex=True)
+    drawn, ends = curves[curves.decoding == "greedy"], []
     for arm, (label, colour, marker) in LOOKS.items():
         part = drawn[drawn.arm.isin(["sft", arm])]
-        for axes, value in zip(panels, ("proxy", "gold"), strict=True):
+        for axes, value in zip(panels, PANELS, strict=True):
             for _, rows in part.groupby("seed"):
                 axes.plot(rows.step, rows[value], color=colour, alpha=0.3, linewidth=1)
             means = part.groupby("step")[value].mean()
             axes.plot(means.index, means, color=colour, marker=marker, label=label)
             ends.append(f"{label}, {value}: {means.iloc[0]:.2f} to {means.iloc[-1]:.2f}")
-    for axes, title in zip(panels, ("proxy: what the reward model says", "gold: what is right"), strict=True):
-        axes.set(xlabel="step", title=title)
-    panels[0].set_ylabel("mean over held-out questions")
-    panels[1].set_ylabel("share of tokens that match")
-    panels[1].legend()
-    caption = f"Proxy and gold of sampled answers to held-out questions, {origin}; thin: single seeds."
+    for axes, (title, ylabel) in zip(panels, PANELS.values(), strict=True):
+        axes.set(xlabel="step of its own training", title=title, ylabel=ylabel)
+    panels[2].legend(loc="lower left")
+    caption = f"Greedy answers to held-out questions, {origin}; thin: single seeds. "
+    caption += "A step of RL is not a step of DPO."
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
 
 
@@ -35,13 +39,16 @@ def draw_both_panels(
     ours: pd.DataFrame, published: pd.DataFrame, folder: Path, slug: str, number: str, origin: str
 ) -> None:
     """Win, tie and loss of our models, judged by a program, and of Llama 2 Long Chat, judged by people."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1.2, 1))
+    figure, panels = plt.subplots(1, 2, figsize=(13, 3.8), width_ratios=(1.2, 1), gridspec_kw={"wspace": 0.9})
     draw_verdicts(panels[0], ours.assign(row=ours.arm + ", " + ours.decoding), row="row")
+    for place, row in enumerate(ours.itertuples()):
+        text = f"preferred {row.preferred:.2f} [{row.low:.2f}, {row.high:.2f}]"
+        panels[0].text(102, place, text, va="center", fontsize=8)
     draw_verdicts(panels[1], published.assign(row=["vs " + name for name in published.index]), row="row")
     panels[0].set_xlabel("share of held-out questions (%), judged by a program")
     panels[1].set_xlabel("share of votes (%), judged by people")
     panels[1].get_legend().remove()
-    caption = f"Left: against the instruction-tuned model, judged by gold, {origin}. "
+    caption = f"Left: against the instruction-tuned model, judged by gold, {origin}; brackets: 95% over questions. "
     caption += "Right: Llama 2 Long Chat 70B, judged by people, published (arXiv:2309.16039, Figure 3)."
     rows = [f"{row.arm}, {row.decoding}: {row.win:.0%} win, {row.loss:.0%} loss" for row in ours.itertuples()]
     save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")
@@ -50,7 +57,7 @@ def draw_both_panels(
 def draw_tradeoff(
     cost: pd.Series, preferred: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str
 ) -> None:
-    """What is won against what it costs, by arm, along the averages of the weights before and after."""
+    """What is won against what it costs, by arm, along the averages of the adapters before and after."""
     figure, axes = plt.subplots(figsize=(8, 4.2))
     for arm, (label, colour, marker) in LOOKS.items():
         path = sorted([name for name in cost.index if name.split(",")[0] == arm], key=lambda name: cost[name])
@@ -61,7 +68,7 @@ def draw_tradeoff(
     axes.axvline(limit, color="0.4", linestyle=":")
     axes.axhline(0.5, color="0.4", linewidth=1)
     axes.set(xlabel="cost on held-out long documents (nats per token)", ylabel="preferred, sampled answers")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     shares = sorted({float(name.split(", ")[1]) for name in cost.index if ", " in name})
     parts = ", ".join(f"{share:g}" for share in shares)
     caption = f"What is won and what it costs, {origin}. From the left: nothing, {parts} of the change, all of it. "

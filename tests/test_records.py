@@ -121,9 +121,13 @@ COLUMNS = {
         "runs": {"arm", "seed", "labels"},
     },
     "10_preference_tuning": {
-        "curves": {"arm", "seed", "step", "decoding", "gold", "proxy", "kl", "length", "repeated", "ended", "exact"},
-        "wins": {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"},
-        "reward_model": {"seed", "comparisons", "held_out", "right", "low", "high"},
+        "curves": {"arm", "seed", "step", "decoding", "gold", "proxy", "kl", "length", "repeated", "ended", "exact"}
+        | {"words", "words_right", "proxy_scaled"},
+        "wins": {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"}
+        | {"preferred_cut", "low_cut", "high_cut"},
+        "changes": {"arm", "decoding", "measure", "since", "before", "after", "difference", "low", "high"},
+        "reward_model": {"seed", "comparisons", "held_out", "right", "low", "high"}
+        | {"rank_ended", "rank_length", "rank_gold", "rank_words"},
         "log": {"arm", "seed", "step", "loss", "reward", "kl", "accuracy", "margin", "length", "entropy"},
         "shown": {
             "question",
