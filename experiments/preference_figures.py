@@ -17,7 +17,7 @@ PANELS = {
 
 def draw_gold_and_proxy(curves: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
     """Proxy, gold and right words of greedy answers against steps: thin lines are seeds."""
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), sharex=True)
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4.4), sharex=True, layout="constrained")
     drawn, ends = curves[curves.decoding == "greedy"], []
     for arm, (label, colour, marker) in LOOKS.items():
         part = drawn[drawn.arm.isin(["sft", arm])]
@@ -26,10 +26,10 @@ def draw_gold_and_proxy(curves: pd.DataFrame, folder: Path, slug: str, number: s
                 axes.plot(rows.step, rows[value], color=colour, alpha=0.3, linewidth=1)
             means = part.groupby("step")[value].mean()
             axes.plot(means.index, means, color=colour, marker=marker, label=label)
-            ends.append(f"{label}, {value}: {means.iloc[0]:.2f} to {means.iloc[-1]:.2f}")
+            ends.append(f"{label}, {value}: {means.iloc[0]:z.2f} to {means.iloc[-1]:.2f}")
     for axes, (title, ylabel) in zip(panels, PANELS.values(), strict=True):
         axes.set(xlabel="step of its own training", title=title, ylabel=ylabel)
-    panels[2].legend(loc="lower left")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     caption = f"Greedy answers to held-out questions, {origin}; thin: single seeds. "
     caption += "A step of RL is not a step of DPO."
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
