@@ -39,7 +39,7 @@ def draw_both_panels(
     ours: pd.DataFrame, published: pd.DataFrame, folder: Path, slug: str, number: str, origin: str
 ) -> None:
     """Win, tie and loss of our models, judged by a program, and of Llama 2 Long Chat, judged by people."""
-    figure, panels = plt.subplots(1, 2, figsize=(13, 3.8), width_ratios=(1.2, 1), gridspec_kw={"wspace": 0.9})
+    figure, panels = plt.subplots(1, 2, figsize=(13, 3.8), width_ratios=(1.2, 1))
     draw_verdicts(panels[0], ours.assign(row=ours.arm + ", " + ours.decoding), row="row")
     for place, row in enumerate(ours.itertuples()):
         text = f"preferred {row.preferred:.2f} [{row.low:.2f}, {row.high:.2f}]"
