@@ -1,10 +1,12 @@
-"""The figures of notebook 10, from its record."""
+"""The figures of notebook 10, and what it says of the reward models, from its record."""
 
 from pathlib import Path
 
 import pandas as pd
 
+from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, plt, save_figure
+from llama_long_utils.notebooks import measured
 from llama_long_utils.panel import draw_verdicts
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
@@ -75,3 +77,19 @@ def draw_tradeoff(
     caption += f"Bars: 95% over questions; dotted: {limit:g} nat."
     rows = [f"{arm}: preferred {preferred.preferred[arm]:.2f} at {cost[arm]:+.3f} nats" for arm in cost.index]
     save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")
+
+
+def raters_in_words(raters: pd.DataFrame, ends: pd.DataFrame, beta: float) -> str:
+    """What the reward models agree with and go by, and what KL costs of the reward."""
+    agreed = [round(right * count) for right, count in zip(raters.right, raters.held_out, strict=True)]
+    total, rank = raters.held_out.sum(), raters.filter(like="rank_").mean()
+    agreement = measured(sum(agreed) / total, *share_interval(sum(agreed), total), sign=False)
+    risen = ends.proxy["sampled", "rl"] - ends.proxy["sampled", "sft"]
+    return f"""Of {raters.held_out[0]} comparisons each that they were not trained on, the reward models agree with
+    {", ".join(map(str, agreed))}. Together that is {agreement}: too few to tell them from chance.
+
+    What they did learn is the ending. Over the instruction-tuned model's sampled answers their number goes with having
+    ended: the rank correlation is {rank["rank_ended"]:.1f}. With right words it is {abs(rank["rank_words"]):.1f}.
+
+    The leash is long. At the end KL costs {beta * ends.kl["sampled", "rl"]:.2f} of a reward that has
+    risen by {risen:.1f}."""
