@@ -160,7 +160,7 @@ def test_faults_in_the_list_of_sources_are_seen_before_any_text_is_read(tmp_path
         ([str(tmp_path / way / "texts") for way in ("one", "two")], {"texts": 1}, "'texts', which is the name of sev"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_documents(Data(sources, held_out, 1, 0), None, cache=tmp_path / "empty")
+            read_documents(Data(sources, held_out, minimum_characters=1, split_seed=0), None, cache=tmp_path / "empty")
     assert not (tmp_path / "empty").exists()
 
 
@@ -171,7 +171,7 @@ def test_a_folder_is_held_out_by_its_own_name(tmp_path):
         (folder / f"{number}.txt").write_text(f"Report {number}.")
     assert check_sources(["sotu", str(folder)], {"my reports": 1}) == {str(folder): 1}
     assert check_sources([str(folder)], {str(folder): 1}) == {str(folder): 1}
-    data = Data([str(folder)], {"my reports": 1}, 1, 0)
+    data = Data([str(folder)], {"my reports": 1}, minimum_characters=1, split_seed=0)
     mixture, held_out = read_documents(data, load_tokenizer(FOLDER), cache=tmp_path)
     assert (len(mixture.lengths[str(folder)]), len(held_out)) == (2, 1)
 
@@ -179,7 +179,7 @@ def test_a_folder_is_held_out_by_its_own_name(tmp_path):
 def test_texts_too_short_for_the_window_are_refused_before_they_are_tokenized(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text("short")
-    data = Data([str(tmp_path)], {tmp_path.name: 1}, 1, 0)
+    data = Data([str(tmp_path)], {tmp_path.name: 1}, minimum_characters=1, split_seed=0)
     with pytest.raises(ValueError, match="no training document has 4,096 tokens: the longest of 2 has 5 bytes"):
         read_documents(data, None, window=4096)
     with pytest.raises(ValueError, match="no held-out document has 512 tokens: the longest of 1 has 5 bytes"):
@@ -270,7 +270,7 @@ def test_a_changed_text_of_the_same_name_and_size_is_seen(tmp_path, tokenizer):
     folder.mkdir()
     for number in range(2):
         (folder / f"{number}.txt").write_text("to be")
-    data = Data([str(folder)], {"texts": 1}, 1, 0)
+    data = Data([str(folder)], {"texts": 1}, minimum_characters=1, split_seed=0)
     read_documents(data, tokenizer, cache=tmp_path)
     for number in range(2):
         (folder / f"{number}.txt").write_text("or no")

@@ -168,6 +168,7 @@ COLUMNS = {
             *("model", "seed", "parameters", "alpha", "beta", "gamma", "rmse", "beta_low", "beta_high", "saved"),
             *("saved_low", "saved_high"),
         },
+        "context_saved": {"model", "document", "tokens", "nats", "seed"},
     },
     "11_quoting_share": {"scores": {"share", "measure", "value", "low", "high"}},
     "11_longrope_search": {"factors": {"pair", "factor"}, "search": {"round", "nll"}},
