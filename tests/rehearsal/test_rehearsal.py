@@ -2,8 +2,8 @@
 
 The presets are the delivered ones in all but how much is trained and evaluated: names on the hub, licences, streams,
 windows, RoPE, LoRA and memory savings. The dolls have every number of the real configuration but width and depth.
-llama2-7b is a part of the landing gate; llama3.1-8b, whose window of 131,072 tokens costs half an hour of two cores, is
-not.
+llama2-7b is a part of the landing gate. llama3.1-8b is not: by estimate its window of 131,072 tokens costs half an hour
+of two cores.
 """
 
 import json
