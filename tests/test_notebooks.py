@@ -151,9 +151,10 @@ def test_check_can_fail(capsys):
 
 
 def test_the_control_works_where_somebody_watches_and_starts_on_a_setting_that_shows_something(tmp_path):
-    """Executed in a kernel as JupyterLab starts it, where the only notebook with a control takes its other branch."""
+    """Executed in a kernel as JupyterLab starts it, where the notebook with a control takes its other branch."""
     with_control = [one for one in delivered() if "headless()" in one.path.read_text("utf-8")]
-    assert [one.slug for one in with_control] == ["02_rope_scaling"]
+    # Notebook 10 shows its panel to people; tests/browser drives it.
+    assert [one.slug for one in with_control] == ["02_rope_scaling", "10_preference_tuning"]
     notebook = nbformat.read(with_control[0].path, as_version=4)
     elsewhere = "from pathlib import Path\nfrom llama_long_utils import settings\n"
     elsewhere += f"settings.REPOSITORY = Path({str(tmp_path)!r})"
