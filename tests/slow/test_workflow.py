@@ -16,8 +16,7 @@ from llama_long_utils.records import read_table
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 SMALLER = {  # what a doll's arms have of tiny's
     "window = 4096 ": "window = 1024 ",
-    "documents = 24 ": "documents = 1 ",
-    "answer_tokens = 32": "answer_tokens = 1",
+    "answer_tokens = 32\ndocuments = 24 ": "answer_tokens = 1\ndocuments = 1 ",
     "held_out = { sotu = 18, shakespeare = 6 }": "held_out = { sotu = 2 }",
 }
 pytestmark = pytest.mark.skipif(not SNAKEMAKE.exists(), reason="pip install '.[workflow]' brings Snakemake")
