@@ -2,8 +2,8 @@
 
 The presets are the delivered ones in all but how much is trained and evaluated: names on the hub, licences, streams,
 windows, RoPE, LoRA and memory savings. The dolls have every number of the real configuration but width and depth.
-Five minutes for llama2-7b on two busy cores. llama3.1-8b takes longer: by estimate its window of 131,072 tokens costs half an hour
-of two cores.
+llama2-7b takes five minutes of two busy cores. llama3.1-8b takes longer: by estimate its window of 131,072 tokens costs
+half an hour of two cores.
 """
 
 import json
