@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from experiments.race_results import mean_over_seeds
+from experiments.race_results import mean_over_seeds, wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.figures import (
     AMBER,
@@ -85,18 +84,16 @@ class InstructionResults:
 
     def mean(self, values: np.ndarray) -> Interval:
         """With its 95% interval, which resamples seeds and documents."""
-        evaluation = self.preset.evaluation
-        bootstrap = Bootstrap(values.shape[1], evaluation.bootstrap_samples, evaluation.seed)
-        return tuple(mean_over_seeds(values, np.ones(values.shape[1]), bootstrap).values())
+        return tuple(mean_over_seeds(values, *self._units(values)).values())
 
     def contrast(self, changes: np.ndarray) -> Interval:
         """Mean of (seeds, documents) within the wider bounds of two: `mean`'s, and Student's t over means of seeds."""
-        value, low, high = self.mean(changes)
-        of_seeds = changes.mean(axis=1)
-        if len(of_seeds) == 1:
-            return value, low, high
-        reach = stats.t.ppf(0.975, len(of_seeds) - 1) * stats.sem(of_seeds)
-        return value, min(low, value - reach), max(high, value + reach)
+        return tuple(wider_interval(changes, *self._units(changes)).values())
+
+    def _units(self, values: np.ndarray) -> tuple[np.ndarray, Bootstrap]:
+        """Equal weights of the documents, and what resamples them."""
+        documents, evaluation = values.shape[1], self.preset.evaluation
+        return np.ones(documents), Bootstrap(documents, evaluation.bootstrap_samples, evaluation.seed)
 
     def difference(self, first: str, second: str, measure: str = "exact") -> Interval:
         """First minus second arm past the old window, paired by document and seed."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from experiments.pretraining_results import PLACES, SWITCHED, PretrainingResults
+from experiments.race_results import student_reach
 from llama_long_utils.figures import (
     AMBER,
     BLACK,
@@ -54,7 +54,7 @@ def jumps(results: PretrainingResults, size: str) -> pd.DataFrame:
         means["long steps 11 to 20"] = around[:, 30:40]
         rows.append({"arm": STYLES[name][0]} | {when: part.mean() for when, part in means.items()})
         each = around[:, 20:22].mean(axis=1) - around[:, :20].mean(axis=1)
-        half = student.ppf(0.975, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each))
+        half = student_reach(each)
         rows[-1] |= {"value": each.mean(), "low": each.mean() - half, "high": each.mean() + half, "seeds": len(each)}
     return pd.DataFrame(rows)
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.optimize import curve_fit
-from scipy.stats import t as student
 
-from experiments.race_results import mean_over_seeds
+from experiments.race_results import wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import load_preset
@@ -148,20 +147,6 @@ PLACES = {"near": (1, 512), "far": (2048, 4096)}
 LAW_SAMPLES = 300
 EQUAL = 0.01  # nat: a loss to exclude before quality is called equal; one percent less probability
 COSTS = ("flops", "flops_counted", "seconds", "tokens")
-
-
-def wider_interval(change: np.ndarray, weights: np.ndarray, bootstrap: Bootstrap) -> dict[str, float]:
-    """Weighted mean of `change` (seeds, documents), value, with the outer bounds of two 95% intervals, low and high.
-
-    One resamples seeds and documents. Of three seeds that is too narrow, so the other is Student's t of the seeds'
-    means: it knows no more than that there are three.
-    """
-    found, each = mean_over_seeds(change, weights, bootstrap), change.sum(axis=1) / weights.sum()
-    if len(each) > 1:
-        half = float(student.ppf(0.975, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each)))
-        found["low"] = min(found["low"], found["value"] - half)
-        found["high"] = max(found["high"], found["value"] + half)
-    return found
 
 
 def pretraining_results(path: Path | None = None) -> PretrainingResults:

@@ -12,7 +12,7 @@ def test_the_whole_command_runs_at_doll_size_on_a_cpu_and_continues_where_it_was
     assert run("cpu", seconds=1e-9, out=tmp_path, doll=True) is None
     assert {row["skipped"] for row in measured(tmp_path)} == {"no time is left"}
 
-    record = run("cpu", seconds=3600, out=tmp_path, doll=True)
+    record = run("cpu", seconds=600, out=tmp_path, doll=True)
     tables = read_record(record)["tables"]
     committed = read_record(RESULTS / "gpu" / f"{SLUG}.json")["tables"]
     assert {name: set(rows[0]) for name, rows in tables.items() if name in committed} == {
@@ -32,7 +32,7 @@ def test_the_whole_command_runs_at_doll_size_on_a_cpu_and_continues_where_it_was
     path, before = tmp_path / "measurements.jsonl", len(measured(tmp_path))
     path.write_text(path.read_text()[:-40])  # killed while it wrote the last task's
     assert len(measured(tmp_path)) == before - 2
-    assert run("cpu", seconds=3600, out=tmp_path, doll=True) == record
+    assert run("cpu", seconds=600, out=tmp_path, doll=True) == record
     assert [row["task"] for row in measured(tmp_path)[before - 2 :]] == [repr(TASKS[-1])] * 2
     assert len(read_record(record)["tables"]["training"]) == 2
 

@@ -8,7 +8,8 @@ import pytest
 from experiments import pretraining
 from experiments.pretraining import LONG, MIXES, SHORT, Cell, Size, cut_short, flops_per_token, long_settings
 from experiments.pretraining_mix import PIECE, mix_rows
-from experiments.pretraining_results import PretrainingResults, collect, pretraining_results, wider_interval
+from experiments.pretraining_results import PretrainingResults, collect, pretraining_results
+from experiments.race_results import wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.records import read_published, read_table
 
