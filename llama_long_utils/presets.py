@@ -5,7 +5,7 @@ import difflib
 import json
 import tomllib
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -14,6 +14,7 @@ from llama_long_utils.paths import PRESETS
 from llama_long_utils.settings import Preset, TrainingSettings, raised_base
 
 CHARACTERS = 4.5  # of a token, more than most texts have
+Numbers = TypeVar("Numbers")  # a dataclass of settings
 
 
 def preset_names() -> list[str]:
@@ -136,11 +137,16 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
 
 
 def training_settings(preset: Preset, **numbers: Any) -> TrainingSettings:
-    """The preset's [training] with other numbers, None for its own; ValueError names the one that is wrong."""
+    """The preset's [training] with other numbers, as `with_numbers`."""
+    return with_numbers(preset.training, "training", **numbers)
+
+
+def with_numbers(settings: Numbers, section: str, **numbers: Any) -> Numbers:
+    """A section's settings with other numbers, None for their own; ValueError names the one that is wrong."""
     try:
-        return dataclasses.replace(preset.training, **{name: n for name, n in numbers.items() if n is not None})
+        return dataclasses.replace(settings, **{name: n for name, n in numbers.items() if n is not None})
     except ValidationError as error:
-        raise ValueError(f"training: {_explain(error)}") from None
+        raise ValueError(f"{section}: {_explain(error)}") from None
 
 
 def _check_consistency(preset: Preset) -> None:

@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 
 from llama_long_utils.commands import run_command
-from llama_long_utils.presets import load_preset, training_settings
+from llama_long_utils.presets import load_preset, training_settings, with_numbers
 from llama_long_utils.settings import Preset
 
 STAGES = ("extension", "sft", "reward", "rl", "dpo")
@@ -53,13 +53,14 @@ def train() -> None:
 
 def tune(preset: Preset, chosen: argparse.Namespace) -> None:
     """A stage after the extension: instruction tuning ("sft"), or a stage of preference tuning that follows it."""
-    given = {name: value for name in ("steps", "seed") if (value := getattr(chosen, name)) is not None}
     numbers = preset.preference
     if chosen.stage == "sft":
-        preset = replace(preset, instruction=replace(preset.instruction, **given))
+        tuned = with_numbers(preset.instruction, "instruction", steps=chosen.steps, seed=chosen.seed)
+        preset = replace(preset, instruction=tuned)
     else:
-        steps = {chosen.stage: replace(getattr(numbers, chosen.stage), steps=chosen.steps)} if chosen.steps else {}
-        preset = replace(preset, preference=replace(numbers, seed=given.get("seed", numbers.seed), **steps))
+        section = f"preference.{chosen.stage}"
+        steps = {chosen.stage: with_numbers(getattr(numbers, chosen.stage), section, steps=chosen.steps)}
+        preset = replace(preset, preference=with_numbers(numbers, "preference", seed=chosen.seed, **steps))
 
     from llama_long_utils.model.adapters import find_adapter
     from llama_long_utils.training.instruction import tune_instructions

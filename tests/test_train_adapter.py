@@ -217,6 +217,9 @@ def test_two_processes_never_train_in_one_folder(preset):
         (["--steps", "-3"], "steps = -3"),
         (["--steps", "1000000000"], "steps = 1000000000"),
         (["--seed", "-1"], "seed = -1"),
+        (["--stage", "sft", "--steps", "0"], "instruction: steps = 0"),
+        (["--stage", "rl", "--steps", "0"], "preference.rl: steps = 0"),
+        (["--stage", "dpo", "--seed", "-1"], "preference: seed = -1"),
     ],
 )
 def test_the_command_answers_within_a_second_of_computing(arguments, said):
