@@ -35,6 +35,7 @@ from transformers import (
 from experiments.roofline import Rates, step_seconds
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.adapters import add_lora
+from llama_long_utils.model.attention import DOCUMENTS, document_attention
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.loss import CHUNK
 from llama_long_utils.paths import REPOSITORY, RESULTS, write_atomically
@@ -111,11 +112,12 @@ def attention_rate(length: int, dtype: str) -> float:
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     heads = [torch.randn(1, length, count, config.head_dim).transpose(1, 2) for count in (queries, keys, keys)]
     heads = [head.to(getattr(torch, dtype)).requires_grad_() for head in heads]
-    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    options = {"position_ids": torch.arange(length)[None], "scaling": config.head_dim**-0.5}
+    attend = partial(document_attention, torch.nn.Module(), *heads, None, **options)
 
     def layer() -> None:
-        attend(*(head.detach() for head in heads))
-        attend(*heads).sum().backward()
+        attend()
+        attend()[0].sum().backward()
 
     flops = 9 * queries * config.head_dim * length**2
     return flops / usual(layer, times=3 if length < 8192 else 1)
@@ -185,7 +187,7 @@ def contender(name: str, length: int, dtype: str, steps: int, memory_savings: di
     config = model_shape(SHAPE)
     window = config.max_position_embeddings
     rope = Scaling("none", config.rope_parameters["rope_theta"], config.head_dim, window, window)
-    model = load_base(folder, rope, dtype=dtype)
+    model = load_base(folder, rope, dtype=dtype, attention=DOCUMENTS if name == "ours" else "sdpa")
     ids = np.random.default_rng(0).integers(2, config.vocab_size, (steps, length)).astype(np.int32)
     with tempfile.TemporaryDirectory() as scratch:
         before = own_memory(RESIDENT)
@@ -315,9 +317,10 @@ def allocated(**task: Any) -> dict[str, Any]:
 
 def profiled(length: int, dtype: str, memory_savings: dict[str, Any]) -> dict[str, float]:
     """Seconds of a step by operator, and between operators, where Python is."""
-    llama = random_llama(model_shape(SHAPE), LORA, dtype)
+    llama = random_llama(model_shape(SHAPE), LORA, dtype, packed=True)
     keep_freed_memory()
-    steps = training_steps(llama, StepShape(length, dtype, MemorySavings(**memory_savings)), [length] * 2)
+    shape = StepShape(length, dtype, MemorySavings(**memory_savings), packed=True)
+    steps = training_steps(llama, shape, [length] * 2)
     next(steps)
     started = time.perf_counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -2,7 +2,7 @@
 
 transformers' "sdpa" finds the documents in the positions, too, but turns them into a mask of length x length: 1 GiB at
 32,768 tokens, with which torch leaves its fastest kernels. Here each document is a call without a mask. torch's context
-parallelism takes neither packed sequences nor a CPU; ours is `ContextShare`. In bf16 on a CPU the backward pass is ours
+parallelism takes neither packed sequences nor a CPU; ours is `ContextShare`. In bf16 on a CPU attention is ours, too
 (`_CausalOnCPU`).
 """
 
@@ -157,24 +157,39 @@ def _is_ours(query: Tensor, dropout: float, square: bool = True) -> bool:
 
 
 class _CausalOnCPU(torch.autograd.Function):
-    """torch's kernel forwards; backwards products of tiles in bf16, for which CPUs have instructions.
+    """Products of tiles in bf16, for which CPUs have instructions that torch's own kernels do not use.
 
-    torch's own backward kernel took 1.9 times as long (2,048 tokens of SmolLM2's heads, AVX512-BF16, one thread). A
-    product rounds its result to bf16. So what is subtracted from it, the logsumexp of the scores, is one more column of
-    the factors, in two parts: then weights that count are rounded where they are near 1, not as scores.
+    Those took 1.7 times as long forwards and 1.9 times backwards (2,048 tokens of SmolLM2's heads, AVX512-BF16, one
+    thread). A product rounds its result to bf16. So what is subtracted from it, the largest or the logsumexp of the
+    scores, is one more column of the factors: then weights that count are rounded where they are near 1, not as scores.
     Shapes: (1, heads, length, head_dim); keys and values may have fewer heads, and begin before the queries do.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        before = key.shape[2] - query.shape[2]
-        output, logsumexp = kernel(query, key[:, :, before:], value[:, :, before:], 0.0, True, scale=scale)
-        if before:
-            earlier, other = kernel(query, key[:, :, :before], value[:, :, :before], 0.0, False, scale=scale)
-            share = (other - logsumexp).sigmoid()[..., None]
-            output = torch.lerp(output.float(), earlier.float(), share).to(output.dtype)
-            logsumexp = torch.logaddexp(logsumexp, other)
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        before, future = key.shape[2] - length, _future()
+        output = torch.empty(len(key[0]), length * groups, query.shape[3], dtype=query.dtype)
+        logsumexp = torch.empty(len(key[0]), length * groups)
+        for i, queries in enumerate((query * scale)[0].split(groups)):
+            left = F.pad(_token_after_token(queries), (0, 1))
+            right = F.pad(key[0, i], (0, 1), value=-1.0).T
+            for begin in range(0, length, TILE):
+                end = min(begin + TILE, length)
+                rows, seen = slice(begin * groups, end * groups), before + end
+                scores = left[rows] @ right[:, :seen]
+                own = scores.view(end - begin, groups, seen)[:, :, before + begin :]
+                own.masked_fill_(future[: end - begin, :, : end - begin], -torch.inf)
+                largest = left[rows, -1] = scores.amax(1)
+                weights = torch.mm(left[rows], right[:, :seen], out=scores).exp_()
+                own.masked_fill_(future[: end - begin, :, : end - begin], 0)
+                total = weights.sum(1, dtype=torch.float32)
+                output[i, rows] = ((weights @ value[0, i, :seen]).float() / total[:, None]).to(query.dtype)
+                logsumexp[i, rows] = total.log() + largest
+        shape = {"dim": 1, "sizes": (length, groups)}
+        output, logsumexp = (
+            part.unflatten(**shape).transpose(1, 2).flatten(0, 1)[None] for part in (output, logsumexp)
+        )
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, output, logsumexp)
         return output
@@ -184,13 +199,13 @@ class _CausalOnCPU(torch.autograd.Function):
         query, key, value, output, logsumexp = ctx.saved_tensors
         groups, length = query.shape[1] // key.shape[1], query.shape[2]
         before = key.shape[2] - length
-        future = torch.ones(TILE, TILE, dtype=torch.bool).triu(1)[:, None]
+        future = _future()
         delta = (grad.float() * output.float()).sum(-1)
         heads = [part[0].split(groups) for part in (query * ctx.scale, grad, logsumexp, delta)]
         grad_query = torch.empty(len(key[0]), length * groups, query.shape[3], dtype=query.dtype)
         grad_key, grad_value = torch.zeros(2, *key.shape[1:]).unbind()
         for i, (queries, grads, shift, delta) in enumerate(zip(*heads, strict=True)):
-            queries, grads = (part.transpose(0, 1).flatten(0, 1) for part in (queries, grads))  # token after token
+            queries, grads = _token_after_token(queries), _token_after_token(grads)
             left = _with_columns(queries, shift.T.flatten()), _with_columns(grads, delta.T.flatten())
             right = [F.pad(part[0, i], (0, 2), value=-1.0).T for part in (key, value)]
             for begin in range(0, length, TILE):
@@ -205,6 +220,16 @@ class _CausalOnCPU(torch.autograd.Function):
                 grad_key[i, :seen] += weights.T @ queries[rows]
         grad_query = grad_query.unflatten(1, (length, groups)).transpose(1, 2).flatten(0, 1)
         return grad_query[None], grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None
+
+
+def _future() -> Tensor:
+    """True where a tile's query (dim 0) must not see one of its keys (dim 2)."""
+    return torch.ones(TILE, TILE, dtype=torch.bool).triu(1)[:, None]
+
+
+def _token_after_token(heads: Tensor) -> Tensor:
+    """(heads, length, width) -> (length * heads, width)."""
+    return heads.transpose(0, 1).flatten(0, 1)
 
 
 def _with_columns(rows: Tensor, subtracted: Tensor) -> Tensor:
