@@ -196,22 +196,41 @@ def draw_differences(table: pd.DataFrame, folder: Path, slug: str, number: str, 
     save_figure(figure, folder, slug, number, caption, alt)
 
 
-def draw_worth(doses: Mapping[str, DoseResults], folder: Path, slug: str, number: str, caption: str) -> None:
-    """A panel for each model: what `DoseResults.worth` found by dose, with intervals; hollow: whole windows only."""
+def draw_worth(
+    doses: Mapping[str, DoseResults],
+    folder: Path,
+    slug: str,
+    number: str,
+    caption: str,
+    *,
+    lines: Mapping[str, str] = LINES,
+    whole_windows: bool = True,
+) -> None:
+    """A panel for each model: what `DoseResults.worth` found by dose, with intervals; hollow: whole windows only.
+
+    Args:
+        lines: which to draw, with their labels.
+        whole_windows: draw the hollow points, too.
+    """
     shared = {"figsize": (5 + 3.6 * len(doses), 4.8), "sharex": True, "sharey": True, "squeeze": False}
     figure, panels = plt.subplots(1, len(doses), **shared)
     ticks, ends = set(), []
     for (name, results), axes in zip(doses.items(), panels[0], strict=True):
         worth, whole = results.worth(), results.worth(whole=True)
         for place, (line, (form, colour)) in enumerate(FORMS.items()):
+            if line not in lines:
+                continue
             part, hollow, beside = worth[worth.line == line], whole[whole.line == line], 1.05**place
             lengths = [part.nats - part.low, part.high - part.nats]
-            axes.plot(hollow.tokens_trained * beside, hollow.nats, form[0], color=colour, mfc="white", ms=7, zorder=1)
+            if whole_windows:
+                axes.plot(
+                    hollow.tokens_trained * beside, hollow.nats, form[0], color=colour, mfc="white", ms=7, zorder=1
+                )
             axes.errorbar(part.tokens_trained * beside, part.nats, yerr=lengths, fmt=form, capsize=3, color=colour,
-                          label=LINES[line])  # fmt: skip
+                          label=lines[line])  # fmt: skip
             if len(part):
-                far, seen = part.nats.iloc[-1], hollow.nats.iloc[-1]
-                ends.append(f"{name}, {LINES[line]} {far:+.3f}, whole windows {seen:+.3f}")
+                end = f"{name}, {lines[line]} {part.nats.iloc[-1]:+.3f}"
+                ends.append(end + (f", whole windows {hollow.nats.iloc[-1]:+.3f}" if whole_windows else ""))
         ticks |= {*worth.tokens_trained}
         axes.axhline(0, color="0.3", linewidth=1)
         axes.set(xscale="log", title=results.title, xlabel="tokens trained (millions)")

@@ -120,10 +120,6 @@ def test_every_figure_in_a_notebook_is_committed():
     assert shown == {path.stem for path in (REPOSITORY / "figures").glob("*.png")}
 
 
-def test_the_start_page_has_a_picture_of_every_notebook():
-    assert [one.slug for one in delivered() if one.picture_file is None] == []
-
-
 def test_links_index_and_results_are_in_step():
     assert write_generated(check=True) == []
 

@@ -25,30 +25,66 @@ from llama_long_utils.settings import Preset
 MODELS = {"qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B", "smollm2": "SmolLM2-135M", "tiny": "tiny Llama (4.3M)"}
 AGREES, DISAGREES, UNDECIDED, NOT_TESTED = "agrees", "disagrees", "undecided", "not tested yet"
 RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
+NOT_RECOVERED = "after training PI still reads worse than the base inside the old window"
 MARGIN = 0.02  # share of right answers that a short task may lose and be called unharmed
 CHANCE = {"mmlu": 0.25}  # of its four choices, one is right
+REASON_WORDS = 16  # that README gives to a verdict's reason
 FROM_SCRATCH = "0.4M"  # parameters of the models of notebook 12 that have all arms and seeds
+GLANCE = ["verdict", "why", "on"]  # columns of the short scoreboard
 BENCHMARKS, POSITIONS = "08_benchmark_deltas", "06_perplexity_by_position"
 Interval = tuple[float, float, float]  # value, low, high
 
 
 @dataclass(frozen=True)
 class Line:
-    """A claim: what the paper found, what we found, on which model with how many seeds, and what follows."""
+    """A claim: what the paper found, what we found, on which model with how many seeds, and what follows.
+
+    Attributes:
+        why: the verdict's reason in a few words; empty: the verdict says it.
+    """
 
     claim: str
     paper: str
     ours: str = "-"
     scale: str = "-"
     verdict: str = NOT_TESTED
+    why: str = ""
+
+    @property
+    def reason(self) -> str:
+        """`why`, or as many clauses of the verdict's own reason as stay short."""
+        first, *others = self.verdict.partition(": ")[2].split("; ")
+        for clause in others:
+            if len(f"{first} {clause}".split()) > REASON_WORDS:
+                break
+            first += f"; {clause}"
+        return self.why or first
 
 
-RESERVES = (
-    "**Reserves.** A window that slides by half has seen three quarters of its length on average: full context gains "
-    "less where it has seen more (notebook 13). SmolLM2's further seeds and its control at the largest dose were "
-    "trained by a later form of the script, which reads slightly worse. A third of the training sequences quote "
-    "themselves, in every arm. The bases have probably read these texts in pretraining."
-)
+WORDS = """\
+- **nat**: the unit of loss, the negative natural logarithm of the probability that the model gave to the right \
+token. A hundredth of a nat less means one percent more probability.
+- **windows**: the model reads the text through a sliding window of the old length. That is what you would do \
+without an extension.
+- **full context**: the model reads everything before the token.
+- **far out**: positions in the far half of the texts, beyond the old window.
+- **control**: the same model, trained on as many tokens without an extension, and read through windows.
+- **PoSE**: training on short sequences whose positions skip ahead.
+- **planted statement**: a sentence hidden in a text and asked for at the end.
+- **ABF**, **PI**: two ways to scale RoPE, by a raised base and by squeezed positions. **xPos**: RoPE whose scores \
+fade with distance.
+- **ROUGE-L**: 0 to 100, how many of the wanted words were written in order."""
+VERDICTS = """\
+**What full context is worth to real models in 4 bits**, in nats per token. Below zero is better. Brackets: the \
+outer ends of two 95% intervals, one over texts, one over kinds of text. *Behind*: both intervals lie above zero. \
+*Ahead*: both lie below zero, and the lead is larger than the distance between seeds, where several were trained. We \
+ask more of good news than of bad."""
+CAVEATS = """\
+**Caveats.** Our windows slide by half their length, so a token has on average three quarters of the old window \
+before it. A denser slide would be a stronger opponent, and full context would gain less (notebook 13). Seeds 1 and \
+2 of SmolLM2, and its control after the most tokens, were trained by a later form of the script, which may train \
+slightly worse. A third of the training sequences quote themselves, in every model compared. The bases have probably \
+read these texts in pretraining."""
 
 
 def scoreboard() -> dict[str, Line]:
@@ -71,15 +107,20 @@ def scoreboard() -> dict[str, Line]:
     return {f"C{number}": line for number, line in enumerate(lines, start=1)}
 
 
-def scoreboard_table() -> str:
-    """The scoreboard in Markdown."""
-    rows = []
+def scoreboard_table(*, numbers: bool = True) -> str:
+    """The scoreboard in Markdown, with what was found or, for a glance, without."""
+    rows = [["", "the paper's claim", *(["it found", "we found", "on", "verdict"] if numbers else GLANCE)]]
     for name, line in scoreboard().items():
         judged, colon, reason = line.verdict.partition(":")
-        cells = [name, line.claim, line.paper, line.ours, line.scale, f"**{judged}**{colon}{reason}"]
-        rows.append(f"| {' | '.join(cells)} |")
-    head = ["", "the paper's claim", "it found", "we found", "on", "verdict"]
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+        found = [line.paper, line.ours, line.scale, f"**{judged}**{colon}{reason}"]
+        rows.append([name, line.claim, *(found if numbers else [f"**{judged}**", line.reason, line.scale])])
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def worst_depth(asked: pd.DataFrame) -> tuple[int, int]:
@@ -178,6 +219,7 @@ def _past_the_window(race: RaceResults, figure: dict[str, Any]) -> Line:
     length = race_lengths(load_preset("tiny"))[-2]
     trained = _retrieved(race, "none", "abf", length)
     scores = [figure["rouge_l"][name][figure["length"].index(new)] for name in ("none", "abf")]
+    fails = by_kind.min() > 0 and trained[2] < 0
     return Line(
         "Plain RoPE fails past its window",
         f"{scores[0]:.0f} against ABF's {scores[1]:.0f} ROUGE-L at {new:,} tokens, both trained (Figure 5b)",
@@ -185,7 +227,8 @@ def _past_the_window(race: RaceResults, figure: dict[str, Any]) -> Line:
         f"{measured(by_kind.min())} in each kind of text; trained, {length:,} tokens: {measured(*trained, digits=0)} "
         "ROUGE-L against ABF",
         f"{MODELS['smollm2']}, {len(untrained)} documents of {len(by_kind)} kinds; {_race_scale(race)}",
-        AGREES if by_kind.min() > 0 and trained[2] < 0 else f"{UNDECIDED}: not in every kind of text, or by chance",
+        AGREES if fails else f"{UNDECIDED}: not in every kind of text, or by chance",
+        "untrained it fails in every kind of text; trained it retrieves less than ABF" if fails else "",
     )
 
 
@@ -211,7 +254,7 @@ def _perplexity(race: RaceResults, table: dict[str, Any]) -> Line:
     books = [table["rows"][name][table["columns"].index("books")] for name in ("abf", "pi", "none")]
     lost = _not_recovered(race, preset)
     if lost:
-        judged = f"{UNDECIDED}: PI had not recovered inside the old window ({measured(*lost)} nat)"
+        judged = f"{UNDECIDED}: {NOT_RECOVERED} ({measured(*lost)} nat)"
     else:
         judged = AGREES if first[1] <= 0 and second[2] < 0 else DISAGREES
     return Line(
@@ -220,6 +263,7 @@ def _perplexity(race: RaceResults, table: dict[str, Any]) -> Line:
         f"{low:,} to {high:,}: ABF minus PI {measured(*first)} nat, PI minus plain {measured(*second)} nat",
         _race_scale(race),
         judged,
+        NOT_RECOVERED if lost else "",
     )
 
 
@@ -231,7 +275,7 @@ def _retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
     ours = f"ABF {scores[0]:.0f} at {shortest:,} tokens, {scores[1]:.0f} at {longest:,}; PI {pi:.0f} at {shortest:,}"
     scale, judged = _race_scale(race), AGREES if scores[1] > 0.8 * scores[0] else DISAGREES
     if _not_recovered(race, preset):
-        judged = f"{UNDECIDED}: PI had not recovered inside the old window"
+        judged = f"{UNDECIDED}: {NOT_RECOVERED}"
     for results in list(read_dose_results(list(MODELS)).values())[:1]:
         old = load_preset(results.preset).base.window
         found = partial(statements_found, results, worst=True)
@@ -262,6 +306,7 @@ def _xpos(race: RaceResults, table: dict[str, Any]) -> Line:
         f"xPos minus ABF {measured(*nats, digits=3)} nat, {points} ROUGE-L at {length:,} tokens",
         _race_scale(race),
         verdicts[0] if same else f"{verdicts[1]} in retrieval; {verdicts[0]} in perplexity",
+        "it lowers the loss and harms retrieval" if nats[2] < 0 and retrieved[2] < 0 else "",
     )
 
 
@@ -339,7 +384,7 @@ def _short_tasks(table: dict[str, Any]) -> Line:
     elif mmlu.high < 0:
         judged = f"{DISAGREES}: on MMLU"
     elif lost:
-        judged = f"{UNDECIDED}: it rises from the 4-bit base, falls from the 16-bit one; no control was asked; "
+        judged = f"{UNDECIDED}: MMLU rises from the 4-bit base, falls from the 16-bit one; no control was asked; "
         judged += "other tasks have too few items"
     elif mmlu.low > -MARGIN:
         judged = f"{AGREES}: on MMLU; other tasks have too few items"
@@ -489,42 +534,53 @@ def _full_attention(attention: dict[str, Any]) -> Line:
 
 def headlines() -> str:
     """Markdown: what was found on real models, a column for each, and the longest training step."""
-    columns = [_of_doses(results) for results in read_dose_results(list(MODELS)).values()]
-    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    doses = read_dose_results(list(MODELS)).values()
+    tables = []
+    for column_of in (_of_doses, _of_statements):
+        columns = [column_of(results) for results in doses]
+        tables.append(_markdown([[name, *(column[name] for column in columns)] for name in columns[0]]))
     record = recorded("gpu", "04_one_gpu_budget")
     row, device = record.table("longest").iloc[0], record.content["provenance"]["device"]
     seconds = row.context / row.tokens_per_second
     longest = (
-        f"Longest 4-bit training step that ran: {row.model}, {row.context:,.0f} tokens in {seconds:.0f} s, under a cap "
-        f"of {row.cap_gib:.0f} GiB, {row.allocated_gib:.1f} GiB allocated, checkpoints on the host (one {device}, "
-        "random weights)."
+        f"**The longest 4-bit training step that ran**: {row.model}, {row.context:,.0f} tokens in {seconds:.0f} s, "
+        f"under a cap of {row.cap_gib:.0f} GiB, {row.allocated_gib:.1f} GiB allocated, checkpoints on the host "
+        f"(one {device}, random weights)."
     )
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], "", RESERVES, "", longest])
+    return "\n\n".join(
+        [VERDICTS, tables[0], "**Planted statements found**, right to the word:", tables[1], CAVEATS, longest]
+    )
 
 
 def _of_doses(results: DoseResults) -> dict[str, str]:
-    """What one model's dose experiment found, by question."""
-    preset = load_preset(results.preset)
-    old = preset.base.window
+    """What full context is worth to one model, by question."""
+    old, new = load_preset(results.preset).base.window, load_preset(results.preset).extension.window
     own, posed = compared(results, "full"), compared(results, "pose")
     read = results.record.table("held_out").tokens.max()
     arms = results.record.table("arms").set_index("arm")
     length = int(arms.window[results.largest("full").rpartition("-")[0]].max())
+    return {
+        "": f"{MODELS[results.preset]}, {old:,} to {new:,} tokens" + (f", read to {read:,}" if read < new else ""),
+        "trained on whole sequences": f"{own.tokens / 1e6:.1f} million tokens in sequences of {length:,}, one seed",
+        "far out": f"positions {read // 2:,} to {read:,}",
+        "far out, full context minus the same model's windows": str(own),
+        "the same, trained by PoSE instead": str(posed or "not run"),
+        "far out, full context minus the control's windows": str(compared(results, "fair")),
+        "inside the old window, minus the control": str(compared(results, "fair", "inside")),
+    }
+
+
+def _of_statements(results: DoseResults) -> dict[str, str]:
+    """How many planted statements one model found, by arm and length."""
+    old = load_preset(results.preset).base.window
     found = partial(statements_found, results)
     return {
-        "": f"{MODELS[results.preset]}, {old:,} to {preset.extension.window:,} tokens"
-        + (f", read to {read:,}" if read < preset.extension.window else ""),
-        "trained on whole sequences": f"{own.tokens / 1e6:.1f} million tokens in sequences of {length:,}, one seed",
-        "far out, full context against its own old windows": str(own),
-        "the same after training on short sequences with skipped positions (PoSE)": str(posed or "not run"),
-        "far out, against a control trained as long without an extension": str(compared(results, "fair")),
-        "inside the old window, against that control": str(compared(results, "fair", "inside")),
-        "planted statements found at twice the old window": found(results.largest("full"), 2 * old),
-        "the same before training, RoPE base raised": found("raised-nf4", 2 * old),
-        "the same before training, with YaRN": found("yarn-nf4", 2 * old),
-        "in the old window, found by the base": found("base-nf4", old),
-        "in the old window, found by the control": found(results.largest("control"), old),
+        "": f"{MODELS[results.preset]}, old window {old:,} tokens",
+        "in twice the old window: trained on whole sequences": found(results.largest("full"), 2 * old),
+        "in twice the old window: untrained, RoPE base raised": found("raised-nf4", 2 * old),
+        "in twice the old window: untrained, YaRN": found("yarn-nf4", 2 * old),
+        "in the old window: base": found("base-nf4", old),
+        "in the old window: control": found(results.largest("control"), old),
     }
 
 

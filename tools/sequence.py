@@ -18,7 +18,6 @@ class Notebook:
         needs_adapter: it reads the adapter that notebook 5 trained.
         leaves: what it leaves in runs/PRESET besides itself, its figures and its record.
         record_with: parameters with which its committed record is measured, where its defaults are a quick look.
-        picture: the figure that stands for it on the start page.
     """
 
     slug: str
@@ -28,56 +27,24 @@ class Notebook:
     needs_adapter: bool = False
     leaves: tuple[str, ...] = ()
     record_with: dict[str, Any] = field(default_factory=dict)
-    picture: str = ""
 
     @property
     def path(self) -> Path:
         return FOLDER / f"{self.slug}.ipynb"
 
-    @property
-    def picture_file(self) -> Path | None:
-        """The committed figure that stands for it: `picture`, or its first; None if it has none."""
-        figures = REPOSITORY / "figures"
-        files = [figures / f"{self.picture}.png"] if self.picture else sorted(figures.glob(f"{self.slug[:2]}_*.png"))
-        return files[0] if files and files[0].is_file() else None
-
 
 # A notebook is delivered when its file exists; the others are the plan.
 SEQUENCE = [
-    Notebook("00_overview", "Overview", "What is here, and what holds?", picture="00_contents"),
-    Notebook(
-        "01_rope_explained",
-        "RoPE explained",
-        "How does a Llama know where a token stands?",
-        needs_base=False,
-        picture="01_rotation",
-    ),
-    Notebook(
-        "02_rope_scaling",
-        "RoPE scaling",
-        "How can RoPE be scaled, and what is kept?",
-        needs_base=False,
-        picture="02_slowdown",
-    ),
-    Notebook(
-        "03_long_documents",
-        "Long documents",
-        "What does a model have to read to learn long context?",
-        picture="03_packing",
-    ),
-    Notebook(
-        "04_one_gpu_budget",
-        "One GPU",
-        "What fits on one GPU, and how long does it take?",
-        needs_base=False,
-        picture="04_memory_by_context",
-    ),
+    Notebook("00_overview", "Overview", "What is here, and what holds?"),
+    Notebook("01_rope_explained", "RoPE explained", "How does a Llama know where a token stands?", needs_base=False),
+    Notebook("02_rope_scaling", "RoPE scaling", "How can RoPE be scaled, and what is kept?", needs_base=False),
+    Notebook("03_long_documents", "Long documents", "What does a model have to read to learn long context?"),
+    Notebook("04_one_gpu_budget", "One GPU", "What fits on one GPU, and how long does it take?", needs_base=False),
     Notebook(
         "05_finetune_qlora",
         "Finetuning with QLoRA",
         "How is a 4-bit Llama taken from a short to a long window?",
         leaves=("training/*/adapter/adapter_model.safetensors",),
-        picture="05_training_loss",
     ),
     Notebook(
         "06_perplexity_by_position",
@@ -85,7 +52,6 @@ SEQUENCE = [
         "Does the extended model use what lies far back?",
         needs_adapter=True,
         record_with={"stretches_per_document": None},
-        picture="06_nll_by_position",
     ),
     Notebook(
         "07_long_range_retrieval",
@@ -93,7 +59,6 @@ SEQUENCE = [
         "Can it find one sentence in a long text?",
         needs_adapter=True,
         record_with={"questions": None},
-        picture="07_scores",
     ),
     Notebook(
         "08_benchmark_deltas",
@@ -101,7 +66,6 @@ SEQUENCE = [
         "What does the extension do to short and long tasks?",
         needs_adapter=True,
         record_with={"items": 100, "tasks": "hellaswag truthfulqa_mc1 mmlu"},
-        picture="08_deltas",
     ),
     Notebook(
         "09_instruction_tuning",
@@ -109,33 +73,20 @@ SEQUENCE = [
         "How does a long base model become a chat model?",
         needs_adapter=True,
         leaves=("instruction/*/adapter/adapter_model.safetensors",),
-        picture="09_answers",
     ),
     Notebook(
         "10_preference_tuning",
         "Preference tuning",
         "Does preference tuning do what it is asked, and does it keep long context?",
-        picture="10_gold_and_proxy",
     ),
-    Notebook(
-        "11_ablations",
-        "Ablations",
-        "Which way to scale RoPE, and which way to train it, wins on equal terms?",
-        picture="11_retrieval",
-    ),
-    Notebook(
-        "12_pretraining_curriculum",
-        "Pretraining curriculum",
-        "When should pretraining sequences become long?",
-        picture="12_quality_against_operations",
-    ),
-    Notebook("13_real_models", "Real models", "What holds for a real LLM?", needs_base=False, picture="13_dose"),
+    Notebook("11_ablations", "Ablations", "Which way to scale RoPE, and which way to train it, wins on equal terms?"),
+    Notebook("12_pretraining_curriculum", "Pretraining curriculum", "When should pretraining sequences become long?"),
+    Notebook("13_real_models", "Real models", "What holds for a real LLM?", needs_base=False),
     Notebook(
         "14_published_results",
         "Published results",
         "Which of the paper's gains are larger than chance?",
         needs_base=False,
-        picture="14_short_published",
     ),
 ]
 
