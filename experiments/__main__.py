@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     )
     asking = commands.add_parser("self-instruct", help="a chat model asks about a preset's documents, for notebook 9")
     asking.add_argument("--writer", default="qwen2.5-coder-1.5b", help="the preset whose base is the chat model")
-    asking.add_argument("--pairs", type=int, default=32, help="chunks to ask about (default: 32), an hour on one core")
+    asking.add_argument("--chunks", type=int, default=60, help="to ask two questions about (default: 60; half an hour)")
     preference = commands.add_parser(
         "preference", help="reward model, RL and DPO over seeds, for notebook 10 (half an hour; goes on if stopped)"
     )
@@ -177,13 +177,17 @@ def run(asked: argparse.Namespace) -> Path | None:
             return searches.compare_quoting(preset, asked.shares, seed=0)
         return searches.compare_trainings(preset, asked.names, seed=0)
     if asked.command == "instruction":
+        if preset.instruction.questions != "quotations":
+            from experiments.instruction_squad import tune_and_ask
+
+            return tune_and_ask(preset, RESULTS / preset.name)
         from experiments.instruction import ablate
 
         return ablate(preset, RESULTS / preset.name)
     if asked.command == "self-instruct":
         from experiments.self_instruct import generate
 
-        return generate(preset, load_preset(asked.writer), asked.pairs, RESULTS / asked.writer)
+        return generate(preset, load_preset(asked.writer), asked.chunks, RESULTS / asked.writer)
     if asked.command == "preference":
         from experiments.preference import run_preference
         from llama_long_utils.model.adapters import find_adapter

@@ -66,7 +66,7 @@ class Arm:
     text_share: float = 0.0
     loss_on_prompt: bool = False
     extended: bool = True
-    maker: Callable = quotation_dialogue
+    maker: Callable | None = quotation_dialogue  # of long documents; None: what the settings name
     times: int = 1  # the steps; with more, one seed
 
     def tune(self, preset: Preset, name: str, seed: int) -> TrainedAdapter:
@@ -74,7 +74,7 @@ class Arm:
         changes = {"long_share": self.long_share, "text_share": self.text_share, "loss_on_prompt": self.loss_on_prompt}
         changes["steps"] = self.times * preset.instruction.steps
         settings = dataclasses.replace(preset.instruction, **changes, seed=seed)
-        maker: Maker = self.maker
+        maker: Maker | None = self.maker
         return tune_instructions(preset, settings=settings, extended=self.extended, long_dialogue=maker, name=name)
 
 

@@ -30,10 +30,12 @@ class Instruction:
     long_share: ShareOrNone = 0.5
     text_share: ShareOrNone = 0.0  # all of it is trained on
     loss_on_prompt: bool = True  # on long documents too, not on answers only (arXiv:2309.16039, Table 9)
+    window: NonNegativeInt = 0  # tokens of a sequence; 0: as in [training]
     short_window: PositiveInt = 512  # tokens of a short document with its questions
     tokens_per_question: PositiveInt = 256
     quoted_words: PositiveInt = 6  # a question quotes so many
     answer_words: tuple[PositiveInt, PositiveInt] = (2, 8)  # which follow there, up to a punctuation mark
+    questions: str = "quotations"  # or a record that `python -m experiments self-instruct` wrote
 
     def __post_init__(self) -> None:
         if self.long_share + self.text_share > 1:

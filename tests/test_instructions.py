@@ -13,6 +13,7 @@ from llama_long_utils.data.instructions import (
     MARK,
     Dialogue,
     Question,
+    generated_dialogues,
     instruction_sequences,
     join_dialogues,
     quotation_dialogue,
@@ -24,6 +25,7 @@ from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.records import write_record
 from llama_long_utils.stages import Instruction
 
 SETTINGS = Instruction(steps=6, long_share=0.5, short_window=256, tokens_per_question=128)
@@ -200,3 +202,55 @@ def test_texts_without_anything_to_ask_for_are_refused(tokenizer):
     plain = tokenize_documents([Document("mine", "0", "word " * 3000)], tokenizer, cache=None)
     with pytest.raises(ValueError, match="no words to quote"):
         instruction_sequences(plain, tokenizer, dataclasses.replace(SETTINGS, loss_on_prompt=False), 1024)
+
+
+@pytest.fixture
+def generated(tmp_path, tokenizer, documents):
+    """A record of six pairs about a document, at places that grow, and one that was dropped; and one about another."""
+    text = tokenizer.decode(documents[1].token_ids[1:-1], clean_up_tokenization_spaces=False)
+    rows = []
+    for number in range(7):
+        start = text.index(" ", 100 + 1200 * number) + 1
+        row = {"document": "mine/1", "place": start / len(text), "chunk": text[start : start + 200], "kind": "short"}
+        rows.append(
+            {**row, "question": f"Which {number}?", "answer": f"answer {number}", "dropped": "empty" * (number == 3)}
+        )
+    rows.append({**rows[0], "document": "another/1", "question": "Which other?"})
+    write_record(
+        tmp_path, "pairs", preset="tiny", question="?", tables={"pairs": pd.DataFrame(rows)}, seeds={}, seconds=0.0
+    )
+    return tmp_path / "pairs.json"
+
+
+@pytest.mark.parametrize("tokens", [256, 1200, 4000])
+def test_of_a_generated_set_a_document_holds_the_chunks_that_its_questions_ask_about(
+    tokenizer, documents, generated, tokens
+):
+    table = pd.DataFrame(pd.read_json(generated, typ="series")["tables"]["pairs"])
+    settings = dataclasses.replace(SETTINGS, questions=str(generated), tokens_per_question=250)
+    make, seen, many = generated_dialogues(settings.questions), set(), set()
+    for seed in range(12):
+        dialogue = make(documents, tokenizer, tokens, settings, np.random.default_rng(seed))
+        assert dialogue.document == "mine/1"
+        parts = [dialogue.token_ids, *(part for turn in dialogue.turns(tokenizer) for part in turn)]
+        assert tokens / 2 < sum(map(len, parts)) <= tokens or len(dialogue.token_ids) == documents[1].tokens
+        text = tokenizer.decode(dialogue.token_ids[1:], clean_up_tokenization_spaces=False)
+        for question in dialogue.questions:
+            number = int(question.answer.split()[-1])
+            assert (question.text, question.kind) == (f" Q: Which {number}?, A:", "short")
+            assert table.chunk[number] in text
+            seen.add(number)
+        many.add(len(dialogue.questions))
+    assert seen == {0, 1, 2, 4, 5, 6}
+    assert max(many) == {256: 1, 1200: 2, 4000: 5}[tokens]
+
+
+def test_a_generated_set_makes_long_and_short_sequences_and_none_is_refused(tokenizer, documents, generated, tmp_path):
+    settings = dataclasses.replace(SETTINGS, questions=str(generated))
+    made = instruction_sequences(documents, tokenizer, settings, 1024)
+    assert sum(b"answer" in tokenizer.decode(one.input_ids).encode() for one in made) == len(made)
+    absent = dataclasses.replace(SETTINGS, questions=str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match=r"there is no record .*none\.json; write one with"):
+        instruction_sequences(documents, tokenizer, absent, 1024)
+    with pytest.raises(ValueError, match="none of its 7 pairs is about a document of this preset"):
+        instruction_sequences(documents[:1], tokenizer, settings, 1024)

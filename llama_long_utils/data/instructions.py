@@ -1,19 +1,23 @@
 """Instructions: documents with questions about them, as sequences to train on.
 
 Questions that need no model are quotations: some words of the document, after which the words that follow there are the
-answer, up to the next punctuation mark. They are right or wrong to the letter, at any depth.
+answer, up to the next punctuation mark. They are right or wrong to the letter, at any depth. Others were written by a
+chat model and stand in a record.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import TrainingSequence
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.records import Record
 from llama_long_utils.settings import IGNORED_LABEL
 from llama_long_utils.stages import Instruction
 
@@ -121,6 +125,68 @@ def quotation_dialogue(
     raise ValueError(f"20 stretches of {room:,} tokens have no words to quote: texts need sentences with punctuation")
 
 
+def generated_dialogues(questions: str) -> Maker:
+    """Makes dialogues of the pairs that a record keeps; its path may be relative to the repository.
+
+    A document is cut at `tokens`, with all of its pairs that lie before, up to one for `tokens_per_question`. If a pair
+    lies behind, as it may in a short window, the cut is a stretch around its chunk. ValueError if there is no record.
+    """
+    path = REPOSITORY / questions
+    if not path.is_file():
+        raise ValueError(
+            f"instruction.questions: there is no record {questions}; write one with `python -m experiments "
+            'self-instruct`, or use "quotations"'
+        )
+    table = Record(path).table("pairs")
+    kept = [row._asdict() for row in table[table.dropped == ""].itertuples(index=False)]
+    places: dict[tuple[str, str], range] = {}
+
+    def tokens_of(pair: dict[str, Any], document: TokenizedDocument, tokenizer: PreTrainedTokenizerBase) -> range:
+        """Where a pair's chunk lies among the document's tokens."""
+        key = pair["document"], pair["chunk"]
+        if key not in places:
+            text = tokenizer.decode(document.token_ids[1:], clean_up_tokenization_spaces=False)
+            before = text[: text.index(pair["chunk"])]
+            first, many = (len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, key[1]))
+            places[key] = range(1 + first, 2 + first + many)
+        return places[key]
+
+    def make(
+        documents: Sequence[TokenizedDocument],
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: int,
+        settings: Instruction,
+        generator: np.random.Generator,
+    ) -> Dialogue:
+        named = {f"{document.source}/{document.name}": document for document in documents}
+        pairs = [pair for pair in kept if pair["document"] in named]
+        if not pairs:
+            raise ValueError(f"{questions}: none of its {len(kept)} pairs is about a document of this preset")
+        order = [pairs[number] for number in generator.permutation(len(pairs))]
+        document = named[order[0]["document"]]
+        own = [pair for pair in order if named[pair["document"]] is document]
+        asked = [Question(f" Q: {one['question']}, A:", f" {one['answer']}", one["place"], one["kind"]) for one in own]
+        turns = [sum(map(len, turn)) for turn in Dialogue("", document.token_ids, asked).turns(tokenizer)]
+        chunks = [tokens_of(pair, document, tokenizer) for pair in own]
+        count = min(max(tokens // settings.tokens_per_question, 1), len(own))
+        room = tokens - count * max(turns)
+        if len(chunks[0]) >= room:
+            raise ValueError(f"a chunk of {len(chunks[0])} tokens and its question are more than {tokens:,} tokens")
+        low, high = chunks[0].stop - room, min(chunks[0].start, document.tokens - room + 1)
+        start = int(generator.integers(low, max(high, low + 1))) if low > 0 else 0
+        inside = [number for number, one in enumerate(chunks) if start < one.start and one.stop <= start + room][:count]
+        room = tokens - sum(turns[number] for number in inside)
+        ids = document.part(start, start + room).token_ids.astype(np.int64)
+        return Dialogue(own[0]["document"], ids, [asked[number] for number in inside])
+
+    return make
+
+
+def dialogue_maker(settings: Instruction) -> Maker:
+    """What makes dialogues with the kind of questions that the settings name; ValueError if there are none."""
+    return quotation_dialogue if settings.questions == "quotations" else generated_dialogues(settings.questions)
+
+
 def join_dialogues(
     dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, *, loss_on_prompt: bool
 ) -> InstructionSequence:
@@ -144,13 +210,14 @@ def instruction_sequences(
     window: int,
     *,
     texts: Sequence[TrainingSequence] = (),
-    long_dialogue: Maker = quotation_dialogue,
+    long_dialogue: Maker | None = None,
 ) -> list[InstructionSequence]:
     """The sequences of a run in order, long, short and plain ones shuffled, each `window` tokens at most.
 
-    `long_dialogue` makes a dialogue that fills the window. ValueError if no document is long enough for one, or
-    nothing in it can be asked for.
+    `long_dialogue` makes a dialogue that fills the window, in place of what the settings name. ValueError if no
+    document is long enough for one, or nothing in it can be asked for.
     """
+    short_dialogue = dialogue_maker(settings)
     count = settings.steps * settings.sequences_per_step
     long, plain = (round(count * share) for share in (settings.long_share, settings.text_share))
     kinds = ["long"] * long + ["text"] * plain + ["short"] * (count - long - plain)
@@ -162,7 +229,7 @@ def instruction_sequences(
             sequences.append(InstructionSequence(text.input_ids, (text.labels != IGNORED_LABEL).astype(np.int64)))
             continue
         given = documents, tokenizer, window if kind == "long" else short, settings, generator
-        maker, many = (long_dialogue, 1) if kind == "long" else (quotation_dialogue, window // short)
+        maker, many = (long_dialogue or short_dialogue, 1) if kind == "long" else (short_dialogue, window // short)
         loss_on_prompt = settings.loss_on_prompt and kind == "long"
         dialogues = [maker(*given) for _ in range(many)]
         sequences.append(join_dialogues(dialogues, tokenizer, loss_on_prompt=loss_on_prompt))

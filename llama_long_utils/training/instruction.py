@@ -21,8 +21,8 @@ from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data.instructions import (
     InstructionSequence,
     Maker,
+    dialogue_maker,
     instruction_sequences,
-    quotation_dialogue,
 )
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.data.sequences import TrainingData
@@ -97,7 +97,8 @@ def instruction_trainer(
 def instruction_settings(preset: Preset, settings: Instruction, *, extended: bool = True) -> TrainingSettings:
     """[training] with the numbers of instruction tuning; the base as it is takes sequences of its own window."""
     numbers = {name: value for name, value in asdict(settings).items() if hasattr(preset.training, name)}
-    training = replace(preset.training, **numbers, reach=preset.training.window, pack=False, self_quoting_share=0.0)
+    numbers["window"] = numbers["reach"] = settings.window or preset.training.window
+    training = replace(preset.training, **numbers, pack=False, self_quoting_share=0.0)
     if extended:
         return training
     window = min(preset.base.window, training.window)
@@ -111,7 +112,7 @@ def tune_instructions(
     settings: Instruction | None = None,
     adapter: Path | str | None = None,
     extended: bool = True,
-    long_dialogue: Maker = quotation_dialogue,
+    long_dialogue: Maker | None = None,
     name: str = "quotations",
     progress: int = 0,
 ) -> TrainedAdapter:
@@ -121,7 +122,7 @@ def tune_instructions(
         settings: in place of the preset's [instruction].
         adapter: where to begin; default: what `find_adapter` finds.
         extended: False trains a new adapter on the base with its RoPE as it is, on short sequences.
-        long_dialogue: what makes a long document's dialogue.
+        long_dialogue: what makes a long document's dialogue, in place of what the settings name.
         name: how the run folder's name begins.
         progress: a line every so many steps; 0: none.
 
@@ -129,6 +130,7 @@ def tune_instructions(
         ValueError, RuntimeError: as `train_adapter` and `find_adapter`.
     """
     settings, state = settings or preset.instruction, join_processes()
+    dialogue_maker(settings)  # there is one
     scaling, training = preset.extended_rope, instruction_settings(preset, settings, extended=extended)
     if not extended:
         scaling, settings = preset.base_rope, replace(settings, sequences_per_step=training.sequences_per_step)

