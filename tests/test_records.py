@@ -120,6 +120,10 @@ COLUMNS = {
         "nll_by_position": {"arm", "seed", "position_low", "position_high", "nll"},
         "runs": {"arm", "seed", "labels"},
     },
+    "09_self_instruct": {
+        "quality": {"outcome", "pairs", "words_found"},
+        "pairs": {"document", "place", "chunk", "kind", "sentence", "question", "answer", "again", "dropped", "found"},
+    },
     "10_preference_tuning": {
         "curves": {"arm", "seed", "step", "decoding", "gold", "proxy", "kl", "length", "repeated", "ended", "exact"}
         | {"words", "words_right", "proxy_scaled"},

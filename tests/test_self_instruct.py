@@ -26,7 +26,8 @@ def test_tagged_pairs_are_kept_the_first_as_short_the_second_as_normal():
     written = f"Here: {reply(('Who steers the Ebro ferry?', 'Amalia Ruiz'), ('Since when?', 'since 1911. ' * 5))}"
     first, second = parsed(SHORT, written), parsed(NORMAL, written)
     assert (first.question, first.answer, first.dropped) == ("Who steers the Ebro ferry?", "Amalia Ruiz", "")
-    assert (second.question, second.dropped, second.found) == ("Since when?", "", 1.0)
+    assert (second.question, second.kind, second.dropped, second.found) == ("Since when?", "normal", "", 1.0)
+    assert parsed(SHORT, reply(("Since when?", "since 1911. " * 5))).kind == "normal"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_tagged_pairs_are_kept_the_first_as_short_the_second_as_normal():
         ("Who steers the ferry? Amalia Ruiz.", "no tags"),
         ("<question>Who steers it?</question> <answer>Amalia", "no tags"),
         (reply((" ", "Amalia Ruiz")), "empty"),
-        (reply(("Who?", "Amalia Ruiz " * 5)), "answer too long"),
+        (reply(("Who?", "Amalia Ruiz " * 31)), "answer too long"),
         (reply(("Who is named in the passage?", "Amalia Ruiz")), "speaks of the passage"),
         (reply(("What is the main idea of it?", "Amalia Ruiz")), "too general"),
         (reply(("Who steers it?", "Captain Nemo himself")), "answer not in the text"),
@@ -79,7 +80,7 @@ def test_duplicates_are_dropped_and_only_what_is_left_is_judged():
 
 
 def test_chunks_are_whole_paragraphs_spread_over_long_documents_with_two_pairs_each():
-    paragraphs = [f"Paragraph {number} says something. " * 12 for number in range(30)]
+    paragraphs = [f"Paragraph {number} says something about the sea. " * 12 for number in range(30)]
     documents = [Document("mine", str(number), "\n\n".join(paragraphs)) for number in range(6)]
     options = {"seed": 0, "window": 9000, "each": 3}
     found = chunks([*documents, Document("mine", "short", "\n\n".join(paragraphs[:5]))], 18, **options)
@@ -88,7 +89,9 @@ def test_chunks_are_whole_paragraphs_spread_over_long_documents_with_two_pairs_e
     for pair in found:
         assert all(part.strip() in [one.strip() for one in paragraphs] for part in pair.chunk.split("\n\n"))
     places = [pair.place * len(documents[0].text) for pair in found[:6:2]]
-    assert [int(place // 3000) for place in places] == [0, 1, 2]
+    assert places == sorted(places)
+    assert places[0] < 3600, "a third of the window and a paragraph"
+    assert places[-1] >= 6000
     assert chunks(documents, 4, **options) == chunks(documents, 18, **options)[:8]
     with pytest.raises(ValueError, match="only 18 chunks"):
         chunks(documents, 19, **options)
@@ -102,4 +105,4 @@ def test_a_model_that_cannot_chat_yields_nothing():
         ids = [np.array(tokenizer(turns[-1]["content"])["input_ids"], np.int64) for turns in conversations]
         return write(model, tokenizer, ids, tokens=8)
 
-    assert {pair.dropped for pair in self_instruct([SHORT] * 2, chat)} == {"no tags"}
+    assert {pair.dropped for pair in self_instruct([SHORT, NORMAL], chat)} == {"no tags"}

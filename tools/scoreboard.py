@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.instruction_results import instruction_results
+from experiments.instruction_results import LONG, LOSS, PAIRS, InstructionResults, instruction_results
 from experiments.pretraining_results import EQUAL, PLACES, pretraining_results
 from experiments.pretraining_results import SLUG as CURRICULUM
 from experiments.race_results import RaceResults, race_results
@@ -507,7 +507,21 @@ def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
     ours = f"{asked} without the loss {points(*plain)} points, with it {points(*read)}"
     judged = f"{UNDECIDED}: no model wrote these questions, a rule quotes them; without the loss {_told(plain)}, "
     judged += f"with it {_told(read)}"
-    return [loss, replace(long, ours=ours, scale=scale, verdict=judged)]
+    lines = [loss, replace(long, ours=ours, scale=scale, verdict=judged)]
+    real = instruction_results(load_preset("smollm2"))
+    return [_on_squad(line, real, pair) for line, pair in zip(lines, (LOSS, LONG), strict=True)] if real else lines
+
+
+def _on_squad(line: Line, results: InstructionResults, pair: str) -> Line:
+    """The line with the difference of a pair of arms at the real model, past its old window."""
+    f1, likely = (results.difference(*PAIRS[pair], measure) for measure in ("f1", "log_probability"))
+    ours = f"{line.ours}; F1 on SQuAD behind {results.past[-1]:,} tokens: {measured(*f1, digits=1)} points, "
+    ours += f"log-probability of the answer {measured(*likely)} nat a token"
+    told = "not told from chance" if f1[1] <= 0 <= f1[2] else "higher" if f1[1] > 0 else "lower"
+    likelier = "not told from chance" if likely[1] <= 0 <= likely[2] else "higher" if likely[1] > 0 else "lower"
+    judged = f"{line.verdict}; at SmolLM2 F1 {told}, log-probability {likelier}"
+    seeds = results.runs[results.runs.arm == "long"].seed.nunique()
+    return replace(line, ours=ours, scale=f"{line.scale}; {MODELS['smollm2']}, {seeds} seed", verdict=judged)
 
 
 def _told(difference: Interval) -> str:
