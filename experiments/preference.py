@@ -26,6 +26,9 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from experiments.preference_answers import repeated, shortened, with_words
+from experiments.preference_controls import CONTROLS, Controls
+from experiments.race_results import student_reach
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import Mixture
@@ -61,7 +64,6 @@ DOCUMENTS = 12  # held-out, of a whole window
 QUESTIONS = 12  # pass keys, asked at every length
 LOGGED = ("step", "loss", "reward", "kl", "accuracy", "margin", "length", "entropy")
 SHOWN = 24  # questions whose answers go to the record, for the panel
-STOPS = (".", ",", ";", ":", "?", "!")  # where a right answer ends
 MEASURES = ("words_right", "exact", "gold", "proxy_scaled")
 
 
@@ -76,12 +78,6 @@ def load_policy(preset: Preset, adapter: Path, start: Path | None = None, kept: 
         before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, adapter))
         set_peft_model_state_dict(model, {name: torch.lerp(before[name], after[name], kept) for name in after})
     return model
-
-
-def repeated(answer: list[int]) -> float:
-    """The share of pairs of neighbouring tokens that stood in the answer before."""
-    pairs = list(itertools.pairwise(answer))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 @dataclass
@@ -186,10 +182,20 @@ def run_preference(preset: Preset, adapter: Path, out: Path) -> Path:
                 arms.append((last["arm"], seed, trained.folder, mixed))
             logs += [{**labels, **{column: row.get(column) for column in LOGGED}} for row in trained.log]
             print(f"seed {seed}, {arm}: {time.perf_counter() - began:,.0f} s", flush=True)
+        controls = Controls(seeded, questions, pairs[:kept], proxy.folder, documents)
+        for arm in CONTROLS:
+            folder, steps = (trained := controls.train(arm, adapter)).folder, trained.settings.steps
+            last, policy = {"arm": arm, "seed": seed, "step": steps}, weights_sha256(folder)
+            rows += cache.value(
+                "answers", lambda f=folder, j=judge, p=last: j.rows(load_policy(preset, f), **p), **last, policy=policy
+            )
+            arms.append((arm, seed, folder, {}))
+            print(f"seed {seed}, {arm}: {time.perf_counter() - began:,.0f} s", flush=True)
     table = with_words(pd.DataFrame(rows), test, tokenizer)
     tables = {"curves": curves(table), "wins": wins(table, test), "changes": differences(table)}
     tables |= {"reward_model": pd.DataFrame(rated).join(heeded(table), on="seed")}
-    tables |= {"log": pd.DataFrame(logs), "shown": shown(table[table.arm != "sft, stopped"], test, tokenizer)}
+    others = table.arm.isin(["sft, stopped", *CONTROLS])
+    tables |= {"log": pd.DataFrame(logs), "shown": shown(table[~others], test, tokenizer)}
     kept_context = Cache(preset.run_folder / "preference", VERSION, {"device": device_name()})
     tables |= costs(preset, arms, held_out, tokenizer, kept_context)
     return write_record(
@@ -223,50 +229,6 @@ def rating(model: PeftModel, pairs: Sequence[Comparison]) -> dict[str, float]:
     return {"held_out": len(pairs), "right": right / len(pairs), "low": low, "high": high}
 
 
-def with_words(table: pd.DataFrame, test: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """The answers with more columns, and an arm that needs no training: "sft, stopped", cut at the first of STOPS.
-
-    `words` is the share of the right answer's tokens, without EOS, that an answer begins with; `words_right` is 1 if it
-    begins with all. `proxy_scaled` is in standard deviations above the SFT model's mean: each reward model has its own
-    scale. Answers were kept as texts, and most, not all, are tokenized again as they were written.
-    """
-    end = tokenizer.eos_token_id
-    texts = [tokenizer(text, add_special_tokens=False).input_ids for text in table.answer]
-    table = table.assign(
-        tokens=[ids + [end] * bool(ended) for ids, ended in zip(texts, table.ended, strict=True)],
-        kl=table.kl.where(table.decoding == "sampled"),  # of greedy answers it is no KL
-    )
-    untrained = table[table.arm == "sft"].groupby(["seed", "decoding"]).proxy
-    scale = table[["seed", "decoding"]].join(untrained.agg(["mean", "std"]), on=["seed", "decoding"])
-    table["proxy_scaled"] = (table.proxy - scale["mean"]) / scale["std"]
-    stopped = table[table.arm == "sft"].assign(arm="sft, stopped", ended=1.0, kl=np.nan, proxy=np.nan)
-    stopped["tokens"] = [stop(ids, tokenizer) for ids in stopped.tokens]
-    stopped["gold"] = [test[row.question].gold(row.tokens) for row in stopped.itertuples()]
-    table = pd.concat([table, stopped.assign(length=stopped.tokens.map(len), proxy_scaled=np.nan)], ignore_index=True)
-    table["words"] = [begun(test[row.question].answer[:-1], row.tokens) for row in table.itertuples()]
-    return table.assign(words_right=(table.words == 1).astype(float), exact=(table.gold == 1).astype(float))
-
-
-def begun(right: list[int], written: list[int]) -> float:
-    """The share of the right tokens that were written before the first wrong one."""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(right, written, strict=False))
-    return len(list(same)) / len(right)
-
-
-def stop(written: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """An answer up to its first punctuation mark, and EOS."""
-    end = tokenizer.eos_token_id
-    words = [token for token in written if token != end]
-    marks = (n for n in range(2, len(words)) if tokenizer.decode(words[:n]).rstrip().endswith(STOPS))
-    return [*words[: next(marks, len(words))], end]
-
-
-def shortened(written: list[int], like: list[int], end: int) -> list[int]:
-    """An answer cut, and ended, where another one is; as it was if it is shorter than that."""
-    words, length = [token for token in written if token != end], len(like) - (like[-1] == end)
-    return written if len(words) < length else [*words[:length], *like[length:]]
-
-
 def heeded(table: pd.DataFrame) -> pd.DataFrame:
     """By seed: rank correlations of the reward model's number, over the SFT model's sampled answers."""
     drawn = table[(table.arm == "sft") & (table.decoding == "sampled")]
@@ -285,25 +247,38 @@ def curves(table: pd.DataFrame) -> pd.DataFrame:
 def differences(table: pd.DataFrame) -> pd.DataFrame:
     """By arm, decoding and measure: the last step against the SFT model and against the first step that was measured.
 
-    Paired over questions, each the mean of its seeds.
+    Paired; intervals as those of `wins`. Controls were measured at their end only.
     """
-    means = table.pivot_table(index="question", columns=["decoding", "arm", "step"], values=list(MEASURES))
+    means, of_seeds = (
+        table.pivot_table(index=unit, columns=["decoding", "arm", "step"], values=list(MEASURES))
+        for unit in ("question", "seed")
+    )
     rows = []
-    for arm, decoding, name in itertools.product(ARMS, ("sampled", "greedy"), MEASURES):
-        own = means[name, decoding, arm]
-        for since, before in (("sft", means[name, decoding, "sft", 0]), ("first", own.iloc[:, 0])):
-            change = paired_mean(before.to_numpy(), own.iloc[:, -1].to_numpy())
-            numbers = {key: getattr(change, key) for key in ("before", "after", "difference", "low", "high")}
+    for arm, decoding, name in itertools.product((*ARMS, *CONTROLS), ("sampled", "greedy"), MEASURES):
+        steps = means[name, decoding, arm].columns
+        for since, before in (("sft", ("sft", 0)), ("first", (arm, steps[0])))[: 2 if arm in ARMS else 1]:
+            pairs = [
+                (part[name, decoding, *before], part[name, decoding, arm, steps[-1]]) for part in (means, of_seeds)
+            ]
+            change = paired_mean(*(side.to_numpy() for side in pairs[0]))
+            numbers = {key: getattr(change, key) for key in ("before", "after", "difference")}
+            numbers["low"], numbers["high"] = wider(change.low, change.high, pairs[1][1] - pairs[1][0])
             rows.append({"arm": arm, "decoding": decoding, "measure": name, "since": since, **numbers})
     return pd.DataFrame(rows)
+
+
+def wider(low: float, high: float, each: pd.Series) -> tuple[float, float]:
+    """The outer bounds of an interval over questions and of Student's over the seeds' means."""
+    reach = student_reach(each.to_numpy())
+    return min(low, each.mean() - reach), max(high, each.mean() + reach)
 
 
 def wins(table: pd.DataFrame, test: Sequence[Asked]) -> pd.DataFrame:
     """Shares of questions that an arm, fully trained, answers better than the SFT model, as well, and worse.
 
     `preferred` counts half of the ties; low and high bound it by a bootstrap over questions, each the mean of its
-    seeds. `preferred_cut` is the same against the SFT model's answer, cut where the arm's ends. Of the row of all
-    seeds, `seed` is missing.
+    seeds, or by Student's t over seeds if that is wider. `preferred_cut` is the same against the SFT model's answer,
+    cut where the arm's ends. Of the row of all seeds, `seed` is missing.
     """
     index, end = ["decoding", "seed", "question"], test[0].answer[-1]
     last = table[table.step == table.groupby("arm").step.transform("max")].set_index(index)
@@ -318,8 +293,10 @@ def wins(table: pd.DataFrame, test: Sequence[Asked]) -> pd.DataFrame:
             row = {"arm": arm, "decoding": decoding, "seed": seed, "questions": part.question.nunique()}
             for name in ("", "_cut"):
                 better = np.sign((part.gold - part[f"gold{name or '_sft'}"]).round(9))
-                points = ((better + 1) / 2).groupby(part.question).mean()
-                low, high = mean_interval(points.to_numpy())
+                points = (better + 1) / 2
+                low, high = mean_interval(points.groupby(part.question).mean().to_numpy())
+                if seed is None:
+                    low, high = np.clip(wider(low, high, points.groupby(part.seed).mean()), 0, 1)
                 if not name:
                     row |= {"win": (better > 0).mean(), "tie": (better == 0).mean(), "loss": (better < 0).mean()}
                 row |= {f"preferred{name}": points.mean(), f"low{name}": low, f"high{name}": high}
@@ -366,7 +343,7 @@ def costs(
             own.arrays(cut.name, lambda m=model, c=cut: {"nll": token_nll(m, c)}, ids=cut.token_ids)["nll"][None]
             for cut in cuts
         ]
-        for part in () if mixed else items.values():
+        for part in items.values() if arm in ("sft", *ARMS) else ():
             found.append(score(model, tokenizer, part, preset.retrieval, own).assign(arm=arm, seed=seed))
     options = {"bootstrap_samples": preset.evaluation.bootstrap_samples, "seed": preset.evaluation.seed}
     changes = []

@@ -3,18 +3,21 @@
 On two GPUs: `torchrun --nproc-per-node 2 -m llama_long_utils.train --preset NAME`, which takes whole sequences on each.
 With `--context-parallel 2` both share every sequence, so that each needs about half of the memory for activations.
 With `--shard-base` each keeps half of the base's layers, for a base that does not fit on one.
+Preference tuning (reward, rl, dpo) runs in one process.
 Several nodes need one repository folder, which all of them see. In a notebook, run it in a cell with `!` in front, or
 let accelerate's `notebook_launcher` call a function that imports and calls `train_adapter`, in a new kernel.
 """
 
 import argparse
+import os
 from dataclasses import replace
 
 from llama_long_utils.commands import run_command
 from llama_long_utils.presets import load_preset, training_settings, with_numbers
 from llama_long_utils.settings import Preset
 
-STAGES = ("extension", "sft", "reward", "rl", "dpo")
+ONE_PROCESS = ("reward", "rl", "dpo")
+STAGES = ("extension", "sft", *ONE_PROCESS)
 
 
 def train() -> None:
@@ -30,6 +33,8 @@ def train() -> None:
     parser.add_argument("--shard-base", action="store_true", help="each process keeps a part of the base's layers")
     chosen = parser.parse_args()
     preset = load_preset(chosen.preset)
+    if chosen.stage in ONE_PROCESS and os.environ.get("WORLD_SIZE", "1") != "1":
+        parser.error(f"--stage {chosen.stage} runs in one process: start it without a launcher")
     if chosen.stage != "extension":
         of_extension = [chosen.control, chosen.context_parallel > 1, chosen.shard_base]
         if any(of_extension):
@@ -66,6 +71,7 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
     from llama_long_utils.training.instruction import tune_instructions
     from llama_long_utils.training.preferences import tune_preferences
     from llama_long_utils.training.processes import join_processes
+    from llama_long_utils.training.trainer import in_words
 
     if chosen.stage == "sft":
         tuned = tune_instructions(preset, progress=chosen.report_every)
@@ -73,8 +79,8 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
         start = find_adapter(preset, stage="instruction")
         tuned = tune_preferences(preset, chosen.stage, start, progress=chosen.report_every)
     if join_processes().is_main_process:
-        last = tuned.log[-1]
-        print(f"{last['step']:,} steps on {tuned.label_tokens:,} labels, loss {last['loss']:.3f}: {tuned.folder}")
+        labels = f" on {tuned.label_tokens:,} labels" if tuned.label_tokens else ""  # "rl" samples its answers
+        print(f"{tuned.log[-1]['step']:,} steps{labels}, {in_words(tuned.log[-1])}: {tuned.folder}")
     join_processes().destroy_process_group()
 
 

@@ -13,14 +13,20 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, RLOOConfig
 
 from conftest import LORA, RAISED, new_llama, small_preset
+from experiments.preference_controls import TEXT, TOKENS, with_text
+from llama_long_utils.evaluation.generation import likelihoods
 from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, read_card, save_adapter
 from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.loss import hidden_states, next_token_nll
 from llama_long_utils.model.weights import load_tokenizer, weights_sha256
 from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.plan import PLAIN
 from llama_long_utils.presets import load_preset
 from llama_long_utils.stages import Preference, PreferenceStage
 from llama_long_utils.training import preferences
 from llama_long_utils.training.comparisons import Asked, Comparison, compare, load_reward_model, rewards, sample_answers
+from llama_long_utils.training.ledger import StepShape, ledger
+from llama_long_utils.training.planner import GIB, USABLE, leanest, model_shape, predict
 
 TOKENIZER = load_tokenizer(REPOSITORY / "data" / "tiny-llama")
 EOS = TOKENIZER.eos_token_id
@@ -100,6 +106,21 @@ def test_dpo_begins_at_log_2(preset, start):
     trained = preferences.train_dpo(preset, pairs(), start)
     assert trained.log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert trained.log[1]["loss"] != trained.log[0]["loss"]
+
+
+def test_controls_count_a_text_beside_the_pairs_or_the_chosen_answers_only(preset, start):
+    base, rows = Path(preset.base.source), pairs()
+    model = load_adapter(load_base(base, RAISED, dtype=preset.base.dtype), start, base)
+    text = torch.tensor(random_rows(1, tokens=TOKENS)[0])
+    with torch.no_grad():
+        nll = next_token_nll(hidden_states(model, text[None]), model.get_output_embeddings(), text[None]) / (TOKENS - 1)
+    trained = preferences.train_dpo(preset, rows, start, trainer=with_text([text] * STAGE.steps), name="text")
+    assert trained.log[0]["loss"] == pytest.approx(math.log(2) + TEXT * nll.item(), rel=1e-3)
+    numbers = dataclasses.replace(NUMBERS, dpo=dataclasses.replace(STAGE, rows_per_step=6, rows_at_once=6))
+    trained = preferences.train_dpo(preset, rows, start, losses=["sft"], settings=numbers, name="imitation")
+    answers = [likelihoods(model, [(one.prompt, one.chosen)])[0][0] for one in rows]
+    expected = -sum(answers) / sum(len(one.chosen) for one in rows)
+    assert trained.log[0]["loss"] == pytest.approx(expected, rel=1e-3 if preset.base.dtype == "float32" else 2e-2)
 
 
 def test_long_pairs_are_trained_on_whole_though_trl_drops_what_has_more_than_1024_tokens(preset, start):
@@ -269,6 +290,26 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_loaded():
         numbers.dpo.rows_at_once,
     )
     assert answers.sequences_at_once == numbers.rl.rows_at_once
+
+
+def test_a_step_is_planned_with_both_sequences_of_a_comparison_and_a_reference():
+    tiny = load_preset("tiny")
+    config, window = model_shape(tiny.base.source), tiny.preference.tokens + tiny.preference.answer_tokens
+    sequences = 2 * tiny.preference.dpo.rows_at_once
+    shape = StepShape(window, "float32", PLAIN, sequences=sequences, accumulated=True, gpu=True)
+    shape = dataclasses.replace(shape, memory_savings=leanest(config, window, PLAIN))
+    needed = predict(config, tiny.lora, shape).device_gib / USABLE * (1 + 1e-6)
+    reference = ledger(config, tiny.lora, shape)["adapters"] / GIB
+
+    def fits(stage, gib):
+        try:
+            preferences.stage_training(dataclasses.replace(tiny, memory_gib=gib), stage, tiny.preference)
+        except ValueError:
+            return False
+        return True
+
+    assert fits("reward", needed) and not fits("reward", 0.999 * needed)
+    assert fits("dpo", needed + reference) and not fits("dpo", needed + 0.99 * reference)
 
 
 def test_the_best_and_the_worst_answer_are_compared_and_some_pairs_are_turned_round():

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -232,3 +233,12 @@ def test_the_command_answers_within_a_second_of_computing(arguments, said):
     seconds, torch_imported = done.stdout.split("seconds ")[1].split()
     assert float(seconds) < 1.0
     assert torch_imported == "False"
+
+
+def test_preference_tuning_by_several_processes_is_refused_at_once():
+    command = [sys.executable, "-m", "llama_long_utils.train", "--stage", "dpo"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("--stage dpo runs in one process: start it without a launcher")

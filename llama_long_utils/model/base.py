@@ -7,6 +7,7 @@ from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging
 
 from llama_long_utils.model import attention as _registered  # noqa: F401 ("documents")
 from llama_long_utils.model.loss import causal_lm
@@ -46,6 +47,7 @@ def load_base(
         kind, options = AutoModelForSequenceClassification, {"num_labels": 1}
         if quantization:
             quantization.llm_int8_skip_modules = ["score"]
+    logging.disable_progress_bar()  # the weights are on this disk
     model = kind.from_pretrained(
         folder,
         quantization_config=quantization,

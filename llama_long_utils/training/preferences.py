@@ -108,18 +108,19 @@ def check_preference(trainer: Trainer, rope: Scaling) -> None:
 
 
 def plan_preference(preset: Preset, stage: str, training: TrainingSettings) -> Plan:
-    """The plan for a step, as `plan`: two sequences of a comparison; for "rl" the reward model's base, keys and values.
+    """The plan for a step, as `plan`: both sequences of a comparison, and the reference, a copy of the adapter.
 
-    ValueError if nothing fits.
+    "rl" holds the reward model's base, too, and keys and values. ValueError if nothing fits.
     """
     config, sequences = model_shape(preset.base.source), training.sequences_at_once * (1 if stage == "rl" else 2)
     savings, dtype = training.memory_savings, preset.base.dtype
     shape = StepShape(training.window, dtype, savings, sequences=sequences, accumulated=True, gpu=True)
-    others = 0.0
+    held = ledger(config, preset.lora, shape)
+    others = 0.0 if stage == "reward" else held["adapters"] / GIB
     if stage == "rl":
         size = 2 if dtype == "bfloat16" else 4
         kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-        others = ledger(config, preset.lora, shape)["weights"] / GIB + sequences * training.window * kept / GIB
+        others += held["weights"] / GIB + sequences * training.window * kept / GIB
     if others >= preset.memory_gib:
         raise ValueError(
             f"stage {stage!r}: the reward model, keys and values of {sequences} answers take {others:.1f} of "
@@ -155,11 +156,17 @@ def train_reward_model(
 
 
 def optimise_policy(
-    preset: Preset, prompts: Sequence[list[int]], reward: Path | Reward, adapter: Path, **options: Any
+    preset: Preset,
+    prompts: Sequence[list[int]],
+    reward: Path | Reward,
+    adapter: Path,
+    *,
+    trainer: type[TokenPolicyTrainer] = TokenPolicyTrainer,
+    **options: Any,
 ) -> TrainedAdapter:
     """RLOO (arXiv:2402.14740): sampled answers that a reward model, or a function, rates above others become likelier.
 
-    A nat of KL to the reference costs `beta`. With a function, name the run by what it computes.
+    A nat of KL to the reference costs `beta`. With a function or a trainer, name the run by what it computes.
     """
     if isinstance(reward, Path) and read_card(reward).rope != read_card(adapter).rope:
         raise ValueError(f"the reward model in {reward} rotates in another way than the policy in {adapter}")
@@ -185,23 +192,34 @@ def optimise_policy(
         )
         use_one_gpu(config)
         prompts = as_dataset(rows[:: numbers.answers])  # which TRL repeats
-        return TokenPolicyTrainer(model, rated, config, prompts, processing_class=tokenizer)
+        return trainer(model, rated, config, prompts, processing_class=tokenizer)
 
     given = weights_sha256(reward) if isinstance(reward, Path) else options.get("name")
     rows = [{"prompt": prompt} for prompt in prompts]
     return _tune(preset, "rl", rows, adapter, build, reward=given, **options)
 
 
-def train_dpo(preset: Preset, comparisons: Sequence[Comparison], adapter: Path, **options: Any) -> TrainedAdapter:
-    """DPO (arXiv:2305.18290) on the same pairs: no reward model, nothing is sampled."""
+def train_dpo(
+    preset: Preset,
+    comparisons: Sequence[Comparison],
+    adapter: Path,
+    *,
+    trainer: type[TokenPairTrainer] = TokenPairTrainer,
+    losses: Sequence[str] = ("sigmoid",),
+    **options: Any,
+) -> TrainedAdapter:
+    """DPO (arXiv:2305.18290) on the same pairs: no reward model, nothing is sampled.
+
+    `losses` are TRL's names. With others or a trainer, name the run by what it computes.
+    """
     rows = [{"prompt_ids": one.prompt, "chosen_ids": one.chosen, "rejected_ids": one.rejected} for one in comparisons]
 
     def build(
         model: PeftModel, rows: Sequence[dict], arguments: dict[str, Any], tokenizer: Any, beta: float
     ) -> Trainer:
-        config = DPOConfig(**arguments, beta=beta, max_length=None)
+        config = DPOConfig(**arguments, beta=beta, max_length=None, loss_type=list(losses))
         use_one_gpu(config)
-        return TokenPairTrainer(model, None, config, train_dataset=as_dataset(rows), processing_class=tokenizer)
+        return trainer(model, None, config, train_dataset=as_dataset(rows), processing_class=tokenizer)
 
     return _tune(preset, "dpo", rows, adapter, build, **options)
 

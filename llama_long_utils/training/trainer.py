@@ -195,8 +195,8 @@ class StepLog(TrainerCallback):
         self.started = now
         self.report_done(row["step"])
         if self.report_every and state.is_world_process_zero and row["step"] % self.report_every == 0:
-            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-            print(f"step {row['step']:,} of {self.settings.steps:,}: loss {row['loss']:.3f}, {speed}", flush=True)
+            speed = f", {row['tokens_per_second']:,.0f} tokens/s" if row["tokens"] else ""  # answers have no labels
+            print(f"step {row['step']:,} of {self.settings.steps:,}: {in_words(row)}{speed}", flush=True)
 
     def on_step_end(self, _arguments: Any, state: TrainerState, control: Any, **_options: Any) -> None:
         if self.stop_after and state.global_step >= self.stop_after:
@@ -209,6 +209,13 @@ class StepLog(TrainerCallback):
         folder = Path(arguments.output_dir) / f"checkpoint-{state.global_step}"
         sums = {path.name: file_sha256(path) for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS}
         write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1).encode())
+
+
+def in_words(row: dict[str, float]) -> str:
+    """How far a step has come: its loss, or where a policy's is 0 by construction, reward and KL."""
+    if "reward" in row:
+        return f"reward {row['reward']:.3f}, KL {row['kl']:.3f} nats a token"
+    return f"loss {row['loss']:.3f}"
 
 
 def check_lora_gradients(model: PeftModel) -> None:
