@@ -296,3 +296,9 @@ def test_merging_that_fails_leaves_the_model_of_before(base_folder, adapter, tmp
         merge_adapter(adapter, bare, merged, dtype="float32")
     assert (merged / "config.json").read_text() == "of before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "bare", "merged"]
+
+
+def test_the_stored_instruction_tuned_adapter_is_found_whatever_numbers_were_added_since(monkeypatch, tmp_path):
+    preset = load_preset("tiny")
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path)
+    assert find_adapter(preset, stage="instruction") == ADAPTERS / "tiny-instruction"
