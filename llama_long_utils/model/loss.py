@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llama_long_utils.settings import IGNORED_LABEL
 
 CHUNK = 512  # tokens whose logits exist at the same time: 65 MB for Llama 2's 32,000 tokens
+CACHED = 2**22  # logits at the same time on a CPU: more leave its caches, and 128,256 a token take twice the seconds
 UNUSED = ("past_key_values", "use_cache", "logits_to_keep", "return_dict")  # arguments of a forward pass for its loss
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # configs whose logits are no plain product
 
@@ -124,7 +125,7 @@ def _with_loss(plain_forward: Any) -> Any:
 
 
 def next_token_nll(
-    hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *, reduction: str = "sum", chunk: int = CHUNK
+    hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *, reduction: str = "sum", chunk: int = 0
 ) -> torch.Tensor:
     """Negative log-likelihood of each next token, in nats, in fp32, from hidden states (batch, length, hidden).
 
@@ -136,12 +137,16 @@ def next_token_nll(
     return {"sum": nll.sum, "sequence": lambda: nll.sum(dim=1), "none": lambda: nll[:, :-1]}[reduction]()
 
 
-def labelled_nll(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *, chunk: int = CHUNK) -> torch.Tensor:
-    """Nats of each label, shape (batch, length), fp32, where hidden[b, t] predicts labels[b, t]; 0 where it is -100."""
+def labelled_nll(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *, chunk: int = 0) -> torch.Tensor:
+    """Nats of each label, shape (batch, length), fp32, where hidden[b, t] predicts labels[b, t]; 0 where it is -100.
+
+    `chunk`: tokens whose logits exist at the same time; 0: as many as suit the device.
+    """
     flat = hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype)
     labels = labels.reshape(-1).to(hidden.device)
     # The ledger's fake tensors have no data to tell by, so there all labels count.
     fake = isinstance(labels, FakeTensor)
+    chunk = chunk or (CHUNK if fake or labels.is_cuda else min(CHUNK, max(32, CACHED // len(head.weight))))
     counted = torch.arange(len(labels)) if fake else (labels != IGNORED_LABEL).nonzero()[:, 0]
     nll = _ChunkedNLL.apply(flat, head.weight, labels, counted, chunk, torch.is_grad_enabled())
     return nll.reshape(hidden.shape[:2])
