@@ -82,6 +82,18 @@ def test_texts_that_are_too_short_are_refused(texts, tokenizer):
         first_sentence_items(texts, tokenizer, 100_000, SETTINGS, seed=0)
 
 
+def test_a_sentence_with_too_little_text_after_it_leaves_the_place_to_another(tokenizer):
+    sentence = "The people of town {n} have sent their greetings to the Congress of the States. "
+    dense = "0 1 2 3 4 5 6 7 8 9 " * 40 + "end. "
+    thin = "the people of the States and the Congress of the people, " * 20 + "end. "
+    text = "end. " + "".join(sentence.format(n=n) + (dense if n < 4 else thin) for n in range(16))
+    (document,) = tokenize_documents([Document("mine", "one", text)], tokenizer, cache=None)
+    settings = dataclasses.replace(SETTINGS, lengths=[document.tokens // 2])
+    for seed in range(8):
+        (item,) = first_sentence_items([document], tokenizer, *settings.lengths, settings, seed=seed)
+        assert item.length <= document.tokens // 2
+
+
 def greedy_by_hand(model, prompt, count):
     """The likeliest token after all before it, `count` times, each by a pass over the whole text."""
     ids = torch.from_numpy(prompt)[None]

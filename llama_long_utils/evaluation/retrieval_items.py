@@ -23,6 +23,7 @@ TRADES = ("ferryman", "miller", "baker", "weaver", "shepherd", "smith", "gardene
 ADJECTIVES = ("silver", "wooden", "broken", "yellow", "heavy", "narrow", "painted", "hollow", "rusty", "little")
 NOUNS = ("lantern", "drum", "ladder", "kettle", "mirror", "basket", "whistle", "saddle", "candle", "bell")
 DIGITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TRIED = 8  # sentences of a document, until one has enough tokens after it: the end of a text may hold fewer than most
 GOLDEN = (5**0.5 - 1) / 2
 PLACES = ("stairs", "bridge", "floor", "oak", "table", "roof", "chapel", "well")
 
@@ -113,7 +114,8 @@ def first_sentence_items(
         generator = np.random.default_rng([seed, number])
         sentences = [m for m in SENTENCE.finditer(text) if fewest <= len(m[0].split()) <= most]
         sentences = [sentences[index] for index in generator.permutation(len(sentences))]
-        sentence = next((m for m in sentences if m.start() < last_start), None)
+        early = [m for m in sentences if m.start() < last_start][:TRIED]
+        sentence = next((m for m in early if len(_ids(tokenizer, text[m.start() :][: 12 * reach])) >= reach), None)
         if sentence is None:
             continue
         words = sentence[0].split()
