@@ -63,7 +63,7 @@ def toml(value: Any) -> str:
 
 
 def own_texts(texts: str, window: int) -> dict[str, Any]:
-    """[data] and the steps for texts of one's own; ValueError if they are too short or too few."""
+    """[data] and the tokens to train on of texts of one's own; ValueError if they are too short or too few."""
     name = Path(texts).name or texts
     check_sources([texts], {name: 1})
     sizes = sorted((len(one.text.encode()), len(one.text)) for one in load_documents(texts))
@@ -75,19 +75,19 @@ def own_texts(texts: str, window: int) -> dict[str, Any]:
     shortest = min(int(CHARACTERS * window), *(count for _, count in sizes[-2:]))
     held_out = min(8, max(1, sum(count >= shortest for _, count in sizes) // 4))
     trained_on = sum(count for _, count in sizes[:-held_out]) / CHARACTERS  # tokens, if the longest are held out
-    steps = min(STEPS, int(PASSES * trained_on / (PER_STEP * window)))
-    if steps < 1:
+    tokens = min(STEPS * PER_STEP * window, int(PASSES * trained_on))
+    if tokens < PER_STEP * window:
         raise ValueError(
             f"the {len(sizes)} texts in {texts} hold about {trained_on:,.0f} tokens to train on, and {PASSES} passes "
             f"of them do not fill a step of {PER_STEP} x {window:,}: add texts, or lower --window"
         )
     data = {"sources": [texts], "held_out": {name: held_out}, "minimum_characters": shortest, "passes": PASSES}
-    return {**data, "steps": steps}
+    return {**data, "tokens": tokens}
 
 
 def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any]) -> str:
     """The preset's text, for the model with this configuration and these `pretrained_numbers`."""
-    values = {f"base_{key}": value for key, value in base.items()} | vars(asked) | {"steps": STEPS}
+    values = {f"base_{key}": value for key, value in base.items()} | vars(asked)
     text, follows = TEMPLATE.read_text(encoding="utf-8"), int(CHARACTERS * asked.window)
     if asked.texts:
         values |= own_texts(asked.texts, asked.window)
@@ -100,7 +100,7 @@ def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any]) -> str:
         text = text[: text.index("[data]")] + data + text[text.index("[lora]") :]
         if asked.window > LONGEST:
             text = text.replace("{ pg19 = 16 }", toml({"pg19": LONG_BOOKS}))
-    values["warmup_steps"] = values["steps"] // 10
+        values["tokens"] = STEPS * PER_STEP * asked.window
     per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * base["head_dim"]  # keys and values, 16 bits
     values["generate_up_to"] = int(asked.memory * 2**30 / 3 / per_token)
     return Template(text).substitute({key: toml(value) for key, value in values.items()})

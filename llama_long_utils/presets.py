@@ -15,6 +15,13 @@ from llama_long_utils.settings import Preset, TrainingSettings, raised_base
 
 CHARACTERS = 4.5  # of a token, more than most texts have
 Numbers = TypeVar("Numbers")  # a dataclass of settings
+REPLACED = (  # (section, key that a preset gives, key of the preset it is like that no longer holds)
+    ("extension", "window", "rope_base"),
+    ("data", "sources", "held_out"),
+    ("data", "sources", "minimum_characters"),
+    ("training", "steps", "tokens"),
+    ("training", "tokens", "steps"),
+)
 
 
 def preset_names() -> list[str]:
@@ -58,7 +65,7 @@ def _read(name: str, *inheriting: str) -> dict[str, Any]:
     if not like:
         return values
     inherited = _read(like, name, *inheriting)
-    for section, given, follows in (("extension", "window", "rope_base"), ("data", "sources", "held_out")):
+    for section, given, follows in REPLACED:
         if given in _section(values, section):
             _section(inherited, section).pop(follows, None)
     return _merged(inherited, values)
@@ -76,7 +83,8 @@ def follow_window(values: dict[str, Any]) -> None:
     """Fill in, in place, the lengths and the raised RoPE base that a preset leaves out: they follow [extension] window.
 
     Every training and evaluation reach the window. Bucket edges and retrieval lengths are the window halved again and
-    again, after a few short ones. A held-out document has CHARACTERS for each token that is read of it.
+    again, after a few short ones. A held-out document has CHARACTERS for each token that is read of it. The `tokens` of
+    [training] stand for as many steps as they fill.
     """
     window, old = (_tokens(values, section) for section in ("extension", "base"))
     extension, base = _section(values, "extension"), _section(values, "base")
@@ -99,6 +107,11 @@ def follow_window(values: dict[str, Any]) -> None:
         *((_section(trainings, name), {"window": window, "reach": window}) for name in trainings),
     ):
         section.update({key: value for key, value in defaults.items() if key not in section})
+    training = _section(values, "training")
+    numbers = [training.get(key) for key in ("tokens", "window", "sequences_per_step")]
+    if "steps" not in training and all(isinstance(number, int) and number > 0 for number in numbers):
+        training["steps"] = max(1, training.pop("tokens") // (numbers[1] * numbers[2]))
+        training.setdefault("warmup_steps", training["steps"] // 10)
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

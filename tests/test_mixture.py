@@ -256,6 +256,8 @@ def test_what_will_be_read_is_known_before_training_and_too_many_passes_are_refu
         alone.reading(settings(steps=most + 2))
     with pytest.raises(ValueError, match="more than passes = 2"):
         alone.reading(settings(steps=most + 2, long_document_weight=2.0))  # each long one twice in a pass
+    with pytest.raises(ValueError, match=r"lower training.sequences_per_step or the window, add texts"):
+        alone.reading(settings(steps=1, sequences_per_step=most + 2))
 
 
 def test_a_stream_that_ends_too_early_says_so_when_it_does_and_goes_on_with_more_passes(

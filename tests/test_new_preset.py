@@ -179,10 +179,14 @@ def test_the_window_of_a_preset_for_ones_own_texts_is_one_number(written, texts,
     command(monkeypatch, *words, "--window", 256)
     file = written / "mine.toml"
     assert "minimum_characters" not in file.read_text()
+    tokens = int(re.search("(?m)^tokens = ([0-9_]+)", file.read_text())[1])
+    assert 2 * 4 * 128 < tokens < 200 * 4 * 128
     for window in (128, 512):
         file.write_text(re.sub("(?m)^window = 256 ", f"window = {window} ", file.read_text()))
         preset = load_preset("mine")
         assert (preset.data.minimum_characters, preset.training.window) == (4.5 * window, window)
+        steps = tokens // (4 * window)
+        assert (preset.training.steps, preset.training.warmup_steps) == (steps, steps // 10)
         file.write_text(file.read_text().replace(f"window = {window} ", "window = 256 "))
 
 

@@ -102,10 +102,11 @@ def split_documents(
         lengths = [len(document.text) for document in documents if document.source == source]
         candidates = [d for d in documents if d.source == source and len(d.text) >= minimum_characters]
         if len(candidates) < count:
+            shorter = f", or minimum_characters to {sorted(lengths)[-count]}" if len(lengths) > count else ""
             raise ValueError(
                 f"cannot hold out {count} documents of {source!r} with at least {minimum_characters:,} characters: "
                 f"{len(candidates)} of its {len(lengths)} are that long (the longest has {max(lengths, default=0):,}); "
-                "lower held_out or minimum_characters"
+                f"lower held_out{shorter}"
             )
         chosen |= {(d.source, d.name) for d in sorted(candidates, key=lambda d: draw(seed, d.source, d.name))[:count]}
     texts = {(source, whole(name)) for source, name in chosen}

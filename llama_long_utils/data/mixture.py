@@ -187,10 +187,11 @@ class Mixture:
                 allowed = source.passes // settings.long_document_weight
                 if passes > allowed:
                     times, steps = passes * settings.long_document_weight, int(settings.steps * allowed / passes)
+                    fewer = f"training.steps to {steps}" if steps else "training.sequences_per_step or the window"
                     raise ValueError(
                         f"{source.name}: its {len(lengths)} documents of {lengths.sum():,} tokens would be trained on "
-                        f"{times:.1f} times, more than passes = {source.passes}: lower training.steps to {steps}, add "
-                        "texts, give it less weight, lower long_document_weight, or raise passes"
+                        f"{times:.1f} times, more than passes = {source.passes}: lower {fewer}, add texts, give it "
+                        "less weight, lower long_document_weight, or raise passes"
                     )
                 row |= {"documents": len(lengths), "tokens": int(lengths.sum())}
                 row["passes"] = passes * settings.long_document_weight
