@@ -1,6 +1,7 @@
 """Train a preset's adapter: `python -m llama_long_utils.train --preset NAME`. The same command continues it.
 
 On two GPUs: `torchrun --nproc-per-node 2 -m llama_long_utils.train --preset NAME`, which takes whole sequences on each.
+Each reads a stream from the hub itself; what one of them has tokenized is not tokenized again on the same machine.
 With `--context-parallel 2` both share every sequence, so that each needs about half of the memory for activations.
 With `--shard-base` each keeps half of the base's layers, for a base that does not fit on one.
 Preference tuning (reward, rl, dpo) runs in one process.
