@@ -38,7 +38,7 @@ METHODS = {
     "abf": ("ABF", BLUE, "s"),
     "ntk": ("NTK-aware", TEAL, "^"),
     "dynamic_ntk": ("dynamic NTK", GREEN, "P"),
-    "ntk_by_parts": ("NTK by parts (Llama 3)", PINK, "D"),
+    "ntk_by_parts": ("NTK by parts (Llama 3.1)", PINK, "D"),
     "yarn": ("YaRN", PURPLE, "X"),
     "longrope": ("LongRoPE", SKY, "*"),
     "xpos_abf": ("xPos ABF", BLACK, "h"),

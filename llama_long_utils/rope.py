@@ -42,9 +42,9 @@ def dynamic_ntk_base(head_dim: int, base: float, factor: float, original_window:
 def ntk_by_parts(
     inv_freq: torch.Tensor, factor: float, original_window: int, slow: float = 1.0, fast: float = 4.0
 ) -> torch.Tensor:
-    """Llama 3's rule (arXiv:2407.21783): pairs with over `fast` turns in the window stay, under `slow` are slowed.
+    """NTK by parts (YaRN, arXiv:2309.00071, section 3.2), with the thresholds of Llama 3.1 (Meta's code).
 
-    Between the two the frequencies are blended.
+    Pairs with over `fast` turns in the window stay, under `slow` are slowed. Between them frequencies are blended.
     """
     turns = original_window / wavelengths(inv_freq)
     keep = ((turns - slow) / (fast - slow)).clamp(0, 1)
