@@ -5,11 +5,19 @@ from pathlib import Path
 import pandas as pd
 
 from llama_long_utils.evaluation.statistics import share_interval
-from llama_long_utils.figures import AMBER, BLUE, plt, save_figure
-from llama_long_utils.notebooks import measured
+from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
+from llama_long_utils.notebooks import finding, measured, say, show_table
 from llama_long_utils.panel import draw_verdicts
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
+CONTROLS = {
+    "rl on gold": (GREEN, "s"),
+    "tight rl": (BLUE, "D"),
+    "imitation": (GREY, "o"),
+    "slow dpo": (AMBER, "^"),
+    "dpo with text": (GREEN, "v"),
+    "slow dpo with text": (GREEN, "^"),
+}
 PANELS = {
     "proxy_scaled": ("proxy: what the reward model says", "standard deviations above the start"),
     "gold": ("gold: right words, and the end", "share of tokens that match"),
@@ -50,33 +58,109 @@ def draw_both_panels(
     panels[0].set_xlabel("share of held-out questions (%), judged by a program")
     panels[1].set_xlabel("share of votes (%), judged by people")
     panels[1].get_legend().remove()
-    caption = f"Left: against the instruction-tuned model, judged by gold, {origin}; brackets: 95% over questions. "
+    caption = f"Left: against the instruction-tuned model, judged by gold, {origin}; 95% over questions or seeds. "
     caption += "Right: Llama 2 Long Chat 70B, judged by people, published (arXiv:2309.16039, Figure 3)."
     rows = [f"{row.arm}, {row.decoding}: {row.win:.0%} win, {row.loss:.0%} loss" for row in ours.itertuples()]
     save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")
 
 
-def draw_tradeoff(
-    cost: pd.Series, preferred: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str
-) -> None:
-    """What is won against what it costs, by arm, along the averages of the adapters before and after."""
-    figure, axes = plt.subplots(figsize=(8, 4.2))
-    for arm, (label, colour, marker) in LOOKS.items():
-        path = sorted([name for name in cost.index if name.split(",")[0] == arm], key=lambda name: cost[name])
-        rows = preferred.loc[path]
-        axes.plot([0, *cost[path]], [0.5, *rows.preferred], color=colour, alpha=0.5)
-        spread = [rows.preferred - rows.low, rows.high - rows.preferred]
-        axes.errorbar(cost[path], rows.preferred, yerr=spread, fmt=marker, color=colour, label=label, capsize=3)
-    axes.axvline(limit, color="0.4", linestyle=":")
-    axes.axhline(0.5, color="0.4", linewidth=1)
-    axes.set(xlabel="cost on held-out long documents (nats per token)", ylabel="preferred, sampled answers")
-    axes.legend(loc="upper left")
-    shares = sorted({float(name.split(", ")[1]) for name in cost.index if ", " in name})
+def what_costs_what(ends: pd.DataFrame, wins: pd.DataFrame, changes: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """By arm, the cheapest first: what sampled answers win, also against the untrained ones cut to the same length.
+
+    `words_right` is of greedy answers, with the change to the start and its interval where it was measured; `cost` in
+    nats a token of long documents, and `at_most` the highest end of a seed's interval.
+    """
+    sampled = wins[wins.seed.isna() & (wins.decoding == "sampled")].set_index("arm")
+    table = sampled[["preferred", "low", "high", "preferred_cut", "low_cut", "high_cut"]].join(
+        ends.loc["greedy", ["words_right"]], how="inner"
+    )
+    words = changes[(changes.decoding == "greedy") & (changes.measure == "words_right") & (changes.since == "sft")]
+    names = {"difference": "change", "low": "low_change", "high": "high_change"}
+    table = table.join(words.set_index("arm")[[*names]].rename(columns=names))
+    table["kl"] = ends.loc["sampled", "kl"]
+    paid = costs.groupby("arm").agg(cost=("nll", "mean"), at_most=("high", "max"))
+    return table.join(paid, how="inner").sort_values("cost")
+
+
+def in_brackets(row: pd.Series, name: str, end: str = "", *, sign: bool = False) -> str:
+    """A number of `what_costs_what` with its interval; "-" where it was not measured."""
+    numbers = row[[name, f"low{end}", f"high{end}"]]
+    return "-" if numbers.isna().any() else measured(*numbers, sign=sign)
+
+
+def say_controls(table: pd.DataFrame, limit: float, origin: str) -> None:
+    """What the controls tell apart: the table, and findings that hold or do not."""
+    say(f"""The cheapest first, {origin}; means over seeds. Sampled answers are preferred, "cut" as above. Greedy
+        answers begin right, and the change is from the instruction-tuned model. KL is in nats an answer. The cost is in
+        nats a token of long documents, and "at most" is the highest end of a seed's interval.""")
+    columns = {
+        "arm": table.index,
+        "preferred": [in_brackets(row, "preferred") for _, row in table.iterrows()],
+        "preferred, cut": [in_brackets(row, "preferred_cut", "_cut") for _, row in table.iterrows()],
+        "begin right": [f"{share:.2f}" for share in table.words_right],
+        "change": [in_brackets(row, "change", "_change", sign=True) for _, row in table.iterrows()],
+        "KL": [f"{kl:.1f}" for kl in table.kl],
+        "cost": table.cost.to_numpy(),
+        "at most": table.at_most.to_numpy(),
+    }
+    show_table(pd.DataFrame(columns), digits=3)
+    for arm in ("rl", "rl on gold", "tight rl"):
+        finding(f"{arm}: fewer greedy answers begin right than before, interval below 0", table.high_change[arm] < 0)
+    finding("rl on gold: more begin right than before, interval above 0", table.low_change["rl on gold"] > 0)
+    finding("imitation: preferred less often than dpo, intervals apart", table.high["imitation"] < table.low["dpo"])
+    for arm in CONTROLS:
+        finding(f"{arm}: long documents cost at most {limit:g} nat, every seed's interval", table.at_most[arm] <= limit)
+
+
+def controls_in_words(table: pd.DataFrame, limit: float) -> str:
+    """The conclusions from the controls, as list items."""
+    kept = table[(table.low > 0.5) & (table.at_most <= limit)]
+    cut = ", ".join(f"{arm} {in_brackets(row, 'preferred_cut', '_cut')}" for arm, row in kept.iterrows())
+    gold, text, dpo, imitation = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo", "imitation"))
+    return f"""- **The learnt reward did the damage to words, not RLOO.** With gold as the reward {gold.words_right:.0%}
+  of greedy answers begin right, a change of {in_brackets(gold, "change", "_change", sign=True)}. With the learnt reward
+  and a leash ten times as tight it is {table.words_right["tight rl"]:.0%}.
+- The cost in long context has another cause. RL on gold costs {gold.cost:.3f} nat a token, RL on the learnt reward
+  {table.cost["rl"]:.3f}.
+- **A text beside the pairs takes most of the cost back.** DPO then costs {text.cost:.3f} nat, not {dpo.cost:.3f}. It
+  is preferred {in_brackets(text, "preferred")} in place of {in_brackets(dpo, "preferred")}. Imitation of the chosen
+  answers costs {imitation.cost:.3f} and is preferred {in_brackets(imitation, "preferred")}.
+- Within {limit:g} nat, every seed's interval, and preferred, interval above 1/2: {", ".join(kept.index) or "none"}.
+  Against the untrained answers, cut to the same length: {cut or "-"}."""
+
+
+def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
+    """What is won against what it costs: both trainings, averages on the way to them, and the controls."""
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), sharex=True, layout="constrained")
+    for axes, name in zip(panels, ("", "_cut"), strict=True):
+        for arm, (label, colour, marker) in LOOKS.items():
+            rows = table[[name.split(",")[0] == arm for name in table.index]]
+            axes.plot([0, *rows.cost], [0.5, *rows[f"preferred{name}"]], color=colour, alpha=0.5)
+            draw_points(axes, rows, name, colour, marker, label)
+        for arm, (colour, marker) in CONTROLS.items():
+            draw_points(axes, table.loc[[arm]], name, colour, marker, arm)
+        axes.axvline(limit, color="0.4", linestyle=":")
+        axes.axhline(0.5, color="0.4", linewidth=1)
+        axes.set(xlabel="cost on held-out long documents (nats per token)", ylabel="preferred, sampled answers")
+    panels[0].set_title("to the instruction-tuned model's answer")
+    panels[1].set_title("to that answer, cut where the other ends")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    shares = sorted({float(name.split(", ")[1]) for name in table.index if ", " in name})
     parts = ", ".join(f"{share:g}" for share in shares)
-    caption = f"What is won and what it costs, {origin}. From the left: nothing, {parts} of the change, all of it. "
-    caption += f"Bars: 95% over questions; dotted: {limit:g} nat."
-    rows = [f"{arm}: preferred {preferred.preferred[arm]:.2f} at {cost[arm]:+.3f} nats" for arm in cost.index]
+    caption = f"What is won and what it costs, {origin}. Lines, from the left: none, {parts} of the change, all."
+    caption += f" Bars: 95%, the wider over questions or seeds; dotted: {limit:g} nat."
+    rows = [
+        f"{row.Index}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats"
+        for row in table.itertuples()
+    ]
     save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")
+
+
+def draw_points(axes: plt.Axes, rows: pd.DataFrame, name: str, colour: str, marker: str, label: str) -> None:
+    """Arms with their intervals."""
+    middle = rows[f"preferred{name}"]
+    spread = [middle - rows[f"low{name}"], rows[f"high{name}"] - middle]
+    axes.errorbar(rows.cost, middle, yerr=spread, fmt=marker, color=colour, label=label, capsize=3)
 
 
 def raters_in_words(raters: pd.DataFrame, ends: pd.DataFrame, beta: float) -> str:
