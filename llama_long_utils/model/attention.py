@@ -174,7 +174,7 @@ class _CausalOnCPU(torch.autograd.Function):
         for i, queries in enumerate((query * scale)[0].split(groups)):
             left = F.pad(_token_after_token(queries), (0, 1))
             right = F.pad(key[0, i], (0, 1), value=-1.0).T
-            for begin in range(0, length, TILE):
+            for begin in reversed(range(0, length, TILE)):  # the largest first: memory is used again
                 end = min(begin + TILE, length)
                 rows, seen = slice(begin * groups, end * groups), before + end
                 scores = left[rows] @ right[:, :seen]
@@ -208,7 +208,7 @@ class _CausalOnCPU(torch.autograd.Function):
             queries, grads = _token_after_token(queries), _token_after_token(grads)
             left = _with_columns(queries, shift.T.flatten()), _with_columns(grads, delta.T.flatten())
             right = [F.pad(part[0, i], (0, 2), value=-1.0).T for part in (key, value)]
-            for begin in range(0, length, TILE):
+            for begin in reversed(range(0, length, TILE)):  # the largest first: memory is used again
                 end = min(begin + TILE, length)
                 rows, seen = slice(begin * groups, end * groups), before + end
                 weights = (left[0][rows] @ right[0][:, :seen]).exp_()
