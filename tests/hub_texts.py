@@ -8,7 +8,7 @@ import pandas as pd
 from llama_long_utils.data.sources import load_documents
 from llama_long_utils.settings import Preset
 
-COUNTS = {"books": 40, "files": 400}
+COUNTS = {"books": 6, "files": 400}  # of each split
 
 
 def texts(book_characters: int, start: int) -> list[str]:
@@ -18,7 +18,7 @@ def texts(book_characters: int, start: int) -> list[str]:
         return files[start::2][: COUNTS["files"]]
     parts = [document.text for name in ("shakespeare", "sotu") for document in load_documents(name)]
     books, place = [], start
-    while len(books) < COUNTS["books"] // 2:
+    while len(books) < COUNTS["books"]:
         book = ""
         while len(book) < book_characters:
             book += parts[place * 7 % len(parts)][: book_characters // 2]
