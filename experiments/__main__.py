@@ -205,7 +205,7 @@ def run(asked: argparse.Namespace) -> Path | None:
         if asked.cell:
             size, arm, seed = asked.cell
             return pretraining.run_cell(pretraining.checked_cell(size, arm, seed))
-        return pretraining.run_all(RESULTS / "tiny", finished=asked.finished)
+        pretraining.run_all(RESULTS / "tiny", finished=asked.finished)
     if asked.command == "bench":
         from experiments import bench
 

@@ -7,6 +7,9 @@ optimizer and learning-rate schedule go on, the sequences become long and the Ro
 
 Expected: the NLL at 4,096 tokens of a late switch equals that of long sequences throughout, at fewer operations. An arm
 that is worse by more than its interval, over seeds and documents, refutes that for its switch.
+
+To models this small and briefly trained, far context is worth next to nothing. So the same arms begin a second time
+where a model already copies from its context: pretraining_copying.py.
 """
 
 import json
@@ -22,11 +25,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
-from experiments.pretraining_results import collect
+from experiments.pretraining_results import LATER, collect
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.data.packing import TrainingSequence, join_pieces
+from llama_long_utils.data.quoting import quote_themselves
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.evaluation.perplexity import (
     bucket_sums,
@@ -50,6 +54,10 @@ SHORT_BASE, LONG_BASE = PRESET.base.rope_base, PRESET.extension.rope_base
 RUNS = PRESET.run_folder / "pretraining"
 SEEDS = (0, 1, 2)
 SWITCHES = {"long": 0.0, "switch-20": 0.2, "switch-40": 0.4, "switch-80": 0.8, "switch-95": 0.95, "short": 1.0}
+SWITCHES["in-reach"] = 0.8  # "switch-80", but short sequences quote what stands in them
+CONTINUED = "continued"  # the arm "short", then trained on long sequences until it has cost what "switch-80" costs
+FROM_SCRATCH_ARMS = ("long", "switch-20", "switch-40", "switch-80", "switch-95", "short", CONTINUED)
+TRAINED_ON_ARMS = ("long", "switch-80", "in-reach", "switch-95", "short", CONTINUED)
 MIXES = {  # texts of the long rows, of the short rows, share of long rows (pretraining_mix.py)
     "original": ("speeches and plays", "bible", 0.5),
     "long-removed": ("speeches and plays", "bible", 0.0),
@@ -58,7 +66,7 @@ MIXES = {  # texts of the long rows, of the short rows, share of long rows (pret
     "other-domain": ("python", "python", 0.5),
     "better": ("speeches and plays", "speeches and plays", 0.5),
 }
-CONTINUED = "continued"  # the arm "short", then trained on long sequences until it has cost what "switch-80" costs
+TRAINED_ON_MIXES = ("original", "shredded", "better")  # that tell length from content
 ARMS = (*SWITCHES, CONTINUED, *(f"mix-{mix}" for mix in MIXES))
 EDGES = [1, 16, 64, 128, 256, 512, 1024, 2048, 4096]  # of the positions' buckets
 BF16 = "bf16 autocast"
@@ -81,7 +89,9 @@ SIZES = {
     "0.4M": Size(64, 2, 2, 7e-3),
     "0.9M": Size(128, 2, 2, 3e-3),  # not tuned: at 5e-3 the long arm ended at 5.06 nats, above that of 0.4M
     "4M": Size(256, 4, 4, 3e-3),
+    "tiny-llama": Size(256, 4, 4, 1e-3, steps=64),
 }
+FROM_SCRATCH, TRAINED_ON = "0.4M", "tiny-llama"  # of the records; the second begins as data/tiny-llama
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class Cell:
     def short_owner(self) -> "Cell | None":
         """The cell "short" whose training this one begins with: two processes must not train it at a time."""
         first = 0 if self.arm.startswith("mix-") else self.seed
-        return None if self.arm in ("long", "short") else Cell(self.size, "short", first)
+        return None if self.arm in ("long", "short", "in-reach") else Cell(self.size, "short", first)
 
 
 def checked_cell(size: str, arm: str, seed: str) -> Cell:
@@ -115,24 +125,29 @@ def checked_cell(size: str, arm: str, seed: str) -> Cell:
 
 
 def all_cells() -> list[Cell]:
-    """The cells of the record, those that decide first: curriculum, data mix, the curriculum at a second size."""
-    smallest, second = "0.4M", "0.9M"
-    curriculum = [*SWITCHES, CONTINUED]
-    cells = [Cell(smallest, arm, seed) for seed in SEEDS for arm in curriculum]
-    cells += [Cell(smallest, f"mix-{mix}", seed) for seed in SEEDS for mix in MIXES]
-    return cells + [Cell(second, arm, seed) for seed in SEEDS for arm in curriculum]
+    """The cells of both records, those that decide first: curriculum, data mix, then the tiny Llama trained on."""
+    cells = [Cell(FROM_SCRATCH, arm, seed) for seed in SEEDS for arm in FROM_SCRATCH_ARMS]
+    cells += [Cell(FROM_SCRATCH, f"mix-{mix}", seed) for seed in SEEDS for mix in MIXES]
+    arms = (TRAINED_ON_ARMS, [f"mix-{mix}" for mix in TRAINED_ON_MIXES])
+    return cells + [Cell(TRAINED_ON, arm, seed) for some in arms for seed in SEEDS for arm in some]
 
 
-def run_all(folder: Path, *, finished: bool) -> Path:
+def run_all(folder: Path, *, finished: bool) -> None:
     """Measure every cell that has no record yet, unless only `finished` ones are asked for; join them in `folder`."""
+    from experiments.pretraining_context import measured_contexts
+
     cells = [cell for cell in all_cells() if not finished or cell.record.is_file()]
     for number, cell in enumerate(cells, start=1):
         run_cell(cell)
         print(f"[{number}/{len(cells)}] {cell.size} {cell.arm}, seed {cell.seed}", flush=True)
-    from experiments.pretraining_context import measured_contexts
-
-    contexts = measured_contexts([cell for cell in cells if cell.arm == "long"], finished=finished)
-    return collect([cell.record for cell in cells], folder, contexts)
+    scratch, later = ([cell for cell in cells if cell.size == size] for size in (FROM_SCRATCH, TRAINED_ON))
+    if not cells:
+        raise ValueError("no cell is measured yet: leave out --finished, or measure one with --cell")
+    if scratch:
+        contexts = measured_contexts([cell for cell in scratch if cell.arm == "long"], finished=finished)
+        print(collect([cell.record for cell in scratch], folder, contexts=contexts))
+    if later:
+        print(collect([cell.record for cell in later], folder, LATER))
 
 
 def flops_per_token(layers: int, hidden: int, length: int) -> float:
@@ -170,7 +185,7 @@ def long_settings(size: str, seed: int) -> TrainingSettings:
             recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused"
         ),
         long_document_weight=1.0,
-        self_quoting_share=0.0,
+        self_quoting_share=PRESET.training.self_quoting_share if size == TRAINED_ON else 0.0,
         checkpoint_every=max(shape.steps // 4, 1),
         seed=seed,
     )
@@ -207,27 +222,32 @@ def cut_short(rows: list[TrainingSequence]) -> list[TrainingSequence]:
 
 
 def new_model(size: str, rope_base: float, seed: int) -> LlamaForCausalLM:
-    """The untrained model: equal weights for equal seeds.
+    """The model to begin with: untrained, equal weights for equal seeds; or the tiny Llama.
 
     Its weights are fp32, its decoder multiplies in bf16: with one thread of a CPU that has bf16 instructions that is
     1.3 times as fast at 0.4M parameters, twice as fast at 4M. The doll multiplies in fp32, as any CPU can.
     """
     shape, tokenizer = SIZES[size], texts()[0]
     set_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    options = {
+        "max_position_embeddings": LONG,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_base},
+    }
+    if size == TRAINED_ON:
+        model = LlamaForCausalLM.from_pretrained(locate_base(PRESET), dtype=torch.float32, **options)
+    else:
+        config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=shape.hidden,
             intermediate_size=shape.hidden * 11 // 4,
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads,
-            max_position_embeddings=LONG,
-            rope_parameters={"rope_type": "default", "rope_theta": rope_base},
             initializer_range=0.05,  # 5.15 nats after 600,000 tokens at 0.4M; 5.34 with 0.125
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            **options,
         )
-    )
+        model = LlamaForCausalLM(config)
     decoder, bf16 = model.model, arithmetic(size) == BF16
     decoder.forward = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(decoder.forward)
     return model
@@ -266,16 +286,20 @@ def timed_training(
     return log, seconds
 
 
-def short_part(size: str, seed: int, until: int) -> tuple[Path, float]:
+def short_part(size: str, seed: int, until: int, *, in_reach: bool = False) -> tuple[Path, float]:
     """The folder of a run on short sequences that has come to step `until`, and its seconds per step."""
     settings = long_settings(size, seed)
-    folder = RUNS / "short" / f"{size}-{seed}-{digest(VERSION, SIZES[size], settings, PRESET.data)[:8]}-{until}"
+    name = f"{size}-{seed}-{digest(VERSION, SIZES[size], settings, PRESET.data)[:8]}-{until}"
+    folder = RUNS / "short" / (name + "-in-reach" * in_reach)
     switches = {round(share * settings.steps) for share in SWITCHES.values()}
-    earlier = [switch for switch in switches if 0 < switch < until]
+    earlier = [switch for switch in switches if 0 < switch < until and not in_reach]
     if earlier and not folder.exists():
         before, _ = short_part(size, seed, max(earlier))
         begin_with(last_whole_checkpoint(before)[0], folder)
     model, rows = new_model(size, SHORT_BASE, seed), cut_short(long_rows(settings))
+    if in_reach:
+        rows = cut_short(long_rows(replace(settings, self_quoting_share=0.0)))
+        rows = list(quote_themselves(rows, settings.self_quoting_share, seed=seed))
     _, seconds = timed_training(model, rows, short_settings(settings), folder, until)
     return folder, seconds
 
@@ -297,7 +321,8 @@ def run_cell(cell: Cell) -> Path:
     model = new_model(cell.size, SHORT_BASE if cell.arm == "short" else LONG_BASE, cell.seed)
     folder, seconds, rows = RUNS / "long" / cell.record.stem, {"short": 0.0, "long": 0.0}, []
     if switch:
-        before, seconds["short"] = short_part(cell.size, 0 if mix != cell.arm else cell.seed, switch)
+        first = 0 if mix != cell.arm else cell.seed
+        before, seconds["short"] = short_part(cell.size, first, switch, in_reach=cell.arm == "in-reach")
         checkpoint = last_whole_checkpoint(before)[0]
     if switch == settings.steps:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(checkpoint).state_dict())
@@ -316,7 +341,11 @@ def run_cell(cell: Cell) -> Path:
     if rows:
         log, seconds["long"] = timed_training(model, rows, settings, folder, settings.steps)
         model.set_attn_implementation("sdpa")
-    del model.model.forward  # measured in fp32
+    tables = {"nll": measure(model, cell.size)}
+    if cell.size == TRAINED_ON:
+        from experiments.pretraining_copying import measure_copying
+
+        tables["copying"] = measure_copying(model)
     shape = SIZES[cell.size]
     lengths = [SHORT] * switch + [int(row.position_ids.max()) + 1 for row in rows[0 if later else switch :]]
     cost = {**asdict(cell), "parameters": model.num_parameters(), "tokens": LONG * len(lengths)}
@@ -330,7 +359,7 @@ def run_cell(cell: Cell) -> Path:
         cell.record.stem,
         preset=PRESET.name,
         question=QUESTION,
-        tables={"nll": measure(model), "loss": loss, "cost": pd.DataFrame([cost])},
+        tables={**tables, "loss": loss, "cost": pd.DataFrame([cost])},
         seeds={"training": cell.seed, "evaluation": PRESET.evaluation.seed, "split": PRESET.data.split_seed},
         seconds=cost["seconds"],
         provenance={"command": f"python -m experiments pretraining --cell {cell.size} {cell.arm} {cell.seed}"},
@@ -340,8 +369,11 @@ def run_cell(cell: Cell) -> Path:
 def later_settings(cell: Cell) -> TrainingSettings:
     """Of another run after the end of "short": half the learning rate, a warm-up and a decay of its own."""
     settings = long_settings(cell.size, cell.seed + 1000)  # other sequences than before
-    steps = continued_steps(cell.size) if cell.arm == CONTINUED else settings.steps // 4
-    return replace(settings, steps=steps, learning_rate=settings.learning_rate / 2, warmup_steps=max(steps // 20, 1))
+    steps, share = continued_steps(cell.size), settings.self_quoting_share
+    if cell.arm != CONTINUED:  # a data mix: texts as they are
+        steps, share = settings.steps // 4, 0.0
+    settings = replace(settings, steps=steps, learning_rate=settings.learning_rate / 2, self_quoting_share=share)
+    return replace(settings, warmup_steps=max(steps // 20, 1))
 
 
 def continued_steps(size: str) -> int:
@@ -351,13 +383,16 @@ def continued_steps(size: str) -> int:
     return round((1 - SWITCHES["switch-80"]) * shape.steps * (long - short) / long)
 
 
-def measure(model: LlamaForCausalLM) -> pd.DataFrame:
+def measure(model: LlamaForCausalLM, size: str) -> pd.DataFrame:
     """NLL by position of held-out documents at 4,096 tokens: document, way, position_low, position_high, nats, tokens.
 
     `way` is "full" or "window": windows of 512 tokens that slide by half, which is all that short training can use.
+    Models from scratch read in fp32; the tiny Llama reads half as much, in bf16, which is twice as fast.
     """
+    if size != TRAINED_ON:
+        del model.model.forward
     model.eval()
-    stretches = random_stretches(texts()[2], LONG, at_most=STRETCHES, seed=PRESET.evaluation.seed)
+    stretches = held_out_stretches(1 if size == TRAINED_ON else STRETCHES)
     rows = []
     for document in stretches:
         ways = {
@@ -370,3 +405,8 @@ def measure(model: LlamaForCausalLM) -> pd.DataFrame:
             sums = zip(EDGES[:-1], EDGES[1:], nats.sum(axis=0), tokens.sum(axis=0), strict=True)
             rows += [(name, way, *entry) for entry in sums]
     return pd.DataFrame(rows, columns=["document", "way", "position_low", "position_high", "nats", "tokens"])
+
+
+def held_out_stretches(at_most: int) -> list[list[TokenizedDocument]]:
+    """Stretches of 4,096 tokens of each held-out document."""
+    return random_stretches(texts()[2], LONG, at_most=at_most, seed=PRESET.evaluation.seed)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments import pretraining
 from experiments.pretraining_results import PLACES, SWITCHED, PretrainingResults
 from experiments.race_results import student_reach
 from llama_long_utils.figures import (
@@ -33,6 +34,7 @@ STYLES = {  # label, colour and marker of every arm
     "switch-80": ("switch at 80%", BLUE, "s"),
     "switch-95": ("switch at 95%", AMBER, "P"),
     "short": ("short throughout, in windows", GREY, "o"),
+    "in-reach": ("switch at 80%, quotes in reach", GREEN, "<"),
     "continued": ("short, then a second run", RED, "X"),
 }
 
@@ -40,6 +42,11 @@ STYLES = {  # label, colour and marker of every arm
 def in_words(table: pd.DataFrame, digits: int) -> list[str]:
     """The numbers of columns value, low and high, with their intervals."""
     return [measured(*row, digits=digits) for row in table[["value", "low", "high"]].itertuples(index=False)]
+
+
+def in_points(change: dict[str, Any]) -> str:
+    """A difference of shares with its interval, in points."""
+    return measured(*(100 * change[name] for name in ("value", "low", "high")), digits=1)
 
 
 def jumps(results: PretrainingResults, size: str) -> pd.DataFrame:
@@ -57,6 +64,68 @@ def jumps(results: PretrainingResults, size: str) -> pd.DataFrame:
         half = student_reach(each)
         rows[-1] |= {"value": each.mean(), "low": each.mean() - half, "high": each.mean() + half, "seeds": len(each)}
     return pd.DataFrame(rows)
+
+
+def savings() -> pd.DataFrame:
+    """For each size the share of attention, and what a switch after 80% of the tokens saves by two counts."""
+    rows = []
+    for name, shape in pretraining.SIZES.items():
+        if name not in ("doll", pretraining.TRAINED_ON):
+            lengths, model = (pretraining.SHORT, pretraining.LONG), pretraining.new_model(name, 10_000.0, 0)
+            paper = [pretraining.flops_per_token(shape.layers, shape.hidden, length) for length in lengths]
+            own = [pretraining.counted_flops(model, length) for length in lengths]
+            row = {"model": name, "attention / rest": pretraining.LONG / (6 * shape.hidden)}
+            row |= {"saved, the paper's count": 0.8 * (1 - paper[0] / paper[1])}
+            rows.append(row | {"saved, what is multiplied": 0.8 * (1 - own[0] / own[1])})
+    return pd.DataFrame(rows)
+
+
+def worth_of_context(results: PretrainingResults, size: str, arms: list[str]) -> pd.DataFrame:
+    """What full context gives each arm against windows of 512, in nats: arm, position, value, low, high, each.
+
+    At position "far, minus long": what it gives in the far half, minus what it gives to "long"; above zero is less.
+    """
+    rows, far = [], PLACES["far"]
+    for name in arms:
+        for low, high in ((512, 1024), (1024, 2048), far):
+            gain = results.difference(size, (name, "full"), (name, "window"), low, high)
+            rows.append({"arm": name, "position": f"{low:,} to {high:,}", **gain})
+        if name != "long":
+            rows.append({"arm": name, "position": "far, minus long", **results.less_from_context(size, name, *far)})
+    return pd.DataFrame(rows)
+
+
+def copying_table(results: PretrainingResults, size: str) -> pd.DataFrame:
+    """A row for each arm of a model that copies, as text: what it costs, and what it is worth beside "long"."""
+    rows = results.curriculum(size)
+    shown = {"arm": rows.arm, "operations": rows.flops, "as multiplied": rows.flops_counted, "seconds": rows.seconds}
+    shown |= {"NLL minus long (nats)": in_words(rows, 3), "copied": [f"{share:.1%}" for share in rows.copied]}
+    return pd.DataFrame(shown | {"copied, minus long (points)": rows.copied_less.map(in_points), "orders": rows.seeds})
+
+
+def draw_copying(results: PretrainingResults, size: str, window: int, folder: Path, slug: str, number: str) -> None:
+    """Share of tokens of excerpts that each arm continues correctly, by the distance of what is quoted."""
+    edges = results.arrays["distances"]
+    figure, axes = plt.subplots(figsize=(8, 4.4))
+    own = results.copying(size, "long", low=0, high=1)["value"]
+    axes.axhline(100 * own, color="0.35", linestyle="--", linewidth=1, label="text of its own, long throughout")
+    places, said = list(pairwise(edges[1:])), []
+    for name in [one for one in STYLES if results.seeds(size, one)]:
+        label, colour, marker = STYLES[name]
+        shares = [results.copying(size, name, low=low, high=high) for low, high in places]
+        line = [100 * share["value"] for share in shares]
+        for place, share in enumerate(shares):
+            axes.scatter([place] * share["seeds"], 100 * np.array(share["each"]), s=14, c="none", edgecolors=colour)
+        axes.plot(line, color=colour, marker=marker, markersize=6, label=label.removesuffix(", in windows"))
+        said.append(f"{label}: {line[0]:.0f}% to {line[-1]:.0f}%")
+    axes.set_xticks(range(len(places)), [f"{low:,} to {high:,}" for low, high in places])
+    axes.axvline([low for low, _ in places].index(window) - 0.5, color="0.4", linestyle=":")
+    axes.set_xlabel(f"tokens back to what is quoted; dotted: short sequences have {window}")
+    axes.set(ylabel="continued correctly (% of tokens)", ylim=(0, 100))
+    axes.legend(fontsize=8, loc="lower left")
+    caption = f"Copying in held-out texts that quote themselves, {size} trained on, recorded by us. Hollow: orders of "
+    caption += "the texts; lines: their means. The first tokens of an excerpt are left out."
+    save_figure(figure, folder, slug, number, caption, f"From near to far: {'; '.join(said)}.")
 
 
 def draw_switch(

@@ -16,6 +16,7 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, read_record, read_table, write_arrays, write_record
 
 SLUG = "12_pretraining_curriculum"
+LATER = "12_switch_of_a_copying_model"
 NAMES = ["size", "arm", "seed"]
 SWITCHED = ("switch-20", "switch-40", "switch-80", "switch-95")
 
@@ -25,7 +26,8 @@ class PretrainingResults:
     """The cells as recorded: `cells` has a row for each, in the order of the arrays' first axis.
 
     `arrays`: nats (cells, ways, documents, buckets), tokens (documents, buckets), loss (cells, steps; NaN behind the
-    end), documents, edges, ways.
+    end), documents, edges, ways. Of models that copy also copied_hits (cells, documents, distances), copied_tokens
+    (documents, distances), distances (edges of the buckets, in tokens).
     """
 
     cells: pd.DataFrame
@@ -74,6 +76,19 @@ class PretrainingResults:
         each = change.sum(axis=1) / tokens.sum()
         return {**wider_interval(change, tokens, self.bootstrap), "each": list(each), "seeds": len(each)}
 
+    def copying(self, size: str, arm: str, base: str = "", low: int = 1024, high: int = 4096) -> dict[str, Any]:
+        """Share of tokens of excerpts, `low` to `high` tokens from their originals, that an arm continues correctly.
+
+        With `base`, that share minus the other arm's, paired. Keys as in `difference`.
+        """
+        edges = list(self.arrays["distances"])
+        buckets = slice(edges.index(low), edges.index(high))
+        seeds = self.seeds(size, arm, base or arm)
+        hits = self.arrays["copied_hits"][..., buckets].sum(axis=-1)
+        rows = self.cells[self.cells["size"] == size].reset_index().set_index(["arm", "seed"])["index"]
+        change = np.array([hits[rows[arm, seed]] - (hits[rows[base, seed]] if base else 0) for seed in seeds])
+        return self._interval(change, self.arrays["copied_tokens"][:, buckets].sum(axis=1))
+
     def cost(self, size: str, arm: str, column: str = "flops") -> float:
         """Mean over seeds of a column of `cells`."""
         return float(self.cells[(self.cells["size"] == size) & (self.cells.arm == arm)][column].mean())
@@ -81,15 +96,19 @@ class PretrainingResults:
     def curriculum(self, size: str) -> pd.DataFrame:
         """A row for each arm from scratch and the continued one: cost beside "long", NLL minus that of "long".
 
-        "short" is read in windows of its own length, all others with full context.
+        "short" is read in windows of its own length, all others with full context. Of models that copy there are also
+        "copied", `copying` from beyond 1,024 tokens, and "copied_less", what it is minus that of "long".
         """
         rows = []
-        for arm in ("long", *SWITCHED, "short", "continued"):
+        for arm in ("long", *SWITCHED, "in-reach", "short", "continued"):
             if not self.seeds(size, "long", arm):
                 continue
             way = "window" if arm == "short" else "full"
             whole = {name: self.cost(size, arm, name) / self.cost(size, "long", name) for name in COSTS}
+            whole |= {name: self.cost(size, arm, name) for name in STEPS}
             rows.append({"arm": arm, **whole, **self.difference(size, (arm, way), ("long", "full"))})
+            if "copied_hits" in self.arrays:
+                rows[-1] |= {"copied": self.copying(size, arm)["value"], "copied_less": self.copying(size, arm, "long")}
         return pd.DataFrame(rows)
 
     def spike(self, size: str, arm: str, before: int = 20, after: int = 60) -> np.ndarray:
@@ -147,6 +166,7 @@ PLACES = {"near": (1, 512), "far": (2048, 4096)}
 LAW_SAMPLES = 300
 EQUAL = 0.01  # nat: a loss to exclude before quality is called equal; one percent less probability
 COSTS = ("flops", "flops_counted", "seconds", "tokens")
+STEPS = ("short_steps", "long_steps")
 
 
 def pretraining_results(path: Path | None = None) -> PretrainingResults:
@@ -156,6 +176,11 @@ def pretraining_results(path: Path | None = None) -> PretrainingResults:
     evaluation = load_preset("tiny").evaluation
     bootstrap = Bootstrap(len(arrays["documents"]), evaluation.bootstrap_samples, evaluation.seed)
     return PretrainingResults(record.table("cells"), arrays, bootstrap, record)
+
+
+def copying_results() -> PretrainingResults:
+    """The tiny Llama trained on (pretraining_copying.py), from its committed record."""
+    return pretraining_results(RESULTS / "tiny" / f"{LATER}.json")
 
 
 def fitted_law(context: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
@@ -195,10 +220,8 @@ def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def collect(records: list[Path], folder: Path, contexts: Sequence[Path] = ()) -> Path:
-    """Join the records of cells and of losses by context to folder/SLUG.json and .npz; ValueError if there is none."""
-    if not records:
-        raise ValueError("no cell is measured yet: leave out --finished, or measure one with --cell")
+def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Sequence[Path] = ()) -> Path:
+    """Join the records of cells and of losses by context to folder/slug.json and .npz."""
     cells = pd.concat([read_table(path, "cost") for path in records], ignore_index=True)
     tables = [read_table(path, "nll") for path in records]
     losses = [read_table(path, "loss").loss.to_numpy() for path in records]
@@ -212,7 +235,18 @@ def collect(records: list[Path], folder: Path, contexts: Sequence[Path] = ()) ->
         row[: len(values)] = values
     tokens = first.tokens.to_numpy().reshape(shape)[:, 0]
     arrays = {"nats": nats.astype(np.float32), "tokens": tokens, "loss": loss, "edges": np.array(edges)}
-    write_arrays(folder / f"{SLUG}.npz", arrays | {"documents": np.array(documents), "ways": np.array(ways)})
+    by_distance = {}
+    if "copying" in read_record(records[0])["tables"]:
+        copied = [read_table(path, "copying") for path in records]
+        distances = sorted({*copied[0].distance_low, *copied[0].distance_high})
+        shape = len(documents), len(distances) - 1
+        arrays["copied_hits"] = np.array([table.hits.to_numpy().reshape(shape) for table in copied])
+        arrays["copied_tokens"] = copied[0].tokens.to_numpy().reshape(shape)
+        arrays["distances"] = np.array(distances)
+        named = [cells.loc[[cell], NAMES].merge(table, "cross") for cell, table in enumerate(copied)]
+        sums = pd.concat(named).groupby([*NAMES, "distance_low", "distance_high"], sort=False)[["hits", "tokens"]].sum()
+        by_distance["copying"] = (sums.hits / sums.tokens).rename("value").reset_index()
+    write_arrays(folder / f"{slug}.npz", arrays | {"documents": np.array(documents), "ways": np.array(ways)})
     means = nats.sum(axis=2) / tokens.sum(axis=0)
     by_position = [
         {**dict(cells.loc[cell, NAMES]), "way": way, "position_low": low, "position_high": high, "value": value}
@@ -233,19 +267,22 @@ def collect(records: list[Path], folder: Path, contexts: Sequence[Path] = ()) ->
         by_context["power_law"] = power_laws(table, Bootstrap(len(documents), LAW_SAMPLES, evaluation.seed))
     contents = [read_record(path) for path in records]
     provenance = [content["provenance"] for content in contents]
+    arithmetic = "products in bf16, weights in fp32"
+    if slug == SLUG:
+        arithmetic = "products of training in bf16, weights and reading in fp32"
     same = {name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")}
     return write_record(
         folder,
-        SLUG,
+        slug,
         preset=contents[0]["preset"],
         question=contents[0]["question"],
-        tables={"cells": cells, "nll_by_position": pd.DataFrame(by_position), **by_context},
+        tables={"cells": cells, "nll_by_position": pd.DataFrame(by_position), **by_distance, **by_context},
         seeds={"training": sorted(int(seed) for seed in cells.seed.unique())}
         | {name: provenance[0]["seeds"][name] for name in ("evaluation", "split")},
         seconds=float(cells.seconds.sum()),
         provenance={
             **same,
             "command": "python -m experiments pretraining",
-            "device": f"{same['device']}, products of training in bf16, weights and reading in fp32",
+            "device": f"{same['device']}, {arithmetic}",
         },
     )

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import pretraining
 from experiments.pretraining import LONG, MIXES, SHORT, Cell, Size, cut_short, flops_per_token, long_settings
+from experiments.pretraining_copying import SKIPPED, continued_from
 from experiments.pretraining_mix import PIECE, mix_rows
 from experiments.pretraining_results import PretrainingResults, collect, pretraining_results
 from experiments.race_results import wider_interval
@@ -77,6 +78,28 @@ def test_an_arm_is_one_run_with_its_short_part_shared(tmp_path, monkeypatch):
     results = pretraining_results(record)
     assert results.seeds("doll", "short", "switch-80") == [0]
     assert results.arrays["nats"].shape == (3, 2, 2, 8)
+
+
+def test_a_copying_model_is_trained_on_and_its_copying_recorded(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretraining.SIZES, "tiny-llama", Size(256, 4, 4, 1e-3, steps=4))
+    monkeypatch.setattr(pretraining, "RUNS", tmp_path)
+    tokenizer, training, held_out = pretraining.texts()
+    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
+    paths = [pretraining.run_cell(Cell("tiny-llama", arm, 0)) for arm in ("switch-80", "in-reach")]
+    losses = [read_table(path, "loss").loss for path in paths]
+    assert (losses[0][:3] != losses[1][:3]).any()  # other quotations
+    results = pretraining_results(collect(paths, tmp_path / "record", "copies"))
+    assert results.arrays["copied_tokens"].sum(axis=1).max() < LONG
+    near, own = (results.copying("tiny-llama", "in-reach", low=low, high=high) for low, high in ((1, 256), (0, 1)))
+    assert near["value"] > own["value"] + 0.1
+    less = results.copying("tiny-llama", "in-reach", "switch-80", 1024, 4096)
+    each = [results.copying("tiny-llama", arm)["value"] for arm in ("in-reach", "switch-80")]
+    assert less["value"] == pytest.approx(each[0] - each[1])
+
+
+def test_a_copied_token_is_counted_once_it_can_be_known_what_is_quoted():
+    source = np.array([-1] * 10 + [2, 3, 4, 5, 6, 7] + [0, 1, 2] + [-1])
+    assert list(continued_from(source)) == [0] * 10 + [-1] * SKIPPED + [8, 8] + [-1] * 3 + [0]
 
 
 def test_unknown_cells_are_refused_by_name():
