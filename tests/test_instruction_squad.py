@@ -3,15 +3,18 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from data.tasks.long_prompts import Haystack, Question
-from experiments.instruction_squad import ROOM, TOKENS, ask, contexts
+from experiments.instruction_results import InstructionResults, outcomes, squad_tables
+from experiments.instruction_squad import ASKED, ROOM, TOKENS, _write, ask, contexts
 from llama_long_utils.evaluation.generation import likelihoods, write
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
+from llama_long_utils.records import Record
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +63,34 @@ def test_a_question_behind_a_shared_reading_is_answered_as_alone(tokenizer, hays
     alone = likelihoods(model, list(zip([prompt.tolist() for prompt in prompts], answers, strict=True)))
     expected = [total / tokens for total, _, tokens in alone]
     assert [one["log_probability"] for one in found] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the_old_window(tmp_path):
+    smollm2, questions = load_preset("smollm2"), [(length, f"q{n}") for length in ASKED for n in range(20)]
+    made = []
+    for gain in (0.0, 0.1):
+        rows = [
+            {"length": length, "f1": n / 40 + gain, "exact": 0.0, "log_probability": -2.0, "ended": True}
+            for length in ASKED
+            for n in range(20)
+        ]
+        made.append({"labels": 7, "seconds": {"training": 1.0, "asking": 2.0}, "answers": rows})
+    runs = [("short", 0), ("long", 0)]
+    results = InstructionResults(Record(_write(smollm2, tmp_path, runs, made, questions)), smollm2)
+    assert results.past == [length for length in ASKED if length > smollm2.base.window]
+    assert results.difference("long", "short", "f1") == pytest.approx((10, 10, 10))
+    scores, changes = squad_tables(results)
+    assert list(scores.arm) == ["short", "short, long"]
+    assert list(changes.difference) == ["long minus short"]
+    assert changes["F1, 2,048"][0] == "+10.0 [+10.0, +10.0]"
+    assert scores["log-probability, 10,240"][1] == "-2.00 [-2.00, -2.00]"
+
+
+def test_pairs_are_counted_by_what_became_of_them():
+    rows = [("", "short", 1.0), ("", "normal", 0.8), ("empty", "short", 0.0), ("too general", "normal", 0.5)]
+    pairs = pd.DataFrame(rows, columns=["dropped", "kind", "found"]).assign(place=0.0, answer=["a", "b", "", "c"])
+    table = outcomes(pairs).set_index("outcome")
+    assert table.loc["kept", ["short", "normal"]].tolist() == [1, 1]
+    assert table.index[0] == "kept"
+    assert table["words found"]["kept"] == pytest.approx(0.9)
+    assert table[["short", "normal"]].to_numpy().sum() == 4

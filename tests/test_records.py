@@ -120,6 +120,10 @@ COLUMNS = {
         "nll_by_position": {"arm", "seed", "position_low", "position_high", "nll"},
         "runs": {"arm", "seed", "labels"},
     },
+    "smollm2/09_instruction_tuning": {
+        "answers": {"arm", "seed", "length", "questions", "f1", "exact", "log_probability", "ended"},
+        "runs": {"arm", "seed", "labels", "training", "asking"},
+    },
     "09_self_instruct": {
         "quality": {"outcome", "pairs", "words_found"},
         "pairs": {"document", "place", "chunk", "kind", "sentence", "question", "answer", "again", "dropped", "found"},

@@ -524,7 +524,7 @@ def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
     loss = replace(loss, ours=ours, scale=scale, verdict=judged)
     plain, read = (results.difference(arm, "short") for arm in ("long", "long, loss on prompt"))
     ours = f"{asked} without the loss {points(*plain)} points, with it {points(*read)}"
-    judged = f"{UNDECIDED}: no model wrote these questions, a rule quotes them; without the loss {_told(plain)}, "
+    judged = f"{UNDECIDED}: at tiny no model wrote the questions, a rule quotes them; without the loss {_told(plain)}, "
     judged += f"with it {_told(read)}"
     lines = [loss, replace(long, ours=ours, scale=scale, verdict=judged)]
     real = instruction_results(load_preset("smollm2"))
