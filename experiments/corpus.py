@@ -142,6 +142,8 @@ def watched(call: str, cache: Path, at: Callable[[int, list[int], int], None] = 
             elif line[0] == "{":
                 last = line
     sampler.join()
+    if run.returncode not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"ended with code {run.returncode}, as said above: {call}")
     return {**json.loads(last), "peak_gib": max(samples) / 2**30}
 
 

@@ -95,6 +95,7 @@ class Workers:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", count: int | None = None) -> None:
         dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
         self.rules = Rules(tokenizer_rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
+        self.first_message = pickle.dumps(self.rules)  # now: no thread adds what it caches
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a launcher, which share the cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.count = count or max(1, cores // here)
@@ -115,7 +116,7 @@ class Workers:
                 options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
                 quiet = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
                 process = self.processes[thread] = subprocess.Popen(command, cwd=REPOSITORY, env=quiet, **options)
-                pickle.dump(self.rules, process.stdin)
+                process.stdin.write(self.first_message)
             pickle.dump(job, process.stdin)
             process.stdin.flush()
             error = pickle.load(process.stdout)
