@@ -432,7 +432,7 @@ def test_parts_of_one_text_are_on_one_side_of_the_split(tokenizer, tmp_path, mon
     monkeypatch.setattr(sources, "LONGEST", 500)
     folder = tmp_path / "texts"
     folder.mkdir()
-    for book in range(6):
+    for book in range(24):  # half of them are held out, by the folder's name
         (folder / f"{book}.txt").write_text("".join(f"{book} line {line}\n" for line in range(200)))
     for small in (2**25, 0):  # a number of documents is held out of a folder, and by hash of a stream
         monkeypatch.setattr(mixture, "SMALL", small)
