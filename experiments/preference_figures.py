@@ -117,16 +117,17 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
     kept = table[(table.low > 0.5) & (table.at_most <= limit)]
     cut = ", ".join(f"{arm} {in_brackets(row, 'preferred_cut', '_cut')}" for arm, row in kept.iterrows())
     gold, text, dpo, imitation = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo", "imitation"))
-    return f"""- **The learnt reward did the damage to words, not RLOO.** With gold as the reward {gold.words_right:.0%}
+    return f"""- **Words fell with the learnt reward, not with gold.** With gold as the reward {gold.words_right:.0%}
   of greedy answers begin right, a change of {in_brackets(gold, "change", "_change", sign=True)}. With the learnt reward
   and a leash ten times as tight it is {table.words_right["tight rl"]:.0%}.
-- The cost in long context has another cause. RL on gold costs {gold.cost:.3f} nat a token, RL on the learnt reward
-  {table.cost["rl"]:.3f}.
-- **A text beside the pairs takes most of the cost back.** DPO then costs {text.cost:.3f} nat, not {dpo.cost:.3f}. It
+- The cost in long context is nearly as high without the learnt reward. RL on gold costs {gold.cost:.3f} nat a token,
+  RL on the learnt reward {table.cost["rl"]:.3f}.
+- **With a text beside the pairs the cost is lower.** DPO then costs {text.cost:.3f} nat, not {dpo.cost:.3f}. It
   is preferred {in_brackets(text, "preferred")} in place of {in_brackets(dpo, "preferred")}. Imitation of the chosen
   answers costs {imitation.cost:.3f} and is preferred {in_brackets(imitation, "preferred")}.
 - Within {limit:g} nat, every seed's interval, and preferred, interval above 1/2: {", ".join(kept.index) or "none"}.
-  Against the untrained answers, cut to the same length: {cut or "-"}."""
+  Against the untrained answers, cut to the same length: {cut or "-"}. The weight of the text and the lower learning
+  rate were chosen on one of these seeds."""
 
 
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
