@@ -159,7 +159,7 @@ def ablation_table(results: InstructionResults) -> pd.DataFrame:
 
 
 def squad_tables(results: InstructionResults) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(scores of the arms, differences between them) by length, on SQuAD: text for a reader."""
+    """(scores of the arms and their labels, differences between arms) by length, on SQuAD: text for a reader."""
     columns = [(length, measure) for length in results.lengths for measure in ON_SQUAD]
 
     def row(name: str, values: Iterable[Interval], *, sign: bool) -> dict[str, str]:
@@ -178,7 +178,8 @@ def squad_tables(results: InstructionResults) -> tuple[pd.DataFrame, pd.DataFram
         row(name, [results.difference(*pair, measure, [at]) for at, measure in columns], sign=True)
         for name, pair in pairs.items()
     ]
-    return pd.DataFrame(scores), pd.DataFrame(changes)
+    labels = [round(results.runs[results.runs.arm == arm].labels.mean()) for arm in results.arms]
+    return pd.DataFrame(scores).assign(labels=labels), pd.DataFrame(changes)
 
 
 def written_pairs(writer: str = WRITER) -> Record | None:

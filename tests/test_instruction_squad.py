@@ -81,6 +81,7 @@ def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the
     assert results.difference("long", "short", "f1") == pytest.approx((10, 10, 10))
     scores, changes = squad_tables(results)
     assert list(scores.arm) == ["short", "short, long"]
+    assert list(scores.labels) == [7, 7]
     assert list(changes.difference) == ["long minus short"]
     assert changes["F1, 2,048"][0] == "+10.0 [+10.0, +10.0]"
     assert scores["log-probability, 10,240"][1] == "-2.00 [-2.00, -2.00]"

@@ -88,6 +88,18 @@ def test_a_base_at_chance_decides_nothing_about_short_tasks(lines):
         assert lines["C7"].verdict.startswith(scoreboard.UNDECIDED)
 
 
+def test_a_loss_on_the_prompt_that_halves_the_weight_of_answers_decides_nothing_by_losing_some(lines):
+    """A sequence is a step of its own, so the answers of a long one weigh their share of its labels."""
+    preset = scoreboard.load_preset("tiny")
+    results, long = scoreboard.instruction_results(preset), preset.instruction.long_share
+    labels = results.runs.groupby("arm").labels.mean()
+    answers, prompts = long * labels["long"], labels["long, loss on prompt"] - labels["long"]
+    assert preset.instruction.sequences_per_step == 1
+    assert 0.45 < 1 - long + long * answers / (answers + prompts) < 0.55
+    assert results.difference(*scoreboard.PAIRS[scoreboard.LOSS])[2] < 0
+    assert lines["C10"].verdict.startswith(scoreboard.UNDECIDED)
+
+
 def test_headlines_have_a_column_for_each_model_with_a_record_and_one_seed_is_called_one_seed():
     rows = [line.split(" | ") for line in headlines().splitlines() if line.startswith("| ")]
     assert {len(row) for row in rows} == {1 + len(read_dose_results(list(scoreboard.MODELS)))}
