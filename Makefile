@@ -40,7 +40,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,workflow]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
 
 test-rehearsal: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 tests/rehearsal -m "not long"
