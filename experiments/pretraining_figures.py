@@ -116,15 +116,16 @@ def draw_copying(results: PretrainingResults, size: str, window: int, folder: Pa
         line = [100 * share["value"] for share in shares]
         for place, share in enumerate(shares):
             axes.scatter([place] * share["seeds"], 100 * np.array(share["each"]), s=14, c="none", edgecolors=colour)
-        axes.plot(line, color=colour, marker=marker, markersize=6, label=label.removesuffix(", in windows"))
+        label = label.removesuffix(", in windows")  # all arms copy with full context
+        axes.plot(line, color=colour, marker=marker, markersize=6, label=label)
         said.append(f"{label}: {line[0]:.0f}% to {line[-1]:.0f}%")
     axes.set_xticks(range(len(places)), [f"{low:,} to {high:,}" for low, high in places])
     axes.axvline([low for low, _ in places].index(window) - 0.5, color="0.4", linestyle=":")
     axes.set_xlabel(f"tokens back to what is quoted; dotted: short sequences have {window}")
     axes.set(ylabel="continued correctly (% of tokens)", ylim=(0, 100))
-    axes.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     caption = f"Copying in held-out texts that quote themselves, {size} trained on, recorded by us. Hollow: orders of "
-    caption += "the texts; lines: their means. The first tokens of an excerpt are left out."
+    caption += "the texts; lines: their means. All arms read the whole text. First tokens of excerpts are left out."
     save_figure(figure, folder, slug, number, caption, f"From near to far: {'; '.join(said)}.")
 
 

@@ -96,8 +96,8 @@ class PretrainingResults:
     def curriculum(self, size: str) -> pd.DataFrame:
         """A row for each arm from scratch and the continued one: cost beside "long", NLL minus that of "long".
 
-        "short" is read in windows of its own length, all others with full context. Of models that copy there are also
-        "copied", `copying` from beyond 1,024 tokens, and "copied_less", what it is minus that of "long".
+        For NLL, "short" is read in windows of its own length, all others with full context. Of models that copy there
+        are also "copied", `copying` from beyond 1,024 tokens, and "copied_less", what it is minus that of "long".
         """
         rows = []
         for arm in ("long", *SWITCHED, "in-reach", "short", "continued"):

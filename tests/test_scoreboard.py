@@ -100,6 +100,22 @@ def test_a_loss_on_the_prompt_that_halves_the_weight_of_answers_decides_nothing_
     assert lines["C10"].verdict.startswith(scoreboard.UNDECIDED)
 
 
+def test_copying_lost_near_as_well_as_far_is_no_loss_of_far_context_alone(lines, monkeypatch):
+    """The recorded switch loses both; one that copies as "long" does is told from it, near or everywhere."""
+    results, line = scoreboard.copying_results(), lines["C9"]
+    assert "near and far" in line.why
+    rows = {arm: results.cells.index[results.cells.arm == arm] for arm in ("long", "switch-80")}
+    for name, near in (("copied_hits", slice(1, 2)), ("copied_hits", slice(None)), ("nats", slice(None))):
+        array = results.arrays[name].copy()
+        array[rows["switch-80"], ..., near] = array[rows["long"], ..., near]
+        results = dataclasses.replace(results, arrays={**results.arrays, name: array})
+        monkeypatch.setattr(scoreboard, "copying_results", lambda changed=results: changed)
+        judged = scoreboard._with_a_copying_model(line)
+        assert "near and far" not in judged.why
+        assert ("copies less" in judged.why) == (near == slice(1, 2))
+    assert judged.verdict.startswith(scoreboard.AGREES)
+
+
 def test_headlines_have_a_column_for_each_model_with_a_record_and_one_seed_is_called_one_seed():
     rows = [line.split(" | ") for line in headlines().splitlines() if line.startswith("| ")]
     assert {len(row) for row in rows} == {1 + len(read_dose_results(list(scoreboard.MODELS)))}
