@@ -117,10 +117,13 @@ class InstructionResults:
         one, other = (self.scores(arm, lengths or self.past, measure) for arm in (first, second))
         return self.contrast(one - other)
 
-    def differences(self, measures: Iterable[str]) -> dict[str, list[Interval]]:
-        """Of each of PAIRS that was measured, `difference` in these measures."""
+    def differences(
+        self, measures: Iterable[str], lengths: Sequence[Sequence[int] | None] = (None,)
+    ) -> dict[str, list[Interval]]:
+        """Of each of PAIRS that was measured, `difference` at each of these `lengths` in each of these measures."""
         pairs = {name: pair for name, pair in PAIRS.items() if {*pair} <= {*self.arms}}
-        return {name: [self.difference(*pair, measure) for measure in measures] for name, pair in pairs.items()}
+        asked = [(measure, at) for at in lengths for measure in measures]
+        return {name: [self.difference(*pair, *one) for one in asked] for name, pair in pairs.items()}
 
     def far_nll(self, first: str, second: str) -> Interval:
         """First minus second arm's nats per token in the far half."""
@@ -173,11 +176,8 @@ def squad_tables(results: InstructionResults) -> tuple[pd.DataFrame, pd.DataFram
         row(LOOKS[arm][0], [results.mean(results.scores(arm, [at], measure)) for at, measure in columns], sign=False)
         for arm in results.arms
     ]
-    pairs = {name: pair for name, pair in PAIRS.items() if {*pair} <= {*results.arms}}
-    changes = [
-        row(name, [results.difference(*pair, measure, [at]) for at, measure in columns], sign=True)
-        for name, pair in pairs.items()
-    ]
+    found = results.differences([*ON_SQUAD], [[length] for length in results.lengths])
+    changes = [row(name, values, sign=True) for name, values in found.items()]
     labels = [round(results.runs[results.runs.arm == arm].labels.mean()) for arm in results.arms]
     return pd.DataFrame(scores).assign(labels=labels), pd.DataFrame(changes)
 

@@ -223,7 +223,7 @@ def test_our_attention_on_cpus_is_torchs(heads, shared, length, before):
     tensors = [torch.randn(1, tokens, count, 64, generator=generator).transpose(1, 2) for count, tokens in sizes]
     tensors[1] *= 4  # weights that differ
     exact = attended(torchs_attention, torch.float64, *(tensor.bfloat16() for tensor in tensors))
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.015)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
         rounded = tensors if dtype == torch.float32 else [tensor.bfloat16() for tensor in tensors]
         ours, theirs = (attended(one, dtype, *rounded) for one in (_CausalOnCPU.apply, torchs_attention))
         for found, expected in zip(ours, theirs if dtype == torch.float32 else exact, strict=True):

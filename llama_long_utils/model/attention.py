@@ -157,11 +157,12 @@ def _is_ours(query: Tensor, dropout: float, square: bool = True) -> bool:
 
 
 class _CausalOnCPU(torch.autograd.Function):
-    """Products of tiles in bf16, for which CPUs have instructions that torch's own kernels do not use.
+    """Products of tiles in bf16, for which CPUs have instructions.
 
-    Those took 1.7 times as long forwards and 1.9 times backwards (2,048 tokens of SmolLM2's heads, AVX512-BF16, one
-    thread). A product rounds its result to bf16. So what is subtracted from it, the largest or the logsumexp of the
-    scores, is one more column of the factors: then weights that count are rounded where they are near 1, not as scores.
+    torch's own kernels took 1.7 times as long forwards, 1.9 times backwards (2,048 tokens of SmolLM2's heads,
+    AVX512-BF16, one thread). A product rounds its result to bf16. So what is subtracted from it, the largest or the
+    logsumexp of the scores, is one more column of the factors: then weights that count are rounded where they are
+    near 1, not as scores.
     Shapes: (1, heads, length, head_dim); keys and values may have fewer heads, and begin before the queries do.
     """
 

@@ -156,17 +156,11 @@ def train_reward_model(
 
 
 def optimise_policy(
-    preset: Preset,
-    prompts: Sequence[list[int]],
-    reward: Path | Reward,
-    adapter: Path,
-    *,
-    trainer: type[TokenPolicyTrainer] = TokenPolicyTrainer,
-    **options: Any,
+    preset: Preset, prompts: Sequence[list[int]], reward: Path | Reward, adapter: Path, **options: Any
 ) -> TrainedAdapter:
     """RLOO (arXiv:2402.14740): sampled answers that a reward model, or a function, rates above others become likelier.
 
-    A nat of KL to the reference costs `beta`. With a function or a trainer, name the run by what it computes.
+    A nat of KL to the reference costs `beta`. With a function, name the run by what it computes.
     """
     if isinstance(reward, Path) and read_card(reward).rope != read_card(adapter).rope:
         raise ValueError(f"the reward model in {reward} rotates in another way than the policy in {adapter}")
@@ -192,7 +186,7 @@ def optimise_policy(
         )
         use_one_gpu(config)
         prompts = as_dataset(rows[:: numbers.answers])  # which TRL repeats
-        return trainer(model, rated, config, prompts, processing_class=tokenizer)
+        return TokenPolicyTrainer(model, rated, config, prompts, processing_class=tokenizer)
 
     given = weights_sha256(reward) if isinstance(reward, Path) else options.get("name")
     rows = [{"prompt": prompt} for prompt in prompts]
