@@ -35,18 +35,18 @@ run: $(INSTALLED)
 	$(BIN)/python -m tools.run --preset $(PRESET) --workers $(WORKERS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval --nbval-current-env \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 1 --nbval --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow --ignore tests/rehearsal --ignore tests/browser tests notebooks
 
 test-slow: $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,workflow]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 1 tests/slow
 
 test-rehearsal: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 tests/rehearsal -m "not long"
 
 test-rehearsal-long: $(INSTALLED)
-	$(BIN)/python -m pytest tests/rehearsal -m long
+	$(BIN)/python -m pytest tests/rehearsal -m long -o faulthandler_timeout=0
 
 test-browser: $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,browser]"
