@@ -106,4 +106,10 @@ def test_of_a_preset_the_whole_run_is_priced(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["sequences_of_run"] == 80
     assert found["hours_of_run"]["H100 80 GB"] == pytest.approx(40 * found["seconds_per_step"]["H100 80 GB"] / 3600)
-    assert " h for the preset's 80 sequences" in plan.table(found)
+    assert " s for the preset's 80 sequences" in plan.table(found)
+    assert [plan.cost(seconds) for seconds in (0.0164, 6.43, 5040, 1e6)] == ["0.016 s", "6.4 s", "1.4 h", "277.8 h"]
+
+
+def test_seconds_are_told_of_gpus_with_as_much_memory(answer, capsys):
+    found = json.loads(answer(capsys, "--window", "8192", "--memory", "40", "--json"))
+    assert list(found["seconds_per_step"]) == ["A100 40 GB", "A100 80 GB", "H100 80 GB"]

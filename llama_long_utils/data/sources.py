@@ -145,8 +145,8 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) 
         folder = (REPOSITORY / name).resolve()
         if not folder.is_dir():
             raise ValueError(
-                f"unknown document source {name!r}: use one of {[*sorted(CORPORA), STANDARD_LIBRARY]}, a folder with "
-                ".txt or .jsonl files, or hub:owner/name[:split[:column]]"
+                f"unknown document source {name!r}: there is no such folder; use one with .txt or .jsonl files, "
+                f"hub:owner/name[:split[:column]], or one of {[*sorted(CORPORA), STANDARD_LIBRARY]}"
             )
         if REPOSITORY.is_relative_to(folder):
             raise ValueError(f"document source {name!r} holds this repository: name a folder of texts only")

@@ -167,9 +167,10 @@ def find_adapter(
                 return path.parent
             said = [f"other {name}" if isinstance(was, dict) else f"{name} = {was}" for name, was in other.items()]
             others.append(f"; the one in {path.parent} has {', '.join(said)}: name this folder as adapter to use it")
-    notebook = {"training": "05_finetune_qlora", "instruction": "09_instruction_tuning"}.get(stage, "its notebook")
+    notebook, option = ("05_finetune_qlora", "") if stage == "training" else ("09_instruction_tuning", " --stage sft")
     raise ValueError(
-        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run {notebook}" + "".join(others[:1])
+        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run {notebook}, or "
+        f"python -m llama_long_utils.train --preset {preset.name}{option}{''.join(others[:1])}"
     )
 
 
