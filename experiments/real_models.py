@@ -1,5 +1,6 @@
-"""Records of real models as notebooks 4 and 13 tell them: doses, statements found, tasks, attention's share."""
+"""Records of real models as notebooks 4 and 13 tell them: doses, statements found, tasks, steps on a GPU."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,3 +334,21 @@ def attention_share(steps: pd.DataFrame, context: int) -> float:
     """
     slope, rest = np.polyfit(steps.context, 1 / steps.tokens_per_second, 1)
     return slope * context / (slope * context + rest)
+
+
+def training_in_words(record: Record) -> str:
+    """How a GPU's training run went, from its rows by step; or that the record has none."""
+    if "training" not in record.content["tables"]:
+        return "`make gpu` ends with a training run; this record has none."
+    log = record.table("training")
+    tenth, peak = math.ceil(len(log) / 10), log.peak_gib.astype(float).max()
+    first, last = log.loss[:tenth].mean(), log.loss[-tenth:].mean()
+    kind = "SmolLM2-135M, on its preset's texts"
+    if log.weights[0] == "random":
+        kind = "a random model of SmolLM2-135M's shape, on sequences of few different tokens"
+    memory = "" if math.isnan(peak) else f" in {peak:.1f} GiB"
+    return (
+        f"`make gpu` ended with a training run: {kind}, {len(log):,} steps of whole sequences of {log.context[0]:,} "
+        f"tokens. It reached {log.tokens_per_second.median():,.0f} tokens/s{memory}. The loss went from {first:.2f} to "
+        f"{last:.2f}, means over the first and the last tenth of the steps."
+    )

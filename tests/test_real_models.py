@@ -1,11 +1,12 @@
 """What notebook 13 reads out of the records, recomputed from their arrays."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments.dose_record import BIN
-from experiments.real_models import WAYS, read_dose_results, read_tasks
-from llama_long_utils.records import recorded
+from experiments.real_models import WAYS, read_dose_results, read_tasks, training_in_words
+from llama_long_utils.records import Record, recorded, write_record
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,17 @@ def test_statements_by_text_sum_to_those_by_depth(results):
         by_text = results.found_in_texts(results.largest("full"), length)
         assert len(by_text) == 5
         assert sum(by_text) == right
+
+
+@pytest.mark.parametrize("weights", ["SmolLM2-135M", "random"])
+def test_a_training_run_on_a_gpu_is_told_where_a_record_has_one(tmp_path, weights):
+    rows = pd.DataFrame({"weights": weights, "context": 16_384, "step": range(1, 21), "tokens_per_second": 50_000.0})
+    rows = rows.assign(
+        tokens=65_536 * rows.step, loss=3 - rows.step / 50, peak_gib=9.8 if weights != "random" else None
+    )
+    about = {"preset": "gpu", "question": "What fits?", "tables": {"training": rows}, "seeds": {}, "seconds": 1.0}
+    told = training_in_words(Record(write_record(tmp_path, "04_one_gpu_budget", **about)))
+    assert "20 steps of whole sequences of 16,384 tokens. It reached 50,000 tokens/s" in told
+    assert "from 2.97 to 2.61" in told  # means of two steps each
+    assert ("a random model" in told, "in 9.8 GiB" in told) == ((True, False) if weights == "random" else (False, True))
+    assert "has none" in training_in_words(recorded("tiny", "04_one_gpu_budget"))
