@@ -1,7 +1,9 @@
 """Preference tuning through TRL: what its trainers would do in silence, named by the trap, and what ours do."""
 
 import dataclasses
+import logging
 import math
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, RLOOConfig
 
@@ -226,6 +229,23 @@ def test_a_reward_model_trains_where_trl_mixes_fp32_and_bf16(preset, start):
         rewards(model, [[*one.prompt, *getattr(one, side)] for one in pairs()]) for side in ("chosen", "rejected")
     )
     assert np.mean(np.array(better) > worse) >= 5 / 6
+
+
+def test_a_new_head_is_not_reported_but_other_weights_that_are_missing_are_refused(preset, start, tmp_path, capfd):
+    handler = logging.StreamHandler()  # on the standard error of this test
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+        load_reward_model(preset, start)
+        assert "LOAD REPORT" not in capfd.readouterr().err
+        shutil.copytree(preset.base.source, tmp_path / "base")
+        weights = load_file(file := tmp_path / "base" / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, file, {"format": "pt"})
+        options = {"dtype": preset.base.dtype, "reward": True}
+        with pytest.raises(ValueError, match=r"no weights for model\.norm\.weight"):
+            load_base(tmp_path / "base", RAISED, **options)
+        load_base(tmp_path / "base", RAISED, dtype=preset.base.dtype)
+        assert "LOAD REPORT" in capfd.readouterr().err  # as it was before
 
 
 def test_a_reward_model_sees_whether_a_text_has_ended_though_padding_is_eos(preset, start):

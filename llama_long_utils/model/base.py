@@ -48,7 +48,10 @@ def load_base(
         if quantization:
             quantization.llm_int8_skip_modules = ["score"]
     logging.disable_progress_bar()  # the weights are on this disk
-    model = kind.from_pretrained(
+    verbosity = logging.get_verbosity()
+    if reward:
+        logging.set_verbosity_error()  # no report that a new head is new
+    model, loaded = kind.from_pretrained(
         folder,
         quantization_config=quantization,
         dtype=getattr(torch, dtype),
@@ -56,9 +59,13 @@ def load_base(
         max_position_embeddings=rope.max_position_embeddings,
         attn_implementation=XPOS if rope.method == "xpos_abf" else attention,
         device_map={"": PartialState().device if torch.cuda.is_available() and not on_host else "cpu"},
+        output_loading_info=True,
         **options,
         **LOCAL,
     )
+    logging.set_verbosity(verbosity)
+    if reward and (missing := {*loaded["missing_keys"]} - {"score.weight"}):
+        raise ValueError(f"{folder} has no weights for {', '.join(sorted(missing))}")
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # A forward without gradients in eval mode would repack the weights for inference on CPUs
