@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="of the preset (default: the model's name and the window)")
     parser.add_argument("--texts", metavar="FOLDER", help="your .txt and .jsonl files (default: data sets on the hub)")
     asked = parser.parse_args()
-    asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}")
+    asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}").lstrip("-.")
     if (PRESETS / f"{asked.name}.toml").exists():
         parser.error(f"presets/{asked.name}.toml is there and is not overwritten: use another --name, or remove it")
     packaged, folder = [*json.loads(PACKAGED.read_bytes())], REPOSITORY / asked.base

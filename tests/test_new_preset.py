@@ -151,7 +151,7 @@ def test_the_raised_base_leaves_no_pair_at_new_angles(shape):
 def test_texts_may_be_shorter_than_estimated_but_two_must_fill_the_window(written, texts, tmp_path, monkeypatch):
     write_config(tmp_path / "base")
     size = len((texts / "0.txt").read_text())
-    words = ["--base", tmp_path / "base", "--memory", 1, "--texts", texts, "--name", "a", "--window"]
+    words = ["--base", tmp_path / "base", "--memory", 1, "--texts", texts, "--name", "../a", "--window"]
     with pytest.raises(ValueError, match=r"the 3 texts in .* hold about 1,8\d\d tokens to train on, and 4 passes"):
         command(monkeypatch, *words, size)
     command(monkeypatch, *words, size // 4)
