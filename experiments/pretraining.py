@@ -9,7 +9,7 @@ Expected: the NLL at 4,096 tokens of a late switch equals that of long sequences
 that is worse by more than its interval, over seeds and documents, refutes that for its switch.
 
 To models this small and briefly trained, far context is worth next to nothing. So the same arms begin a second time
-where a model already copies from its context: pretraining_copying.py.
+where a model already copies from its context: pretraining_copying.py. Data mixes: pretraining_mix.py, both models.
 """
 
 import json
@@ -25,7 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
-from experiments.pretraining_results import LATER, collect
+from experiments.pretraining_results import LATER, MIXED, collect
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import read_documents
@@ -65,9 +65,13 @@ MIXES = {  # texts of the long rows, of the short rows, share of long rows (pret
     "upweighted": ("speeches and plays", "bible", 0.8),
     "other-domain": ("python", "python", 0.5),
     "better": ("speeches and plays", "speeches and plays", 0.5),
+    "in-reach": ("speeches and plays", "bible", 0.5),  # shredded, and then its pieces quote themselves
 }
-TRAINED_ON_MIXES = ("original", "shredded", "better")  # that tell length from content
-ARMS = (*SWITCHES, CONTINUED, *(f"mix-{mix}" for mix in MIXES))
+FROM_SCRATCH_MIXES = ("original", "long-removed", "shredded", "upweighted", "other-domain", "better")
+TRAINED_ON_MIXES = ("original", "in-reach", "long-removed", "better", "shredded")  # that tell length from content
+MIX_QUOTING = 0.6  # share of the documents that quote themselves, for the tiny Llama
+BEFORE = "before"  # the tiny Llama as it is, with the RoPE base raised
+ARMS = (*SWITCHES, CONTINUED, BEFORE, *(f"mix-{mix}" for mix in MIXES))
 EDGES = [1, 16, 64, 128, 256, 512, 1024, 2048, 4096]  # of the positions' buckets
 BF16 = "bf16 autocast"
 STRETCHES = 2  # of each held-out document, at most
@@ -103,14 +107,22 @@ class Cell:
     @property
     def record(self) -> Path:
         """Where it is once it is measured, named by what its numbers depend on."""
-        key = digest(VERSION, SIZES[self.size], self.arm, long_settings(self.size, self.seed), PRESET.data, EDGES)
+        settings = [long_settings(self.size, self.seed)]
+        settings += [later_settings(self)] if self.is_mix else []
+        key = digest(VERSION, SIZES[self.size], self.arm, *settings, PRESET.data, EDGES)
         return RUNS / "cells" / f"{self.size}-{self.arm}-{self.seed}-{key[:8]}.json"
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether it is of the tiny Llama's data mixes, which begin with its own weights: no short part comes first."""
+        return self.size == TRAINED_ON and self.arm.startswith(("mix-", BEFORE))
 
     @property
     def short_owner(self) -> "Cell | None":
         """The cell "short" whose training this one begins with: two processes must not train it at a time."""
         first = 0 if self.arm.startswith("mix-") else self.seed
-        return None if self.arm in ("long", "short", "in-reach") else Cell(self.size, "short", first)
+        alone = self.arm in ("long", "short", "in-reach") or self.is_mix
+        return None if alone else Cell(self.size, "short", first)
 
 
 def checked_cell(size: str, arm: str, seed: str) -> Cell:
@@ -125,11 +137,12 @@ def checked_cell(size: str, arm: str, seed: str) -> Cell:
 
 
 def all_cells() -> list[Cell]:
-    """The cells of both records, those that decide first: curriculum, data mix, then the tiny Llama trained on."""
+    """The cells of all records, those that decide first: curriculum, data mix, then the tiny Llama trained on."""
     cells = [Cell(FROM_SCRATCH, arm, seed) for seed in SEEDS for arm in FROM_SCRATCH_ARMS]
-    cells += [Cell(FROM_SCRATCH, f"mix-{mix}", seed) for seed in SEEDS for mix in MIXES]
+    cells += [Cell(FROM_SCRATCH, f"mix-{mix}", seed) for seed in SEEDS for mix in FROM_SCRATCH_MIXES]
     arms = (TRAINED_ON_ARMS, [f"mix-{mix}" for mix in TRAINED_ON_MIXES])
-    return cells + [Cell(TRAINED_ON, arm, seed) for some in arms for seed in SEEDS for arm in some]
+    cells += [Cell(TRAINED_ON, arm, seed) for some in arms for seed in SEEDS for arm in some]
+    return [*cells, Cell(TRAINED_ON, BEFORE, 0)]
 
 
 def run_all(folder: Path, *, finished: bool) -> None:
@@ -141,13 +154,16 @@ def run_all(folder: Path, *, finished: bool) -> None:
         run_cell(cell)
         print(f"[{number}/{len(cells)}] {cell.size} {cell.arm}, seed {cell.seed}", flush=True)
     scratch, later = ([cell for cell in cells if cell.size == size] for size in (FROM_SCRATCH, TRAINED_ON))
+    mixed = [cell for cell in later if cell.is_mix]
+    later = [cell for cell in later if cell not in mixed]
     if not cells:
         raise ValueError("no cell is measured yet: leave out --finished, or measure one with --cell")
     if scratch:
         contexts = measured_contexts([cell for cell in scratch if cell.arm == "long"], finished=finished)
         print(collect([cell.record for cell in scratch], folder, contexts=contexts))
-    if later:
-        print(collect([cell.record for cell in later], folder, LATER))
+    for some, slug in ((later, LATER), (mixed, MIXED)):
+        if some:
+            print(collect([cell.record for cell in some], folder, slug))
 
 
 def flops_per_token(layers: int, hidden: int, length: int) -> float:
@@ -317,7 +333,7 @@ def run_cell(cell: Cell) -> Path:
         return cell.record
     settings, mix = long_settings(cell.size, cell.seed), cell.arm.removeprefix("mix-")
     later = cell.arm == CONTINUED or mix != cell.arm  # trained on, as another run, from the end of "short"
-    switch = round(SWITCHES.get(cell.arm, 1.0) * settings.steps)
+    switch = 0 if cell.is_mix else round(SWITCHES.get(cell.arm, 1.0) * settings.steps)
     model = new_model(cell.size, SHORT_BASE if cell.arm == "short" else LONG_BASE, cell.seed)
     folder, seconds, rows = RUNS / "long" / cell.record.stem, {"short": 0.0, "long": 0.0}, []
     if switch:
@@ -331,7 +347,9 @@ def run_cell(cell: Cell) -> Path:
         begin_with(checkpoint, folder)
     if later:
         settings = later_settings(cell)
-    if mix != cell.arm:
+    if cell.arm == BEFORE:
+        log = []
+    elif mix != cell.arm:
         from experiments.pretraining_mix import mix_rows
 
         model.set_attn_implementation("documents")
@@ -345,7 +363,7 @@ def run_cell(cell: Cell) -> Path:
     if cell.size == TRAINED_ON:
         from experiments.pretraining_copying import measure_copying
 
-        tables["copying"] = measure_copying(model)
+        tables |= measure_copying(model)
     shape = SIZES[cell.size]
     lengths = [SHORT] * switch + [int(row.position_ids.max()) + 1 for row in rows[0 if later else switch :]]
     cost = {**asdict(cell), "parameters": model.num_parameters(), "tokens": LONG * len(lengths)}
@@ -353,13 +371,14 @@ def run_cell(cell: Cell) -> Path:
     cost["flops"] = sum(LONG * flops_per_token(shape.layers, shape.hidden, length) for length in lengths)
     cost["flops_counted"] = sum(LONG * counted_flops(model, length) for length in lengths)
     cost["seconds"] = switch * seconds["short"] + cost["long_steps"] * seconds["long"]
-    loss = pd.DataFrame([{"step": int(row["step"]), "loss": row["loss"]} for row in log if "loss" in row])
+    if loss := [{"step": int(row["step"]), "loss": row["loss"]} for row in log if "loss" in row]:
+        tables["loss"] = pd.DataFrame(loss)
     return write_record(
         cell.record.parent,
         cell.record.stem,
         preset=PRESET.name,
         question=QUESTION,
-        tables={**tables, "loss": loss, "cost": pd.DataFrame([cost])},
+        tables={**tables, "cost": pd.DataFrame([cost])},
         seeds={"training": cell.seed, "evaluation": PRESET.evaluation.seed, "split": PRESET.data.split_seed},
         seconds=cost["seconds"],
         provenance={"command": f"python -m experiments pretraining --cell {cell.size} {cell.arm} {cell.seed}"},
@@ -367,12 +386,15 @@ def run_cell(cell: Cell) -> Path:
 
 
 def later_settings(cell: Cell) -> TrainingSettings:
-    """Of another run after the end of "short": half the learning rate, a warm-up and a decay of its own."""
+    """Of a run of its own: after the end of "short", at half the learning rate, or the tiny Llama's on a data mix."""
     settings = long_settings(cell.size, cell.seed + 1000)  # other sequences than before
     steps, share = continued_steps(cell.size), settings.self_quoting_share
-    if cell.arm != CONTINUED:  # a data mix: texts as they are
+    rate = settings.learning_rate / 2
+    if cell.is_mix:
+        steps, share, rate = settings.steps, MIX_QUOTING, settings.learning_rate
+    elif cell.arm != CONTINUED:  # a data mix: texts as they are
         steps, share = settings.steps // 4, 0.0
-    settings = replace(settings, steps=steps, learning_rate=settings.learning_rate / 2, self_quoting_share=share)
+    settings = replace(settings, steps=steps, learning_rate=rate, self_quoting_share=share)
     return replace(settings, warmup_steps=max(steps // 20, 1))
 
 

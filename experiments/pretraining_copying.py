@@ -19,14 +19,15 @@ well as "long". And "continued", which has a learning rate of its own after the 
 the learning rate has nearly decayed by then: it copies better than the switch. That order is one of the three tested.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import LlamaForCausalLM
 
-from experiments.pretraining import PRESET, held_out_stretches
+from experiments.pretraining import LONG, PRESET, held_out_stretches
+from experiments.pretraining_mix import PIECE
 from llama_long_utils.data.quoting import with_excerpts
 from llama_long_utils.model.loss import hidden_states
 
@@ -35,13 +36,16 @@ SKIPPED = 4  # first tokens of an excerpt, from which nobody can know what is qu
 
 
 @torch.no_grad()
-def measure_copying(model: LlamaForCausalLM) -> pd.DataFrame:
+def measure_copying(model: LlamaForCausalLM) -> dict[str, pd.DataFrame]:
     """How well excerpts in held-out texts are continued: document, distance_low, distance_high, tokens, hits, nats.
 
     `hits` are tokens that the model holds for the most probable one. It reads all 4,096 tokens at once. The arm "short"
-    was not trained on most of these positions.
+    was not trained on most of these positions. Tables: "copying", and "copying_short" of the first 1,024 tokens alone,
+    which every data mix trains.
     """
-    generator, rows = np.random.default_rng(PRESET.evaluation.seed), []
+    generator = np.random.default_rng(PRESET.evaluation.seed)
+    ends = {"copying": LONG, "copying_short": PIECE}
+    rows: dict[str, list[tuple[str, int, int, int, int, float]]] = {name: [] for name in ends}
     for (stretch,) in held_out_stretches(1):
         ids, source = with_excerpts(stretch.token_ids.astype(np.int64), generator)
         tokens = torch.from_numpy(ids)[None]
@@ -49,11 +53,13 @@ def measure_copying(model: LlamaForCausalLM) -> pd.DataFrame:
         nats = torch.nn.functional.cross_entropy(scores, tokens[0, 1:], reduction="none").numpy()
         hits = (scores.argmax(dim=1) == tokens[0, 1:]).numpy()
         distance = continued_from(source)[1:]
-        for low, high in pairwise(DISTANCES):
-            there = (distance >= low) & (distance < high)
-            sums = int(there.sum()), int(hits[there].sum()), float(nats[there].sum())
-            rows.append((f"{stretch.source}/{stretch.name}", low, high, *sums))
-    return pd.DataFrame(rows, columns=["document", "distance_low", "distance_high", "tokens", "hits", "nats"])
+        for (low, high), (name, end) in product(pairwise(DISTANCES), ends.items()):
+            there = np.flatnonzero((distance >= low) & (distance < high))
+            there = there[there < end - 1]
+            sums = len(there), int(hits[there].sum()), float(nats[there].sum())
+            rows[name].append((f"{stretch.source}/{stretch.name}", low, high, *sums))
+    columns = ["document", "distance_low", "distance_high", "tokens", "hits", "nats"]
+    return {name: pd.DataFrame(part, columns=columns) for name, part in rows.items()}
 
 
 def continued_from(source: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The figures and tables of notebook 12."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import pretraining
-from experiments.pretraining_results import PLACES, SWITCHED, PretrainingResults
+from experiments.pretraining_results import COPIED, PLACES, SWITCHED, PretrainingResults
 from experiments.race_results import student_reach
 from llama_long_utils.figures import (
     AMBER,
@@ -49,16 +50,16 @@ def in_points(change: dict[str, Any]) -> str:
     return measured(*(100 * change[name] for name in ("value", "low", "high")), digits=1)
 
 
-def jumps(results: PretrainingResults, size: str) -> pd.DataFrame:
+def jumps(results: PretrainingResults, size: str, arms: Sequence[str] = SWITCHED) -> pd.DataFrame:
     """Training loss minus the long arm's, in nats: before each switch, at it, soon after; then the jump between.
 
     Columns value, low and high are the jump, with Student's interval of the seeds' means.
     """
     rows = []
-    for name in SWITCHED:
+    for name in arms:
         around = results.spike(size, name)
         means = {"20 steps before": around[:, :20], "first 2 long steps": around[:, 20:22]}
-        means["long steps 11 to 20"] = around[:, 30:40]
+        means[f"long steps 11 to {min(around.shape[1] - 20, 20)}"] = around[:, 30:40]
         rows.append({"arm": STYLES[name][0]} | {when: part.mean() for when, part in means.items()})
         each = around[:, 20:22].mean(axis=1) - around[:, :20].mean(axis=1)
         half = student_reach(each)
@@ -93,6 +94,14 @@ def worth_of_context(results: PretrainingResults, size: str, arms: list[str]) ->
         if name != "long":
             rows.append({"arm": name, "position": "far, minus long", **results.less_from_context(size, name, *far)})
     return pd.DataFrame(rows)
+
+
+def quality_table(curriculum: pd.DataFrame) -> pd.DataFrame:
+    """What each arm costs beside "long", and its NLL minus that of "long", as text."""
+    names = {"flops": "operations", "flops_counted": "as multiplied", "seconds": "seconds", "tokens": "tokens"}
+    names["text"] = "NLL minus long"
+    shown = curriculum.assign(text=in_words(curriculum, 3))
+    return shown[["arm", *names, "seeds"]].rename(columns=names)
 
 
 def copying_table(results: PretrainingResults, size: str) -> pd.DataFrame:
@@ -237,3 +246,71 @@ def draw_mixes(mixes: pd.DataFrame, size: str, folder: Path, slug: str, number: 
     parts = mixes[mixes.place == "far"]
     alt = "; ".join(f"{row.mix} {row.value:+.3f}" for row in parts.itertuples())
     save_figure(figure, folder, slug, number, caption, f"NLL minus the original mix's, far: {alt}.")
+
+
+def effects_table(results: PretrainingResults, size: str) -> pd.DataFrame:
+    """What content and length do to far NLL, from scratch, as text."""
+    effects = results.content_and_length(size)
+    shown = effects.assign(text=in_words(effects, 4)).rename(columns={"text": "far NLL (nats)", "seeds": "orders"})
+    return shown[["what is changed", "first minus second", "far NLL (nats)", "orders"]]
+
+
+def context_gains(results: PretrainingResults, size: str, mixes: Sequence[str]) -> pd.DataFrame:
+    """What far context is worth to each mix: far NLL with full context minus that in windows, as in `difference`."""
+    ways = [((f"mix-{mix}", "full"), (f"mix-{mix}", "window")) for mix in mixes]
+    return pd.DataFrame([{"mix": pair[0][0][4:], **results.difference(size, *pair, *PLACES["far"])} for pair in ways])
+
+
+def law_table(results: PretrainingResults) -> pd.DataFrame:
+    """The law of loss against context for each model and seed, with intervals, as text."""
+    laws = results.record.table("power_law")
+    bounds = {"β": ("beta", 2), "saved by context": ("saved", 3)}
+    for name, (column, digits) in bounds.items():
+        columns = laws[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
+        laws[name] = [measured(*row, digits=digits, sign=False) for row in columns]
+    return laws[["model", "seed", "parameters", "β", "gamma", "rmse", "saved by context"]]
+
+
+def mix_table(results: PretrainingResults, size: str) -> pd.DataFrame:
+    """A row for each mix of a model that copies, as text, and for the model before: NLL, and what it copies."""
+    rows = []
+    for arm in dict.fromkeys(results.cells.arm):
+        far, tokens = results.nats(size, arm, *PLACES["far"])
+        row = {"mix": arm.removeprefix("mix-"), "orders": len(far)}
+        row["far NLL"] = f"{np.mean([nats.sum() for nats in far.values()]) / tokens.sum():.3f}"
+        gain = results.difference(size, (arm, "full"), (arm, "window"), *PLACES["far"])
+        row["full context minus windows"] = in_words(pd.DataFrame([gain]), 3)[0]
+        less = "-"
+        if arm != "mix-original" and results.seeds(size, arm, "mix-original")[1:]:
+            less = in_words(pd.DataFrame([results.less_from_context(size, arm, *PLACES["far"], "mix-original")]), 3)[0]
+        row["minus original's"] = less
+        for place in ("near", "far"):
+            row[f"copied {place}"] = f"{100 * results.copying(size, arm, **COPIED[place])['value']:.1f}%"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def draw_content_or_length(effects: pd.DataFrame, size: str, folder: Path, slug: str, number: str) -> None:
+    """What each change of the mix does to NLL and to copying, near and far."""
+    styles = {
+        "near": {"label": "near", "color": GREY, "marker": "o"},
+        "far": {"label": "far", "color": BLUE, "marker": "s"},
+    }
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    drawn = effects[effects.seeds > 1]
+    named = {"NLL": "NLL (nats); to the right is worse", "copying": "copied (points); to the left is worse"}
+    for panel, measure in zip(panels, named, strict=True):
+        part = drawn[drawn.measure == measure]
+        intervals(panel, part, row="change", colour="place", zero=0, samples="each", styles=styles)
+        panel.set_xlabel(named[measure])
+        panel.get_legend().remove()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    caption = f"Content or length? Data mixes read by {size}, recorded by us; hollow: orders of the texts, bars: 95% "
+    caption += (
+        "intervals as in Figure 12.2. Far: positions from 2,048 on, or copied from over 1,024 tokens back. Near: "
+    )
+    caption += "positions below 512, or copied from up to 512 tokens back within the first 1,024. Changes measured in "
+    caption += "one order only are left out."
+    far = drawn[drawn.place == "far"]
+    alt = "; ".join(f"{row.change}, {row.measure} {row.value:+.2f}" for row in far.itertuples())
+    save_figure(figure, folder, slug, number, caption, f"Far, mixes minus original: {alt}.")

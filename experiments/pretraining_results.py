@@ -17,6 +17,7 @@ from llama_long_utils.records import Record, read_record, read_table, write_arra
 
 SLUG = "12_pretraining_curriculum"
 LATER = "12_switch_of_a_copying_model"
+MIXED = "12_data_mix_of_a_copying_model"
 NAMES = ["size", "arm", "seed"]
 SWITCHED = ("switch-20", "switch-40", "switch-80", "switch-95")
 
@@ -27,7 +28,8 @@ class PretrainingResults:
 
     `arrays`: nats (cells, ways, documents, buckets), tokens (documents, buckets), loss (cells, steps; NaN behind the
     end), documents, edges, ways. Of models that copy also copied_hits (cells, documents, distances), copied_tokens
-    (documents, distances), distances (edges of the buckets, in tokens).
+    (documents, distances), distances (edges of the buckets, in tokens); short_hits and short_tokens are those in the
+    first 1,024 tokens.
     """
 
     cells: pd.DataFrame
@@ -76,18 +78,21 @@ class PretrainingResults:
         each = change.sum(axis=1) / tokens.sum()
         return {**wider_interval(change, tokens, self.bootstrap), "each": list(each), "seeds": len(each)}
 
-    def copying(self, size: str, arm: str, base: str = "", low: int = 1024, high: int = 4096) -> dict[str, Any]:
+    def copying(
+        self, size: str, arm: str, base: str = "", low: int = 1024, high: int = 4096, *, within: str = "copied"
+    ) -> dict[str, Any]:
         """Share of tokens of excerpts, `low` to `high` tokens from their originals, that an arm continues correctly.
 
-        With `base`, that share minus the other arm's, paired. Keys as in `difference`.
+        With `base`, that share minus the other arm's, paired. Keys as in `difference`. `within`: "copied" is the whole
+        text, "short" its first 1,024 tokens.
         """
         edges = list(self.arrays["distances"])
         buckets = slice(edges.index(low), edges.index(high))
         seeds = self.seeds(size, arm, base or arm)
-        hits = self.arrays["copied_hits"][..., buckets].sum(axis=-1)
+        hits = self.arrays[f"{within}_hits"][..., buckets].sum(axis=-1)
         rows = self.cells[self.cells["size"] == size].reset_index().set_index(["arm", "seed"])["index"]
         change = np.array([hits[rows[arm, seed]] - (hits[rows[base, seed]] if base else 0) for seed in seeds])
-        return self._interval(change, self.arrays["copied_tokens"][:, buckets].sum(axis=1))
+        return self._interval(change, self.arrays[f"{within}_tokens"][:, buckets].sum(axis=1))
 
     def cost(self, size: str, arm: str, column: str = "flops") -> float:
         """Mean over seeds of a column of `cells`."""
@@ -143,6 +148,31 @@ class PretrainingResults:
             if self.seeds(size, *pair)
         )
 
+    def content_or_length(self, size: str) -> pd.DataFrame:
+        """What two mixes of a model that copies differ by: a row for each change, measure and place.
+
+        Columns value, low, high, each: NLL in nats at PLACES, copying in points at COPIED.
+        """
+        rows = []
+        for change, (first, second) in MIX_CHANGES.items():
+            for place in PLACES if self.seeds(size, first, second) else ():
+                nll = self.difference(size, (first, "full"), (second, "full"), *PLACES[place])
+                copied = self.copying(size, first, second, **COPIED[place])
+                copied |= {name: 100 * copied[name] for name in ("value", "low", "high")}
+                copied["each"] = [100 * value for value in copied["each"]]
+                about = {"change": change, "place": place}
+                rows += [{**about, "measure": "NLL", **nll}, {**about, "measure": "copying", **copied}]
+        return pd.DataFrame(rows)
+
+    def saved_at_equal_quality(self, size: str) -> tuple[float, float]:
+        """The least and the most that a switch can save of the operations of "long", by the intervals of NLL.
+
+        Least: by arms of which a loss of `EQUAL` is excluded. Most: by those not told to be worse. 0 if there is none.
+        """
+        arms = self.curriculum(size).set_index("arm").loc[[*SWITCHED]]
+        least, most = (max([0.0, *(1 - arms.flops[which])]) for which in (arms.high < EQUAL, arms.low <= 0))
+        return least, most
+
     def context_saves_more(self, larger: str, smaller: str) -> dict[str, Any]:
         """What the longest context saves `larger` minus what it saves `smaller`, paired by document."""
         table = self.record.table("context_saved")
@@ -163,6 +193,17 @@ class PretrainingResults:
 
 
 PLACES = {"near": (1, 512), "far": (2048, 4096)}
+LENGTH, CONTENT = "length taken away", "better content"  # what is compared: both at an equal share of quotes
+MIX_CHANGES = {  # of a model that copies: the first arm minus the second
+    LENGTH: ("mix-in-reach", "mix-original"),
+    CONTENT: ("mix-better", "mix-original"),
+    "content taken away, all short": ("mix-long-removed", "mix-in-reach"),
+    "length and quotes taken away": ("mix-shredded", "mix-original"),
+}
+COPIED = {  # distances back to what is quoted, and in which part of the text
+    "near": {"low": 1, "high": 512, "within": "short"},
+    "far": {"low": 1024, "high": 4096, "within": "copied"},
+}
 LAW_SAMPLES = 300
 EQUAL = 0.01  # nat: a loss to exclude before quality is called equal; one percent less probability
 COSTS = ("flops", "flops_counted", "seconds", "tokens")
@@ -181,6 +222,27 @@ def pretraining_results(path: Path | None = None) -> PretrainingResults:
 def copying_results() -> PretrainingResults:
     """The tiny Llama trained on (pretraining_copying.py), from its committed record."""
     return pretraining_results(RESULTS / "tiny" / f"{LATER}.json")
+
+
+def mixed_results() -> PretrainingResults:
+    """The data mixes of the tiny Llama (pretraining_mix.py), from their committed record."""
+    return pretraining_results(RESULTS / "tiny" / f"{MIXED}.json")
+
+
+def heavier(effects: pd.DataFrame, measure: str) -> str:
+    """What changes a far measure more, "length" or "content", by intervals that are apart; else "neither".
+
+    `effects` are `content_or_length`. A change for the better by length, or for the worse by content, counts for none.
+    """
+    far = effects[(effects.measure == measure) & (effects.place == "far")].set_index("change")
+    worse = 1 if measure == "NLL" else -1
+    costs, gives = (
+        sorted(sign * far.loc[name, ["low", "high"]].astype(float))
+        for name, sign in ((LENGTH, worse), (CONTENT, -worse))
+    )
+    if costs[0] > max(gives[1], 0):
+        return "length"
+    return "content" if gives[0] > max(costs[1], 0) else "neither"
 
 
 def fitted_law(context: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
@@ -224,7 +286,8 @@ def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Se
     """Join the records of cells and of losses by context to folder/slug.json and .npz."""
     cells = pd.concat([read_table(path, "cost") for path in records], ignore_index=True)
     tables = [read_table(path, "nll") for path in records]
-    losses = [read_table(path, "loss").loss.to_numpy() for path in records]
+    have = [read_record(path)["tables"] for path in records]
+    losses = [[row["loss"] for row in tables.get("loss", ())] for tables in have]
     first = tables[0]
     documents, ways = list(first.document.unique()), list(first.way.unique())
     edges = sorted({*first.position_low, *first.position_high})
@@ -236,16 +299,18 @@ def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Se
     tokens = first.tokens.to_numpy().reshape(shape)[:, 0]
     arrays = {"nats": nats.astype(np.float32), "tokens": tokens, "loss": loss, "edges": np.array(edges)}
     by_distance = {}
-    if "copying" in read_record(records[0])["tables"]:
-        copied = [read_table(path, "copying") for path in records]
+    for name, within in {"copying": "copied", "copying_short": "short"}.items():
+        if not all(name in tables for tables in have):
+            continue
+        copied = [read_table(path, name) for path in records]
         distances = sorted({*copied[0].distance_low, *copied[0].distance_high})
         shape = len(documents), len(distances) - 1
-        arrays["copied_hits"] = np.array([table.hits.to_numpy().reshape(shape) for table in copied])
-        arrays["copied_tokens"] = copied[0].tokens.to_numpy().reshape(shape)
+        arrays[f"{within}_hits"] = np.array([table.hits.to_numpy().reshape(shape) for table in copied])
+        arrays[f"{within}_tokens"] = copied[0].tokens.to_numpy().reshape(shape)
         arrays["distances"] = np.array(distances)
         named = [cells.loc[[cell], NAMES].merge(table, "cross") for cell, table in enumerate(copied)]
         sums = pd.concat(named).groupby([*NAMES, "distance_low", "distance_high"], sort=False)[["hits", "tokens"]].sum()
-        by_distance["copying"] = (sums.hits / sums.tokens).rename("value").reset_index()
+        by_distance[name] = (sums.hits / sums.tokens)[sums.tokens > 0].rename("value").reset_index()
     write_arrays(folder / f"{slug}.npz", arrays | {"documents": np.array(documents), "ways": np.array(ways)})
     means = nats.sum(axis=2) / tokens.sum(axis=0)
     by_position = [

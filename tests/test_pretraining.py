@@ -9,7 +9,14 @@ from experiments import pretraining
 from experiments.pretraining import LONG, MIXES, SHORT, Cell, Size, cut_short, flops_per_token, long_settings
 from experiments.pretraining_copying import SKIPPED, continued_from
 from experiments.pretraining_mix import PIECE, mix_rows
-from experiments.pretraining_results import PretrainingResults, collect, pretraining_results
+from experiments.pretraining_results import (
+    CONTENT,
+    LENGTH,
+    PretrainingResults,
+    collect,
+    heavier,
+    pretraining_results,
+)
 from experiments.race_results import wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.records import read_published, read_table
@@ -50,9 +57,64 @@ def test_shredding_takes_length_away_and_nothing_else():
 def test_mixes_have_their_shares_of_long_rows_and_repeat_no_text():
     for name, (_, _, share) in MIXES.items():
         rows = mix_rows(name, SETTINGS)
-        if name != "shredded":
+        if name not in ("shredded", "in-reach"):
             assert sum(row.contiguous for row in rows) == round(share * SETTINGS.steps)
         assert len({row.input_ids[1:PIECE].tobytes() for row in rows}) == len(rows)
+
+
+def test_without_length_texts_quote_only_what_stands_in_their_own_piece():
+    quoting = replace(SETTINGS, self_quoting_share=0.6)
+    plain, original, shredded, in_reach = (
+        mix_rows(name, settings)
+        for name, settings in (
+            ("shredded", SETTINGS),
+            ("original", quoting),
+            ("shredded", quoting),
+            ("in-reach", quoting),
+        )
+    )
+    quotes = np.array([(one.input_ids != two.input_ids).any() for one, two in zip(plain, in_reach, strict=True)])
+    assert 0.5 < quotes.mean() <= 1
+    for one, other in zip(original, shredded, strict=True):
+        assert (np.flatnonzero(one.input_ids != other.input_ids) % PIECE == 0).all()
+    foreign = {}
+    for name, rows in {"shredded": shredded, "in-reach": in_reach}.items():
+        pairs = [
+            zip(*(x.input_ids.reshape(-1, PIECE) for x in both), strict=True) for both in zip(plain, rows, strict=True)
+        ]
+        foreign[name] = sum(len(set(piece) - set(own)) for pair in pairs for own, piece in pair)
+    assert foreign["in-reach"] == 0 < foreign["shredded"]
+
+
+def test_a_data_mix_begins_with_the_tiny_llama_and_is_recorded_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretraining.SIZES, "tiny-llama", Size(256, 4, 4, 1e-3, steps=2))
+    monkeypatch.setattr(pretraining, "RUNS", tmp_path)
+    tokenizer, training, held_out = pretraining.texts()
+    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
+    cells = [Cell("tiny-llama", arm, 0) for arm in ("mix-original", "mix-in-reach", "before")]
+    assert not any(cell.short_owner for cell in cells)
+    results = pretraining_results(collect([pretraining.run_cell(cell) for cell in cells], tmp_path / "record", "mixes"))
+    assert list(results.cells.tokens) == [2 * LONG, 2 * LONG, 0]
+    assert list(np.isnan(results.arrays["loss"]).all(axis=1)) == [False, False, True]
+    edges, short, all_ = (results.arrays[name] for name in ("distances", "short_tokens", "copied_tokens"))
+    assert (short <= all_).all()
+    assert short[:, edges[1:] <= PIECE].all() and not short[:, edges[:-1] >= PIECE].any()
+    effects = results.content_or_length("tiny-llama").set_index(["change", "place", "measure"])
+    far = [results.copying("tiny-llama", arm)["value"] for arm in ("mix-in-reach", "mix-original")]
+    assert effects.value[LENGTH, "far", "copying"] == pytest.approx(100 * (far[0] - far[1]))
+
+
+def test_the_heavier_change_is_the_one_whose_interval_lies_above_the_others():
+    def effects(length, content):
+        changes = {LENGTH: length, CONTENT: content}
+        rows = [{"change": name, "low": low, "high": high} for name, (low, high) in changes.items()]
+        return pd.DataFrame(rows).assign(measure="NLL", place="far")
+
+    assert heavier(effects((0.01, 0.02), (-0.05, -0.03)), "NLL") == "content"
+    assert heavier(effects((0.04, 0.06), (-0.03, 0.01)), "NLL") == "length"
+    assert heavier(effects((0.01, 0.04), (-0.05, -0.03)), "NLL") == "neither"  # they overlap
+    assert heavier(effects((-0.06, -0.04), (-0.01, 0.01)), "NLL") == "neither"  # length taken away helps
+    assert heavier(effects((-0.06, -0.04), (-0.01, 0.01)).assign(measure="copying"), "copying") == "length"
 
 
 def test_an_arm_is_one_run_with_its_short_part_shared(tmp_path, monkeypatch):

@@ -173,6 +173,15 @@ COLUMNS = {
         "nll_by_position": {"size", "arm", "seed", "way", "position_low", "position_high", "value"},
         "copying": {"size", "arm", "seed", "distance_low", "distance_high", "value"},
     },
+    "12_data_mix_of_a_copying_model": {
+        "cells": {
+            *("size", "arm", "seed", "parameters", "tokens", "short_steps", "long_steps", "flops", "flops_counted"),
+            "seconds",
+        },
+        "nll_by_position": {"size", "arm", "seed", "way", "position_low", "position_high", "value"},
+        "copying": {"size", "arm", "seed", "distance_low", "distance_high", "value"},
+        "copying_short": {"size", "arm", "seed", "distance_low", "distance_high", "value"},
+    },
     "12_pretraining_curriculum": {
         "cells": {
             *("size", "arm", "seed", "parameters", "tokens", "short_steps", "long_steps", "flops", "flops_counted"),

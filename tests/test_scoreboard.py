@@ -116,6 +116,25 @@ def test_copying_lost_near_as_well_as_far_is_no_loss_of_far_context_alone(lines,
     assert judged.verdict.startswith(scoreboard.AGREES)
 
 
+def test_a_data_mix_is_judged_by_nll_and_by_copying(lines, monkeypatch):
+    """What only one measure says decides nothing; made to say the same in both, they agree or disagree."""
+    results, line = scoreboard.mixed_results(), lines["C8"]
+    assert line.verdict.startswith(scoreboard.UNDECIDED)
+    arrays = {name: results.arrays[name].copy() for name in ("nats", "copied_hits")}
+    for shift, verdict in ((50, scoreboard.DISAGREES), (0, scoreboard.AGREES)):
+        for name, sign in (("nats", 1), ("copied_hits", -1)):
+            rows = {
+                arm: results.cells.index[results.cells.arm == f"mix-{arm}"]
+                for arm in ("original", "in-reach", "better")
+            }
+            original = results.arrays[name][rows["original"]]
+            arrays[name][rows["in-reach"]] = original + sign * shift
+            arrays[name][rows["better"]] = original - sign * (50 - shift)
+        changed = dataclasses.replace(results, arrays={**results.arrays, **arrays})
+        monkeypatch.setattr(scoreboard, "mixed_results", lambda changed=changed: changed)
+        assert scoreboard._with_mixes_of_a_copying_model(line).verdict.startswith(verdict)
+
+
 def test_headlines_have_a_column_for_each_model_with_a_record_and_one_seed_is_called_one_seed():
     rows = [line.split(" | ") for line in headlines().splitlines() if line.startswith("| ")]
     assert {len(row) for row in rows} == {1 + len(read_dose_results(list(scoreboard.MODELS)))}

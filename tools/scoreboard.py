@@ -11,7 +11,17 @@ import numpy as np
 import pandas as pd
 
 from experiments.instruction_results import LONG, LOSS, PAIRS, InstructionResults, instruction_results
-from experiments.pretraining_results import EQUAL, PLACES, copying_results, pretraining_results
+from experiments.pretraining_results import (
+    CONTENT,
+    EQUAL,
+    LENGTH,
+    MIXED,
+    PLACES,
+    copying_results,
+    heavier,
+    mixed_results,
+    pretraining_results,
+)
 from experiments.pretraining_results import SLUG as CURRICULUM
 from experiments.race_results import RaceResults, race_results
 from experiments.real_models import DoseResults, attention_share, read_dose_results
@@ -432,7 +442,40 @@ def _data_mix(table: dict[str, Any]) -> Line:
         judged = DISAGREES if length.low > -content.low else f"{UNDECIDED}: the intervals overlap"
     orders = min(length.seeds, content.seeds)
     scale = f"Llama of {FROM_SCRATCH} parameters, one short checkpoint (one seed), {orders} orders of the texts"
-    return Line(claim, paper, ours, scale, judged)
+    line = Line(claim, paper, ours, scale, judged)
+    return line if recorded("tiny", MIXED) is None else _with_mixes_of_a_copying_model(line)
+
+
+def _with_mixes_of_a_copying_model(line: Line) -> Line:
+    """The line of the data mix, judged by the model to which far context is worth something."""
+    results = mixed_results()
+    effects = results.content_or_length(TRAINED_ON)
+    far = effects[effects.place == "far"].set_index(["change", "measure"])
+    original = ("mix-original", "full"), ("mix-original", "window")
+    gain = pd.Series(results.difference(TRAINED_ON, *original, *PLACES["far"]))
+    said = "; ".join(
+        f"{change} {_nats(far.loc[change, 'NLL'])} nat, copied from over 1,024 tokens back "
+        f"{measured(*far.loc[(change, 'copying'), ['value', 'low', 'high']], digits=1)} points"
+        for change in (LENGTH, CONTENT)
+    )
+    ours = (
+        f"{line.ours}. The tiny Llama, which copies, trained on: full context minus windows {_nats(gain)} nat; {said}"
+    )
+    scale = f"{line.scale}; {MODELS['tiny']}, trained on, {gain.seeds:.0f} orders of the texts (seeds)"
+    less = pd.Series(results.less_from_context(TRAINED_ON, "mix-in-reach", *PLACES["far"], "mix-original"))
+    ours += f"; without length it gains {_nats(less)} nat less from far context"
+    by_nll, by_copying = (heavier(effects, measure) for measure in ("NLL", "copying"))
+    why = f"in a model that copies, {by_nll} weighs more by NLL, {by_copying} by copying"
+    if by_nll == by_copying == "neither":
+        why = "in a model that copies, neither weighs more, beyond the intervals"
+    why += ", but far context is worth less without length" * (less.low > 0)
+    judged = f"{UNDECIDED}: {why}"
+    if by_nll == by_copying != "neither":
+        judged = f"{AGREES if by_nll == 'content' else DISAGREES}: {why}"
+    judged += (
+        "; 'better' means of the same kind as the test texts; from scratch, far context is worth too little to tell"
+    )
+    return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
 
 
 def _from_scratch(seeds: int) -> str:
@@ -490,15 +533,21 @@ def _with_a_copying_model(line: Line) -> Line:
     if worse:
         why = f"a switch at 80% {' and '.join(worse)}; the cause is open"
         judged = f"{UNDECIDED}: after a short training {why}: quotes cut by short sequences, and a learning rate that "
-        judged += "has nearly decayed by then, are not separated from it; how well the model copied before was not "
-        judged += f"measured; its last fifth has {late.long_steps * 4096:,.0f} tokens, the paper's billions; from "
-        judged += "scratch, far context is worth too little to tell"
+        judged += f"has nearly decayed by then, are not separated from it; {_copied_before()}its last fifth has "
+        judged += f"{late.long_steps * 4096:,.0f} tokens, the paper's billions; from scratch, far context is worth too "
+        judged += "little to tell"
     elif late.high <= EQUAL and less["switch-80"].low > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
     else:
         why = f"not told apart, but a loss of {EQUAL} nat or of {100 * MARGIN:.0f} points is not excluded"
         judged = f"{UNDECIDED}: {why}"
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
+
+
+def _copied_before() -> str:
+    if recorded("tiny", MIXED) is None:
+        return ""
+    return f"before, RoPE base raised, it copied {mixed_results().copying(TRAINED_ON, 'before')['value']:.0%}; "
 
 
 def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
