@@ -84,7 +84,8 @@ def arguments() -> argparse.Namespace:
     )
     pretraining.add_argument("--cell", nargs=3, metavar=("SIZE", "ARM", "SEED"), help="measure this one only")
     pretraining.add_argument("--finished", action="store_true", help="join the cells that are measured, and no others")
-    commands.add_parser("bench", help="measure training steps beside other trainers, for notebook 4 (two hours)")
+    bench = commands.add_parser("bench", help="measure training steps, for notebook 4 (two hours)")
+    bench.add_argument("--trainers", action="store_true", help="only those beside other trainers (an hour of one core)")
     gpu = commands.add_parser(
         "gpu", help="measure training steps on a GPU against the ledger, for notebook 4 (9 minutes)"
     )
@@ -209,7 +210,8 @@ def run(asked: argparse.Namespace) -> Path | None:
     if asked.command == "bench":
         from experiments import bench
 
-        bench.main()
+        record = bench.compare_trainers()
+        return record if asked.trainers else bench.main()
     if asked.command == "corpus":
         from experiments import corpus
 

@@ -23,13 +23,16 @@ COLUMNS = {
         "ledger_check": {"model", "layers", "context", "dtype", "plan", "predicted_gib", "measured_gib"},
         "longest_context": {"model", "device_gib", "plan", "tokens"},
         "plans": {"model", "device_gib", "context", "plan", "predicted_gib", "host_gib"},
-        "bench": {
-            *("contender", "plan", "context", "round", "tokens_per_second", "peak_gib_above_weights"),
-            *("allocated_gib", "fraction_of_matmul_peak", "loss"),
-        },
         "step_times": {"context", "products", "attention", "memory", "measured"},
         "profile": {"operator", "seconds"},
         "seven_billion": {"quantity", "predicted", "measured"},
+        "machine": {"quantity", "value"},
+    },
+    "04_training_step": {
+        "bench": {
+            *("contender", "plan", "context", "round", "tokens_per_core_second", "peak_gib_above_weights"),
+            *("allocated_gib", "fraction_of_matmul_peak", "loss"),
+        },
         "machine": {"quantity", "value"},
     },
     "gpu/04_one_gpu_budget": {
