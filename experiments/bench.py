@@ -602,7 +602,7 @@ def seven_billion(dtype: str) -> list[dict[str, Any]]:
     return [{"quantity": name, "predicted": one, "measured": other} for name, (one, other) in rows.items()]
 
 
-ROUNDS = ((2048, 3, 2), (8192, 1, 2), (4096, 1, 2))  # context, rounds, steps, of which the first is not counted
+ROUNDS = ((2048, 3, 2), (4096, 1, 2), (8192, 1, 2))  # context, rounds, steps, of which the first is not counted
 
 
 def write(name: str, question: str, tables: dict[str, list[dict[str, Any]]], started: float, command: str) -> Path:
