@@ -10,27 +10,30 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.instructions import Dialogue, Maker, quotation_dialogue
+from llama_long_utils.data.instructions import Dialogue, Maker, dialogue_maker, join_dialogues, quotation_dialogue
 from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.evaluation.answers import answers, held_out_dialogues
 from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches
 from llama_long_utils.model.adapters import find_adapter
 from llama_long_utils.model.arms import load_arm
+from llama_long_utils.model.loss import causal_lm, hidden_states, labelled_nll
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.progress import track
 from llama_long_utils.records import device_name, package_versions, write_arrays, write_record
-from llama_long_utils.settings import Preset
+from llama_long_utils.settings import IGNORED_LABEL, Preset
 from llama_long_utils.stages import Instruction
 from llama_long_utils.training.adapter import TrainedAdapter
-from llama_long_utils.training.instruction import tune_instructions
+from llama_long_utils.training.instruction import InstructionTrainer, tune_instructions
 
 QUESTION = "What should the questions of instruction tuning be about, and what is to be trained on?"
 SLUG = "09_instruction_tuning"
@@ -58,6 +61,49 @@ def synthetic_dialogue(
     return Dialogue("synthetic", ids, [asked[number] for number in order])
 
 
+ANSWERS: dict[bytes, torch.Tensor] = {}  # of long sequences, by their token ids: which are answers
+
+
+def noted_dialogue(
+    documents: Sequence[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    settings: Instruction,
+    generator: np.random.Generator,
+) -> Dialogue:
+    """A long dialogue as the settings have it, whose answers AnswerWeight then knows."""
+    dialogue = dialogue_maker(settings)(documents, tokenizer, tokens, settings, generator)
+    sequence = join_dialogues([dialogue], tokenizer, loss_on_prompt=False)
+    ANSWERS[sequence.input_ids.tobytes()] = torch.from_numpy(sequence.completion_mask == 1)
+    return dialogue
+
+
+class AnswerWeight(InstructionTrainer):
+    """In long sequences an answer's label weighs as without a loss on the prompt, or, `diluted`, as with it.
+
+    Other labels always weigh as with it. One sequence at once.
+    """
+
+    diluted = False
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        answers = ANSWERS.get(inputs["input_ids"][0].cpu().numpy().tobytes())
+        if answers is None:  # short
+            return super().compute_loss(model, inputs, **options)
+        weights = torch.full((len(answers) - 1,), 1 / (len(answers) - 1))
+        if not self.diluted:
+            weights[answers[1:]] = 1 / answers[1:].sum()
+        labels = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED_LABEL)
+        nll = labelled_nll(hidden_states(model, **inputs), causal_lm(model).get_output_embeddings(), labels)
+        return (nll[0, :-1] * weights.to(nll.device)).sum()
+
+
+class Diluted(AnswerWeight):
+    """See AnswerWeight."""
+
+    diluted = True
+
+
 @dataclass(frozen=True)
 class Arm:
     """What [instruction] is changed to; `extended` False: the base as it is."""
@@ -67,19 +113,28 @@ class Arm:
     loss_on_prompt: bool = False
     extended: bool = True
     maker: Callable = quotation_dialogue
-    times: int = 1  # the steps; with more, one seed
+    trainer: type[InstructionTrainer] = InstructionTrainer
+    times: int = 1  # the steps
+    rate: float = 1.0  # times the learning rate
+
+    @property
+    def once(self) -> bool:
+        """Whether it has one seed only."""
+        return (self.times, self.rate) != (1, 1)
 
     def settings(self, preset: Preset, seed: int) -> Instruction:
         """The preset's [instruction] as this arm and seed have it."""
         changes = {"long_share": self.long_share, "text_share": self.text_share, "loss_on_prompt": self.loss_on_prompt}
-        changes["steps"] = self.times * preset.instruction.steps
+        changes |= {"steps": self.times * preset.instruction.steps}
+        changes |= {"learning_rate": self.rate * preset.instruction.learning_rate}
         return dataclasses.replace(preset.instruction, **changes, seed=seed)
 
     def tune(self, preset: Preset, name: str, seed: int) -> TrainedAdapter:
         """Its adapter, trained now or read."""
         maker: Maker = self.maker
         settings = self.settings(preset, seed)
-        return tune_instructions(preset, settings=settings, extended=self.extended, long_dialogue=maker, name=name)
+        made = {"long_dialogue": maker, "trainer_class": self.trainer}
+        return tune_instructions(preset, settings=settings, extended=self.extended, name=name, **made)
 
 
 ARMS = {
@@ -93,6 +148,14 @@ ARMS = {
     # Added when the loss on the prompt had fallen behind: does it only need more steps?
     "long, 4 times": Arm(long_share=0.5, times=4),
     "long, loss on prompt, 4 times": Arm(long_share=0.5, loss_on_prompt=True, times=4),
+    # Added then: does it cost answers, or do answers that weigh less?
+    "long, loss on prompt, full answers": Arm(
+        long_share=0.5, loss_on_prompt=True, maker=noted_dialogue, trainer=AnswerWeight
+    ),
+    "long, diluted answers": Arm(long_share=0.5, maker=noted_dialogue, trainer=Diluted),
+    # And is it the learning rate?
+    "long, rate / 4": Arm(long_share=0.5, rate=0.25),
+    "long, loss on prompt, rate / 4": Arm(long_share=0.5, loss_on_prompt=True, rate=0.25),
 }
 
 
@@ -108,7 +171,7 @@ def ablate(preset: Preset, folder: Path) -> Path:
     inputs |= {"base": weights_sha256(base), "start": weights_sha256(find_adapter(preset)), "lengths": lengths}
     inputs |= {"device": device_name(), "versions": package_versions(), "dtype": preset.base.dtype}
     cache = Cache(preset.run_folder / "instruction-ablation", VERSION, inputs)
-    seeds, once = preset.race.seeds, {name for name, arm in ARMS.items() if name == "untuned" or arm.times > 1}
+    seeds, once = preset.race.seeds, {name for name, arm in ARMS.items() if name == "untuned" or arm.once}
     runs = [(name, seed) for seed in seeds for name in ARMS if name not in once]
     runs += [(name, seeds[0]) for name in ARMS if name in once]
     measured = [

@@ -39,15 +39,26 @@ LOOKS = {
     "synthetic context": ("short, synthetic context", BLACK, "D", ""),
     "long, 4 times": ("short, long; 4 times the steps", TEAL, "^", ""),
     "long, loss on prompt, 4 times": ("short, long, loss on prompt; 4 times the steps", BLUE, "s", ""),
+    "long, loss on prompt, full answers": ("short, long, loss on prompt; full answers", BLUE, "s", ""),
+    "long, diluted answers": ("short, long; answers diluted", TEAL, "^", ""),
+    "long, rate / 4": ("short, long; rate / 4", TEAL, "^", ""),
+    "long, loss on prompt, rate / 4": ("short, long, loss on prompt; rate / 4", BLUE, "s", ""),
 }
 MEASURES = {"exact": "exact answers", "words": "right words, whatever follows"}
 ON_SQUAD = {"f1": "F1", "exact": "exact match", "log_probability": "log-probability"}
 WRITER = "qwen2.5-coder-1.5b"  # the preset whose record holds what a chat model asked
 LOSS, LONG = "loss on the prompt minus none", "long with that loss minus short"
+FULL, DILUTION = "the same, answers at full weight", "diluted answers minus full ones, no loss on the prompt"
+READ = ("long", "long, loss on prompt", "long, loss on prompt, full answers")
+TEXT, RATE = "plain text minus short", "loss on the prompt minus none, a quarter of the rate, one seed"
 PAIRS = {  # differences: first arm minus second
     LOSS: ("long, loss on prompt", "long"),
-    "the same, 4 times the steps, one seed": ("long, loss on prompt, 4 times", "long, 4 times"),
-    "plain text minus short": ("short, text", "short"),
+    FULL: ("long, loss on prompt, full answers", "long"),
+    "the same, answers diluted in both": ("long, loss on prompt", "long, diluted answers"),
+    DILUTION: ("long, diluted answers", "long"),
+    RATE: ("long, loss on prompt, rate / 4", "long, rate / 4"),
+    "loss on the prompt minus none, 4 times the steps, one seed": ("long, loss on prompt, 4 times", "long, 4 times"),
+    TEXT: ("short, text", "short"),
     "loss on the prompt minus plain text": ("long, loss on prompt", "short, text"),
     "long minus short": ("long", "short"),
     LONG: ("long, loss on prompt", "short"),
@@ -211,7 +222,7 @@ def draw_scores(results: InstructionResults, folder: Path, slug: str, number: st
     said = []
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         table = results.table(measure)
-        table = table[~table.arm.str.contains("times")]
+        table = table[~table.arm.str.contains("times|answers|rate")]
         for place, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
             label, colour, marker, _ = LOOKS[arm]
             bars = [rows.value - rows.low, rows.high - rows.value]
@@ -230,24 +241,26 @@ def draw_scores(results: InstructionResults, folder: Path, slug: str, number: st
 def draw_beside_paper(
     results: InstructionResults, published: dict, folder: Path, slug: str, number: str, caption: str
 ) -> None:
-    """Left: our arms minus short data, and the loss on the prompt minus none; right: Table 9's, every task a mark."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), sharex=True, sharey=True)
+    """Left: our arms minus short data, the loss on the prompt and its controls; right: Table 9's, every task a mark."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.6), sharex=True, sharey=True)
     pairs = [(arm, "short") for arm, (*_, row) in LOOKS.items() if row and arm not in ("short", "untuned")]
-    pairs.append(("long, loss on prompt", "long"))
+    names = [f"{LOOKS[arm][0]}\n({LOOKS[arm][-1]})" for arm, _ in pairs]
+    pairs += [PAIRS[name] for name in (LOSS, FULL, DILUTION)]
+    names += ["loss on prompt\nminus none", "the same, answers\nat full weight", "diluted answers\nminus full ones"]
     ours = []
-    for place, (arm, other) in enumerate(pairs):
-        theirs = [np.array(published["rows"][LOOKS[one][-1]]) for one in (arm, other)]
-        name = f"{LOOKS[arm][0]}\n({LOOKS[arm][-1]})" if other == "short" else "loss on prompt\nminus none"
+    for place, (name, (arm, other)) in enumerate(zip(names, pairs, strict=True)):
         ours += [(name, title, *results.difference(arm, other, measure)) for measure, title in MEASURES.items()]
-        changes = theirs[0] - theirs[1]
-        right.scatter(changes, [place] * len(changes), s=30, facecolors="none", edgecolors=BLUE)
+        if LOOKS[arm][-1]:
+            theirs = [np.array(published["rows"][LOOKS[one][-1]]) for one in (arm, other)]
+            changes = theirs[0] - theirs[1]
+            right.scatter(changes, [place] * len(changes), s=30, facecolors="none", edgecolors=BLUE)
     table = pd.DataFrame(ours, columns=["row", "measure", "value", "low", "high"])
     intervals(left, table, row="row", colour="measure", zero=0, styles=_styles(MEASURES.values()))
     left.get_legend().remove()
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     right.axvline(0, color="0.35", linewidth=1)
     for axes, title in ((left, "ours, past the old window"), (right, "published: five tasks")):
-        axes.axhline(len(pairs) - 1.5, color="0.7", linewidth=0.8)
+        axes.axhline(len(pairs) - 3.5, color="0.7", linewidth=0.8)
         axes.set(title=title, xlabel="difference (points)")
     said = "; ".join(f"{row.row}, {row.measure} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Ours, minus short data, in points: {said}.")
@@ -268,9 +281,9 @@ def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str
             cost = results.nll(arm, low, high) - results.nll("untuned", low, high)
             rows.append((LOOKS[arm][0], place, *results.contrast(cost)))
     table = pd.DataFrame(rows, columns=["row", "place", "value", "low", "high"])
-    figure, axes = plt.subplots(figsize=(8, 3.6))
+    figure, axes = plt.subplots(figsize=(8, 4.6))
     intervals(axes, table, row="row", colour="place", zero=0, styles=_styles(places))
-    axes.legend(loc="center right")
-    axes.set(xlabel="NLL minus that before tuning (nats per token; right: worse)")
+    axes.legend(loc="lower right")
+    axes.set(xlabel="NLL minus that before tuning (nats per token)")
     said = "; ".join(f"{row.row}, {row.place} {row.value:+.3f}" for row in table.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Nats against before: {said}.")

@@ -3,10 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from experiments.instruction import ARMS, synthetic_dialogue
+from experiments.instruction import ARMS, AnswerWeight, Diluted, noted_dialogue, synthetic_dialogue
 from experiments.instruction_results import LOOKS, InstructionResults
+from llama_long_utils.data.instructions import join_dialogues
 from llama_long_utils.data.mixture import Mixture
+from llama_long_utils.model.arms import load_arm
+from llama_long_utils.model.loss import patch_loss
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
@@ -20,16 +24,42 @@ def tokenizer():
     return load_tokenizer(REPOSITORY / "data" / "tiny-llama")
 
 
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    mixture = Mixture(TINY.data, tokenizer)
+    documents = next(mixture.buffers(TINY.training))
+    mixture.workers.close()
+    return documents
+
+
 def test_every_arm_has_a_look_and_its_row_of_table_9_is_published():
     assert {*ARMS} == {*LOOKS}
     rows = read_published("llama2_long")["table_9"]["rows"]
     assert [row for *_, row in LOOKS.values() if row] == list(rows)
 
 
-def test_a_synthetic_context_holds_what_all_of_its_questions_ask_for(tokenizer):
-    mixture = Mixture(TINY.data, tokenizer)
-    documents = next(mixture.buffers(TINY.training))
-    mixture.workers.close()
+@torch.no_grad()
+def test_answers_weigh_as_alone_beside_a_loss_on_the_prompt_and_diluted_as_within_it(tokenizer, documents):
+    dialogue = noted_dialogue(documents, tokenizer, 1024, TINY.instruction, np.random.default_rng(0))
+    read, alone = (join_dialogues([dialogue], tokenizer, loss_on_prompt=loss) for loss in (True, False))
+    model, ids = load_arm(TINY, "extended"), torch.from_numpy(read.input_ids)[None]
+    scores = model(input_ids=ids).logits.float().log_softmax(-1)[0, :-1]
+    nll, answer = -scores.gather(-1, ids[0, 1:, None])[:, 0], torch.from_numpy(alone.completion_mask[1:] == 1)
+    patch_loss(model)
+
+    def loss(trainer, sequence):
+        labels = torch.where(torch.from_numpy(sequence.completion_mask == 1)[None], ids, -100)
+        inputs = {"input_ids": ids, "labels": labels}
+        return float(trainer.__new__(trainer).compute_loss(model, inputs))  # without what it trains
+
+    mean = float(model(input_ids=ids, labels=ids).loss)  # what the plain loss on the prompt is
+    prompt, diluted = (float(nll[part].sum()) / len(nll) for part in (~answer, answer))
+    assert mean == pytest.approx(prompt + diluted, rel=1e-4)
+    assert loss(AnswerWeight, read) == pytest.approx(prompt + float(nll[answer].mean()), rel=1e-4)
+    assert loss(Diluted, alone) == pytest.approx(diluted, rel=1e-4)
+
+
+def test_a_synthetic_context_holds_what_all_of_its_questions_ask_for(tokenizer, documents):
     dialogue = synthetic_dialogue(documents, tokenizer, 4096, TINY.instruction, np.random.default_rng(0))
     text = tokenizer.decode(dialogue.token_ids[1:])
     for question in dialogue.questions:

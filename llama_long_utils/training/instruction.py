@@ -65,6 +65,7 @@ def instruction_trainer(
     *,
     tokenizer: PreTrainedTokenizerBase,
     window: int,
+    trainer_class: type[InstructionTrainer] = InstructionTrainer,
 ) -> tuple[Trainer, Labels]:
     """As `plain_trainer`, by TRL. RuntimeError if TRL would train on other tokens than the sequences say."""
     config = SFTConfig(
@@ -78,7 +79,7 @@ def instruction_trainer(
     datasets.disable_progress_bars()
     columns = {name: [vars(one)[name].tolist() for one in sequences] for name in ("input_ids", "completion_mask")}
     with weights_kept(model):
-        trainer = InstructionTrainer(
+        trainer = trainer_class(
             model=model,
             args=config,
             train_dataset=datasets.Dataset.from_dict(columns),
@@ -114,6 +115,7 @@ def tune_instructions(
     extended: bool = True,
     long_dialogue: Maker | None = None,
     name: str = "quotations",
+    trainer_class: type[InstructionTrainer] = InstructionTrainer,
     progress: int = 0,
 ) -> TrainedAdapter:
     """Train the extended model's adapter on instructions; as `train_adapter`, in runs/PRESET/instruction.
@@ -123,7 +125,7 @@ def tune_instructions(
         adapter: where to begin; default: what `find_adapter` finds.
         extended: False trains a new adapter on the base with its RoPE as it is, on short sequences.
         long_dialogue: what makes a long document's dialogue, in place of what the settings name.
-        name: how the run folder's name begins.
+        name: how the run folder's name begins; another for another `trainer_class`.
         progress: a line every so many steps; 0: none.
 
     Raises:
@@ -172,7 +174,7 @@ def tune_instructions(
             if start
             else add_lora(model, preset.lora, seed=settings.seed)
         )
-        build = partial(instruction_trainer, tokenizer=tokenizer, window=training.window)
+        build = partial(instruction_trainer, tokenizer=tokenizer, window=training.window, trainer_class=trainer_class)
         room = preset.memory_gib * USABLE - plan.device_gib
         log = train(model, sequences, training, folder, report_every=progress, gaps_gib=room / 2, build=build)
         check_rope(model, scaling)
