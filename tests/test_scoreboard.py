@@ -9,7 +9,7 @@ import pytest
 
 from experiments.real_models import read_dose_results
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.records import recorded
+from llama_long_utils.records import read_published, recorded
 from tools import scoreboard
 from tools.scoreboard import Comparison, compared, headlines, worst_depth
 
@@ -98,6 +98,22 @@ def test_a_loss_on_the_prompt_that_halves_the_weight_of_answers_decides_nothing_
     assert 0.45 < 1 - long + long * answers / (answers + prompts) < 0.55
     assert results.difference(*scoreboard.PAIRS[scoreboard.LOSS])[2] < 0
     assert lines["C10"].verdict.startswith(scoreboard.UNDECIDED)
+
+
+@pytest.mark.parametrize(("gain", "judged"), [(-0.3, "exact ones are fewer"), (0.3, scoreboard.AGREES)])
+def test_a_loss_on_the_prompt_is_judged_where_answers_keep_their_weight(monkeypatch, gain, judged):
+    preset = scoreboard.load_preset("tiny")
+    results = scoreboard.instruction_results(preset)
+    arrays, (full, without) = dict(results.record.arrays), scoreboard.PAIRS[scoreboard.FULL]
+    rows = {arm: np.flatnonzero(results.runs.arm == arm) for arm in (full, without)}
+    for length in results.past:
+        arrays[f"exact_{length}"] = (exact := arrays[f"exact_{length}"].copy())
+        exact[rows[full]] = exact[rows[without]] + gain
+    monkeypatch.setitem(vars(results.record), "arrays", arrays)
+    monkeypatch.setattr(scoreboard, "instruction_results", lambda one: results if one is preset else None)
+    monkeypatch.setattr(scoreboard, "load_preset", lambda name: preset if name == "tiny" else None)
+    line, _ = scoreboard._instruction_tuning(read_published("llama2_long")["table_9"])
+    assert judged in line.verdict
 
 
 def test_copying_lost_near_as_well_as_far_is_no_loss_of_far_context_alone(lines, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.instruction_results import LONG, LOSS, PAIRS, InstructionResults, instruction_results
+from experiments.instruction_results import DILUTION, FULL, LONG, LOSS, PAIRS, InstructionResults, instruction_results
 from experiments.pretraining_results import (
     CONTENT,
     EQUAL,
@@ -567,13 +567,22 @@ def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
     asked = f"exact answers to quotations, {results.past[0]:,} to {results.past[-1]:,} tokens:"
     arms = ("long, loss on prompt", "long")
     exact, words, nats = (*(results.difference(*arms, one) for one in ("exact", "words")), results.far_nll(*arms))
+    full, alone = (results.difference(*PAIRS[name]) for name in (FULL, DILUTION))
+    kept = results.far_nll(*PAIRS[FULL])
     ours = f"{asked} {points(*exact)} points; right words, whatever follows: {points(*words)}; "
-    ours += f"NLL of held-out text far out {measured(*nats)} nat"
-    judged, why = AGREES if exact[1] > 0 else f"{UNDECIDED}: not told from chance", ""
-    if exact[2] < 0:
-        judged = f"{UNDECIDED}: the loss on the prompt costs exact answers at tiny, but answers then weigh about half "
-        judged += "as much in training, at one learning rate"
-        why = "it costs exact answers at tiny, but halves the weight of answers in training"
+    ours += f"NLL of held-out text far out {measured(*nats)} nat. With answers at their weight without it: "
+    ours += f"{points(*full)} points, {measured(*kept)} nat; that dilution of answers alone: {points(*alone)} points"
+    judged, why = f"{UNDECIDED}: not told from chance", ""
+    if full[1] > 0:
+        judged = f"{AGREES}: where answers keep their weight"
+    elif exact[2] < 0:
+        judged = f"{UNDECIDED}: at tiny it costs exact answers, and it dilutes them"
+        judged += ", which costs some alone" if alone[2] < 0 else ""
+        costs = full[2] < 0
+        why = (
+            f"where answers keep their weight, {'exact ones are fewer' if costs else 'no change of exact ones is told'}"
+        )
+        judged += f"; {why}{', and the model reads better' if kept[2] < 0 else ''}; compared at one learning rate"
     scale = f"{MODELS['tiny']}, {results.runs[results.runs.arm == 'long'].seed.nunique()} seeds"
     loss = replace(loss, ours=ours, scale=scale, verdict=judged, why=why)
     plain, read = (results.difference(arm, "short") for arm in ("long", "long, loss on prompt"))
