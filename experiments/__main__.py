@@ -62,6 +62,7 @@ def arguments() -> argparse.Namespace:
         "preference", help="reward model, RL and DPO over seeds, for notebook 10 (half an hour; goes on if stopped)"
     )
     preference.add_argument("--adapter", metavar="FOLDER", help="instruction-tuned (default: as notebook 10 finds it)")
+    preference.add_argument("--fresh", action="store_true", help="only the best arm, on new seeds (10 minutes)")
     dose = commands.add_parser("dose", help="train at growing doses in several ways, for notebook 6 (minutes on a GPU)")
     dose.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     dose.add_argument(
@@ -190,10 +191,11 @@ def run(asked: argparse.Namespace) -> Path | None:
 
         return generate(preset, load_preset(asked.writer), asked.chunks, RESULTS / asked.writer)
     if asked.command == "preference":
-        from experiments.preference import run_preference
+        from experiments import preference, preference_fresh
         from llama_long_utils.model.adapters import find_adapter
 
-        return run_preference(preset, find_adapter(preset, asked.adapter, stage="instruction"), RESULTS / preset.name)
+        run = preference_fresh.run_fresh if asked.fresh else preference.run_preference
+        return run(preset, find_adapter(preset, asked.adapter, stage="instruction"), RESULTS / preset.name)
     if asked.command == "gpu":
         from experiments import gpu_budget
 

@@ -50,7 +50,7 @@ class Controls:
     preset: Preset
     asked: Sequence[Asked]
     pairs: Sequence[Comparison]
-    reward_model: Path
+    reward_model: Path | None  # which only "tight rl" needs
     documents: Sequence[TokenizedDocument]
 
     def gold(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
