@@ -8,6 +8,7 @@ from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
 from llama_long_utils.notebooks import finding, measured, say, show_table
 from llama_long_utils.panel import draw_verdicts
+from llama_long_utils.records import Record
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
 CONTROLS = {
@@ -17,6 +18,7 @@ CONTROLS = {
     "slow dpo": (AMBER, "^"),
     "dpo with text": (GREEN, "v"),
     "slow dpo with text": (GREEN, "^"),
+    (NEW := "slow dpo with text, new seeds"): (GREEN, "*"),
 }
 PANELS = {
     "proxy_scaled": ("proxy: what the reward model says", "standard deviations above the start"),
@@ -64,11 +66,14 @@ def draw_both_panels(
     save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")
 
 
-def what_costs_what(ends: pd.DataFrame, wins: pd.DataFrame, changes: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+def what_costs_what(
+    ends: pd.DataFrame, wins: pd.DataFrame, changes: pd.DataFrame, costs: pd.DataFrame, fresh: Record
+) -> pd.DataFrame:
     """By arm, the cheapest first: what sampled answers win, also against the untrained ones cut to the same length.
 
     `words_right` is of greedy answers, with the change to the start and its interval where it was measured; `cost` in
-    nats a token of long documents, and `at_most` the highest end of a seed's interval.
+    nats a token of long documents, and `at_most` the highest end of a seed's interval. `fresh` is the record of one arm
+    on new seeds, questions and documents.
     """
     sampled = wins[wins.seed.isna() & (wins.decoding == "sampled")].set_index("arm")
     table = sampled[["preferred", "low", "high", "preferred_cut", "low_cut", "high_cut"]].join(
@@ -79,7 +84,14 @@ def what_costs_what(ends: pd.DataFrame, wins: pd.DataFrame, changes: pd.DataFram
     table = table.join(words.set_index("arm")[[*names]].rename(columns=names))
     table["kl"] = ends.loc["sampled", "kl"]
     paid = costs.groupby("arm").agg(cost=("nll", "mean"), at_most=("high", "max"))
-    return table.join(paid, how="inner").sort_values("cost")
+    table = table.join(paid, how="inner")
+    won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
+    again = won[won.seed.isna() & (won.decoding == "sampled")].assign(arm=NEW).set_index("arm")
+    again = again[again.columns.intersection(table.columns)]
+    begin = answers[(answers.decoding == "greedy") & (answers.arm != "sft")].words_right.mean()
+    unread = read[read.unread & read.seed.notna()]
+    again = again.assign(words_right=begin, cost=unread.nll.mean(), at_most=unread.high.max())
+    return pd.concat([table, again]).sort_values("cost")
 
 
 def in_brackets(row: pd.Series, name: str, end: str = "", *, sign: bool = False) -> str:
@@ -99,7 +111,7 @@ def say_controls(table: pd.DataFrame, limit: float, origin: str) -> None:
         "preferred, cut": [in_brackets(row, "preferred_cut", "_cut") for _, row in table.iterrows()],
         "begin right": [f"{share:.2f}" for share in table.words_right],
         "change": [in_brackets(row, "change", "_change", sign=True) for _, row in table.iterrows()],
-        "KL": [f"{kl:.1f}" for kl in table.kl],
+        "KL": ["-" if pd.isna(kl) else f"{kl:.1f}" for kl in table.kl],
         "cost": table.cost.to_numpy(),
         "at most": table.at_most.to_numpy(),
     }
@@ -114,8 +126,10 @@ def say_controls(table: pd.DataFrame, limit: float, origin: str) -> None:
 
 def controls_in_words(table: pd.DataFrame, limit: float) -> str:
     """The conclusions from the controls, as list items."""
-    kept = table[(table.low > 0.5) & (table.at_most <= limit)]
+    kept = table.drop(NEW)[(table.low > 0.5) & (table.at_most <= limit)]
     cut = ", ".join(f"{arm} {in_brackets(row, 'preferred_cut', '_cut')}" for arm, row in kept.iterrows())
+    new = table.loc[NEW]
+    verdict = "meets both aims again" if new.low > 0.5 and new.at_most <= limit else "does not meet both aims"
     gold, text, dpo, imitation = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo", "imitation"))
     return f"""- **Words fell with the learnt reward, not with gold.** With gold as the reward {gold.words_right:.0%}
   of greedy answers begin right, a change of {in_brackets(gold, "change", "_change", sign=True)}. With the learnt reward
@@ -127,7 +141,41 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
   answers costs {imitation.cost:.3f} and is preferred {in_brackets(imitation, "preferred")}.
 - Within {limit:g} nat, every seed's interval, and preferred, interval above 1/2: {", ".join(kept.index) or "none"}.
   Against the untrained answers, cut to the same length: {cut or "-"}. The weight of the text and the lower learning
-  rate were chosen on one of these seeds."""
+  rate were chosen on one of these seeds.
+- **On new seeds, questions and documents it {verdict}.** It is preferred {in_brackets(new, "preferred")}. It costs
+  {new.cost:.3f} nat, and the highest end of a seed's interval is {new.at_most:.3f}. Against the
+  cut answers it is preferred {in_brackets(new, "preferred_cut", "_cut")}."""
+
+
+def say_new_seeds(fresh: Record, limit: float) -> None:
+    """Whether the arm that met both aims does so again: what is won, the cost of both sets of documents, length."""
+    won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
+    sampled, means = won[won.decoding == "sampled"].set_index("seed"), answers.groupby(["decoding", "arm"])
+    whole, each = sampled[sampled.index.isna()].iloc[0], sampled[sampled.index.notna()]
+    (arm,) = won.arm.unique()
+    costs = {}
+    for unread in (True, False):
+        part = read[read.unread == unread]
+        all_seeds, seeds = part[part.seed.isna()].iloc[0], part[part.seed.notna()]
+        costs[unread] = measured(*all_seeds[["nll", "low", "high"]], digits=3) + " nat a token; the interval of "
+        costs[unread] += f"{(seeds.high <= limit).sum()} of {len(seeds)} seeds stays within {limit:g}"
+    length, ended, right = (means[name].mean() for name in ("length", "ended", "words_right"))
+    say(f"""**{arm}, on seeds {", ".join(map(str, each.index))}**, preset
+{fresh.content["preset"]}, {fresh.origin}; {whole.questions} new questions; 95%, the
+wider over questions (documents) or over seeds:
+
+- Sampled answers are preferred {in_brackets(whole, "preferred")}, by seed {each.preferred.min():.2f} to
+  {each.preferred.max():.2f}. Against the untrained answer cut to the same length it is
+  {in_brackets(whole, "preferred_cut", "_cut")}.
+- Documents that no arm was tested on cost {costs[True]}.
+- Those of before cost {costs[False]}.
+- A sampled answer has {length["sampled", arm]:.1f} tokens. Before it had {length["sampled", "sft"]:.1f}. The share that
+  ends rose from {ended["sampled", "sft"]:.0%} to {ended["sampled", arm]:.0%}.
+- Of greedy answers {right["greedy", arm]:.0%} begin right. Before it was {right["greedy", "sft"]:.0%}.""")
+    seeds = read[read.unread & read.seed.notna()]
+    finding("new seeds: preferred to the instruction-tuned model, interval above 1/2", whole.low > 0.5)
+    finding("new seeds: preferred to its answer cut to the same length, too", whole.low_cut > 0.5)
+    finding(f"new seeds: unread documents cost at most {limit:g} nat, every seed's interval", seeds.high.max() <= limit)
 
 
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
@@ -146,10 +194,11 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
     panels[0].set_title("to the instruction-tuned model's answer")
     panels[1].set_title("to that answer, cut where the other ends")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    shares = sorted({float(name.split(", ")[1]) for name in table.index if ", " in name})
+    shares = sorted({float(name.split(", ")[1]) for name in table.index if ", 0" in name})
     parts = ", ".join(f"{share:g}" for share in shares)
     caption = f"What is won and what it costs, {origin}. Lines, from the left: none, {parts} of the change, all."
     caption += f" Bars: 95%, the wider over questions or seeds; dotted: {limit:g} nat."
+    caption += " Star: other seeds, questions and documents."
     rows = [
         f"{row.Index}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats"
         for row in table.itertuples()

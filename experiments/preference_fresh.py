@@ -45,7 +45,7 @@ QUESTIONS = 2000  # the seed of their places
 VERSION = 1  # of what is measured
 
 
-def run_fresh(preset: Preset, adapter: Path, out: Path) -> Path:
+def run_fresh(preset: Preset, adapter: Path, out: Path, seeds: Sequence[int] = FRESH) -> Path:
     """Write the record 10_fresh_seeds of a preset; what was measured lies in runs/PRESET/preference."""
     began, tokenizer = time.perf_counter(), load_tokenizer(locate_base(preset))
     mixture = Mixture(preset.data, tokenizer)
@@ -56,7 +56,7 @@ def run_fresh(preset: Preset, adapter: Path, out: Path) -> Path:
     cuts = [cut for (cut,) in random_stretches(held_out, preset.extension.window, at_most=1, seed=0)]
     key = {"start": weights_sha256(adapter), "device": device_name(), "base": weights_sha256(locate_base(preset))}
     start, rows, costs = load_policy(preset, adapter), [], {}
-    for seed in FRESH:
+    for seed in seeds:
         seeded = replace(preset, preference=(settings := replace(preset.preference, seed=seed)))
         cache = Cache(preset.run_folder / "preference", VERSION, {**key, "settings": settings})
         asked = ask(documents, tokenizer, seeded, settings.questions, seed)
@@ -85,12 +85,12 @@ def run_fresh(preset: Preset, adapter: Path, out: Path) -> Path:
         tables={
             "wins": wins(table, test),
             "answers": table.groupby(["arm", "seed", "decoding"], sort=False)[numbers].mean().reset_index(),
-            "nll": costs_of(preset, costs),
+            "nll": costs_of(preset, costs, seeds),
         },
-        seeds={"preference": list(FRESH), "questions": QUESTIONS, "bootstrap": SEED},
+        seeds={"preference": list(seeds), "questions": QUESTIONS, "bootstrap": SEED},
         seconds=time.perf_counter() - began,
         provenance={
-            "command": f"python -m experiments preference --fresh --preset {preset.name}",
+            "command": f"python -m experiments preference --fresh {len(seeds)} --preset {preset.name}",
             "device": f"{device_name()}, {preset.base.dtype}",
             "versions": {"python": platform.python_version(), **package_versions(), "trl": version("trl")},
         },
@@ -115,7 +115,7 @@ def read(policy: PeftModel, cuts: Sequence[TokenizedDocument], cache: Cache) -> 
         yield cache.arrays(cut.name, lambda c=cut: {"nll": token_nll(policy, c)}, ids=cut.token_ids)["nll"][None]
 
 
-def costs_of(preset: Preset, read: dict[tuple[str, int], list[np.ndarray]]) -> pd.DataFrame:
+def costs_of(preset: Preset, read: dict[tuple[str, int], list[np.ndarray]], seeds: Sequence[int]) -> pd.DataFrame:
     """NLL minus the instruction-tuned model's, nats a token, by seed; of the row of all seeds `seed` is missing.
 
     `unread`: of the documents that the twelve arms were not tested on, or of those that they were. A seed's interval is
@@ -126,12 +126,12 @@ def costs_of(preset: Preset, read: dict[tuple[str, int], list[np.ndarray]]) -> p
     rows = []
     for unread, part in ((True, slice(DOCUMENTS, None)), (False, slice(DOCUMENTS))):
         changes = []
-        for seed in FRESH:
+        for seed in seeds:
             own, before = read[ARM, seed][part], read["sft", seed][part]
             nll, low, high = paired_difference(own, before, 1, preset.extension.window, **options)
             rows.append({"unread": unread, "seed": seed, "nll": nll, "low": low, "high": high, "documents": len(own)})
             changes.append([float((after - one).mean(dtype=float)) for after, one in zip(own, before, strict=True)])
-        means = pd.DataFrame(changes, index=FRESH)
+        means = pd.DataFrame(changes, index=seeds)
         low, high = wider(*mean_interval(means.mean().to_numpy()), means.mean(axis=1))
         whole = {"unread": unread, "seed": None, "nll": means.to_numpy().mean(), "low": low, "high": high}
         rows.append({**whole, "documents": means.shape[1]})

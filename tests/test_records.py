@@ -163,6 +163,12 @@ COLUMNS = {
         "retrieval": {"arm", "seed", "task", "length", "probability", "exact", "rouge_l"},
         "retrieval_change": {"arm", "seed", "questions", "before", "after", "difference", "low", "high"},
     },
+    "10_fresh_seeds": {
+        "wins": {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"}
+        | {"preferred_cut", "low_cut", "high_cut"},
+        "answers": {"arm", "seed", "decoding", "gold", "length", "ended", "words_right"},
+        "nll": {"unread", "seed", "nll", "low", "high", "documents"},
+    },
     "11_ablations": {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
