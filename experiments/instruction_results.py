@@ -263,7 +263,7 @@ def draw_beside_paper(
         axes.axhline(len(pairs) - 3.5, color="0.7", linewidth=0.8)
         axes.set(title=title, xlabel="difference (points)")
     said = "; ".join(f"{row.row}, {row.measure} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"Ours, minus short data, in points: {said}.")
+    save_figure(figure, folder, slug, number, caption, f"Ours in points, minus short data or as named: {said}.")
 
 
 def _styles(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -132,7 +132,7 @@ def draw_copying(results: PretrainingResults, size: str, window: int, folder: Pa
     axes.axvline([low for low, _ in places].index(window) - 0.5, color="0.4", linestyle=":")
     axes.set_xlabel(f"tokens back to what is quoted; dotted: short sequences have {window}")
     axes.set(ylabel="continued correctly (% of tokens)", ylim=(0, 100))
-    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=4)
     caption = f"Copying in held-out texts that quote themselves, {size} trained on, recorded by us. Hollow: orders of "
     caption += "the texts; lines: their means. All arms read the whole text. First tokens of excerpts are left out."
     save_figure(figure, folder, slug, number, caption, f"From near to far: {'; '.join(said)}.")
@@ -194,8 +194,8 @@ def draw_quality(
     for panel in panels:
         panel.axhline(0, color="0.35", linewidth=1)
         panel.set(xlabel="operations beside long throughout", xlim=(0, 1.05))
-    panels[0].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    panels[1].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    panels[0].legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    panels[1].legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     caption = "Quality against operations. Left: recorded by us; hollow: seeds, bars: 95% intervals over seeds and "
     caption += "documents, or over seeds alone where that is wider. The cross is shifted to the right: it costs what a "
     caption += "switch does. Right: Tables 10 and 11, published without intervals, on a scale of its own."
@@ -221,7 +221,7 @@ def draw_positions(results: PretrainingResults, size: str, window: int, folder: 
     axes.set_ylabel("NLL minus long throughout (nats)")
     token_axis(axes, [2**k for k in range(2, 13, 2)], "position in the text (tokens)")
     mark_window(axes, window, "short sequences end")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=9)
     caption = f"Held-out NLL by position, {size}, minus that of long sequences throughout, recorded by us; band: 95% "
     caption += "interval of the switch at 80%, as in Figure 12.2."
     alt = "A line for each arm over positions 1 to 4,096; zero is the arm that is long throughout."
