@@ -87,7 +87,8 @@ class AnswerWeight(InstructionTrainer):
     diluted = False
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        answers = ANSWERS.get(inputs["input_ids"][0].cpu().numpy().tobytes())
+        (sequence,) = inputs["input_ids"]
+        answers = ANSWERS.get(sequence.cpu().numpy().tobytes())
         if answers is None:  # short
             return super().compute_loss(model, inputs, **options)
         weights = torch.full((len(answers) - 1,), 1 / (len(answers) - 1))

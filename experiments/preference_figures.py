@@ -140,9 +140,9 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
   and a leash ten times as tight it is {table.words_right["tight rl"]:.0%}.
 - The cost in long context is nearly as high without the learnt reward. RL on gold costs {gold.cost:.3f} nat a token,
   RL on the learnt reward {table.cost["rl"]:.3f}.
-- **With a text beside the pairs the cost is lower.** DPO then costs {text.cost:.3f} nat, not {dpo.cost:.3f}. It
-  is preferred {in_brackets(text, "preferred")} in place of {in_brackets(dpo, "preferred")}. Imitation of the chosen
-  answers costs {imitation.cost:.3f} and is preferred {in_brackets(imitation, "preferred")}.
+- **With a text beside the pairs the cost is lower, and so is the change.** DPO then costs {text.cost:.3f} nat, not
+  {dpo.cost:.3f}. It is preferred {in_brackets(text, "preferred")} in place of {in_brackets(dpo, "preferred")}.
+  Imitation of the chosen answers costs {imitation.cost:.3f} and is preferred {in_brackets(imitation, "preferred")}.
 - Within {limit:g} nat, every seed's interval, and preferred, interval above 1/2: {", ".join(kept.index) or "none"}.
   Against the untrained answers, cut to the same length: {cut or "-"}. The weight of the text and the lower learning
   rate were chosen on one of these seeds.

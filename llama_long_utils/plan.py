@@ -206,7 +206,7 @@ def table(found: dict[str, Any]) -> str:
             f"Each of {devices} GPUs holds {base} and takes {takes}. Peak and seconds (without those for "
             "sending) are those of one; tokens of a step, longest window and host memory are those of all."
         ]
-    shown += ["All of it is predicted. On an H200 up to 6% more memory was measured; what lacked is counted since."]
+    shown += ["All of it is predicted. On an H200 up to 6% more memory was measured; that part is counted now."]
     return "\n".join(shown)
 
 

@@ -234,6 +234,16 @@ def test_a_tuned_adapter_begins_at_the_extended_one_and_is_found(preset, monkeyp
     assert 0 < max(moved) < 0.1  # on from there, and not from the start
     monkeypatch.setattr(StepLog, "on_pre_optimizer_step", lambda *_, **__: pytest.fail("trained again"))
     assert tune_instructions(preset) == tuned
+    monkeypatch.undo()
+    monkeypatch.setattr(type(preset), "run_folder", tuned.folder.parents[2])
+
+    class Doubled(InstructionTrainer):
+        def compute_loss(self, *arguments, **options):
+            return 2 * super().compute_loss(*arguments, **options)
+
+    arm = tune_instructions(preset, name="arm", trainer_class=Doubled)
+    assert arm.log[-1]["loss"] > 1.5 * tuned.log[-1]["loss"]
+    assert find_adapter(preset, stage="instruction") == tuned.folder  # not the arm's, which is newer
     other = dataclasses.replace(preset, instruction=dataclasses.replace(preset.instruction, steps=7))
     with pytest.raises(ValueError, match="other instruction"):
         find_adapter(other, stage="instruction")

@@ -235,6 +235,7 @@ def test_a_new_head_is_not_reported_but_other_weights_that_are_missing_are_refus
     handler = logging.StreamHandler()  # on the standard error of this test
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+        patch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)  # whatever was imported before
         load_reward_model(preset, start)
         assert "LOAD REPORT" not in capfd.readouterr().err
         shutil.copytree(preset.base.source, tmp_path / "base")

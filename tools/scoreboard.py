@@ -468,7 +468,7 @@ def _with_mixes_of_a_copying_model(line: Line) -> Line:
     why = f"in a model that copies, {by_nll} weighs more by NLL, {by_copying} by copying"
     if by_nll == by_copying == "neither":
         why = "in a model that copies, neither weighs more, beyond the intervals"
-    why += ", but far context is worth less without length" * (less.low > 0)
+    why += ", but by a measure added later far context is worth less without length" * (less.low > 0)
     judged = f"{UNDECIDED}: {why}"
     if by_nll == by_copying != "neither":
         judged = f"{AGREES if by_nll == 'content' else DISAGREES}: {why}"

@@ -26,6 +26,7 @@ from llama_long_utils.paths import ADAPTERS, REPOSITORY, whole_folder
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
 
 CARD = "adapter_card.json"
+OWN_ARM = "quotations"  # what a card says that is no experiment's
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]  # ends of names: "norm" means q_norm and k_norm, too
 # Entries of adapter_config.json that change nothing that the adapter computes.
 NO_NUMBERS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
@@ -158,6 +159,8 @@ def find_adapter(
         except ValueError as error:
             print(f"passed over: {error}", flush=True)
             continue
+        if card.training.get("arm", OWN_ARM) != OWN_ARM:
+            continue  # of an experiment, which may train it in another way
         if all(getattr(card, name) == value for name, value in needed.items()):
             given = {**card.training, "data": {**card.data, "passes": preset.data.passes}}  # a cap changes nothing
             if stage in given:  # numbers that there were not then are as their defaults

@@ -51,19 +51,21 @@ def load_base(
     verbosity = logging.get_verbosity()
     if reward:
         logging.set_verbosity_error()  # no report that a new head is new
-    model, loaded = kind.from_pretrained(
-        folder,
-        quantization_config=quantization,
-        dtype=getattr(torch, dtype),
-        rope_parameters=rope.parameters(),
-        max_position_embeddings=rope.max_position_embeddings,
-        attn_implementation=XPOS if rope.method == "xpos_abf" else attention,
-        device_map={"": PartialState().device if torch.cuda.is_available() and not on_host else "cpu"},
-        output_loading_info=True,
-        **options,
-        **LOCAL,
-    )
-    logging.set_verbosity(verbosity)
+    try:
+        model, loaded = kind.from_pretrained(
+            folder,
+            quantization_config=quantization,
+            dtype=getattr(torch, dtype),
+            rope_parameters=rope.parameters(),
+            max_position_embeddings=rope.max_position_embeddings,
+            attn_implementation=XPOS if rope.method == "xpos_abf" else attention,
+            device_map={"": PartialState().device if torch.cuda.is_available() and not on_host else "cpu"},
+            output_loading_info=True,
+            **options,
+            **LOCAL,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     if reward and (missing := {*loaded["missing_keys"]} - {"score.weight"}):
         raise ValueError(f"{folder} has no weights for {', '.join(sorted(missing))}")
     for module in model.modules():

@@ -26,7 +26,7 @@ from llama_long_utils.data.instructions import (
 )
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.data.sequences import TrainingData
-from llama_long_utils.model.adapters import AdapterCard, add_lora, find_adapter, load_adapter, save_adapter
+from llama_long_utils.model.adapters import OWN_ARM, AdapterCard, add_lora, find_adapter, load_adapter, save_adapter
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.records import package_versions
@@ -114,7 +114,7 @@ def tune_instructions(
     adapter: Path | str | None = None,
     extended: bool = True,
     long_dialogue: Maker | None = None,
-    name: str = "quotations",
+    name: str = OWN_ARM,
     trainer_class: type[InstructionTrainer] = InstructionTrainer,
     progress: int = 0,
 ) -> TrainedAdapter:
@@ -125,7 +125,7 @@ def tune_instructions(
         adapter: where to begin; default: what `find_adapter` finds.
         extended: False trains a new adapter on the base with its RoPE as it is, on short sequences.
         long_dialogue: what makes a long document's dialogue, in place of what the settings name.
-        name: how the run folder's name begins; another for another `trainer_class`.
+        name: how the run folder's name begins; another is an experiment's arm, which `find_adapter` passes over.
         progress: a line every so many steps; 0: none.
 
     Raises:
@@ -156,6 +156,7 @@ def tune_instructions(
     base_sha256, began = weights_sha256(base), weights_sha256(start) if start else None
     data = digest([[one.input_ids, one.completion_mask] for one in sequences])
     of_base = {"base": base_sha256, "start": began, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
+    of_base |= {"trainer": trainer_class.__name__} if trainer_class is not InstructionTrainer else {}
     runs = Cache(preset.run_folder / STAGE, VERSION, run_key(depends_on, data, **of_base, lora=preset.lora))
     folder = runs.path(name, {}, "")
     card = AdapterCard(
@@ -163,7 +164,13 @@ def tune_instructions(
         base_sha256=base_sha256,
         rope=scaling,
         data=asdict(preset.data),
-        training={**asdict(training), STAGE: asdict(settings), "lora": asdict(preset.lora), "start": began},
+        training={
+            **asdict(training),
+            STAGE: asdict(settings),
+            "lora": asdict(preset.lora),
+            "start": began,
+            "arm": name,
+        },
         versions=package_versions(),
     )
 
