@@ -68,7 +68,9 @@ MIXES = {  # texts of the long rows, of the short rows, share of long rows (pret
     "in-reach": ("speeches and plays", "bible", 0.5),  # shredded, and then its pieces quote themselves
 }
 FROM_SCRATCH_MIXES = ("original", "long-removed", "shredded", "upweighted", "other-domain", "better")
-TRAINED_ON_MIXES = ("original", "in-reach", "long-removed", "better", "shredded")  # that tell length from content
+DECIDING_MIXES = ("original", "in-reach", "better")  # that tell length from content
+TRAINED_ON_MIXES = (*DECIDING_MIXES, "shredded", "long-removed", "upweighted", "other-domain")
+ORDERS = (*SEEDS, 3, 4, 5)  # of the deciding mixes: three told too little (pretraining_mix.py)
 MIX_QUOTING = 0.6  # share of the documents that quote themselves, for the tiny Llama
 BEFORE = "before"  # the tiny Llama as it is, with the RoPE base raised
 ARMS = (*SWITCHES, CONTINUED, BEFORE, *(f"mix-{mix}" for mix in MIXES))
@@ -140,8 +142,9 @@ def all_cells() -> list[Cell]:
     """The cells of all records, those that decide first: curriculum, data mix, then the tiny Llama trained on."""
     cells = [Cell(FROM_SCRATCH, arm, seed) for seed in SEEDS for arm in FROM_SCRATCH_ARMS]
     cells += [Cell(FROM_SCRATCH, f"mix-{mix}", seed) for seed in SEEDS for mix in FROM_SCRATCH_MIXES]
-    arms = (TRAINED_ON_ARMS, [f"mix-{mix}" for mix in TRAINED_ON_MIXES])
-    cells += [Cell(TRAINED_ON, arm, seed) for some in arms for seed in SEEDS for arm in some]
+    cells += [Cell(TRAINED_ON, arm, seed) for seed in SEEDS for arm in TRAINED_ON_ARMS]
+    mixes = [(mix, seed) for mix in TRAINED_ON_MIXES for seed in (ORDERS if mix in DECIDING_MIXES else SEEDS)]
+    cells += [Cell(TRAINED_ON, f"mix-{mix}", seed) for mix, seed in sorted(mixes, key=lambda one: one[1])]
     return [*cells, Cell(TRAINED_ON, BEFORE, 0)]
 
 
