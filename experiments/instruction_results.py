@@ -44,6 +44,7 @@ LOOKS = {
     "long, rate / 4": ("short, long; rate / 4", TEAL, "^", ""),
     "long, loss on prompt, rate / 4": ("short, long, loss on prompt; rate / 4", BLUE, "s", ""),
 }
+DRAWN = ("untuned", "chat base", "short", "short, text", "long", "long, loss on prompt", "synthetic context")
 MEASURES = {"exact": "exact answers", "words": "right words, whatever follows"}
 ON_SQUAD = {"f1": "F1", "exact": "exact match", "log_probability": "log-probability"}
 WRITER = "qwen2.5-coder-1.5b"  # the preset whose record holds what a chat model asked
@@ -217,12 +218,12 @@ def some_pairs(pairs: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
 
 
 def draw_scores(results: InstructionResults, folder: Path, slug: str, number: str, caption: str) -> None:
-    """Exact answers and right words by length, a line with intervals for each arm of the preset's steps."""
+    """Exact answers and right words by length, a line with intervals for each arm of `DRAWN`."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
     said = []
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         table = results.table(measure)
-        table = table[~table.arm.str.contains("times|answers|rate")]
+        table = table[table.arm.isin(DRAWN)]
         for place, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
             label, colour, marker, _ = LOOKS[arm]
             bars = [rows.value - rows.low, rows.high - rows.value]

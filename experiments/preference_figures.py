@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.preference import KEPT
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
 from llama_long_utils.notebooks import finding, measured, say, show_table
@@ -187,7 +188,7 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), sharex=True, layout="constrained")
     for axes, name in zip(panels, ("", "_cut"), strict=True):
         for arm, (label, colour, marker) in LOOKS.items():
-            rows = table[[name.split(",")[0] == arm for name in table.index]]
+            rows = table[table.index.isin([arm, *(f"{arm}, {share:g}" for share in KEPT)])]
             axes.plot([0, *rows.cost], [0.5, *rows[f"preferred{name}"]], color=colour, alpha=0.5)
             draw_points(axes, rows, name, colour, marker, label)
         for arm, (colour, marker) in CONTROLS.items():
@@ -198,8 +199,7 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
     panels[0].set_title("to the instruction-tuned model's answer")
     panels[1].set_title("to that answer, cut where the other ends")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    shares = sorted({float(name.split(", ")[1]) for name in table.index if ", 0" in name})
-    parts = ", ".join(f"{share:g}" for share in shares)
+    parts = ", ".join(f"{share:g}" for share in sorted(KEPT))
     caption = f"What is won and what it costs, {origin}. Lines, from the left: none, {parts} of the change, all."
     caption += f" Bars: 95%, the wider over questions or seeds; dotted: {limit:g} nat."
     caption += " Star: new seeds, questions and documents, with an interval for the cost."
