@@ -18,11 +18,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.instruction_answers import answers, held_out_dialogues
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.instructions import Dialogue, Maker, dialogue_maker, join_dialogues, quotation_dialogue
 from llama_long_utils.data.mixture import read_documents
-from llama_long_utils.evaluation.answers import answers, held_out_dialogues
 from llama_long_utils.evaluation.perplexity import bucket_sums, random_stretches
 from llama_long_utils.model.adapters import find_adapter
 from llama_long_utils.model.arms import load_arm

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.panel import draw_verdicts
 from experiments.preference import KEPT
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
 from llama_long_utils.notebooks import finding, measured, say, show_table
-from llama_long_utils.panel import draw_verdicts
 from llama_long_utils.records import Record
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import new_llama
+from experiments.instruction_answers import ROOM, answers, held_out_dialogues
 from llama_long_utils.data.documents import Document, tokenize_documents
 from llama_long_utils.data.instructions import (
     MARK,
@@ -20,7 +21,6 @@ from llama_long_utils.data.instructions import (
     quotations,
 )
 from llama_long_utils.data.packing import training_sequences
-from llama_long_utils.evaluation.answers import ROOM, answers, held_out_dialogues
 from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.weights import load_tokenizer

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from nltk.metrics.agreement import AnnotationTask
 
-from llama_long_utils import panel
-from llama_long_utils.panel import KEYS, VERDICTS, Pair, Panel, Votes, agreement, ask_judge, summary
+from experiments import panel
+from experiments.panel import KEYS, VERDICTS, Pair, Panel, Votes, agreement, ask_judge, summary
 
 PAIRS = [Pair(f"question {n}", f"good {n}", f"bad {n}", "rival") for n in range(12)]
 

@@ -185,7 +185,7 @@ def test_the_control_of_notebook_2_starts_and_moves(page, address, folder):
 
 PANEL_CELL = """
 from pathlib import Path
-from llama_long_utils.panel import Pair, Panel, Votes
+from experiments.panel import Pair, Panel, Votes
 
 pairs = [Pair(f"question {n}", f"good {n}", f"bad {n}", "rival") for n in range(6)]
 panel = Panel(pairs, Votes(Path("votes.jsonl")))
