@@ -65,18 +65,17 @@ class Cache:
 
     def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]], **inputs: Any) -> dict[str, np.ndarray]:
         """Arrays by name, as `make` returns them, from their file or made now."""
-        path = self.path(name, inputs, ".npz")
-        key = json.dumps(self._key(name, inputs), sort_keys=True)
-        found = _read(path, lambda: _read_arrays(path, key))
+        path, key = self.path(name, inputs, ".npz"), self._key(name, inputs)
+        found = _read(path, key)
         if found is None:
             found = make()
-            write_arrays(path, {**found, KEY: np.array(key)})  # a zip: each member has a CRC
+            write_arrays(path, {**found, KEY: np.array(_as_json(key))})  # a zip: each member has a CRC
         return found
 
     def value(self, name: str, make: Callable[[], T], **inputs: Any) -> T:
         """A value as JSON has it, from its file or made now."""
         path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
-        found = _read(path, lambda: _read_json(path, key))
+        found = _read(path, key)
         if found is None:
             found = make()
             _write_json(path, key, found)
@@ -99,7 +98,7 @@ class Cache:
         `item_key` is all that an item's result depends on; `progress` says what is measured, in place of the name.
         """
         path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
-        done: dict[str, Any] = _read(path, lambda: _read_json(path, key)) or {}
+        done: dict[str, Any] = _read(path, key) or {}
         keys = [digest(item_key(item)) for item in items]
         waiting = [number for number, item_digest in enumerate(keys) if item_digest not in done]
         with progress_bar(progress or name, len(items), already=len(items) - len(waiting)) as report:
@@ -112,30 +111,25 @@ class Cache:
         return [done[item_digest] for item_digest in keys]
 
 
-def _read(path: Path, read: Callable[[], T]) -> T | None:
+def _read(path: Path, key: dict[str, Any]) -> Any:
     """What the file holds; None if it is not there, or not whole, which a line says."""
     if not path.is_file():
         return None
     try:
-        return read()
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as stored:
+                content = dict(stored)
+            whole = str(content.pop(KEY, "")) == _as_json(key)
+        else:
+            stored = json.loads(path.read_bytes())
+            content = stored["content"]
+            whole = stored["key"] == key and stored["sha256"] == _checksum(content)
+        if not whole:
+            raise ValueError("its checksum or its key differs")
+        return content
     except DAMAGES as error:
         print(f"{path.name} in {path.parent.name}/ is not whole ({error}): made again", flush=True)
         return None
-
-
-def _read_arrays(path: Path, key: str) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as stored:
-        found = dict(stored)
-    if str(found.pop(KEY, "")) != key:
-        raise ValueError("it holds something else")
-    return found
-
-
-def _read_json(path: Path, key: dict[str, Any]) -> Any:
-    stored = json.loads(path.read_bytes())
-    if stored["key"] != key or stored["sha256"] != _checksum(stored["content"]):
-        raise ValueError("its checksum or its key differs")
-    return stored["content"]
 
 
 def _write_json(path: Path, key: dict[str, Any], content: Any) -> None:
