@@ -60,7 +60,8 @@ def tokenize_documents(
 
     if not documents:
         return []
-    inputs = {"tokenizer": _tokenizer_key(tokenizer), "texts": digest([document.text for document in documents])}
+    rules = digest(json.loads(tokenizer_rules(tokenizer)), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    inputs = {"tokenizer": rules, "texts": digest([document.text for document in documents])}
     store = Cache(cache / "tokens", TOKENS_VERSION, inputs) if cache else None
     found = store.arrays("tokens", tokenize) if store else tokenize()
     rows = np.split(found["token_ids"], found["ends"][:-1])
@@ -71,10 +72,6 @@ def tokenizer_rules(tokenizer: "PreTrainedTokenizerBase") -> str:
     """All that decides the ids as JSON: vocabulary, merges, normalization."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps(rules | {"truncation": None, "padding": None})  # what the last call asked for
-
-
-def _tokenizer_key(tokenizer: "PreTrainedTokenizerBase") -> str:
-    return digest(json.loads(tokenizer_rules(tokenizer)), tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def draw(seed: int, source: str, name: str) -> str:

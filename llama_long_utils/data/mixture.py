@@ -9,6 +9,7 @@ tokens would be of books.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -95,41 +96,36 @@ class Mixture:
 
     def held_out(self) -> list[TokenizedDocument]:
         """The held-out documents, of a stream the first that are long enough; ValueError if they are too few."""
-        try:
-            return self._held_out()
-        finally:
-            self.workers.close()
+        with closing(self.workers):
+            return [document for source in self.sources for document in self._held_out_of(source)]
 
-    def _held_out(self) -> list[TokenizedDocument]:
-        found = []
-        for source in self.sources:
-            count, tokens = self.counts.get(source.name, 0), self.tokens[source.name]
-            if source.held_out_split:
-                other = replace(source, split=source.held_out_split, held_out_split="")
-                tokens = TokenizedSource(other, survey(other)[1], self.workers, tokens.folder)
-            shortest = 0 if source.name in self.small else self.data.minimum_characters
-            chosen: list[TokenizedDocument] = []
-            passed_over = 0
-            for document, characters in tokens if count else ():
-                if source.name in self.small:
-                    wanted = (source.name, document.name) in self.chosen
-                else:
-                    wanted = source.held_out_split or self.is_held_out(source, document.name)
-                if wanted and characters >= shortest:
-                    chosen.append(document)
-                    passed_over = 0
-                else:
-                    passed_over += document.tokens
-                if len(chosen) == count or passed_over > PATIENCE:
-                    break
-            if len(chosen) < count:
-                rare = f", and none was found in the last {passed_over:,} tokens" if passed_over > PATIENCE else ""
-                raise ValueError(
-                    f"cannot hold out {count} documents of {source.name!r} with at least {shortest:,} characters: only "
-                    f"{len(chosen)} may be held out{rare}; lower held_out or minimum_characters"
-                )
-            found += [replace(document, token_ids=document.token_ids.astype(np.int32)) for document in chosen]
-        return found
+    def _held_out_of(self, source: Source) -> list[TokenizedDocument]:
+        count, tokens = self.counts.get(source.name, 0), self.tokens[source.name]
+        if source.held_out_split:
+            other = replace(source, split=source.held_out_split, held_out_split="")
+            tokens = TokenizedSource(other, survey(other)[1], self.workers, tokens.folder)
+        shortest = 0 if source.name in self.small else self.data.minimum_characters
+        chosen: list[TokenizedDocument] = []
+        passed_over = 0
+        for document, characters in tokens if count else ():
+            if source.name in self.small:
+                wanted = (source.name, document.name) in self.chosen
+            else:
+                wanted = source.held_out_split or self.is_held_out(source, document.name)
+            if wanted and characters >= shortest:
+                chosen.append(replace(document, token_ids=document.token_ids.astype(np.int32)))
+                passed_over = 0
+            else:
+                passed_over += document.tokens
+            if len(chosen) == count or passed_over > PATIENCE:
+                break
+        if len(chosen) < count:
+            rare = f", and none was found in the last {passed_over:,} tokens" if passed_over > PATIENCE else ""
+            raise ValueError(
+                f"cannot hold out {count} documents of {source.name!r} with at least {shortest:,} characters: only "
+                f"{len(chosen)} may be held out{rare}; lower held_out or minimum_characters"
+            )
+        return chosen
 
     def training(self, source: Source, shortest: int = 0) -> Iterator[TokenizedDocument]:
         """The documents of one source to train on, in one pass; ValueError if a stream has none for long."""
@@ -148,10 +144,8 @@ class Mixture:
     def lengths(self) -> dict[str, np.ndarray]:
         """The tokens of each training document of the small sources."""
         sources = (source for source in self.sources if source.name in self.small)
-        try:
+        with closing(self.workers):
             return {source.name: np.array([one.tokens for one in self.training(source)], int) for source in sources}
-        finally:
-            self.workers.close()
 
     def shares(self, settings: TrainingSettings) -> list[float]:
         """Each source's share of the tokens drawn: by weight, or else by size, so that all end at the same time."""
@@ -170,31 +164,25 @@ class Mixture:
         """
         rows, wanted = [], settings.steps * settings.sequences_per_step * settings.window
         for source, share in zip(self.sources, self.shares(settings), strict=True):
-            row = {
-                "source": source.name,
-                "revision": source.revision,
-                "documents": None,
-                "tokens": None,
-                "trained_on": round(share * wanted),
-            }
-            held_out = self.counts.get(source.name, 0)
-            drawn = "" if source.name in self.small or not held_out else f" of {HELD_OUT_SHARE:.0%}, by name"
-            by = f" of {source.held_out_split}" if source.held_out_split else drawn
-            row |= {"passes": None, "at_most": source.passes, "held_out": f"{held_out}{by}"}
-            if source.name in self.small:
+            held_out, small = self.counts.get(source.name, 0), source.name in self.small
+            by_name = f"{HELD_OUT_SHARE:.0%}, by name" if held_out and not small else ""
+            split = source.held_out_split or by_name
+            row = {"source": source.name, "revision": source.revision, "documents": None, "tokens": None}
+            row |= {"trained_on": round(share * wanted), "passes": None, "at_most": source.passes}
+            row["held_out"] = f"{held_out} of {split}" if split else str(held_out)
+            if small:
                 lengths = self.lengths[source.name]
                 passes = share * wanted / (drawn_tokens(lengths, settings) or 1.0)
-                allowed = source.passes // settings.long_document_weight
+                allowed, times = source.passes // settings.long_document_weight, passes * settings.long_document_weight
                 if passes > allowed:
-                    times, steps = passes * settings.long_document_weight, int(settings.steps * allowed / passes)
+                    steps = int(settings.steps * allowed / passes)
                     fewer = f"training.steps to {steps}" if steps else "training.sequences_per_step or the window"
                     raise ValueError(
                         f"{source.name}: its {len(lengths)} documents of {lengths.sum():,} tokens would be trained on "
                         f"{times:.1f} times, more than passes = {source.passes}: lower {fewer}, add texts, give it "
                         "less weight, lower long_document_weight, or raise passes"
                     )
-                row |= {"documents": len(lengths), "tokens": int(lengths.sum())}
-                row["passes"] = passes * settings.long_document_weight
+                row |= {"documents": len(lengths), "tokens": int(lengths.sum()), "passes": times}
             rows.append(row)
         return rows
 

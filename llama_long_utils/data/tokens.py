@@ -50,10 +50,6 @@ class Rules:
     def loaded(self) -> Tokenizer:
         return Tokenizer.from_str(self.tokenizer)
 
-    @cached_property
-    def key(self) -> str:
-        return digest(self)
-
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         # One at a time: what `tokenizers` keeps of a text takes a hundred bytes a token.
         found = (self.loaded.encode_batch_fast([text], add_special_tokens=False)[0].ids for text in texts)
@@ -175,7 +171,7 @@ class TokenizedSource:
 
     def __init__(self, source: Source, identity: list[Any], workers: Workers, cache: Path = CACHE) -> None:
         self.source, self.identity, self.workers, self.folder = source, identity, workers, cache
-        inputs = {"tokenizer": workers.rules.key, "source": identity}
+        inputs = {"tokenizer": digest(workers.rules), "source": identity}
         self.key = digest(VERSION, inputs)
         self.cache = Cache(cache / "shards" / f"{Path(source.name).name}-{self.key}", VERSION, inputs)
 
@@ -200,9 +196,13 @@ class TokenizedSource:
                     reader, behind, more = None, shard.behind, bool(shard.names)
                 else:
                     reader = reader or self.reader(behind)
-                    documents, behind, filled = _take(reader, behind)
+                    documents, characters = [], 0
+                    while characters < SHARD and (read := next(reader, None)):
+                        document, behind = read
+                        documents.append(document)
+                        characters += len(document.text)
                     job, more = (self.cache, number, documents, behind), bool(documents)
-                    shard = self.workers.start(*job) if filled else None
+                    shard = self.workers.start(*job) if characters >= SHARD else None
                 waiting.append((shard, job))
                 number, added = number + 1, True
             shard, job = waiting.popleft()
@@ -241,17 +241,6 @@ class TokenizedSource:
 
 def _is_made(shard: Shard | Future | None) -> bool:
     return shard.done() if isinstance(shard, Future) else shard is not None
-
-
-def _take(reader: Placed, behind: Any) -> tuple[list[Document], Any, bool]:
-    """The documents of the next shard, the place behind them, and whether they were enough to fill it."""
-    documents, characters = [], 0
-    for document, behind in reader:
-        documents.append(document)
-        characters += len(document.text)
-        if characters >= SHARD:
-            return documents, behind, True
-    return documents, behind, False
 
 
 if __name__ == "__main__":
