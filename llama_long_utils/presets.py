@@ -86,43 +86,41 @@ def follow_window(values: dict[str, Any]) -> None:
     again, after a few short ones. A held-out document has CHARACTERS for each token that is read of it. The `tokens` of
     [training] stand for as many steps as they fill.
     """
-    window, old = (_tokens(values, section) for section in ("extension", "base"))
-    extension, base = _section(values, "extension"), _section(values, "base")
+
+    def tokens_of(section: str, key: str, other: int) -> int:
+        given = _section(values, section).get(key)
+        return given if isinstance(given, int) and given > 0 else other  # what is no length is refused later
+
+    window, old = tokens_of("extension", "window", 4096), tokens_of("base", "window", 4096)
+    tokens = tokens_of("evaluation", "tokens", window)
+    extension, base, training = (_section(values, name) for name in ("extension", "base", "training"))
     plain = [base.get(key) for key in ("head_dim", "rope_base")]
     if extension.get("method") == "abf" and all(isinstance(n, int | float) and 1 < n < 1e12 for n in plain):
         extension.setdefault("rope_base", raised_base(*plain, old, max(old, window)))
-    tokens = _section(values, "evaluation").get("tokens", window)
-    tokens = tokens if isinstance(tokens, int) else window
     halved = {window >> times for times in range(8) if window >> times >= 128}
     edges = sorted({1, 4, 16, 64} | halved | {mark for mark in (old, tokens) if 64 < mark < window})
     lengths = sorted({min(256, window)} | {window >> times for times in range(6) if window >> times >= 256})
-    tasks = _section(_section(values, "retrieval"), "tasks")
-    trainings = _section(_section(values, "race"), "trainings")
-    for section, defaults in (
-        (_section(values, "data"), {"minimum_characters": int(CHARACTERS * tokens)}),
-        (_section(values, "training"), {"window": window, "reach": window}),
-        (_section(values, "evaluation"), {"tokens": window, "far_tokens": window, "bucket_edges": edges}),
-        (_section(values, "retrieval"), {"lengths": lengths}),
-        (tasks, {"generate_up_to": window}),
-        *((_section(trainings, name), {"window": window, "reach": window}) for name in trainings),
-    ):
-        section.update({key: value for key, value in defaults.items() if key not in section})
-    training = _section(values, "training")
+    race = ("race", "trainings")
+    for names, defaults in {
+        ("data",): {"minimum_characters": int(CHARACTERS * tokens)},
+        ("training",): {"window": window, "reach": window},
+        ("evaluation",): {"tokens": window, "far_tokens": window, "bucket_edges": edges},
+        ("retrieval",): {"lengths": lengths},
+        ("retrieval", "tasks"): {"generate_up_to": window},
+        **{(*race, name): {"window": window, "reach": window} for name in _section(values, *race)},
+    }.items():
+        section = _section(values, *names)
+        section.update({**defaults, **section})
     numbers = [training.get(key) for key in ("tokens", "window", "sequences_per_step")]
     if "steps" not in training and all(isinstance(number, int) and number > 0 for number in numbers):
         training["steps"] = max(1, training.pop("tokens") // (numbers[1] * numbers[2]))
         training.setdefault("warmup_steps", training["steps"] // 10)
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _tokens(values: dict[str, Any], section: str) -> int:
-    """Its window; a number that is no window is refused later, so any other one will do here."""
-    window = _section(values, section).get("window")
-    return window if isinstance(window, int) and window > 0 else 4096
+def _section(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        values = section if isinstance(section := values.get(name), dict) else {}
+    return values
 
 
 def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]) -> Preset:

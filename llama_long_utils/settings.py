@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, Positi
 from pydantic.dataclasses import dataclass
 
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.stages import STRICT, Instruction, Preference, Seed, Share, ShareOrNone, Steps
+from llama_long_utils.stages import STRICT, Instruction, Preference, Seed, Share, ShareOrNone, Steps, check_multiple
 
 Questions = Annotated[int, Field(ge=2, le=1000)]  # chance is what an answer scores against another question's
 RopeBase = Annotated[float, Field(gt=1)]
@@ -60,9 +60,7 @@ class TrainingSettings:
             raise ValueError(f"reach = {self.reach} must be at least window = {self.window}")
         if self.pack and (self.reach > self.window or self.attention == "s2"):
             raise ValueError("skipped positions (reach > window) and s2 attention need pack = false")
-        if self.sequences_per_step % self.sequences_at_once:
-            both = f"sequences_per_step = {self.sequences_per_step}", f"sequences_at_once = {self.sequences_at_once}"
-            raise ValueError(" must be a multiple of ".join(both))
+        check_multiple(self, "sequences_per_step", "sequences_at_once")
 
 
 IGNORED_LABEL = -100

@@ -1,6 +1,6 @@
 """Numbers of the stages that follow the extension, and the types that all settings share."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -10,6 +10,13 @@ Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrNone = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def check_multiple(settings: Any, whole: str, part: str) -> None:
+    """Raise ValueError unless one number of the settings is a multiple of another."""
+    numbers = getattr(settings, whole), getattr(settings, part)
+    if numbers[0] % numbers[1]:
+        raise ValueError(f"{whole} = {numbers[0]} must be a multiple of {part} = {numbers[1]}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,11 +49,7 @@ class Instruction:
             raise ValueError(
                 f"long_share = {self.long_share} and text_share = {self.text_share} are more than all sequences"
             )
-        if self.sequences_per_step % self.sequences_at_once:
-            raise ValueError(
-                f"sequences_per_step = {self.sequences_per_step} must be a multiple of sequences_at_once = "
-                f"{self.sequences_at_once}"
-            )
+        check_multiple(self, "sequences_per_step", "sequences_at_once")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -62,9 +65,7 @@ class PreferenceStage:
     beta: PositiveFloat = 0.1  # the leash: what a nat of KL costs ("rl"), and DPO's beta
 
     def __post_init__(self) -> None:
-        if self.rows_per_step % self.rows_at_once:
-            both = f"rows_per_step = {self.rows_per_step}", f"rows_at_once = {self.rows_at_once}"
-            raise ValueError(" must be a multiple of ".join(both))
+        check_multiple(self, "rows_per_step", "rows_at_once")
 
 
 @dataclass(frozen=True, config=STRICT)
