@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments.dose_record import KindBootstrap
 from llama_long_utils.evaluation.statistics import (
     Bootstrap,
     mean_interval,
@@ -79,12 +80,12 @@ def test_a_column_that_few_units_have_is_left_without_bounds():
 
 def test_kinds_are_drawn_before_the_units_within_them():
     kinds = ["speech"] * 6 + ["play"] * 3
-    weights = Bootstrap(9, 4000, 0, kinds).weights()
+    weights = KindBootstrap(9, 4000, 0, kinds).weights()
     speeches, plays = weights[:, :6].sum(axis=1), weights[:, 6:].sum(axis=1)
     assert set(zip(speeches, plays, strict=True)) == {(12, 0), (6, 3), (0, 6)}
     assert (speeches == 0).mean() == pytest.approx(0.25, abs=0.03)
     with pytest.raises(ValueError, match="2 kinds for 9 units"):
-        Bootstrap(9, 10, 0, ["a", "b"]).weights()
+        KindBootstrap(9, 10, 0, ["a", "b"]).weights()
 
 
 def test_what_differs_by_kind_is_less_certain_than_its_documents_look():
@@ -93,7 +94,7 @@ def test_what_differs_by_kind_is_less_certain_than_its_documents_look():
     values = np.repeat([-1.0, 0.0, 1.0], 10) + generator.normal(0, 0.1, 30)
     ones = np.ones((30, 1))
     width = {}
-    for name, given in (("documents", ()), ("kinds", tuple(kinds))):
-        low, high = Bootstrap(30, 2000, 0, given).interval(values[:, None], ones)
+    for name, bootstrap in {"documents": Bootstrap(30, 2000, 0), "kinds": KindBootstrap(30, 2000, 0, kinds)}.items():
+        low, high = bootstrap.interval(values[:, None], ones)
         width[name] = float(high[0] - low[0])
     assert width["kinds"] > 2 * width["documents"]

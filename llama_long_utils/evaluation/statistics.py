@@ -5,7 +5,6 @@ items there is none, and its bounds are NaN: five numbers are to be shown, not s
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,30 +17,16 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Resampled units (documents or items), the same for every arm, so that differences are paired.
-
-    With `kinds`, one for each unit, kinds are drawn first, and within each draw its units: units of one kind (speeches,
-    plays) are alike, so that nine documents of three kinds tell less than nine of nine.
-    """
+    """Resampled units (documents or items), the same for every arm, so that differences are paired."""
 
     units: int
     samples: int
     seed: int
-    kinds: Sequence[str] = ()
 
     def weights(self) -> np.ndarray:
         """How often each sample draws each unit: int of shape (samples, units)."""
-        generator = np.random.default_rng(self.seed)
-        if not self.kinds:
-            return generator.multinomial(self.units, np.full(self.units, 1 / self.units), size=self.samples)
-        if len(self.kinds) != self.units:
-            raise ValueError(f"{len(self.kinds)} kinds for {self.units} units: give each unit one")
-        members = [np.flatnonzero(np.array(self.kinds) == kind) for kind in dict.fromkeys(self.kinds)]
-        drawn = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), size=self.samples)
-        weights = np.zeros((self.samples, self.units), dtype=np.int64)
-        for member, times in zip(members, drawn.T, strict=True):
-            weights[:, member] = generator.multinomial(times * len(member), np.full(len(member), 1 / len(member)))
-        return weights
+        shares = np.full(self.units, 1 / self.units)
+        return np.random.default_rng(self.seed).multinomial(self.units, shares, size=self.samples)
 
     def interval(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bounds of sum(sums) / sum(counts) over units, each of shape (columns,); NaN of fewer units than `FEWEST`.
