@@ -63,23 +63,46 @@ class Cache:
     def _key(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(_as_json({"name": name, "version": self.version, **self.inputs, **inputs}))
 
+    def kept(self, name: str, inputs: Mapping[str, Any], suffix: str) -> Any:
+        """What a file holds; None if it is not there, or not whole, which a line says."""
+        path, key = self.path(name, inputs, suffix), self._key(name, inputs)
+        if not path.is_file():
+            return None
+        try:
+            if suffix == ".npz":
+                with np.load(path, allow_pickle=False) as stored:
+                    content = dict(stored)
+                whole = str(content.pop(KEY, "")) == _as_json(key)
+            else:
+                stored = json.loads(path.read_bytes())
+                content = stored["content"]
+                whole = stored["key"] == key and stored["sha256"] == _checksum(content)
+            if not whole:
+                raise ValueError("its checksum or its key differs")
+            return content
+        except DAMAGES as error:
+            print(f"{path.name} in {path.parent.name}/ is not whole ({error}): made again", flush=True)
+            return None
+
     def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]], **inputs: Any) -> dict[str, np.ndarray]:
         """Arrays by name, as `make` returns them, from their file or made now."""
-        path, key = self.path(name, inputs, ".npz"), self._key(name, inputs)
-        found = _read(path, key)
+        found = self.kept(name, inputs, ".npz")
         if found is None:
-            found = make()
-            write_arrays(path, {**found, KEY: np.array(_as_json(key))})  # a zip: each member has a CRC
+            found, key = make(), np.array(_as_json(self._key(name, inputs)))
+            write_arrays(self.path(name, inputs, ".npz"), {**found, KEY: key})  # a zip: each member has a CRC
         return found
 
     def value(self, name: str, make: Callable[[], T], **inputs: Any) -> T:
         """A value as JSON has it, from its file or made now."""
-        path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
-        found = _read(path, key)
+        found = self.kept(name, inputs, ".json")
         if found is None:
             found = make()
-            _write_json(path, key, found)
+            self._keep(name, inputs, found)
         return found
+
+    def _keep(self, name: str, inputs: Mapping[str, Any], content: Any) -> None:
+        stored = {"key": self._key(name, inputs), "sha256": _checksum(content), "content": content}
+        write_atomically(self.path(name, inputs, ".json"), json.dumps(stored).encode())
 
     def items(
         self,
@@ -97,8 +120,7 @@ class Cache:
         `measure` gives one result, as JSON has it, for each of a few items: `at_once` between two writes of the file.
         `item_key` is all that an item's result depends on; `progress` says what is measured, in place of the name.
         """
-        path, key = self.path(name, inputs, ".json"), self._key(name, inputs)
-        done: dict[str, Any] = _read(path, key) or {}
+        done: dict[str, Any] = self.kept(name, inputs, ".json") or {}
         keys = [digest(item_key(item)) for item in items]
         waiting = [number for number, item_digest in enumerate(keys) if item_digest not in done]
         with progress_bar(progress or name, len(items), already=len(items) - len(waiting)) as report:
@@ -106,35 +128,9 @@ class Cache:
                 part = waiting[first : first + at_once]
                 results = measure([items[number] for number in part])
                 done |= {keys[number]: result for number, result in zip(part, results, strict=True)}
-                _write_json(path, key, done)
+                self._keep(name, inputs, done)
                 report(len(items) - len(waiting) + first + len(part))
         return [done[item_digest] for item_digest in keys]
-
-
-def _read(path: Path, key: dict[str, Any]) -> Any:
-    """What the file holds; None if it is not there, or not whole, which a line says."""
-    if not path.is_file():
-        return None
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as stored:
-                content = dict(stored)
-            whole = str(content.pop(KEY, "")) == _as_json(key)
-        else:
-            stored = json.loads(path.read_bytes())
-            content = stored["content"]
-            whole = stored["key"] == key and stored["sha256"] == _checksum(content)
-        if not whole:
-            raise ValueError("its checksum or its key differs")
-        return content
-    except DAMAGES as error:
-        print(f"{path.name} in {path.parent.name}/ is not whole ({error}): made again", flush=True)
-        return None
-
-
-def _write_json(path: Path, key: dict[str, Any], content: Any) -> None:
-    stored = {"key": key, "sha256": _checksum(content), "content": content}
-    write_atomically(path, json.dumps(stored).encode())
 
 
 def _checksum(content: Any) -> str:

@@ -5,6 +5,7 @@ a contrast of at least 3 on white.
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -59,28 +60,22 @@ def look(name: str, kind: str = "arm") -> dict[str, Any]:
     return {"label": label, "color": colour, "marker": marker, "linestyle": "-" if marker else "--"}
 
 
-def by_position(axes: Axes, table: pd.DataFrame) -> None:
-    """NLL over the middles of position buckets, a line for each arm, with bands where the table has low and high.
-
-    Its other columns: arm, position_low, position_high, nll. Arms without a marker (controls) are dashed, without band.
-    """
-    ticks = set()
-    for arm, rows in table.groupby("arm", sort=False):
-        form = look(arm)
-        centre = np.sqrt(rows.position_low * rows.position_high)
-        axes.plot(centre, rows.nll, markersize=4, **form)
-        if "low" in rows and form["marker"]:
-            axes.fill_between(centre, rows.low, rows.high, color=form["color"], alpha=0.15, linewidth=0)
-        ticks |= {*rows.position_low, *rows.position_high}
-    first, last = np.ceil(np.log2(max(1, min(ticks)))), np.floor(np.log2(max(ticks)))
-    token_axis(axes, [2 ** int(power) for power in np.arange(first, last + 1)], "position in the text (tokens)")
-
-
 def two_scales(table: pd.DataFrame, window: int, limits: tuple[float, float]) -> Figure:
-    """Arms minus the base in its own window, by position: a panel with all of it, and one between the limits (nats)."""
+    """Arms minus the base in its own window, by position: a panel with all of it, and one between the limits (nats).
+
+    A line for each arm over the middles of position buckets, with bands where the table has low and high. Its other
+    columns: arm, position_low, position_high, nll. Arms without a marker (controls) are dashed, without band.
+    """
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4))
+    edges = np.log2([max(1, table.position_low.min()), table.position_high.max()])
+    ticks = [2**power for power in range(math.ceil(edges[0]), math.floor(edges[1]) + 1)]
     for axes, title in zip(panels, ("all arms", "the same, enlarged"), strict=True):
-        by_position(axes, table)
+        for arm, rows in table.groupby("arm", sort=False):
+            form, centre = look(arm), np.sqrt(rows.position_low * rows.position_high)
+            axes.plot(centre, rows.nll, markersize=4, **form)
+            if "low" in rows and form["marker"]:
+                axes.fill_between(centre, rows.low, rows.high, color=form["color"], alpha=0.15, linewidth=0)
+        token_axis(axes, ticks, "position in the text (tokens)")
         axes.axhline(0, **look("sliding_window"))
         mark_window(axes, window)
         axes.set_title(title)

@@ -18,7 +18,7 @@ from llama_long_utils.commands import run_command
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import closest, load_preset, preset_names
 from llama_long_utils.records import read_published
-from llama_long_utils.settings import Lora, MemorySavings, Preset
+from llama_long_utils.settings import Lora, MemorySavings
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
@@ -85,14 +85,6 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
-def lora_of(asked: argparse.Namespace, preset: Preset | None) -> Lora:
-    """LoRA as the preset has it, with what was asked for in its place."""
-    rank = asked.rank or (preset.lora.rank if preset else 16)
-    layers = asked.layers or (preset.lora.target_modules if preset else LINEAR)
-    norms = not asked.no_norms and (preset.lora.train_norms if preset else True)
-    return Lora(rank, 2 * rank, layers, norms, preset.lora.train_embeddings if preset else False)
-
-
 def in_second_process(count: Callable[[], object]) -> Callable[[], object]:
     """Let a copy of this process count, which leaves its ledgers in data/cache; returns what waits for it."""
     if sys.platform != "linux":
@@ -117,7 +109,10 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     from llama_long_utils.training import planner
     from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger
 
-    preset, lora = asked.preset, lora_of(asked, asked.preset)
+    preset = asked.preset
+    lora = preset.lora if preset else Lora(16, 32, LINEAR, train_norms=True, train_embeddings=False)
+    rank, norms = asked.rank or lora.rank, lora.train_norms and not asked.no_norms
+    lora = Lora(rank, 2 * rank, asked.layers or lora.target_modules, norms, lora.train_embeddings)
     window, memory = asked.window or preset.training.window, asked.memory or preset.memory_gib
     config = planner.model_shape(preset.base.source if preset else asked.model)
     dtype, savings = (preset.base.dtype, preset.training.memory_savings) if preset else ("bfloat16", PLAIN)

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data.documents import Document, TokenizedDocument, tokenizer_rules
-from llama_long_utils.data.sources import Placed, read_source, survey
+from llama_long_utils.data.sources import read_source, survey
 from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, write_atomically
 from llama_long_utils.settings import Source
 
@@ -184,7 +184,10 @@ class TokenizedSource:
                 yield TokenizedDocument(self.source.name, name, shard.token_ids[start:stop]), characters
 
     def shards(self) -> Iterator[Shard]:
-        """All shards in order. Those that are not in the cache are made, a few of them ahead of the one asked for."""
+        """All shards in order. Those that are not in the cache are made, a few of them ahead of the one asked for.
+
+        ValueError if the source is no longer what it was when the run began.
+        """
         waiting: deque[tuple[Shard | Future | None, tuple]] = deque()
         reader, behind, number, more = None, None, 0, True
         while more or waiting:
@@ -195,7 +198,9 @@ class TokenizedSource:
                 if shard:
                     reader, behind, more = None, shard.behind, bool(shard.names)
                 else:
-                    reader = reader or self.reader(behind)
+                    if reader is None and survey(self.source)[1] != self.identity:
+                        raise ValueError(f"the texts of {self.source.name!r} have changed since the start: run again")
+                    reader = reader or read_source(self.source, behind, cache=self.folder)
                     documents, characters = [], 0
                     while characters < SHARD and (read := next(reader, None)):
                         document, behind = read
@@ -214,23 +219,12 @@ class TokenizedSource:
             if shard.names:
                 yield shard
 
-    def reader(self, behind: Any) -> Placed:
-        """The documents from a place on; ValueError if the source is no longer what it was when the run began."""
-        if survey(self.source)[1] != self.identity:
-            raise ValueError(f"the texts of {self.source.name!r} have changed since the start: run again")
-        return read_source(self.source, behind, cache=self.folder)
-
     def stored(self, number: int) -> Shard | None:
         """A whole shard of the cache; one that is not whole is removed, to be made again."""
-
-        def missing() -> None:
-            raise LookupError
-
-        index, tokens = (self.cache.path(f"{number:06}", {}, suffix) for suffix in (".json", ".npy"))
-        try:
-            found = self.cache.value(f"{number:06}", missing)
-        except LookupError:
+        found = self.cache.kept(f"{number:06}", {}, ".json")
+        if found is None:
             return None
+        index, tokens = (self.cache.path(f"{number:06}", {}, suffix) for suffix in (".json", ".npy"))
         if not tokens.is_file() or file_sha256(tokens) != found.pop("sha256"):
             print(f"{tokens.name} in {tokens.parent.name}/ is not whole: made again", flush=True)
             index.unlink(missing_ok=True)

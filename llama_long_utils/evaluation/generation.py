@@ -34,7 +34,13 @@ def write(
     length run together, padded on the left, so that a 4-bit weight is unpacked once for all: `tokens_at_once` in a
     batch, or one longer prompt. An answer has `tokens` at most.
     """
-    rows = [_with_bos(tokenizer, prompt) for prompt in prompts]
+    bos = [tokenizer.bos_token_id]
+    rows = [
+        torch.tensor(bos + tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if isinstance(prompt, str)
+        else torch.from_numpy(prompt)
+        for prompt in prompts
+    ]
     options |= {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
     written = {}
     for numbers in batches(rows, tokens_at_once):
@@ -96,12 +102,6 @@ def likelihoods(
                 total = part[start:].gather(-1, right[:, None].to(part.device)).sum()
                 answers[number] = (float(total), bool((likeliest[start:] == right).all()), len(right))
     return [answers[number] for number in range(len(asked))]
-
-
-def _with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str | np.ndarray) -> torch.Tensor:
-    if isinstance(prompt, str):
-        return torch.tensor([tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-    return torch.from_numpy(prompt)
 
 
 def batches(rows: Sequence[torch.Tensor], tokens_at_once: int) -> Iterator[list[int]]:

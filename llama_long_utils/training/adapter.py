@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -97,8 +96,11 @@ def train_adapter(
         versions=package_versions(),
     )
 
+    def build() -> PeftModel:
+        options = {"dtype": preset.base.dtype, "attention": settings.attention, "on_host": sharded_base}
+        return add_lora(load_base(base, scaling, **options), preset.lora, seed=settings.seed)
+
     def work() -> list[dict[str, float]]:
-        build = partial(_new_model, preset, settings, base, scaling, on_host=sharded_base)
         model = shard_base(build) if sharded_base else build()
         room = preset.memory_gib * USABLE - plan.device_gib
         if progress and state.is_main_process:
@@ -151,11 +153,6 @@ def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]
             ) from error
     broadcast_object_list([log])
     return log
-
-
-def _new_model(preset: Preset, settings: TrainingSettings, base: Path, scaling: Scaling, *, on_host: bool) -> PeftModel:
-    options = {"dtype": preset.base.dtype, "attention": settings.attention, "on_host": on_host}
-    return add_lora(load_base(base, scaling, **options), preset.lora, seed=settings.seed)
 
 
 def _is_whole(adapter: Path) -> bool:

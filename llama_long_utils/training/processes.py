@@ -19,11 +19,11 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.attention import ContextShare
@@ -120,11 +120,6 @@ def add_up_gradients(model: PeftModel) -> DistributedDataParallel:
     sharded = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
     return DistributedDataParallel(model)
-
-
-def is_sharded(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether `shard_base` was called on it."""
-    return isinstance(causal_lm(model).model, FSDPModule)
 
 
 class SharedSequences(Dataset):

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
@@ -35,7 +36,6 @@ from llama_long_utils.training.processes import (
     SharedSequences,
     add_up_gradients,
     divide,
-    is_sharded,
     join_processes,
     use_one_gpu,
 )
@@ -134,7 +134,7 @@ def train(
     log = StepLog(labels, settings, report_every, stop_after)
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
-    if is_sharded(model):
+    if isinstance(causal_lm(model).model, FSDPModule):  # `shard_base`
         trainer.model_wrapped = add_up_gradients(model)
     model.half_trained = True
     bar = progress_bar(what, settings.steps, already=step) if state.is_main_process else nullcontext(log.report_done)
