@@ -1,6 +1,7 @@
 """The figures and tables of notebook 12."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,18 @@ import numpy as np
 import pandas as pd
 
 from experiments import pretraining
-from experiments.pretraining_results import COPIED, PLACES, SWITCHED, PretrainingResults
+from experiments.pretraining_results import (
+    CONTENT,
+    COPIED,
+    LENGTH,
+    MORE,
+    OTHER,
+    PARTED,
+    PLACES,
+    REMOVED,
+    SWITCHED,
+    PretrainingResults,
+)
 from experiments.race_results import student_reach
 from llama_long_utils.figures import (
     AMBER,
@@ -26,7 +38,7 @@ from llama_long_utils.figures import (
     save_figure,
     token_axis,
 )
-from llama_long_utils.notebooks import measured
+from llama_long_utils.notebooks import finding, measured
 
 STYLES = {  # label, colour and marker of every arm
     "long": ("long throughout", BLACK, "D"),
@@ -132,7 +144,7 @@ def draw_copying(results: PretrainingResults, size: str, window: int, folder: Pa
     axes.axvline([low for low, _ in places].index(window) - 0.5, color="0.4", linestyle=":")
     axes.set_xlabel(f"tokens back to what is quoted; dotted: short sequences have {window}")
     axes.set(ylabel="continued correctly (% of tokens)", ylim=(0, 100))
-    figure.legend(fontsize=9, loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=3)
     caption = f"Copying in held-out texts that quote themselves, {size} trained on, recorded by us. Hollow: orders of "
     caption += "the texts; lines: their means. All arms read the whole text. First tokens of excerpts are left out."
     save_figure(figure, folder, slug, number, caption, f"From near to far: {'; '.join(said)}.")
@@ -163,7 +175,7 @@ def draw_switch(
     panels[1].axhline(0, color="0.35", linewidth=1)
     panels[1].set(title=f"recorded: {size}, minus long throughout", xlabel="steps since the switch")
     panels[1].set_ylabel("difference in loss (nats)")
-    figure.legend(loc="outside lower right", ncols=4, fontsize=9)
+    figure.legend(loc="outside lower right", ncols=4)
     caption = (
         "Training loss at the switch. Left: the live run. Right: recorded by us, means over seeds and five steps. "
     )
@@ -194,8 +206,8 @@ def draw_quality(
     for panel in panels:
         panel.axhline(0, color="0.35", linewidth=1)
         panel.set(xlabel="operations beside long throughout", xlim=(0, 1.05))
-    panels[0].legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    panels[1].legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    panels[0].legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    panels[1].legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     caption = "Quality against operations. Left: recorded by us; hollow: seeds, bars: 95% intervals over seeds and "
     caption += "documents, or over seeds alone where that is wider. The cross is shifted to the right: it costs what a "
     caption += "switch does. Right: Tables 10 and 11, published without intervals, on a scale of its own."
@@ -221,7 +233,7 @@ def draw_positions(results: PretrainingResults, size: str, window: int, folder: 
     axes.set_ylabel("NLL minus long throughout (nats)")
     token_axis(axes, [2**k for k in range(2, 13, 2)], "position in the text (tokens)")
     mark_window(axes, window, "short sequences end")
-    axes.legend(fontsize=9)
+    axes.legend()
     caption = f"Held-out NLL by position, {size}, minus that of long sequences throughout, recorded by us; band: 95% "
     caption += "interval of the switch at 80%, as in Figure 12.2."
     alt = "A line for each arm over positions 1 to 4,096; zero is the arm that is long throughout."
@@ -240,7 +252,8 @@ def draw_mixes(mixes: pd.DataFrame, size: str, folder: Path, slug: str, number: 
     for panel, part in zip(panels, (mixes[~large], mixes[large]), strict=True):
         intervals(panel, part, row="mix", colour="place", zero=0, samples="each", styles=styles)
     panels[1].get_legend().remove()
-    panels[1].set_xlabel("NLL minus the original mix's (nats)")
+    for panel in panels:
+        panel.set_xlabel("NLL minus the original mix's (nats)")
     caption = f"Data mixes after one short checkpoint, {size}, recorded by us; hollow: orders of the texts, bars: 95% "
     caption += "intervals as in Figure 12.2. Left of the line is better. The lower panel has a wider scale."
     parts = mixes[mixes.place == "far"]
@@ -281,7 +294,7 @@ def mix_table(results: PretrainingResults, size: str) -> pd.DataFrame:
         gain = results.difference(size, (arm, "full"), (arm, "window"), *PLACES["far"])
         row["full context minus windows"] = in_words(pd.DataFrame([gain]), 3)[0]
         less = "-"
-        if arm != "mix-original" and results.seeds(size, arm, "mix-original")[1:]:
+        if arm not in ("mix-original", "before"):
             less = in_words(pd.DataFrame([results.less_from_context(size, arm, *PLACES["far"], "mix-original")]), 3)[0]
         row["minus original's"] = less
         for place in ("near", "far"):
@@ -290,14 +303,53 @@ def mix_table(results: PretrainingResults, size: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def new_orders(results: PretrainingResults, size: str) -> pd.DataFrame:
+    """What decides between content and length, as text: of all orders, and of those alone that were added later."""
+    columns = {
+        "all orders": results.cells,
+        "new orders alone": results.cells[~results.cells.seed.isin(pretraining.SEEDS)],
+    }
+    shown = {}
+    for name, cells in columns.items():
+        effects = replace(results, cells=cells).content_or_length(size)
+        effects = effects[effects.change.isin([LENGTH, CONTENT]) & (effects.place == "far")]
+        shown = {column: effects[column].to_list() for column in ("change", "measure")} | shown
+        shown[name] = [
+            measured(row.value, row.low, row.high, digits=3 if row.measure == "NLL" else 1)
+            for row in effects.itertuples()
+        ]
+    return pd.DataFrame(shown)
+
+
+def judge_other_mixes(results: PretrainingResults, size: str) -> None:
+    """What was expected of the mixes that do not decide between content and length, as far as they are measured."""
+    effects = results.content_or_length(size).set_index(["change", "measure", "place"])
+    for change, measure, place, worse in (
+        (PARTED, "copying", "near", True),
+        (PARTED, "copying", "far", True),
+        (REMOVED, "NLL", "far", True),
+        (OTHER, "NLL", "far", True),
+        (OTHER, "copying", "far", False),
+    ):
+        if (change, measure, place) in effects.index:
+            row = effects.loc[change, measure, place]
+            is_worse = row.low > 0 if measure == "NLL" else row.high < 0
+            said = "worse, beyond the interval" if worse else "not told to be worse"
+            finding(f"{change}: {place} {measure} is {said}", is_worse == worse)
+    if (MORE, "copying", "far") in effects.index:
+        gained = results.difference(size, ("mix-better", "full"), ("mix-upweighted", "full"), *PLACES["far"])
+        finding(f"better content gains more far NLL than {MORE}, beyond the interval", gained["high"] < 0)
+        finding(f"{MORE}: far copying is better, beyond the interval", effects.low[MORE, "copying", "far"] > 0)
+
+
 def draw_content_or_length(effects: pd.DataFrame, size: str, folder: Path, slug: str, number: str) -> None:
     """What each change of the mix does to NLL and to copying, near and far."""
     styles = {
         "near": {"label": "near", "color": GREY, "marker": "o"},
         "far": {"label": "far", "color": BLUE, "marker": "s"},
     }
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    drawn = effects[effects.seeds > 1]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
+    drawn = effects[effects.change != OTHER]
     named = {"NLL": "NLL (nats); to the right is worse", "copying": "copied (points); to the left is worse"}
     for panel, measure in zip(panels, named, strict=True):
         part = drawn[drawn.measure == measure]
@@ -309,8 +361,8 @@ def draw_content_or_length(effects: pd.DataFrame, size: str, folder: Path, slug:
     caption += (
         "intervals as in Figure 12.2. Far: positions from 2,048 on, or copied from over 1,024 tokens back. Near: "
     )
-    caption += "positions below 512, or copied from up to 512 tokens back within the first 1,024. Changes measured in "
-    caption += "one order only are left out."
-    far = drawn[drawn.place == "far"]
+    caption += "positions below 512, or copied from up to 512 tokens back within the first 1,024. Another "
+    caption += "domain, whose NLL is off this scale, is in the table."
+    far = effects[effects.place == "far"]
     alt = "; ".join(f"{row.change}, {row.measure} {row.value:+.2f}" for row in far.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Far, mixes minus original: {alt}.")

@@ -197,8 +197,10 @@ LENGTH, CONTENT = "length taken away", "better content"  # what is compared: bot
 MIX_CHANGES = {  # of a model that copies: the first arm minus the second
     LENGTH: ("mix-in-reach", "mix-original"),
     CONTENT: ("mix-better", "mix-original"),
-    "content taken away, all short": ("mix-long-removed", "mix-in-reach"),
-    "length and quotes taken away": ("mix-shredded", "mix-original"),
+    (REMOVED := "content taken away, all short"): ("mix-long-removed", "mix-in-reach"),
+    (PARTED := "quotes parted, all short"): ("mix-shredded", "mix-in-reach"),
+    (MORE := "more long documents"): ("mix-upweighted", "mix-original"),
+    (OTHER := "another domain"): ("mix-other-domain", "mix-original"),
 }
 COPIED = {  # distances back to what is quoted, and in which part of the text
     "near": {"low": 1, "high": 512, "within": "short"},
@@ -300,8 +302,11 @@ def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Se
     arrays = {"nats": nats.astype(np.float32), "tokens": tokens, "loss": loss, "edges": np.array(edges)}
     by_distance = {}
     for name, within in {"copying": "copied", "copying_short": "short"}.items():
-        if not all(name in tables for tables in have):
+        lacking = [path.stem for path, tables in zip(records, have, strict=True) if name not in tables]
+        if len(lacking) == len(records):
             continue
+        if lacking:
+            raise ValueError(f"cells without {name!r}, which others have, are to be measured again: {lacking}")
         copied = [read_table(path, name) for path in records]
         distances = sorted({*copied[0].distance_low, *copied[0].distance_high})
         shape = len(documents), len(distances) - 1

@@ -93,7 +93,8 @@ def test_a_data_mix_begins_with_the_tiny_llama_and_is_recorded_beside_it(tmp_pat
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
     cells = [Cell("tiny-llama", arm, 0) for arm in ("mix-original", "mix-in-reach", "before")]
     assert not any(cell.short_owner for cell in cells)
-    results = pretraining_results(collect([pretraining.run_cell(cell) for cell in cells], tmp_path / "record", "mixes"))
+    paths = [pretraining.run_cell(cell) for cell in cells]
+    results = pretraining_results(collect(paths, tmp_path / "record", "mixes"))
     assert list(results.cells.tokens) == [2 * LONG, 2 * LONG, 0]
     assert list(np.isnan(results.arrays["loss"]).all(axis=1)) == [False, False, True]
     edges, short, all_ = (results.arrays[name] for name in ("distances", "short_tokens", "copied_tokens"))
@@ -102,6 +103,11 @@ def test_a_data_mix_begins_with_the_tiny_llama_and_is_recorded_beside_it(tmp_pat
     effects = results.content_or_length("tiny-llama").set_index(["change", "place", "measure"])
     far = [results.copying("tiny-llama", arm)["value"] for arm in ("mix-in-reach", "mix-original")]
     assert effects.value[LENGTH, "far", "copying"] == pytest.approx(100 * (far[0] - far[1]))
+    content = json.loads(paths[1].read_text())
+    del content["tables"]["copying_short"]
+    paths[1].write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"without 'copying_short'.*{cells[1].record.stem}"):
+        collect(paths, tmp_path / "record", "mixes")
 
 
 def test_the_heavier_change_is_the_one_whose_interval_lies_above_the_others():

@@ -16,7 +16,6 @@ from experiments.pretraining_results import (
     EQUAL,
     LENGTH,
     MIXED,
-    PLACES,
     copying_results,
     heavier,
     mixed_results,
@@ -419,62 +418,35 @@ def _data_mix(table: dict[str, Any]) -> Line:
     rows = [pd.Series(table["rows"][name], table["columns"]) for name in names]
     quality, qmsum = (f"{rows[0][task]:+.0f}% with the new mix, {rows[1][task]:+.0f}%" for task in ("quality", "qmsum"))
     paper = f"over Llama 2: QuALITY {quality} with Llama 2's own, long texts removed; QMSum {qmsum} (Table 7)"
-    claim = "The data mix matters more than the length of texts"
-    if recorded("tiny", CURRICULUM) is None:
-        return Line(claim, paper)
-    results = pretraining_results()
-    effects = results.content_and_length(FROM_SCRATCH).set_index("what is changed")
-    if not {"length alone", "content, lengths unchanged"} <= {*effects.index}:
-        return Line(claim, paper)
-    length, content = (effects.loc[name] for name in ("length alone", "content, lengths unchanged"))
-    original = ("mix-original", "full"), ("mix-original", "window")
-    gain = pd.Series(results.difference(FROM_SCRATCH, *original, *PLACES["far"]))
-    ours = f"far NLL: long documents cut into four {_nats(length)} nat; training texts of the same kind as the test "
-    ours += f"texts, at the same lengths, {_nats(content)} nat; "
-    ours += f"full context minus windows in the original mix {_nats(gain)} nat"
-    larger = content.high < 0 and -content.high > max(abs(length.low), abs(length.high))
-    if gain.high >= 0:
-        judged = f"{UNDECIDED}: no gain from far context is told apart from zero, so length could not matter; 'better' "
-        judged += "means of the same kind as the test texts"
-    elif larger:
-        judged = f"{AGREES}: where better means of the same kind as the test texts"
-    else:
-        judged = DISAGREES if length.low > -content.low else f"{UNDECIDED}: the intervals overlap"
-    orders = min(length.seeds, content.seeds)
-    scale = f"Llama of {FROM_SCRATCH} parameters, one short checkpoint (one seed), {orders} orders of the texts"
-    line = Line(claim, paper, ours, scale, judged)
+    line = Line("The data mix matters more than the length of texts", paper)
     return line if recorded("tiny", MIXED) is None else _with_mixes_of_a_copying_model(line)
 
 
 def _with_mixes_of_a_copying_model(line: Line) -> Line:
     """The line of the data mix, judged by the model to which far context is worth something."""
-    results = mixed_results()
-    effects = results.content_or_length(TRAINED_ON)
+    effects = mixed_results().content_or_length(TRAINED_ON)
     far = effects[effects.place == "far"].set_index(["change", "measure"])
-    original = ("mix-original", "full"), ("mix-original", "window")
-    gain = pd.Series(results.difference(TRAINED_ON, *original, *PLACES["far"]))
-    said = "; ".join(
-        f"{change} {_nats(far.loc[change, 'NLL'])} nat, copied from over 1,024 tokens back "
+    said = (
+        f"{change} {_nats(far.loc[change, 'NLL'])} nat and "
         f"{measured(*far.loc[(change, 'copying'), ['value', 'low', 'high']], digits=1)} points"
         for change in (LENGTH, CONTENT)
     )
-    ours = (
-        f"{line.ours}. The tiny Llama, which copies, trained on: full context minus windows {_nats(gain)} nat; {said}"
-    )
-    scale = f"{line.scale}; {MODELS['tiny']}, trained on, {gain.seeds:.0f} orders of the texts (seeds)"
-    less = pd.Series(results.less_from_context(TRAINED_ON, "mix-in-reach", *PLACES["far"], "mix-original"))
-    ours += f"; without length it gains {_nats(less)} nat less from far context"
+    ours = f"far NLL and share copied from over 1,024 tokens back: {'; '.join(said)}"
+    orders = far.seeds[[LENGTH, CONTENT]].min()
+    scale = f"{MODELS['tiny']}, which copies, trained on, {orders} orders of the texts (seeds)"
+    moved = [
+        f"{change} moves far {measure}"
+        for (change, measure), row in far.loc[[LENGTH, CONTENT]].iterrows()
+        if not row.low <= 0 <= row.high
+    ]
     by_nll, by_copying = (heavier(effects, measure) for measure in ("NLL", "copying"))
     why = f"in a model that copies, {by_nll} weighs more by NLL, {by_copying} by copying"
     if by_nll == by_copying == "neither":
-        why = "in a model that copies, neither weighs more, beyond the intervals"
-    why += ", but by a measure added later far context is worth less without length" * (less.low > 0)
-    judged = f"{UNDECIDED}: {why}"
+        why = "; ".join(["in a model that copies, neither weighs more, beyond the intervals", *moved])
+    judged = UNDECIDED
     if by_nll == by_copying != "neither":
-        judged = f"{AGREES if by_nll == 'content' else DISAGREES}: {why}"
-    judged += (
-        "; 'better' means of the same kind as the test texts; from scratch, far context is worth too little to tell"
-    )
+        judged = AGREES if by_nll == "content" else DISAGREES
+    judged += f": {why}; 'better' means of the same kind as the test texts"
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
 
 
@@ -495,59 +467,31 @@ def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
         return Line(claim, paper)
     results = pretraining_results()
     arms = results.curriculum(FROM_SCRATCH).set_index("arm")
-    late, short = arms.loc["switch-80"], arms.loc["short"]
-    far = results.difference(FROM_SCRATCH, ("long", "full"), ("long", "window"), *PLACES["far"])
-    lost = {
-        arm: pd.Series(results.less_from_context(FROM_SCRATCH, arm, *PLACES["far"]))
-        for arm in ("switch-80", "switch-95")
-    }
-    ours = f"switch at 80% of the tokens: {1 - late.flops:.0%} fewer operations by the paper's count, "
-    ours += f"{1 - late.flops_counted:.0%} as multiplied, {1 - late.seconds:.0%} fewer seconds; NLL {_nats(late)} nat "
-    ours += f"against long throughout; short throughout, read in windows, {_nats(short)} nat. Far context is worth "
-    ours += f"{measured(far['value'], far['low'], far['high'], digits=4)} nat to long throughout; "
-    ours += ", ".join(
-        f"the switch at {arm[-2:]}% gains {measured(row.value, row.low, row.high, digits=4)} nat less from it"
-        for arm, row in lost.items()
-    )
+    late = arms.loc["switch-80"]
+    ours = f"switch at 80% of the tokens: {1 - late.flops_counted:.0%} fewer operations; against long throughout, "
+    ours += f"from scratch, NLL {_nats(late)} nat"
     return _with_a_copying_model(Line(claim, paper, ours, _from_scratch(late.seeds)))
 
 
 def _with_a_copying_model(line: Line) -> Line:
     """The line of short-then-long pretraining, judged by the model that has far context to lose."""
-    arms = copying_results().curriculum(TRAINED_ON).set_index("arm")
-    less = {arm: pd.Series(arms.copied_less[arm]) for arm in arms.index}
-    near = copying_results().copying(TRAINED_ON, "switch-80", "long", 1, 256)
-    late, named = arms.loc["switch-80"], {"switch-80": "the switch at 80%", "in-reach": "the same, quotes in reach"}
-    named["continued"] = "short, then a run of its own"
-    said = ", ".join(
-        f"{what} {measured(*(100 * less[arm][['value', 'low', 'high']]), digits=1)}" for arm, what in named.items()
-    )
-    steps = late.long_steps + late.short_steps
-    ours = f"{line.ours}. The tiny Llama, which copies, trained on for {steps:.0f} steps: long throughout continues "
-    ours += f"{arms.copied['long']:.0%} of the tokens quoted from over 1,024 tokens back; points "
-    ours += f"beside it: {said}; up to 256 tokens back, the switch at 80% "
-    ours += f"{measured(*(100 * near[name] for name in ('value', 'low', 'high')), digits=1)}; its NLL {_nats(late)} nat"
+    results = copying_results()
+    late = results.curriculum(TRAINED_ON).set_index("arm").loc["switch-80"]
+    less, near = late.copied_less, results.copying(TRAINED_ON, "switch-80", "long", 1, 256)
+    points = measured(*(100 * less[name] for name in ("value", "low", "high")), digits=1)
+    ours = f"{line.ours}; in the tiny Llama, which copies, copied from over 1,024 tokens back {points} points"
     scale = f"{line.scale}; {MODELS['tiny']}, trained on, {late.seeds} orders of the texts (seeds)"
     copies_less = f"copies less than long throughout, {'near and far' if near['high'] < 0 else 'far back'}"
-    worse = [what for what, bad in ((copies_less, less["switch-80"].high < 0), ("reads worse", late.low > 0)) if bad]
+    worse = [what for what, bad in ((copies_less, less["high"] < 0), ("reads worse", late.low > 0)) if bad]
     if worse:
         why = f"a switch at 80% {' and '.join(worse)}; the cause is open"
-        judged = f"{UNDECIDED}: after a short training {why}: quotes cut by short sequences, and a learning rate that "
-        judged += f"has nearly decayed by then, are not separated from it; {_copied_before()}its last fifth has "
-        judged += f"{late.long_steps * 4096:,.0f} tokens, the paper's billions; from scratch, far context is worth too "
-        judged += "little to tell"
-    elif late.high <= EQUAL and less["switch-80"].low > -MARGIN:
+        judged = f"{UNDECIDED}: after a short training, {why}; from scratch, far context is worth too little to tell"
+    elif late.high <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
     else:
         why = f"not told apart, but a loss of {EQUAL} nat or of {100 * MARGIN:.0f} points is not excluded"
         judged = f"{UNDECIDED}: {why}"
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
-
-
-def _copied_before() -> str:
-    if recorded("tiny", MIXED) is None:
-        return ""
-    return f"before, RoPE base raised, it copied {mixed_results().copying(TRAINED_ON, 'before')['value']:.0%}; "
 
 
 def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
