@@ -355,6 +355,7 @@ def draw_content_or_length(effects: pd.DataFrame, size: str, folder: Path, slug:
         part = drawn[drawn.measure == measure]
         intervals(panel, part, row="change", colour="place", zero=0, samples="each", styles=styles)
         panel.set_xlabel(named[measure])
+        panel.locator_params(axis="x", nbins=6)
         panel.get_legend().remove()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     caption = f"Content or length? Data mixes read by {size}, recorded by us; hollow: orders of the texts, bars: 95% "
@@ -363,6 +364,6 @@ def draw_content_or_length(effects: pd.DataFrame, size: str, folder: Path, slug:
     )
     caption += "positions below 512, or copied from up to 512 tokens back within the first 1,024. Another "
     caption += "domain, whose NLL is off this scale, is in the table."
-    far = effects[effects.place == "far"]
+    far = drawn[drawn.place == "far"]
     alt = "; ".join(f"{row.change}, {row.measure} {row.value:+.2f}" for row in far.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"Far, mixes minus original: {alt}.")
+    save_figure(figure, folder, slug, number, caption, f"Far: {alt}.")
