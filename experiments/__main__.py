@@ -62,9 +62,7 @@ def arguments() -> argparse.Namespace:
         "preference", help="reward model, RL and DPO over seeds, for notebook 10 (half an hour; goes on if stopped)"
     )
     preference.add_argument("--adapter", metavar="FOLDER", help="instruction-tuned (default: as notebook 10 finds it)")
-    preference.add_argument(
-        "--fresh", type=int, choices=(3, 4, 5), help="only the best arm, on so many new seeds (2 minutes each)"
-    )
+    preference.add_argument("--fresh", action="store_true", help="only the best arms, on new seeds (half an hour)")
     dose = commands.add_parser("dose", help="train at growing doses in several ways, for notebook 6 (minutes on a GPU)")
     dose.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     dose.add_argument(
@@ -198,7 +196,7 @@ def run(asked: argparse.Namespace) -> Path | None:
 
         adapter, out = find_adapter(preset, asked.adapter, stage="instruction"), RESULTS / preset.name
         if asked.fresh:
-            return preference_fresh.run_fresh(preset, adapter, out, preference_fresh.FRESH[: asked.fresh])
+            return preference_fresh.run_fresh(preset, adapter, out)
         return preference.run_preference(preset, adapter, out)
     if asked.command == "gpu":
         from experiments import gpu_budget

@@ -288,7 +288,8 @@ def wins(table: pd.DataFrame, test: Sequence[Asked]) -> pd.DataFrame:
         own["gold_cut"] = [
             test[row.question].gold(shortened(row.tokens_sft, row.tokens, end)) for row in own.itertuples()
         ]
-        for decoding, seed in itertools.product(("sampled", "greedy"), (None, *sorted(table.seed.unique()))):
+        decodings = sorted(table.decoding.unique(), reverse=True)
+        for decoding, seed in itertools.product(decodings, (None, *sorted(table.seed.unique()))):
             part = own[(own.decoding == decoding) & ((own.seed == seed) | (seed is None))]
             row = {"arm": arm, "decoding": decoding, "seed": seed, "questions": part.question.nunique()}
             for name in ("", "_cut"):

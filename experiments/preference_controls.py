@@ -31,16 +31,26 @@ SLOW = 2e-4  # learning rate
 TIGHTER = 10  # times beta
 
 
-def with_text(texts: Sequence[torch.Tensor]) -> type[TokenPairTrainer]:
+def with_text(texts: Sequence[torch.Tensor], weight: float = TEXT) -> type[TokenPairTrainer]:
     """A trainer whose loss counts a text, too, another one in each step."""
 
     class TextTrainer(TokenPairTrainer):
         def compute_loss(self, model: PeftModel, *arguments: Any, **options: Any) -> torch.Tensor:
             loss, ids = super().compute_loss(model, *arguments, **options), texts[self.state.global_step][None]
             hidden = hidden_states(model, ids)
-            return loss + TEXT * next_token_nll(hidden, causal_lm(model).get_output_embeddings(), ids) / (TOKENS - 1)
+            return loss + weight * next_token_nll(hidden, causal_lm(model).get_output_embeddings(), ids) / (TOKENS - 1)
 
     return TextTrainer
+
+
+@dataclass(frozen=True)
+class WithText:
+    """DPO with a text beside the pairs."""
+
+    weight: float  # of the text's nats a token
+    learning_rate: float
+    loss: str = "sigmoid"  # TRL's name
+    beta: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,5 +90,11 @@ class Controls:
                 return train_dpo(self.preset, self.pairs, adapter, losses=["sft"], **options)
             case "slow dpo":
                 return train_dpo(self.preset, self.pairs, adapter, settings=slow, **options)
-        settings, trainer = slow if "slow" in arm else numbers, with_text(self.texts())
-        return train_dpo(self.preset, self.pairs, adapter, settings=settings, trainer=trainer, **options)
+        rate = SLOW if "slow" in arm else numbers.dpo.learning_rate
+        return self.train_with_text(WithText(TEXT, rate), adapter, **options)
+
+    def train_with_text(self, arm: WithText, adapter: Path, *, name: str) -> TrainedAdapter:
+        """DPO with a text beside the pairs, from the instruction-tuned adapter."""
+        numbers = replace(self.preset.preference.dpo, learning_rate=arm.learning_rate, beta=arm.beta)
+        options = {"settings": replace(self.preset.preference, dpo=numbers), "losses": [arm.loss], "name": name}
+        return train_dpo(self.preset, self.pairs, adapter, trainer=with_text(self.texts(), arm.weight), **options)
