@@ -1,5 +1,6 @@
 """The figures of notebook 10, and what it says of the reward models, from its record."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +20,10 @@ CONTROLS = {
     "slow dpo": (AMBER, "^"),
     "dpo with text": (GREEN, "v"),
     "slow dpo with text": (GREEN, "^"),
-    (NEW := "slow dpo with text, new seeds"): (GREEN, "*"),
+    "slow dpo with text, new seeds": (GREEN, "*"),
+    "text 0.7, rate 4e-4, new seeds": (BLUE, "*"),
 }
+NEW = ", new seeds"
 PANELS = {
     "proxy_scaled": ("proxy: what the reward model says", "standard deviations above the start"),
     "gold": ("gold: right words, and the end", "share of tokens that match"),
@@ -68,13 +71,13 @@ def draw_both_panels(
 
 
 def what_costs_what(
-    ends: pd.DataFrame, wins: pd.DataFrame, changes: pd.DataFrame, costs: pd.DataFrame, fresh: Record
+    ends: pd.DataFrame, wins: pd.DataFrame, changes: pd.DataFrame, costs: pd.DataFrame, fresh: Record | None
 ) -> pd.DataFrame:
     """By arm, the cheapest first: what sampled answers win, also against the untrained ones cut to the same length.
 
     `words_right` is of greedy answers, with the change to the start and its interval where it was measured; `cost` in
-    nats a token of long documents, and `at_most` the highest end of a seed's interval. `fresh` is the record of one arm
-    on new seeds, questions and documents.
+    nats a token of long documents, and `at_most` the highest end of a seed's interval. `fresh` is the record of arms on
+    new seeds, if there is one.
     """
     sampled = wins[wins.seed.isna() & (wins.decoding == "sampled")].set_index("arm")
     table = sampled[["preferred", "low", "high", "preferred_cut", "low_cut", "high_cut"]].join(
@@ -85,16 +88,20 @@ def what_costs_what(
     table = table.join(words.set_index("arm")[[*names]].rename(columns=names))
     table["kl"] = ends.loc["sampled", "kl"]
     paid = costs.groupby("arm").agg(cost=("nll", "mean"), at_most=("high", "max"))
-    table = table.join(paid, how="inner")
+    table = table.join(paid, how="inner").assign(low_cost=math.nan, high_cost=math.nan)
+    return pd.concat([table, *([on_new_seeds(fresh)] if fresh else [])]).sort_values("cost")
+
+
+def on_new_seeds(fresh: Record) -> pd.DataFrame:
+    """As `what_costs_what`, with an interval for the cost of unread documents: the arms that were tested again."""
     won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
-    again = won[won.seed.isna() & (won.decoding == "sampled")].assign(arm=NEW).set_index("arm")
-    again = again[again.columns.intersection(table.columns)]
-    begin = answers[(answers.decoding == "greedy") & (answers.arm != "sft")].words_right.mean()
-    unread = read[read.unread].set_index("seed")
-    whole = unread[unread.index.isna()].iloc[0]
-    again = again.assign(words_right=begin, cost=whole.nll, low_cost=whole.low, high_cost=whole.high)
-    again["at_most"] = unread.high[unread.index.notna()].max()
-    return pd.concat([table, again]).sort_values("cost")
+    sampled = won[won.seed.isna() & (won.decoding == "sampled")].set_index("arm")
+    table = sampled[["preferred", "low", "high", "preferred_cut", "low_cut", "high_cut"]]
+    unread = read[read.unread].set_index("arm")
+    whole = unread[unread.seed.isna()][["nll", "low", "high"]].set_axis(["cost", "low_cost", "high_cost"], axis=1)
+    begin = answers[(answers.decoding == "greedy") & (answers.arm == answers.test)].groupby("arm").words_right.mean()
+    table = table.join(whole).assign(words_right=begin, at_most=unread[unread.seed.notna()].groupby("arm").high.max())
+    return table.rename(index=f"{{}}{NEW}".format)
 
 
 def in_brackets(row: pd.Series, name: str, end: str = "", *, sign: bool = False) -> str:
@@ -103,8 +110,8 @@ def in_brackets(row: pd.Series, name: str, end: str = "", *, sign: bool = False)
     return "-" if numbers.isna().any() else measured(*numbers, sign=sign)
 
 
-def say_controls(table: pd.DataFrame, limit: float, origin: str) -> None:
-    """What the controls tell apart: the table, and findings that hold or do not."""
+def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float, origin: str) -> None:
+    """What the controls tell apart, and the arms on new seeds: tables, and findings that hold or do not."""
     say(f"""The cheapest first, {origin}; means over seeds. Sampled answers are preferred, "cut" as above. Greedy
         answers begin right, and the change is from the instruction-tuned model. KL is in nats an answer. The cost is in
         nats a token of long documents, and "at most" is the highest end of a seed's interval.""")
@@ -123,18 +130,24 @@ def say_controls(table: pd.DataFrame, limit: float, origin: str) -> None:
         finding(f"{arm}: fewer greedy answers begin right than before, interval below 0", table.high_change[arm] < 0)
     finding("rl on gold: more begin right than before, interval above 0", table.low_change["rl on gold"] > 0)
     finding("imitation: preferred less often than dpo, intervals apart", table.high["imitation"] < table.low["dpo"])
-    for arm in CONTROLS:
+    for arm in (arm for arm in CONTROLS if arm in table.index):
         finding(f"{arm}: long documents cost at most {limit:g} nat, every seed's interval", table.at_most[arm] <= limit)
+    say_new_seeds(fresh, limit)
 
 
 def controls_in_words(table: pd.DataFrame, limit: float) -> str:
     """The conclusions from the controls, as list items."""
-    kept = table.drop(NEW).query("low > 0.5 and at_most <= @limit")
+    again = table.index.str.endswith(NEW)
+    kept = table[~again].query("low > 0.5 and at_most <= @limit")
     cut = ", ".join(f"{arm} {in_brackets(row, 'preferred_cut', '_cut')}" for arm, row in kept.iterrows())
-    new = table.loc[NEW]
-    won = "is preferred again" if new.low > 0.5 else "is not told from a tie"
-    costs = measured(*new[["cost", "low_cost", "high_cost"]], digits=3)
-    paid = "every seed" if new.at_most <= limit else "not every seed"
+    tests = []
+    for arm, new in table[again].iterrows():
+        won = "preferred" if new.low > 0.5 else "not told from a tie"
+        paid = "every seed" if new.at_most <= limit else "not every seed"
+        costs = measured(*new[["cost", "low_cost", "high_cost"]], digits=3)
+        tests.append(f"""- **{arm}: {won}, and {paid} within the limit on unread documents.** It is preferred
+  {in_brackets(new, "preferred")}. It costs {costs} nat, and the highest end of a seed's interval is
+  {new.at_most:.3f}. Against the cut answers it is preferred {in_brackets(new, "preferred_cut", "_cut")}.""")
     gold, text, dpo, imitation = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo", "imitation"))
     return f"""- **Words fell with the learnt reward, not with gold.** With gold as the reward {gold.words_right:.0%}
   of greedy answers begin right, a change of {in_brackets(gold, "change", "_change", sign=True)}. With the learnt reward
@@ -147,40 +160,50 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
 - Within {limit:g} nat, every seed's interval, and preferred, interval above 1/2: {", ".join(kept.index) or "none"}.
   Against the untrained answers, cut to the same length: {cut or "-"}. The weight of the text and the lower learning
   rate were chosen on one of these seeds.
-- **On new seeds, questions and documents it {won}, {paid} within the limit.** It is preferred
-  {in_brackets(new, "preferred")}. It costs {costs} nat, and the highest end of a seed's interval is
-  {new.at_most:.3f}. Against the cut answers it is preferred {in_brackets(new, "preferred_cut", "_cut")}."""
+""" + "\n".join(tests)
 
 
-def say_new_seeds(fresh: Record, limit: float) -> None:
-    """Whether the arm that met both aims does so again: what is won, the cost of both sets of documents, length."""
+def say_new_seeds(fresh: Record | None, limit: float) -> None:
+    """What was tried before the second test, and of each arm on new seeds: what it wins and costs, and its answers."""
+    if not fresh:
+        say("Arms on new seeds: no record of this preset.")
+        return
+    tried, paid = (part[part.seed.isna()].set_index("arm") for part in map(fresh.table, ("choice_wins", "choice_nll")))
+    numbers = tried.join(paid[["nll"]].assign(**{"at most": fresh.table("choice_nll").groupby("arm").high.max()}))
+    columns = {"preferred": [in_brackets(row, "preferred") for _, row in tried.iterrows()]}
+    columns["preferred, cut"] = [in_brackets(row, "preferred_cut", "_cut") for _, row in tried.iterrows()]
+    said = f"preset {fresh.content['preset']}, {fresh.origin}; 95%, the wider over questions (documents) or over seeds"
+    say(f"DPO with a text beside the pairs, tried on the study's own seeds, {said}. Costs are as above:")
+    show_table(
+        pd.DataFrame({"arm": tried.index, **columns, "cost": numbers.nll, "at most": numbers["at most"]}), digits=3
+    )
     won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
-    sampled, means = won[won.decoding == "sampled"].set_index("seed"), answers.groupby(["decoding", "arm"])
-    whole, each = sampled[sampled.index.isna()].iloc[0], sampled[sampled.index.notna()]
-    (arm,) = won.arm.unique()
-    costs = {}
-    for unread in (True, False):
-        part = read[read.unread == unread]
-        all_seeds, seeds = part[part.seed.isna()].iloc[0], part[part.seed.notna()]
-        costs[unread] = measured(*all_seeds[["nll", "low", "high"]], digits=3) + " nat a token; the interval of "
-        costs[unread] += f"{(seeds.high <= limit).sum()} of {len(seeds)} seeds stays within {limit:g}"
-    length, ended, right = (means[name].mean() for name in ("length", "ended", "words_right"))
-    say(f"""**{arm}, on seeds {", ".join(f"{seed:.0f}" for seed in each.index)}**, preset
-{fresh.content["preset"]}, {fresh.origin}; {whole.questions} new questions; 95%, the
-wider over questions (documents) or over seeds:
+    for arm in won.arm.unique():
+        sampled = won[(won.arm == arm) & (won.decoding == "sampled")].set_index("seed")
+        means = answers[answers.test == arm].groupby(["decoding", "arm"])
+        whole, each = sampled[sampled.index.isna()].iloc[0], sampled[sampled.index.notna()]
+        costs = {}
+        for unread in (True, False):
+            part = read[(read.unread == unread) & (read.arm == arm)]
+            all_seeds, seeds = part[part.seed.isna()].iloc[0], part[part.seed.notna()]
+            costs[unread] = measured(*all_seeds[["nll", "low", "high"]], digits=3) + " nat a token; the interval of "
+            costs[unread] += f"{(seeds.high <= limit).sum()} of {len(seeds)} seeds stays within {limit:g}"
+        length, ended, right = (means[name].mean() for name in ("length", "ended", "words_right"))
+        say(f"""**{arm}, on seeds {", ".join(f"{seed:.0f}" for seed in each.index)}**, {said}; {whole.questions} new
+questions:
 
 - Sampled answers are preferred {in_brackets(whole, "preferred")}, by seed {each.preferred.min():.2f} to
   {each.preferred.max():.2f}. Against the untrained answer cut to the same length it is
   {in_brackets(whole, "preferred_cut", "_cut")}.
-- Documents that no arm was tested on cost {costs[True]}.
-- Those of before cost {costs[False]}.
+- Documents that no arm was chosen on cost {costs[True]}.
+- Those of the study cost {costs[False]}.
 - A sampled answer has {length["sampled", arm]:.1f} tokens. Before it had {length["sampled", "sft"]:.1f}. The share that
   ends rose from {ended["sampled", "sft"]:.0%} to {ended["sampled", arm]:.0%}.
 - Of greedy answers {right["greedy", arm]:.0%} begin right. Before it was {right["greedy", "sft"]:.0%}.""")
-    seeds = read[read.unread & read.seed.notna()]
-    finding("new seeds: preferred to the instruction-tuned model, interval above 1/2", whole.low > 0.5)
-    finding("new seeds: preferred to its answer cut to the same length, too", whole.low_cut > 0.5)
-    finding(f"new seeds: unread documents cost at most {limit:g} nat, every seed's interval", seeds.high.max() <= limit)
+        most = read[read.unread & (read.arm == arm) & read.seed.notna()].high.max()
+        finding(f"{arm}{NEW}: preferred to the instruction-tuned model, interval above 1/2", whole.low > 0.5)
+        finding(f"{arm}{NEW}: preferred to its answer cut to the same length, too", whole.low_cut > 0.5)
+        finding(f"{arm}{NEW}: unread documents cost at most {limit:g} nat, every seed's interval", most <= limit)
 
 
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
@@ -191,7 +214,7 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
             rows = table[table.index.isin([arm, *(f"{arm}, {share:g}" for share in KEPT)])]
             axes.plot([0, *rows.cost], [0.5, *rows[f"preferred{name}"]], color=colour, alpha=0.5)
             draw_points(axes, rows, name, colour, marker, label)
-        for arm, (colour, marker) in CONTROLS.items():
+        for arm, (colour, marker) in ((arm, look) for arm, look in CONTROLS.items() if arm in table.index):
             draw_points(axes, table.loc[[arm]], name, colour, marker, arm)
         axes.axvline(limit, color="0.4", linestyle=":")
         axes.axhline(0.5, color="0.4", linewidth=1)
@@ -202,7 +225,7 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
     parts = ", ".join(f"{share:g}" for share in sorted(KEPT))
     caption = f"What is won and what it costs, {origin}. Lines, from the left: none, {parts} of the change, all."
     caption += f" Bars: 95%, the wider over questions or seeds; dotted: {limit:g} nat."
-    caption += " Star: new seeds, questions and documents, with an interval for the cost."
+    caption += " Stars: new seeds, questions and documents, with an interval for the cost."
     rows = [
         f"{row.Index}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats"
         for row in table.itertuples()

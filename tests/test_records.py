@@ -9,6 +9,8 @@ from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.records import read_published, read_record, read_table, write_record
 from tools.store import results, store_record
 
+WINS = {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"}
+WINS |= {"preferred_cut", "low_cut", "high_cut"}
 COLUMNS = {
     "03_corpus": {
         "corpus": {"files", "documents", "bytes"},
@@ -134,8 +136,7 @@ COLUMNS = {
     "10_preference_tuning": {
         "curves": {"arm", "seed", "step", "decoding", "gold", "proxy", "kl", "length", "repeated", "ended", "exact"}
         | {"words", "words_right", "proxy_scaled"},
-        "wins": {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"}
-        | {"preferred_cut", "low_cut", "high_cut"},
+        "wins": WINS,
         "changes": {"arm", "decoding", "measure", "since", "before", "after", "difference", "low", "high"},
         "reward_model": {"seed", "comparisons", "held_out", "right", "low", "high"}
         | {"rank_ended", "rank_length", "rank_gold", "rank_words"},
@@ -164,10 +165,12 @@ COLUMNS = {
         "retrieval_change": {"arm", "seed", "questions", "before", "after", "difference", "low", "high"},
     },
     "10_fresh_seeds": {
-        "wins": {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"}
-        | {"preferred_cut", "low_cut", "high_cut"},
-        "answers": {"arm", "seed", "decoding", "gold", "length", "ended", "words_right"},
-        "nll": {"unread", "seed", "nll", "low", "high", "documents"},
+        "choice_wins": WINS,
+        "choice_answers": {"arm", "test", "seed", "decoding", "gold", "length", "ended", "words_right"},
+        "choice_nll": {"arm", "unread", "seed", "nll", "low", "high", "documents"},
+        "wins": WINS,
+        "answers": {"arm", "test", "seed", "decoding", "gold", "length", "ended", "words_right"},
+        "nll": {"arm", "unread", "seed", "nll", "low", "high", "documents"},
     },
     "11_ablations": {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},

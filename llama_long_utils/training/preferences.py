@@ -82,10 +82,9 @@ def reference_kept(model: PeftModel) -> Iterator[None]:
     with weights_kept(model):
         yield
     keep_copies_fp32(model)
-    of_policy = {name: weight for name, weight in model.named_parameters() if ".default." in name}
-    for name, weight in model.named_parameters():
-        if ".ref." in name:
-            weight.data = of_policy[name.replace(".ref.", ".default.")].data.clone()
+    weights = dict(model.named_parameters())
+    for name in (name for name in weights if ".ref." in name):
+        weights[name].data = weights[name.replace(".ref.", ".default.")].data.clone()
 
 
 def check_preference(trainer: Trainer, rope: Scaling) -> None:
@@ -95,12 +94,8 @@ def check_preference(trainer: Trainer, rope: Scaling) -> None:
         check_rope(reference, rope)  # TRL loads it by its path, with the RoPE that its config.json has
     elif not isinstance(trainer, RewardTrainer):
         weights = dict(trainer.model.named_parameters())
-        pairs = [
-            (weights[name.replace(".default.", ".ref.")], weight)
-            for name, weight in weights.items()
-            if ".default." in name
-        ]
-        if not all(torch.equal(*pair) for pair in pairs):
+        copies = {name: weights[name.replace(".default.", ".ref.")] for name in weights if ".default." in name}
+        if not all(torch.equal(weights[name], copy) for name, copy in copies.items()):
             raise ValueError("the reference is not a copy of the policy: KL would not start at 0")
     wrong = {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad} - {torch.float32}
     if wrong:
@@ -142,13 +137,11 @@ def train_reward_model(
         {"chosen_ids": [*one.prompt, *one.chosen], "rejected_ids": [*one.prompt, *one.rejected]} for one in comparisons
     ]
 
-    def build(
-        model: PeftModel, rows: Sequence[dict], arguments: dict[str, Any], tokenizer: Any, _beta: float
-    ) -> Trainer:
+    def build(model: PeftModel, rows: Sequence[dict], shared: dict, tokenizer: Any, _beta: float) -> Trainer:
         padding = tokenizer.pad_token or tokenizer.eos_token
         if padding == tokenizer.eos_token:  # the number would be read before EOS, blind to whether a text has ended
             padding = tokenizer.bos_token or tokenizer.unk_token
-        config = RewardConfig(**arguments, max_length=None, pad_token=padding)
+        config = RewardConfig(**shared, max_length=None, pad_token=padding)
         use_one_gpu(config)
         return RewardTrainer(model, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer)
 
@@ -172,12 +165,10 @@ def optimise_policy(
     def rated(prompts: list[list[int]], completion_ids: list[list[int]], **_columns: Any) -> list[float]:
         return rate()(prompts, completion_ids)
 
-    def build(
-        model: PeftModel, rows: Sequence[dict], arguments: dict[str, Any], tokenizer: Any, beta: float
-    ) -> Trainer:
+    def build(model: PeftModel, rows: Sequence[dict], shared: dict, tokenizer: Any, beta: float) -> Trainer:
         numbers = options.get("settings") or preset.preference
         config = RLOOConfig(
-            **arguments,
+            **shared,
             beta=beta,
             num_generations=numbers.answers,
             max_completion_length=numbers.answer_tokens,
@@ -208,10 +199,8 @@ def train_dpo(
     """
     rows = [{"prompt_ids": one.prompt, "chosen_ids": one.chosen, "rejected_ids": one.rejected} for one in comparisons]
 
-    def build(
-        model: PeftModel, rows: Sequence[dict], arguments: dict[str, Any], tokenizer: Any, beta: float
-    ) -> Trainer:
-        config = DPOConfig(**arguments, beta=beta, max_length=None, loss_type=list(losses))
+    def build(model: PeftModel, rows: Sequence[dict], shared: dict, tokenizer: Any, beta: float) -> Trainer:
+        config = DPOConfig(**shared, beta=beta, max_length=None, loss_type=list(losses))
         use_one_gpu(config)
         return trainer(model, None, config, train_dataset=as_dataset(rows), processing_class=tokenizer)
 
@@ -260,13 +249,8 @@ def _tune(
     """Train one stage in runs/PRESET/STAGE, as `train_adapter`; rows come in a new order in each pass."""
     if join_processes().num_processes > 1:
         raise ValueError("preference tuning runs in one process: start it without a launcher")
-    settings = settings or preset.preference
-    training, beta, base, card = (
-        stage_training(preset, stage, settings),
-        getattr(settings, stage).beta,
-        locate_base(preset),
-        read_card(adapter),
-    )
+    settings, base, card = settings or preset.preference, locate_base(preset), read_card(adapter)
+    training, beta = stage_training(preset, stage, settings), getattr(settings, stage).beta
     longest = max(sum(map(len, row.values())) - len(row.get("rejected_ids", ())) for row in given)
     if longest > training.window + 1:
         raise ValueError(f"a row has {longest:,} tokens: preference.tokens and answer_tokens allow {training.window:,}")
@@ -277,11 +261,9 @@ def _tune(
     began = weights_sha256(adapter)
     depends_on = {"base": weights_sha256(base), "start": began, "rope": card.rope, "dtype": preset.base.dtype}
     depends_on |= {"lora": preset.lora, "preference": asdict(settings), "reward": reward}
-    runs, name = (
-        Cache(preset.run_folder / stage, VERSION, run_key(training, digest(list(rows)), **depends_on)),
-        name or stage,
-    )
-    folder, tokenizer = runs.path(name, {}, ""), load_tokenizer(base)
+    key, name = run_key(training, digest(list(rows)), **depends_on), name or stage
+    runs, tokenizer = Cache(preset.run_folder / stage, VERSION, key), load_tokenizer(base)
+    folder = runs.path(name, {}, "")
     trainers: list[Trainer] = []
 
     def build_trainer(
@@ -309,8 +291,10 @@ def _tune(
         own = {**asdict(training), "stage": stage, "preference": asdict(settings), "start": began, "run": folder.name}
         save_adapter(model, replace(card, training=own, versions=package_versions()), folder / "adapter")
         logged = [row for row in trainers[-1].state.log_history if "loss" in row]
-        added = [{LOGGED[key]: row[key] for key in LOGGED if key in row} for row in logged]
-        return [{**row, **more} for row, more in zip(log, added, strict=True)]
+        return [
+            {**row, **{LOGGED[key]: more[key] for key in LOGGED if key in more}}
+            for row, more in zip(log, logged, strict=True)
+        ]
 
     log = run_or_read(runs, name, work)
     return TrainedAdapter(folder / "adapter", log, training, int(log[-1]["tokens"]))
