@@ -7,7 +7,7 @@ difference that holds 0, or lies below, refutes either.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Arm:
     text_share: float = 0.0
     loss_on_prompt: bool = False
     extended: bool = True
-    maker: Callable = quotation_dialogue
+    maker: Maker | None = None  # of long dialogues; None: as the settings have it
     trainer: type[InstructionTrainer] = InstructionTrainer
     times: int = 1  # the steps
     rate: float = 1.0  # times the learning rate
@@ -130,12 +130,10 @@ class Arm:
         changes |= {"learning_rate": self.rate * preset.instruction.learning_rate}
         return dataclasses.replace(preset.instruction, **changes, seed=seed)
 
-    def tune(self, preset: Preset, name: str, seed: int) -> TrainedAdapter:
-        """Its adapter, trained now or read."""
-        maker: Maker = self.maker
-        settings = self.settings(preset, seed)
-        made = {"long_dialogue": maker, "trainer_class": self.trainer}
-        return tune_instructions(preset, settings=settings, extended=self.extended, name=name, **made)
+    def tune(self, preset: Preset, name: str, seed: int, start: Path | None = None) -> TrainedAdapter:
+        """Its adapter, trained now or read; `start`: where it begins, in place of what `find_adapter` finds."""
+        made = {"long_dialogue": self.maker, "trainer_class": self.trainer, "extended": self.extended}
+        return tune_instructions(preset, settings=self.settings(preset, seed), adapter=start, name=name, **made)
 
 
 ARMS = {

