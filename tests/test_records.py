@@ -127,7 +127,7 @@ COLUMNS = {
     },
     "smollm2/09_instruction_tuning": {
         "answers": {"arm", "seed", "length", "questions", "f1", "exact", "log_probability", "ended"},
-        "runs": {"arm", "seed", "labels", "training", "asking"},
+        "runs": {"arm", "seed", "labels", "questions", "different", "training", "asking"},
     },
     "09_self_instruct": {
         "quality": {"outcome", "pairs", "words_found"},

@@ -100,8 +100,11 @@ def test_a_loss_on_the_prompt_that_halves_the_weight_of_answers_decides_nothing_
     assert lines["C10"].verdict.startswith(scoreboard.UNDECIDED)
 
 
-@pytest.mark.parametrize(("gain", "judged"), [(-0.3, "exact ones are fewer"), (0.3, scoreboard.AGREES)])
-def test_a_loss_on_the_prompt_is_judged_where_answers_keep_their_weight(monkeypatch, gain, judged):
+@pytest.mark.parametrize(
+    ("gain", "judged", "why"),
+    [(-0.3, scoreboard.DISAGREES, "fewer"), (0.0, scoreboard.UNDECIDED, "no change"), (0.3, scoreboard.AGREES, "more")],
+)
+def test_a_loss_on_the_prompt_is_judged_where_answers_keep_their_weight(monkeypatch, gain, judged, why):
     preset = scoreboard.load_preset("tiny")
     results = scoreboard.instruction_results(preset)
     arrays, (full, without) = dict(results.record.arrays), scoreboard.PAIRS[scoreboard.FULL]
@@ -112,8 +115,38 @@ def test_a_loss_on_the_prompt_is_judged_where_answers_keep_their_weight(monkeypa
     monkeypatch.setitem(vars(results.record), "arrays", arrays)
     monkeypatch.setattr(scoreboard, "instruction_results", lambda one: results if one is preset else None)
     monkeypatch.setattr(scoreboard, "load_preset", lambda name: preset if name == "tiny" else None)
-    line, _ = scoreboard._instruction_tuning(read_published("llama2_long")["table_9"])
-    assert judged in line.verdict
+    line, long = scoreboard._instruction_tuning(read_published("llama2_long")["table_9"])
+    assert line.verdict.startswith(judged)
+    assert why in line.why
+    assert long.verdict.startswith(scoreboard.UNDECIDED)  # a rule wrote the questions
+
+
+@pytest.mark.parametrize(
+    ("gains", "loss", "long"),
+    [
+        ((0.0, 0.3), scoreboard.AGREES, scoreboard.AGREES),
+        ((-0.3, 0.3), scoreboard.AGREES, scoreboard.AGREES),
+        ((0.0, 0.0), scoreboard.UNDECIDED, scoreboard.UNDECIDED),
+        ((0.0, -0.3), scoreboard.UNDECIDED, scoreboard.UNDECIDED),  # fewer, but the loss dilutes answers
+        ((-0.3, -0.3), scoreboard.UNDECIDED, scoreboard.DISAGREES),
+    ],
+)
+def test_a_real_model_past_its_old_window_decides_about_long_questions(monkeypatch, gains, loss, long):
+    """`gains` in F1 of long questions over short ones, without and with a loss on the prompt."""
+    results = scoreboard.instruction_results(scoreboard.load_preset("smollm2"))
+    arrays = dict(results.record.arrays)
+    rows = {arm: np.flatnonzero(results.runs.arm == arm) for arm in ("short", "long", "long, loss on prompt")}
+    (length,) = results.past
+    arrays[f"f1_{length}"] = (f1 := arrays[f"f1_{length}"].copy())
+    for arm, gain in zip(("long", "long, loss on prompt"), gains, strict=True):
+        f1[rows[arm]] = f1[rows["short"]] + gain
+    monkeypatch.setitem(vars(results.record), "arrays", arrays)
+    tiny = scoreboard.instruction_results(scoreboard.load_preset("tiny"))
+    monkeypatch.setattr(scoreboard, "instruction_results", {"tiny": tiny, "smollm2": results}.get)
+    monkeypatch.setattr(scoreboard, "load_preset", lambda name: name)
+    judged = scoreboard._instruction_tuning(read_published("llama2_long")["table_9"])
+    assert judged[0].verdict.startswith(loss)
+    assert judged[1].verdict.startswith(long)
 
 
 def test_copying_lost_near_as_well_as_far_is_no_loss_of_far_context_alone(lines, monkeypatch):

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.instruction_results import DILUTION, FULL, LONG, LOSS, PAIRS, InstructionResults, instruction_results
+from experiments.instruction_results import (
+    DILUTION,
+    FULL,
+    LONG,
+    LOSS,
+    PAIRS,
+    PLAIN,
+    InstructionResults,
+    instruction_results,
+)
 from experiments.pretraining_results import (
     CONTENT,
     EQUAL,
@@ -509,33 +518,31 @@ def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
         return [loss, long]
     points = partial(measured, digits=1)
     asked = f"exact answers to quotations, {results.past[0]:,} to {results.past[-1]:,} tokens:"
-    arms = ("long, loss on prompt", "long")
-    exact, words, nats = (*(results.difference(*arms, one) for one in ("exact", "words")), results.far_nll(*arms))
-    full, alone = (results.difference(*PAIRS[name]) for name in (FULL, DILUTION))
-    kept = results.far_nll(*PAIRS[FULL])
+    exact, words = (results.difference(*PAIRS[LOSS], one) for one in ("exact", "words"))
+    full, alone, plain, read = (results.difference(*PAIRS[name]) for name in (FULL, DILUTION, PLAIN, LONG))
+    nats, kept = (results.far_nll(*PAIRS[name]) for name in (LOSS, FULL))
+    scale = f"{MODELS['tiny']}, {len(results.seeds('long'))} seeds"
+    real = instruction_results(load_preset("smollm2"))
+    on_squad = {name: real.difference(*PAIRS[name], "f1") for name in (LOSS, PLAIN, LONG)} if real else {}
+
     ours = f"{asked} {points(*exact)} points; right words, whatever follows: {points(*words)}; "
     ours += f"NLL of held-out text far out {measured(*nats)} nat. With answers at their weight without it: "
     ours += f"{points(*full)} points, {measured(*kept)} nat; that dilution of answers alone: {points(*alone)} points"
-    judged, why = f"{UNDECIDED}: not told from chance", ""
-    if full[1] > 0:
-        judged = f"{AGREES}: where answers keep their weight"
-    elif exact[2] < 0:
-        judged = f"{UNDECIDED}: at tiny it costs exact answers, and it dilutes them"
-        judged += ", which costs some alone" if alone[2] < 0 else ""
-        costs = full[2] < 0
-        why = (
-            f"where answers keep their weight, {'exact ones are fewer' if costs else 'no change of exact ones is told'}"
-        )
-        judged += f"; {why}{', and the model reads better' if kept[2] < 0 else ''}; compared at one learning rate"
-    scale = f"{MODELS['tiny']}, {results.runs[results.runs.arm == 'long'].seed.nunique()} seeds"
-    loss = replace(loss, ours=ours, scale=scale, verdict=judged, why=why)
-    plain, read = (results.difference(arm, "short") for arm in ("long", "long, loss on prompt"))
+    judged = _judged(full, *([on_squad[LOSS]] if real else []))
+    why = f"where answers keep their weight, {_told(full)} at tiny"
+    reason = f"{why}{', and the model reads better' if kept[2] < 0 else ''}"
+    if exact[2] < 0:
+        reason += "; diluting them it costs exact ones"
+        reason += ", and so does dilution alone" if alone[2] < 0 else ""
+    reason += "; compared at one learning rate"
+    loss = replace(loss, ours=ours, scale=scale, verdict=f"{judged}: {reason}", why=why)
+
     ours = f"{asked} without the loss {points(*plain)} points, with it {points(*read)}"
-    judged = f"{UNDECIDED}: at tiny no model wrote the questions, a rule quotes them; without the loss {_told(plain)}, "
-    judged += f"with it {_told(read)}"
-    lines = [loss, replace(long, ours=ours, scale=scale, verdict=judged)]
-    real = instruction_results(load_preset("smollm2"))
-    return [_on_squad(line, real, pair) for line, pair in zip(lines, (LOSS, LONG), strict=True)] if real else lines
+    judged = _judged(on_squad[PLAIN], on_squad[LONG]) if real else UNDECIDED
+    reason = f"at tiny no model wrote the questions, a rule quotes them; without the loss {_told(plain)}, "
+    reason += f"with it {_told(read)}"
+    long = replace(long, ours=ours, scale=scale, verdict=f"{judged}: {reason}")
+    return [_on_squad(loss, real, LOSS), _on_squad(long, real, LONG)] if real else [loss, long]
 
 
 def _on_squad(line: Line, results: InstructionResults, pair: str) -> Line:
@@ -543,17 +550,26 @@ def _on_squad(line: Line, results: InstructionResults, pair: str) -> Line:
     f1, likely = (results.difference(*PAIRS[pair], measure) for measure in ("f1", "log_probability"))
     ours = f"{line.ours}; F1 on SQuAD behind {results.past[-1]:,} tokens: {measured(*f1, digits=1)} points, "
     ours += f"log-probability of the answer {measured(*likely)} nat a token"
-    told = "not told from chance" if f1[1] <= 0 <= f1[2] else "higher" if f1[1] > 0 else "lower"
-    likelier = "not told from chance" if likely[1] <= 0 <= likely[2] else "higher" if likely[1] > 0 else "lower"
-    judged = f"{line.verdict}; at SmolLM2 F1 {told}, log-probability {likelier} behind the one context asked"
-    seeds = results.runs[results.runs.arm == "long"].seed.nunique()
-    return replace(line, ours=ours, scale=f"{line.scale}; {MODELS['smollm2']}, {seeds} seed", verdict=judged)
+    told, likelier = (
+        "not told from chance" if one[1] <= 0 <= one[2] else "higher" if one[1] > 0 else "lower" for one in (f1, likely)
+    )
+    judged = f"{line.verdict}; at SmolLM2 F1 past the old window {told}, log-probability {likelier}"
+    seeds = len(results.seeds("long"))
+    scale = f"{line.scale}; {MODELS['smollm2']}, {seeds} seed{'s' if seeds > 1 else ''}"
+    return replace(line, ours=ours, scale=scale, verdict=judged)
+
+
+def _judged(*differences: Interval) -> str:
+    """Whether some interval lies above 0, all lie below, or neither."""
+    if any(low > 0 for _, low, _ in differences):
+        return AGREES
+    return DISAGREES if all(high < 0 for *_, high in differences) else UNDECIDED
 
 
 def _told(difference: Interval) -> str:
     if difference[1] <= 0 <= difference[2]:
-        return "not told from chance"
-    return f"{'more' if difference[1] > 0 else 'fewer'} exact answers"
+        return "no change of exact answers is told"
+    return f"exact answers are {'more' if difference[1] > 0 else 'fewer'}"
 
 
 def _full_attention(attention: dict[str, Any]) -> Line:

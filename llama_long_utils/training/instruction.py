@@ -126,6 +126,7 @@ def tune_instructions(
         extended: False trains a new adapter on the base with its RoPE as it is, on short sequences.
         long_dialogue: what makes a long document's dialogue, in place of what the settings name.
         name: how the run folder's name begins; another is an experiment's arm, which `find_adapter` passes over.
+        trainer_class: what trains, with another loss for instance.
         progress: a line every so many steps; 0: none.
 
     Raises:
