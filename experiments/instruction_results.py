@@ -149,9 +149,9 @@ class InstructionResults:
 
     def told(self, first: str, second: str, measure: str, lengths: Sequence[int] | None = None) -> str:
         """`difference` for a reader, or that both arms are at the floor: no score of either is above 0."""
-        if measure != "log_probability" and not any(
-            self.scores(arm, lengths or self.past, measure).any() for arm in (first, second)
-        ):
+        at = lengths or self.past
+        both = self.scores(first, at, measure, second), self.scores(second, at, measure, first)
+        if measure != "log_probability" and not any(scores.any() for scores in both):
             return "both at the floor"
         digits = 2 if measure == "log_probability" else 1
         return measured(*self.difference(first, second, measure, lengths), digits=digits)
@@ -210,6 +210,18 @@ def squad_tables(results: InstructionResults) -> tuple[pd.DataFrame, pd.DataFram
     table["seeds"] = [len(results.seeds(arm)) for arm in results.arms]
     trained = results.runs.groupby("arm")[["labels", "questions", "different"]].mean().round().astype(int)
     return table.join(trained.loc[results.arms].reset_index(drop=True)), difference_table(results, columns)
+
+
+def claims_on_squad(results: InstructionResults) -> dict[str, bool]:
+    """What was expected of the real model past its old window, and what would refute it: whether each holds."""
+    claims = {}
+    for pair, by in {LOSS: "(C10) by the loss on the prompt", LONG: "(C11) by long documents with it"}.items():
+        f1, likely = (results.difference(*PAIRS[pair], measure) for measure in ("f1", "log_probability"))
+        claims |= {f"expected {by}: F1 rises": f1[1] > 0, f"what refutes it, {by}: F1 falls": f1[2] < 0}
+        claims[f"{by}: the right answer becomes less likely"] = likely[2] < 0
+    full = [results.difference(*PAIRS[FULL], measure) for measure in ("f1", "log_probability")]
+    claims["expected: at full weight no change is told, in neither"] = all(low <= 0 <= high for _, low, high in full)
+    return claims
 
 
 def difference_table(
@@ -278,7 +290,7 @@ def draw_beside_paper(
     ours = []
     for place, (name, (arm, other)) in enumerate(zip(names, pairs, strict=True)):
         ours += [(name, title, *results.difference(arm, other, measure)) for measure, title in MEASURES.items()]
-        if LOOKS[arm][-1]:
+        if LOOKS[arm][-1] and LOOKS[other][-1]:
             theirs = [np.array(published["rows"][LOOKS[one][-1]]) for one in (arm, other)]
             changes = theirs[0] - theirs[1]
             right.scatter(changes, [place] * len(changes), s=30, facecolors="none", edgecolors=BLUE)
