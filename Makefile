@@ -19,7 +19,7 @@ help:
 	@echo "make notebooks   execute the notebooks and store their outputs, figures and records"
 	@echo "make longrope    search LongRoPE's factors for the preset's [race] and store their record (10 minutes)"
 	@echo "make race        measure every arm of notebook 11 and store its record (one to two hours; goes on if stopped)"
-	@echo "make bench       measure training steps and those of other trainers, for notebook 4 (three hours; goes on if stopped)"
+	@echo "make bench       measure training steps and those of other trainers, for notebook 4 (hours; goes on if stopped)"
 	@echo "make gpu         measure training steps on a GPU against the ledger, for notebook 4 (9 minutes; goes on if stopped)"
 	@echo "make tiny-llama  train data/tiny-llama again (one to two hours; needs a C++ compiler)"
 	@echo "make lock        write environment.yml and requirements.lock from pyproject.toml"

@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
     )
     pretraining.add_argument("--cell", nargs=3, metavar=("SIZE", "ARM", "SEED"), help="measure this one only")
     pretraining.add_argument("--finished", action="store_true", help="join the cells that are measured, and no others")
-    bench = commands.add_parser("bench", help="measure training steps, for notebook 4 (two hours)")
+    bench = commands.add_parser("bench", help="measure training steps, for notebook 4 (hours; goes on if stopped)")
     bench.add_argument("--trainers", action="store_true", help="only those beside other trainers (an hour of one core)")
     gpu = commands.add_parser(
         "gpu", help="measure training steps on a GPU against the ledger, for notebook 4 (9 minutes)"

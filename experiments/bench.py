@@ -2,8 +2,8 @@
 
 Every measurement runs in a process of its own and leaves a JSON file in runs/bench, so that a second call goes on where
 the first was stopped. Contenders: transformers' `Trainer` with PEFT as its documentation shows, TRL's `SFTTrainer` with
-its defaults for long context, and ours with the plans that the planner finds for given memory. Each has one thread, and
-the processor's seconds are counted: they are about the same whatever else the machine does.
+its defaults for long context, and ours with the plans that the planner finds for given memory. Contenders have one
+thread each, and their processor's seconds are counted: these are about the same whatever else the machine does.
 """
 
 import json
@@ -658,5 +658,7 @@ def main() -> Path:
     return write("04_one_gpu_budget", question, tables, started, "make bench")
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--worker"]:
+        sys.exit("one measurement's process: use `python -m experiments bench`")
     worker(json.loads(sys.argv[2]))

@@ -191,6 +191,7 @@ def table(found: dict[str, Any]) -> str:
         f"{amount(found['longest_window_host_gib'])} of host memory",
         "seconds a step": f"at {found['utilisation']:.0%} of a GPU's peak, {found['flops']:.3g} operations on each",
         **{f"  {gpu}": cost(seconds) + run.get(gpu, "") for gpu, seconds in found["seconds_per_step"].items()},
+        **({} if found["seconds_per_step"] else {"  no GPU listed": "has so much memory; see --devices"}),
     }
     width = max(map(len, lines))
     shown = [f"{name:{width}}  {value}" for name, value in lines.items()]

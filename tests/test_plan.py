@@ -112,4 +112,9 @@ def test_of_a_preset_the_whole_run_is_priced(capsys, monkeypatch):
 
 def test_seconds_are_told_of_gpus_with_as_much_memory(answer, capsys):
     found = json.loads(answer(capsys, "--window", "8192", "--memory", "40", "--json"))
-    assert list(found["seconds_per_step"]) == ["A100 40 GB", "A100 80 GB", "H100 80 GB"]
+    assert list(found["seconds_per_step"]) == ["A100 40 GB", "A100 80 GB", "H100 80 GB", "H200 141 GB"]
+
+
+def test_memory_that_no_listed_gpu_has_is_said(answer, capsys):
+    assert "no GPU listed" in answer(capsys, "--window", "512", "--memory", "200")
+    assert "no GPU listed" not in answer(capsys, "--window", "512", "--memory", "141")
