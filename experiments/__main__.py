@@ -78,7 +78,10 @@ def arguments() -> argparse.Namespace:
     dose.add_argument(
         "--record", action="store_true", help="write the record into data/results, not beside the results"
     )
-    for command in (race, arm, longrope, bases, trainings, quoting, instruction, asking, preference, dose):
+    context = commands.add_parser(
+        "context", help="the loss of the same targets behind shorter and longer contexts, for notebook 13 (minutes)"
+    )
+    for command in (context, race, arm, longrope, bases, trainings, quoting, instruction, asking, preference, dose):
         command.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     pretraining = commands.add_parser(
         "pretraining", help="small models from scratch, short sequences first, and data mixes, for notebook 12 (hours)"
@@ -198,6 +201,10 @@ def run(asked: argparse.Namespace) -> Path | None:
         if asked.fresh:
             return preference_fresh.run_fresh(preset, adapter, out)
         return preference.run_preference(preset, adapter, out)
+    if asked.command == "context":
+        from experiments import context_law
+
+        return context_law.measure(preset, RESULTS / preset.name)
     if asked.command == "gpu":
         from experiments import gpu_budget
 
