@@ -4,7 +4,7 @@ Llama 2 Long reads both from Figure 1 (claims C5 and C6). Here every context is 
 contexts differ in nothing else, and models of different tokenizers are given the same texts.
 
 Expected before it was run. C5 agrees if the law, fitted to contexts up to a quarter of the window, tells the loss at
-the longest within MARGIN: the whole interval over texts and kinds. It disagrees if the whole interval lies outside.
+the longest within 0.02 nat: the whole interval over texts and kinds. It disagrees if the whole interval lies outside.
 A line in log c, which has one number less, stands beside it: if that tells as much, the law is not singled out. C6
 agrees if beta of the larger model is larger, beyond the interval of the difference on the same targets and contexts.
 """
@@ -40,7 +40,6 @@ VERSION = 1  # of what is measured: raise it when a number changes
 TEXTS = "smollm2"  # the preset by whose tokenizer texts are cut
 TARGET = 256  # tokens of a target by that tokenizer
 SHORTEST = 64
-MARGIN = 0.02  # nat, of a prediction
 SAMPLES = 500  # of a bootstrap: each is fitted
 ARMS = {"tiny": ("extended", 4096), "smollm2": ("base", 8192)}  # of a preset: what is read, and its window
 

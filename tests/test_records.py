@@ -99,6 +99,10 @@ COLUMNS = {
         },
         "left_out": {"arm", "dose", "seconds_needed"},
     },
+    "06_loss_by_context": {
+        "contexts": {"kind", "document", "tokens", "bytes", "context", "nats"},
+        "predictions": {"law", "context", "value", "low", "high", "fitted_up_to"},
+    },
     "08_benchmark_deltas": {
         "deltas": {
             *("task", "length", "pair", "metric", "items", "before", "after", "difference", "low", "high"),
