@@ -20,11 +20,12 @@ import torch
 from scipy.optimize import curve_fit
 from transformers import PreTrainedTokenizerBase
 
+from experiments.dose_record import KindBootstrap
 from experiments.dose_settings import read_doses
 from experiments.dose_texts import read_texts
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.generation import Model
-from llama_long_utils.evaluation.statistics import SEED, Bootstrap
+from llama_long_utils.evaluation.statistics import SEED
 from llama_long_utils.figures import save_figure
 from llama_long_utils.model.arms import arm_inputs, load_arm
 from llama_long_utils.model.attention import DOCUMENTS
@@ -162,7 +163,7 @@ class ContextLoss:
 
     def drawn(self) -> np.ndarray:
         """Mean losses of these texts, then of SAMPLES draws of kinds and texts: shape (1 + SAMPLES, contexts)."""
-        weights = Bootstrap(len(self.units), SAMPLES, SEED, self.kinds).weights()
+        weights = KindBootstrap(len(self.units), SAMPLES, SEED, self.kinds).weights()
         weights = np.concatenate([np.ones((1, len(self.units)), dtype=int), weights])
         return (weights @ self.nats) / (weights @ self.units)[:, None]
 
