@@ -341,8 +341,8 @@ def _power_law(published: dict[str, Any]) -> Line:
     far = predictions[predictions.context == predictions.context.max()].set_index("law")
     told, line = (tuple(far.loc[name, ["value", "low", "high"]]) for name in ("power law", "line in log c"))
     up_to, longest = far.fitted_up_to.iloc[0], far.context.iloc[0]
-    ours = f"fitted up to {up_to:,} tokens, at {longest:,} the law says {_nats(pd.Series(told, BOUNDS))} nat more than was "
-    ours += f"measured, a line in log c {_nats(pd.Series(line, BOUNDS))}"
+    ours = f"fitted up to {up_to:,} tokens, at {longest:,} the law says {_nats(pd.Series(told, BOUNDS))} nat more than "
+    ours += f"was measured, a line in log c {_nats(pd.Series(line, BOUNDS))}"
     if max(map(abs, told[1:])) < FORETOLD:
         judged = AGREES
     elif min(map(abs, told[1:])) > FORETOLD and told[1] * told[2] > 0:
