@@ -353,7 +353,7 @@ def _power_law(published: dict[str, Any]) -> Line:
         claim,
         paper,
         ours,
-        f"{MODELS['smollm2']} before its extension, {len(texts)} texts of {texts.nunique()} kinds",
+        f"{MODELS['smollm2']} before its extension, {len(texts)} texts of {texts.nunique()} kinds, one seed",
         judged,
     )
 
