@@ -147,7 +147,7 @@ LAWS: dict[str, tuple[Callable, list[float], tuple]] = {  # where a fit begins, 
 
 @dataclass(frozen=True)
 class ContextLoss:
-    """Nats of each text's target behind each context, from a record; `units` are its tokens, or bytes."""
+    """Nats of each text's target behind each context, from a record; `units` are the target's tokens."""
 
     contexts: np.ndarray
     nats: np.ndarray
@@ -155,9 +155,9 @@ class ContextLoss:
     kinds: tuple[str, ...]
 
     @classmethod
-    def of(cls, table: pd.DataFrame, unit: str = "tokens") -> "ContextLoss":
+    def of(cls, table: pd.DataFrame) -> "ContextLoss":
         """What table `contexts` of a record of `measure` holds."""
-        nats = table.pivot_table("nats", ["kind", "document", unit], "context", sort=False)
+        nats = table.pivot_table("nats", ["kind", "document", "tokens"], "context", sort=False)
         kinds, _, units = zip(*nats.index, strict=True)
         return cls(nats.columns.to_numpy(float), nats.to_numpy(), np.array(units, float), kinds)
 
