@@ -6,11 +6,13 @@ contexts differ in nothing else, and models of different tokenizers are given th
 Expected before it was run. C5 agrees if the law, fitted to contexts up to a quarter of the window, tells the loss at
 the longest within 0.02 nat: the whole interval over texts and kinds. It disagrees if the whole interval lies outside.
 A line in log c, which has one number less, stands beside it: if that tells as much, the law is not singled out. C6
-agrees if beta of the larger model is larger, beyond the interval of the difference on the same targets and contexts.
+agrees if beta of the larger model is larger, beyond the interval of the difference on the same targets and contexts. Of
+three models each is held against the next smaller one, and both steps must lie above 0.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from experiments.dose_record import KindBootstrap
 from experiments.dose_settings import read_doses
 from experiments.dose_texts import read_texts
+from experiments.power_law import power_law
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.statistics import SEED
@@ -42,7 +45,11 @@ TEXTS = "smollm2"  # the preset by whose tokenizer texts are cut
 TARGET = 256  # tokens of a target by that tokenizer
 SHORTEST = 64
 SAMPLES = 500  # of a bootstrap: each is fitted
-ARMS = {"tiny": ("extended", 4096), "smollm2": ("base", 8192)}  # of a preset: what is read, and its window
+ARMS = {  # of a preset: what is read, and the tokens of the longest context, which leaves room for any target
+    "tiny": ("extended", 4096 - 3 * TARGET),
+    "smollm2": ("base", 8192 - 3 * TARGET),
+    "qwen2.5-coder-1.5b": ("base", 2048),  # as long as the others are fitted to: longer ones take hours of a CPU
+}
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,15 @@ def targets() -> list[Target]:
     return found
 
 
-def contexts(window: int) -> list[int]:
-    """Tokens before a target: powers of two, and last what leaves room for a target in any tokenizer."""
-    powers = [SHORTEST * 2**power for power in range(20) if SHORTEST * 2**power < window]
-    return [*powers, window - 3 * TARGET]
+def contexts(longest: int) -> list[int]:
+    """Tokens before a target: powers of two, and the longest."""
+    powers = [SHORTEST * 2**power for power in range(20)]
+    return [*(power for power in powers if power < longest), longest]
+
+
+def fitted_up_to(longest: int) -> int:
+    """The longest context that a law is fitted to: a quarter of the window, or less."""
+    return max(context for context in contexts(longest) if 3 * context <= longest)
 
 
 @torch.no_grad()
@@ -96,9 +108,9 @@ def measure(preset: Preset, folder: Path) -> Path:
         raise ValueError(
             f"experiments/context_law.py has no arms for the preset {preset.name!r}, only for {list(ARMS)}"
         )
-    (arm, window), tokenizer = ARMS[preset.name], load_tokenizer(locate_base(preset))
+    (arm, longest), tokenizer = ARMS[preset.name], load_tokenizer(locate_base(preset))
     inputs = {"device": device_name(), "versions": package_versions(), **arm_inputs(preset, arm, attention=DOCUMENTS)}
-    cache, cuts, every = Cache(preset.run_folder / "loss-by-context", VERSION, inputs), contexts(window), targets()
+    cache, cuts, every = Cache(preset.run_folder / "loss-by-context", VERSION, inputs), contexts(longest), targets()
     model = load_arm(preset, arm, attention=DOCUMENTS)
     made = cache.items(
         arm,
@@ -113,7 +125,7 @@ def measure(preset: Preset, folder: Path) -> Path:
         for target, one in zip(every, made, strict=True)
         for cut, nats in zip(cuts, one["nats"], strict=True)
     ]
-    table, up_to = pd.DataFrame(rows), window // 4
+    table, up_to = pd.DataFrame(rows), fitted_up_to(longest)
     return write_record(
         folder,
         SLUG,
@@ -127,11 +139,6 @@ def measure(preset: Preset, folder: Path) -> Path:
             "device": f"{device_name()}, {preset.base.dtype}",
         },
     )
-
-
-def power_law(context: np.ndarray, log_alpha: float, beta: float, gamma: float) -> np.ndarray:
-    """The paper's loss behind so many tokens, in nats."""
-    return np.exp(beta * (log_alpha - np.log(context))) + gamma
 
 
 def log_line(context: np.ndarray, first: float, slope: float) -> np.ndarray:
@@ -203,13 +210,12 @@ def _interval(drawn: np.ndarray) -> dict[str, float]:
 
 
 def betas(losses: dict[str, ContextLoss], up_to: float) -> pd.DataFrame:
-    """The power law's beta of each model, and the last model's minus the first's, with 95% intervals.
+    """The power law's beta of each model, and each minus that of the model before it, with 95% intervals.
 
     All are fitted to the same contexts, at most `up_to`, and to the same draws of the same texts.
     """
     found = {name: part.fits("power law", up_to, part.drawn())[:, 1] for name, part in losses.items()}
-    first, *_, last = found
-    found[f"{last} minus {first}"] = found[last] - found[first]
+    found |= {f"{larger} minus {smaller}": found[larger] - found[smaller] for smaller, larger in pairwise(losses)}
     return pd.DataFrame([{"model": name, **_interval(drawn)} for name, drawn in found.items()])
 
 
@@ -217,7 +223,7 @@ def draw_laws(losses: dict[str, ContextLoss], folder: Path, slug: str, number: s
     """A panel for each model: the loss behind each context, and both laws, fitted to the left of the grey line."""
     figure, panels = plt.subplots(1, len(losses), figsize=(4.6 * len(losses), 4.2), squeeze=False)
     for axes, (name, part) in zip(panels[0], losses.items(), strict=True):
-        drawn, up_to = part.drawn(), part.contexts.max() // 3  # a quarter of the window
+        drawn, up_to = part.drawn(), fitted_up_to(round(part.contexts.max()))
         for (law, (form, *_)), style in zip(LAWS.items(), ("-", ":"), strict=True):
             (numbers,) = part.fits(law, up_to, drawn[:1])
             axes.plot(part.contexts, part.seen(part.contexts, form)(None, *numbers), style, color="0.4", label=law)

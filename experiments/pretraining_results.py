@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import curve_fit
 
+from experiments.power_law import fit_power_law
 from experiments.race_results import wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.paths import RESULTS
@@ -247,18 +247,6 @@ def heavier(effects: pd.DataFrame, measure: str) -> str:
     return "content" if gives[0] > max(costs[1], 0) else "neither"
 
 
-def fitted_law(context: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
-    """(alpha, beta, gamma) of L(c) = (alpha / c)^beta + gamma by least squares in log-loss, as in notebook 6."""
-
-    def log_law(context: np.ndarray, log_alpha: float, beta: float, gamma: float) -> np.ndarray:
-        return np.log(np.exp(beta * (log_alpha - np.log(context))) + gamma)
-
-    bounds = ([-20, 0.01, 0], [20, 5, losses.max()])
-    begin = [np.log(20), 0.5, 0.9 * losses.min()]
-    found, _ = curve_fit(log_law, context, np.log(losses), begin, bounds=bounds, max_nfev=20_000)
-    return float(np.exp(found[0])), float(found[1]), float(found[2])
-
-
 def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     """A row for each model and seed: the law's numbers, beta with a 95% interval over documents, the misfit in nats.
 
@@ -270,13 +258,11 @@ def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
         nats, tokens = (part.pivot_table(name, "document", "context").to_numpy() for name in ("nats", "tokens"))
         context = np.sort(part.context.unique()).astype(float)
         losses = nats.sum(axis=0) / tokens.sum(axis=0)
-        alpha, beta, gamma = fitted_law(context, losses)
+        law = fit_power_law(context, losses)
         weights = replace(bootstrap, units=len(nats), samples=LAW_SAMPLES).weights()
         drawn = (weights @ nats) / (weights @ tokens)
-        betas, gains = [fitted_law(context, line)[1] for line in drawn], drawn[:, 0] - drawn[:, -1]
-        misfit = np.sqrt(np.mean(((alpha / context) ** beta + gamma - losses) ** 2))
-        row = {"model": model, "seed": int(seed), "parameters": int(part.parameters.iloc[0])}
-        row |= {"alpha": alpha, "beta": beta, "gamma": gamma, "rmse": float(misfit)}
+        betas, gains = [fit_power_law(context, line)["beta"] for line in drawn], drawn[:, 0] - drawn[:, -1]
+        row = {"model": model, "seed": int(seed), "parameters": int(part.parameters.iloc[0]), **law}
         row["beta_low"], row["beta_high"] = np.percentile(betas, [2.5, 97.5])
         row["saved"] = losses[0] - losses[-1]
         row["saved_low"], row["saved_high"] = np.percentile(gains, [2.5, 97.5])

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 from experiments import context_law
-from experiments.context_law import ContextLoss, Target, betas, contexts, nats_of, power_law
+from experiments.context_law import ContextLoss, Target, betas, contexts, nats_of
+from experiments.power_law import power_law
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.presets import load_preset
+from llama_long_utils.records import recorded
 
 CONTEXTS = np.array([64, 128, 256, 512, 1024, 2048, 4096, 7424], float)
 
@@ -44,7 +46,15 @@ def test_the_larger_exponent_is_told_on_the_same_texts():
 
 
 def test_contexts_leave_room_for_a_target_in_any_tokenizer():
-    assert contexts(4096) == [64, 128, 256, 512, 1024, 2048, 4096 - 3 * context_law.TARGET]
+    assert contexts(context_law.ARMS["tiny"][1]) == [64, 128, 256, 512, 1024, 2048, 4096 - 3 * context_law.TARGET]
+    assert contexts(2048) == [64, 128, 256, 512, 1024, 2048]
+
+
+@pytest.mark.parametrize(("preset", "up_to"), [("tiny", 1024), ("smollm2", 2048)])
+def test_a_law_is_fitted_to_a_quarter_of_the_window(preset, up_to):
+    longest = context_law.ARMS[preset][1]
+    assert context_law.fitted_up_to(longest) == up_to
+    assert set(recorded(preset, context_law.SLUG).table("predictions").fitted_up_to) == {up_to}
 
 
 def test_a_target_is_scored_behind_the_last_tokens_of_what_stands_before_it():

@@ -124,21 +124,21 @@ def test_a_loss_on_the_prompt_is_judged_where_answers_keep_their_weight(monkeypa
 @pytest.mark.parametrize(
     ("gains", "loss", "long"),
     [
-        ((0.0, 0.3), scoreboard.AGREES, scoreboard.AGREES),
-        ((-0.3, 0.3), scoreboard.AGREES, scoreboard.AGREES),
-        ((0.0, 0.0), scoreboard.UNDECIDED, scoreboard.UNDECIDED),
-        ((0.0, -0.3), scoreboard.UNDECIDED, scoreboard.UNDECIDED),  # fewer, but the loss dilutes answers
-        ((-0.3, -0.3), scoreboard.UNDECIDED, scoreboard.DISAGREES),
+        ((0.3, 0.3, 0.3), scoreboard.UNDECIDED, scoreboard.AGREES),  # of the loss, the tiny model tells nothing
+        ((0.0, 0.3, 0.0), scoreboard.UNDECIDED, scoreboard.UNDECIDED),
+        ((-0.3, 0.3, 0.3), scoreboard.UNDECIDED, scoreboard.UNDECIDED),
+        ((0.0, -0.3, 0.0), scoreboard.UNDECIDED, scoreboard.UNDECIDED),  # fewer, but the loss dilutes answers
+        ((-0.3, -0.3, -0.6), scoreboard.UNDECIDED, scoreboard.DISAGREES),
     ],
 )
 def test_a_real_model_past_its_old_window_decides_about_long_questions(monkeypatch, gains, loss, long):
-    """`gains` in F1 of long questions over short ones, without and with a loss on the prompt."""
+    """`gains` in F1 over short questions: of long ones, with a loss on the prompt, and with answers at full weight."""
     results = scoreboard.instruction_results(scoreboard.load_preset("smollm2"))
-    arrays = dict(results.record.arrays)
-    rows = {arm: np.flatnonzero(results.runs.arm == arm) for arm in ("short", "long", "long, loss on prompt")}
+    arrays, arms = dict(results.record.arrays), ("long", "long, loss on prompt", scoreboard.PAIRS[scoreboard.FULL][0])
+    rows = {arm: np.flatnonzero(results.runs.arm == arm) for arm in ("short", *arms)}
     (length,) = results.past
     arrays[f"f1_{length}"] = (f1 := arrays[f"f1_{length}"].copy())
-    for arm, gain in zip(("long", "long, loss on prompt"), gains, strict=True):
+    for arm, gain in zip(arms, gains, strict=True):
         f1[rows[arm]] = f1[rows["short"]] + gain
     monkeypatch.setitem(vars(results.record), "arrays", arrays)
     tiny = scoreboard.instruction_results(scoreboard.load_preset("tiny"))
@@ -147,6 +147,20 @@ def test_a_real_model_past_its_old_window_decides_about_long_questions(monkeypat
     judged = scoreboard._instruction_tuning(read_published("llama2_long")["table_9"])
     assert judged[0].verdict.startswith(loss)
     assert judged[1].verdict.startswith(long)
+
+
+@pytest.mark.parametrize(
+    ("signs", "judged"),
+    [
+        ((1, 1), scoreboard.AGREES),
+        ((1, 0), scoreboard.UNDECIDED),
+        ((1, -1), scoreboard.UNDECIDED),
+        ((0, -1), scoreboard.UNDECIDED),
+        ((-1, -1), scoreboard.DISAGREES),
+    ],
+)
+def test_models_or_ways_must_all_say_so(signs, judged):
+    assert scoreboard._judged(*((sign, sign - 0.5, sign + 0.5) for sign in signs)) == judged
 
 
 def test_copying_lost_near_as_well_as_far_is_no_loss_of_far_context_alone(lines, monkeypatch):

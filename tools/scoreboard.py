@@ -528,12 +528,12 @@ def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
     nats, kept = (results.far_nll(*PAIRS[name]) for name in (LOSS, FULL))
     scale = f"{MODELS['tiny']}, {len(results.seeds('long'))} seeds"
     real = instruction_results(load_preset("smollm2"))
-    on_squad = {name: real.difference(*PAIRS[name], "f1") for name in (LOSS, PLAIN, LONG)} if real else {}
+    on_squad = {name: real.difference(*PAIRS[name], "f1") for name in (FULL, PLAIN, LONG)} if real else {}
 
     ours = f"{asked} {points(*exact)} points; right words, whatever follows: {points(*words)}; "
     ours += f"NLL of held-out text far out {measured(*nats)} nat. With answers at their weight without it: "
     ours += f"{points(*full)} points, {measured(*kept)} nat; that dilution of answers alone: {points(*alone)} points"
-    judged = _judged(full, *([on_squad[LOSS]] if real else []))
+    judged = _judged(full, *([on_squad[FULL]] if real else []))
     why = f"where answers keep their weight, {_told(full)} at tiny"
     reason = f"{why}{', and the model reads better' if kept[2] < 0 else ''}"
     if exact[2] < 0:
@@ -565,8 +565,8 @@ def _on_squad(line: Line, results: InstructionResults, pair: str) -> Line:
 
 
 def _judged(*differences: Interval) -> str:
-    """Whether some interval lies above 0, all lie below, or neither."""
-    if any(low > 0 for _, low, _ in differences):
+    """Whether all intervals lie above 0, all lie below, or neither."""
+    if all(low > 0 for _, low, _ in differences):
         return AGREES
     return DISAGREES if all(high < 0 for *_, high in differences) else UNDECIDED
 
