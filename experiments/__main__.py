@@ -63,6 +63,16 @@ def arguments() -> argparse.Namespace:
     )
     preference.add_argument("--adapter", metavar="FOLDER", help="instruction-tuned (default: as notebook 10 finds it)")
     preference.add_argument("--fresh", action="store_true", help="only the best arms, on new seeds (half an hour)")
+    preference.add_argument(
+        "--small", action="store_true", help="no controls or averages, long documents of 4,096 tokens: for real models"
+    )
+    preference.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="in place of 0 1 2")
+    preference.add_argument(
+        "--quoting",
+        type=int,
+        metavar="STEPS",
+        help="first tune the extended adapter on short quotations, as asked",
+    )
     dose = commands.add_parser("dose", help="train at growing doses in several ways, for notebook 6 (minutes on a GPU)")
     dose.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     dose.add_argument(
@@ -197,10 +207,15 @@ def run(asked: argparse.Namespace) -> Path | None:
         from experiments import preference, preference_fresh
         from llama_long_utils.model.adapters import find_adapter
 
-        adapter, out = find_adapter(preset, asked.adapter, stage="instruction"), RESULTS / preset.name
+        out, scope = RESULTS / preset.name, preference.SMALL if asked.small else preference.Scope()
+        if asked.quoting:
+            adapter = preference.quoting_adapter(preset, asked.quoting)
+        else:
+            adapter = find_adapter(preset, asked.adapter, stage="instruction")
         if asked.fresh:
             return preference_fresh.run_fresh(preset, adapter, out)
-        return preference.run_preference(preset, adapter, out)
+        scope = dataclasses.replace(scope, seeds=asked.seeds or scope.seeds)
+        return preference.run_preference(preset, adapter, out, scope)
     if asked.command == "context":
         from experiments import context_law
 
