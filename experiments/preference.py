@@ -82,9 +82,10 @@ MEASURES = ("words_right", "exact", "gold", "proxy_scaled")
 
 @dataclass(frozen=True)
 class Scope:
-    """How much is trained and measured."""
+    """How much is trained and measured. SMALL takes a real model a quarter of an hour of one core for a seed."""
 
     seeds: Sequence[int] = SEEDS
+    arms: Sequence[str] = ARMS
     measurements: int = MEASUREMENTS
     averages: Sequence[float] = KEPT
     controls: Sequence[str] = CONTROLS
@@ -92,7 +93,7 @@ class Scope:
     pass_keys: bool = True
 
 
-SMALL = Scope(measurements=2, averages=(), controls=(), tokens=4096, pass_keys=False)  # a quarter of an hour a seed
+SMALL = Scope(arms=("dpo", "rl"), measurements=2, averages=(), controls=(), tokens=4096, pass_keys=False)
 
 
 def load_policy(preset: Preset, adapter: Path, start: Path | None = None, kept: float = 1.0) -> PeftModel:
@@ -139,9 +140,9 @@ class Judge:
             answers = sample_answers(policy, self.tokenizer, prompts, settings, **numbers)
             proxy = rewards(self.reward_model, [[*one, *two] for one, two in zip(prompts, answers, strict=True)])
             pairs = list(zip(prompts, answers, strict=True))
-            models = (policy, self.start) if temperature else ()  # of greedy answers it is no KL
+            models = dict.fromkeys((policy, self.start)) if temperature else ()  # of greedy answers it is no KL
             nats = [np.array([one for one, *_ in likelihoods(model, pairs)]) for model in models]
-            kl = nats[0] - nats[1] if nats else np.full(len(pairs), np.nan)
+            kl = nats[0] - nats[-1] if nats else np.full(len(pairs), np.nan)
             for number, (question, answer) in enumerate(zip(self.asked, answers, strict=True)):
                 found.append(
                     {
@@ -201,7 +202,7 @@ def run_preference(preset: Preset, adapter: Path, out: Path, scope: Scope = Scop
         rated.append({"seed": seed, "comparisons": kept, **rating(reward_model, pairs[kept:])})
         judge = Judge(seeded, tokenizer, test, reward_model, start)
         rows += cache.value("answers", partial(judge.rows, start, arm="sft", seed=seed, step=0), arm="sft")
-        for arm in ARMS:
+        for arm in scope.arms:
             labels, steps = {"arm": arm, "seed": seed}, (settings.dpo if arm == "dpo" else settings.rl).steps
             every = steps // scope.measurements
             options = {"callbacks": [Measure(judge, cache, labels, every)], "name": name}
