@@ -235,6 +235,7 @@ def run_preference(preset: Preset, adapter: Path, out: Path, scope: Scope = Scop
             print(f"seed {seed}, {arm}: {time.perf_counter() - began:,.0f} s", flush=True)
     table = with_words(pd.DataFrame(rows), test, tokenizer)
     tables = {"curves": curves(table), "wins": wins(table, test), "changes": differences(table)}
+    tables["wins_by_step"] = wins_by_step(table)
     tables |= {"reward_model": pd.DataFrame(rated).join(heeded(table), on="seed")}
     others = table.arm.isin(["sft, stopped", *CONTROLS])
     tables |= {"log": pd.DataFrame(logs), "shown": shown(table[~others], test, tokenizer)}
@@ -348,6 +349,17 @@ def wins(table: pd.DataFrame, test: Sequence[Asked]) -> pd.DataFrame:
                 row |= {f"preferred{name}": points.mean(), f"low{name}": low, f"high{name}": high}
             rows.append(row)
     return pd.DataFrame(rows).astype({"seed": "Int64"})
+
+
+def wins_by_step(table: pd.DataFrame) -> pd.DataFrame:
+    """By arm, seed, step and decoding: `preferred` as in `wins`, with a bootstrap over questions."""
+    index, labels, rows = ["decoding", "seed", "question"], ["arm", "seed", "step", "decoding"], []
+    before = table[table.arm == "sft"].set_index(index).gold.rename("gold_sft")
+    for key, part in table[table.arm.isin(ARMS)].join(before, on=index).groupby(labels, sort=False):
+        points = (np.sign((part.gold - part.gold_sft).round(9)).to_numpy() + 1) / 2
+        low, high = mean_interval(points)
+        rows.append({**dict(zip(labels, key, strict=True)), "preferred": points.mean(), "low": low, "high": high})
+    return pd.DataFrame(rows)
 
 
 def shown(table: pd.DataFrame, test: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:

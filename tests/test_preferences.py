@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, RLOOConfig
 
 from conftest import LORA, RAISED, new_llama, small_preset
+from experiments.preference import wider, wins_by_step
 from experiments.preference_controls import TEXT, TOKENS, with_text
 from llama_long_utils.evaluation.generation import likelihoods
 from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, read_card, save_adapter
@@ -363,3 +365,16 @@ def test_answers_do_not_depend_on_their_batch_and_leave_random_numbers_alone(pre
     assert all(EOS not in answer[:-1] for answer in together)
     drawn = [sample_answers(model, TOKENIZER, prompts, NUMBERS, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_share_preferred_by_step_counts_half_of_the_ties():
+    rows = [("sft", 0, 0, 0.5), ("sft", 0, 1, 0.5), ("dpo", 4, 0, 0.6), ("dpo", 4, 1, 0.5), ("dpo", 8, 0, 0.4)]
+    rows += [("dpo", 8, 1, 0.5), ("imitation", 8, 0, 0.9)]
+    table = pd.DataFrame(rows, columns=["arm", "step", "question", "gold"]).assign(seed=0, decoding="greedy")
+    assert wins_by_step(table).set_index(["arm", "step"]).preferred.to_dict() == {("dpo", 4): 0.75, ("dpo", 8): 0.25}
+
+
+def test_one_seed_has_the_interval_over_questions_and_several_may_have_a_wider_one():
+    assert wider(0.4, 0.6, pd.Series([0.5])) == (0.4, 0.6)
+    low, high = wider(0.4, 0.6, pd.Series([0.1, 0.9]))
+    assert low < 0.4 and high > 0.6
