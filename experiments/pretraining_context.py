@@ -29,10 +29,11 @@ def context_record(name: str) -> Path:
     return RUNS / "contexts" / f"{name.replace(', ', '-')}.json"
 
 
-def measured_contexts(cells: list[Cell], *, finished: bool) -> list[Path]:
-    """The records of these cells' models and of the tiny Llama; only those that are there, if `finished`."""
+def measured_contexts(cells: list[Cell], *, finished: bool, tiny: bool) -> list[Path]:
+    """The records of these cells' models, and of the `tiny` Llama; only those that are there, if `finished`."""
     measures = {context_record(f"{cell.size}-{cell.seed}"): partial(measure_cell, cell) for cell in cells}
-    measures[context_record(TINY)] = measure_tiny
+    if tiny:
+        measures[context_record(TINY)] = measure_tiny
     for path, measure_it in measures.items():
         if not finished and not path.is_file():
             measure_it()

@@ -16,6 +16,7 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, read_record, read_table, write_arrays, write_record
 
 SLUG = "12_pretraining_curriculum"
+LARGER_SLUG = "12_curriculum_of_a_larger_model"
 LATER = "12_switch_of_a_copying_model"
 MIXED = "12_data_mix_of_a_copying_model"
 NAMES = ["size", "arm", "seed"]
@@ -324,7 +325,7 @@ def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Se
     contents = [read_record(path) for path in records]
     provenance = [content["provenance"] for content in contents]
     arithmetic = "products in bf16, weights in fp32"
-    if slug == SLUG:
+    if slug in (SLUG, LARGER_SLUG):
         arithmetic = "products of training in bf16, weights and reading in fp32"
     same = {name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")}
     return write_record(
