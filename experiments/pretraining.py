@@ -9,8 +9,9 @@ Expected: the NLL at 4,096 tokens of a late switch equals that of long sequences
 that is worse by more than its interval, over seeds and documents, refutes that for its switch.
 
 Expected at a larger size (`LARGER`), written before it was measured, for 0.4M had left it open: the same of the switch
-at 80%, refuted in the same way. Quality is called equal only if a loss of `EQUAL` is outside the interval. And 4,064
-tokens of context save the larger model more than 0.4M, on the same documents; an interval below zero refutes that.
+at 80%, refuted in the same way. Quality is called equal only if a loss of `EQUAL` is outside the interval. Three seeds
+may not tell, so both sizes are also judged together, by all their seeds. And 4,064 tokens of context save the larger
+model more than 0.4M, on the same documents; an interval below zero refutes that.
 
 To models this small and briefly trained, far context is worth next to nothing. So the same arms begin a second time
 where a model already copies from its context: pretraining_copying.py. Data mixes: pretraining_mix.py, both models.
