@@ -170,16 +170,24 @@ class PretrainingResults:
 
         Least: by arms of which a loss of `EQUAL` is excluded. Most: by those not told to be worse. 0 if there is none.
         """
-        arms = self.curriculum(size).set_index("arm").loc[[*SWITCHED]]
+        arms = self.curriculum(size).set_index("arm").filter(SWITCHED, axis="index")
         least, most = (max([0.0, *(1 - arms.flops[which])]) for which in (arms.high < EQUAL, arms.low <= 0))
         return least, most
 
-    def context_saves_more(self, larger: str, smaller: str) -> dict[str, Any]:
-        """What the longest context saves `larger` minus what it saves `smaller`, paired by document."""
-        table = self.record.table("context_saved")
-        parts = [table[table.model == name].pivot_table("nats", "seed", "document") for name in (larger, smaller)]
-        tokens = table[table.model == smaller].groupby("document").tokens.first()
-        return self._interval(parts[0].to_numpy() - parts[1].to_numpy(), tokens.to_numpy())
+    def context_saves_more(
+        self, larger: str, smaller: str, other: "PretrainingResults | None" = None
+    ) -> dict[str, Any]:
+        """What the longest context saves `larger` minus what it saves `smaller`, which may be of another record.
+
+        Paired by document, and by seed if both have several.
+        """
+        tables = [results.record.table("context_saved") for results in (self, other or self)]
+        named = [table[table.model == name] for table, name in zip(tables, (larger, smaller), strict=True)]
+        first, second = (table.pivot_table("nats", "seed", "document") for table in named)
+        if len(first) > 1 < len(second):
+            first, second = first.align(second, "inner", axis="index")
+        tokens = named[1].groupby("document").tokens.first()
+        return self._interval(first.to_numpy() - second.to_numpy(), tokens.to_numpy())
 
     def mixes(self, size: str) -> pd.DataFrame:
         """A row for each data mix and place, near or far: NLL minus that of "mix-original"."""
@@ -220,6 +228,21 @@ def pretraining_results(path: Path | None = None) -> PretrainingResults:
     evaluation = load_preset("tiny").evaluation
     bootstrap = Bootstrap(len(arrays["documents"]), evaluation.bootstrap_samples, evaluation.seed)
     return PretrainingResults(record.table("cells"), arrays, bootstrap, record)
+
+
+def larger_results() -> PretrainingResults:
+    """The curriculum from scratch at a larger size, from its committed record."""
+    return pretraining_results(RESULTS / "tiny" / f"{LARGER_SLUG}.json")
+
+
+def over_sizes(parts: Sequence[tuple[PretrainingResults, str]], arm: str, base: str = "long") -> dict[str, Any]:
+    """NLL of an arm minus another's at several sizes together, as in `difference`: every seed of each size counts once.
+
+    Student's interval thus takes the sizes for as many draws of one effect.
+    """
+    changes = [results._change(size, (arm, "full"), (base, "full"), 1, 4096) for results, size in parts]
+    results, _ = parts[0]
+    return results._interval(np.concatenate([change for change, _ in changes]), changes[0][1])
 
 
 def copying_results() -> PretrainingResults:

@@ -12,9 +12,11 @@ from experiments.pretraining_mix import PIECE, mix_rows
 from experiments.pretraining_results import (
     CONTENT,
     LENGTH,
+    NAMES,
     PretrainingResults,
     collect,
     heavier,
+    over_sizes,
     pretraining_results,
 )
 from experiments.race_results import wider_interval
@@ -205,3 +207,39 @@ def test_what_context_saves_is_paired_by_document():
     more = results.context_saves_more("tiny-llama, extended", "0.4M")
     assert more["value"] == pytest.approx(laws["tiny-llama, extended"] - laws["0.4M"], abs=1e-4)
     assert more["seeds"] == 3
+    alone = results.context_saves_more("0.4M", "0.4M", pretraining_results())
+    assert (alone["value"], alone["each"]) == (0, [0, 0, 0])  # of two records, seed with seed
+
+
+def late_switch(size, worse, seeds):
+    """Results of a size whose switch at 80% is `worse` nats a token than long throughout, by seed."""
+    cells = pd.DataFrame([(size, arm, seed) for arm in ("long", "switch-80") for seed in seeds], columns=NAMES)
+    cells = cells.assign(flops=np.where(cells.arm == "long", 10.0, 4.0), flops_counted=1, seconds=1, tokens=1)
+    cells = cells.assign(short_steps=0, long_steps=1)
+    nll = np.array([2.0] * len(seeds) + [2 + one for one in worse])
+    nats = 100 * np.repeat(nll, 12).reshape(len(nll), 1, 12, 1)
+    arrays = {"nats": nats, "tokens": np.full((12, 1), 100), "edges": np.array([1, 4096]), "ways": np.array(["full"])}
+    return PretrainingResults(cells, arrays, Bootstrap(12, 500, 0))
+
+
+def test_sizes_together_count_each_seed_once():
+    parts = [(late_switch("a", (0.01, 0.02, 0.03), (0, 1, 2)), "a"), (late_switch("b", (0.02, 0.04), (0, 2)), "b")]
+    together = over_sizes(parts, "switch-80")
+    assert together["each"] == pytest.approx([0.01, 0.02, 0.03, 0.02, 0.04])
+    assert (together["value"], together["seeds"]) == (pytest.approx(0.024), 5)
+    alone = parts[0][0].difference("a", ("switch-80", "full"), ("long", "full"))
+    assert together["high"] - together["low"] < alone["high"] - alone["low"]
+
+
+def test_a_saving_at_equal_quality_needs_a_loss_that_is_excluded():
+    seeds = (0, 1, 2)
+    equal, unsure, worse = ([0.001, 0.0, -0.001], [-0.02, 0.0, 0.02], [0.05, 0.051, 0.052])
+    saved = [late_switch("a", change, seeds).saved_at_equal_quality("a") for change in (equal, unsure, worse)]
+    assert saved == [pytest.approx((0.6, 0.6)), pytest.approx((0, 0.6)), (0, 0)]
+
+
+def test_the_arms_that_decide_are_measured_first_at_the_larger_size():
+    cells = [cell for cell in pretraining.all_cells() if cell.size == pretraining.LARGER]
+    assert [(cell.arm, cell.seed) for cell in cells[:3]] == [("long", 0), ("switch-80", 0), ("short", 0)]
+    assert {cell.arm for cell in cells[:9]} == {"long", "switch-80", "short"}
+    assert len(set(cells)) == len(cells) == 15
