@@ -55,6 +55,10 @@ def arguments() -> argparse.Namespace:
     instruction = commands.add_parser(
         "instruction", help="the ablation of notebook 9 (half an hour; goes on if stopped)"
     )
+    instruction.add_argument(
+        "--questions", choices=["squad", "hotpotqa"], default="squad", help="to ask a real model (default: squad)"
+    )
+    instruction.add_argument("--finished", action="store_true", help="write the record of what is measured already")
     asking = commands.add_parser("self-instruct", help="a chat model asks about a preset's documents, for notebook 9")
     asking.add_argument("--writer", default="qwen2.5-coder-1.5b", help="the preset whose base is the chat model")
     asking.add_argument("--chunks", type=int, default=60, help="to ask two questions about (default: 60; half an hour)")
@@ -193,9 +197,9 @@ def run(asked: argparse.Namespace) -> Path | None:
         return searches.compare_trainings(preset, asked.names, seed=0)
     if asked.command == "instruction":
         if preset.instruction.questions != "quotations":
-            from experiments.instruction_squad import tune_and_ask
+            from experiments.instruction_questions import tune_and_ask
 
-            return tune_and_ask(preset, RESULTS / preset.name)
+            return tune_and_ask(preset, RESULTS / preset.name, asked.questions, asked.finished)
         from experiments.instruction import ablate
 
         return ablate(preset, RESULTS / preset.name)

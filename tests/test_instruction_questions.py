@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from data.tasks.long_prompts import Haystack, Question
-from experiments.instruction_results import FULL, PAIRS, PLAIN, InstructionResults, outcomes, squad_tables
-from experiments.instruction_squad import (
-    ASKED,
+from experiments.instruction_questions import (
     COUNTED,
-    ROOM,
     SEEDS,
+    SETS,
     TOKENS,
     Context,
     _write,
     ask,
     contexts,
+    floors,
     questions,
 )
+from experiments.instruction_results import FULL, PAIRS, PLAIN, InstructionResults, outcomes, squad_tables
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.evaluation.generation import likelihoods, write
 from llama_long_utils.model.arms import load_arm
@@ -28,6 +28,8 @@ from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record
+
+ROOM = 64  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def haystack():
 
 
 def test_a_context_holds_what_is_asked_for_and_every_paragraph_once_before_any_twice(tokenizer, haystack):
-    made = contexts(haystack, tokenizer, 0, {700: (3, 12), 1500: (1, 9)})
+    made = contexts(haystack, tokenizer, 0, {700: (3, 12), 1500: (1, 9)}, ROOM)
     assert [(one.length, len(one.questions)) for one in made] == [(700, 12)] * 3 + [(1500, 9)]
     for one in made:
         assert one.length - ROOM - 150 < len(one.token_ids) <= one.length - ROOM
@@ -61,15 +63,40 @@ def test_a_context_holds_what_is_asked_for_and_every_paragraph_once_before_any_t
 
 
 def test_seeds_are_asked_about_other_paragraphs(tokenizer, haystack):
-    each = [contexts(haystack, tokenizer, seed, {700: (2, 5)}) for seed in range(3)]
+    each = [contexts(haystack, tokenizer, seed, {700: (2, 5)}, ROOM) for seed in range(3)]
     texts = [tokenizer.decode(context.token_ids[1:]).split("\n\n") for made in each for context in made]
     paragraphs = [paragraph for text in texts for paragraph in text if paragraph]
     assert len(paragraphs) == len({*paragraphs}) > 6
 
 
+def test_where_paragraphs_have_no_order_each_question_brings_all_that_it_needs_and_hides_it(tokenizer, haystack):
+    """Questions of two paragraphs far apart, as HotpotQA's: a context of neighbours would hold the half of each."""
+    asked = [replace(one, needed=(one.needed[0], (one.needed[0] + 77) % 200)) for one in haystack.questions]
+    apart = replace(haystack, questions=asked, in_order=False)
+    made = contexts(apart, tokenizer, 0, {1500: (2, 4)}, ROOM)
+    for one in made:
+        assert len(one.token_ids) <= 1500 - ROOM
+        text = tokenizer.decode(one.token_ids[1:])
+        assert all(text.count(apart.paragraphs[place]) == 1 for question in one.questions for place in question.needed)
+        places = [[text.index(apart.paragraphs[place]) for place in question.needed] for question in one.questions]
+        assert len(one.questions) == 4
+        assert places != sorted(places)
+        assert np.ptp(places, axis=1).max() > 400  # characters: not side by side
+
+
+def test_the_floor_is_what_one_answer_to_everything_gets():
+    asked = [Question(str(n), "?", (answer,), (n,)) for n, answer in enumerate(["no", "no", "yes", "Ann Ruiz"])]
+    table = floors(Haystack(["text"] * 4, asked, in_order=False)).set_index("answer")
+    assert table.f1.to_dict() == {"no": 0.5, "yes": 0.25}
+    assert table.exact["no"] == 0.5
+    asked = [replace(asked[3], accepted=("Ann Ruiz", "Ruiz")), *asked[3:], *asked[2:]]
+    table = floors(Haystack(["text"] * 4, asked, in_order=False)).set_index("answer")
+    assert table.f1["Ann Ruiz"] == 0.75
+
+
 def test_a_question_behind_a_shared_reading_is_answered_as_alone(tokenizer, haystack):
     model = load_arm(load_preset("tiny"), "extended")
-    (context,) = contexts(haystack, tokenizer, 0, {300: (1, 4)})
+    (context,) = contexts(haystack, tokenizer, 0, {300: (1, 4)}, ROOM)
     texts = ["Who is the captain?", "In the beginning God", "My fellow citizens", "Enter two gentlemen. O, my lord"]
     context.questions[:] = [replace(one, text=text) for one, text in zip(context.questions, texts, strict=True)]
     cues = [tokenizer(f" Q: {one.text}, A:", add_special_tokens=False)["input_ids"] for one in context.questions]
@@ -92,7 +119,7 @@ def test_questions_and_their_different_answers_are_counted(tokenizer):
     mixture = Mixture(preset.data, tokenizer, window=1024)
     documents = next(mixture.buffers(preset.training))
     mixture.workers.close()
-    asked, different = questions(preset, documents, "long, loss on prompt", 0)
+    asked, different = questions(preset, tokenizer, documents, "long, loss on prompt", 0)
     assert asked == preset.instruction.steps * 1024 // preset.instruction.tokens_per_question
     assert asked - 2 <= different <= asked
 
@@ -100,31 +127,32 @@ def test_questions_and_their_different_answers_are_counted(tokenizer):
 @pytest.fixture
 def results(tmp_path):
     """One arm ahead in F1 by 10 points, no answer of any exact, and a control that has the first seed only."""
-    smollm2 = load_preset("smollm2")
+    smollm2, of = load_preset("smollm2"), SETS["squad"]
     asked = {
         seed: [Context(length, torch.zeros(1), [Question(f"{seed}/{n}", "?", ("a",), (n,)) for n in range(20)])
-               for length in ASKED]
+               for length in of.asked]
         for seed in SEEDS
     }  # fmt: skip
     runs = [("long, loss on prompt, full answers", 0), *((arm, seed) for seed in SEEDS for arm in ("short", "long"))]
-    made = [
-        {
+    made = {
+        (arm, seed): {
             **dict.fromkeys(COUNTED, 7),
             "seconds": {"training": 1.0, "asking": 2.0},
             "answers": [
                 {"length": length, "f1": (n + seed) / 60 + 0.1 * (arm == "long"), "exact": 0.0,
                  "log_probability": -2.0, "ended": True}
-                for length in ASKED
+                for length in of.asked
                 for n in range(20)
             ],
         }
         for arm, seed in runs
-    ]  # fmt: skip
-    return InstructionResults(Record(_write(smollm2, tmp_path, runs, made, asked)), smollm2)
+    }  # fmt: skip
+    constant = pd.DataFrame([{"answer": "no", "questions": 20, "f1": 0.05, "exact": 0.05}])
+    return InstructionResults(Record(_write(smollm2, tmp_path, of, made, asked, constant)), smollm2)
 
 
 def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the_old_window(results):
-    assert results.past == [length for length in ASKED if length > results.preset.base.window]
+    assert results.past == [length for length in SETS["squad"].asked if length > results.preset.base.window]
     assert results.difference("long", "short", "f1") == pytest.approx((10, 10, 10))
     scores, changes = squad_tables(results)
     assert list(scores.arm) == ["short", "short, long", "short, long, loss on prompt; full answers"]
