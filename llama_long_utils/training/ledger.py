@@ -46,7 +46,7 @@ SHORT = 1024  # tokens: up to here a step is run as it is
 GATHERED = 3  # sharded layers that are there as a whole: one that is used, the next one, and what it comes in
 MOST_TILES = 32  # more of them are counted as so many
 WARM_UP = 16  # tokens
-VERSION = 2  # of the numbers that are kept: raise it when they change
+VERSION = 3  # of the numbers that are kept: raise it when they change
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -177,7 +177,7 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
         *moments, change = trace[segment] - (copies * (recomputed - PLAIN) if segment == "head" else 0)
         for repetition in {0, times - 1} if times else ():  # what lives before changes evenly: the extremes are enough
             before = live + repetition * change
-            highest = max((highest, *(before + moment for moment in moments)), key=_on_device)
+            highest = max((highest, *(before + moment for moment in moments)), key=ON_DEVICE.dot)
             host = max(host, *(before[COLUMNS.index(HOST)] + moment[COLUMNS.index(HOST)] for moment in moments))
         live = live + times * change
     total = dict(zip(COLUMNS, highest.round().astype(int).tolist(), strict=True))
@@ -190,10 +190,6 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
         layers = config.num_hidden_layers * layer
         total["weights"] += min(GATHERED, config.num_hidden_layers) * layer - layers + layers // shape.processes
     return total | {HOST: round(host)}
-
-
-def _on_device(counts: np.ndarray) -> float:
-    return counts @ ON_DEVICE
 
 
 def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
@@ -227,9 +223,8 @@ def _kept_trace(config_json: str, lora_json: str, shape: StepShape) -> dict[str,
     """The trace of a run, from data/cache if it was run before."""
     config, lora = LlamaConfig(**json.loads(config_json)), Lora(**json.loads(lora_json))
     kept = Cache(CACHE / "ledgers", VERSION, {"versions": package_versions()})
-    return kept.arrays(
-        "trace", lambda: _trace(config, lora, shape), config=json.loads(config_json), lora=lora, shape=shape
-    )
+    inputs = {"config": json.loads(config_json), "lora": lora, "shape": shape}
+    return kept.arrays("trace", lambda: _trace(config, lora, shape), **inputs)
 
 
 def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
@@ -252,11 +247,8 @@ def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.nd
                 weight.register_post_accumulate_grad_hook(lambda weight: tracker.add(weight.grad, "gradients"))
         _begin_segments(model, tracker)
         with tracker:
-            offloading = _CountedOffload(config.hidden_size, tracker)
-            # A short step first: it makes the optimizer's state.
-            lengths, options = [WARM_UP, shape.length], {"entering": tracker.enter, "offloading": offloading}
-            for _loss in training_steps(model, shape, lengths, **options):
-                pass
+            counted = _CountedOffload(config.hidden_size, tracker)
+            list(training_steps(model, shape, [shape.length], entering=tracker.enter, offloading=counted, begun=True))
             tracker.begin("end")
     before = np.array(tracker.segments["saved"][0], dtype=float)
     of_layer["optimizer"] = before[COLUMNS.index("optimizer")] * of_layer["adapters"] / tracker.now["adapters"]
@@ -264,7 +256,7 @@ def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.nd
     trace = {name: counts[1:] - counts[0] for name, counts in trace.items()}
     # The loss takes chunk after chunk, as many as the length asks for: only its peak is alike at every length.
     head = trace["head"]
-    trace["head"] = np.stack([max(head, key=_on_device), head[-1]])
+    trace["head"] = np.stack([max(head, key=ON_DEVICE.dot), head[-1]])
     return {**trace, "before": before, "layer": np.array([of_layer[name] for name in COLUMNS], dtype=float)}
 
 

@@ -59,10 +59,12 @@ def training_steps(
     *,
     entering: Callable[[str], None] = lambda _component: None,
     offloading: AbstractContextManager | None = None,
+    begun: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Steps on random tokens of the training loop, each of its length; yields their losses in nats per token.
 
     `entering` is called with the name of each component whose turn it is; `offloading` replaces `OffloadedCheckpoints`.
+    `begun`: the optimizer's state is there before the first step.
     """
     apply_memory_savings(model.train(), shape.memory_savings)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -73,6 +75,12 @@ def training_steps(
         optimizer = eight_bits(trained) if in_8_bits else torch.optim.AdamW(trained, fused=True)
     head = causal_lm(model).get_output_embeddings()
     offloading = offloading or OffloadedCheckpoints(head.weight.shape[1])
+    if begun:
+        entering("optimizer")
+        for weight in trained:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        optimizer.zero_grad()
     for length in lengths:
         entering("saved")
         ids = torch.randint(len(head.weight), (shape.sequences, length), device=head.weight.device)
