@@ -124,7 +124,7 @@ def read_texts(
     held_out = check_sources(data.sources, data.held_out)
     sides = split_documents(documents, held_out, minimum_characters=data.minimum_characters, seed=data.split_seed)
     training, kept = sides[0], [*sides[1], *(machine_texts() if more else [])]
-    seen = np.unique(shingles("\n".join(document.text for document in training)))
+    seen = np.sort(shingles("\n".join(document.text for document in training)))
     stretches, rows = [], []
     own, width = set(data.sources), "<u2" if len(tokenizer) <= 2**16 else "<u4"
     for document, text in zip(tokenize_documents(kept, tokenizer), kept, strict=True):
