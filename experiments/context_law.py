@@ -35,7 +35,7 @@ from llama_long_utils.model.attention import DOCUMENTS
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.model.weights import load_tokenizer, locate_base
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import device_name, package_versions, write_record
+from llama_long_utils.records import device_name, package_versions, recorded, write_record
 from llama_long_utils.settings import Preset
 
 SLUG = "06_loss_by_context"
@@ -44,6 +44,7 @@ VERSION = 1  # of what is measured: raise it when a number changes
 TEXTS = "smollm2"  # the preset by whose tokenizer texts are cut
 TARGET = 256  # tokens of a target by that tokenizer
 SHORTEST = 64
+COMPARED_UP_TO = 2048  # tokens of context: what every model read
 SAMPLES = 500  # of a bootstrap: each is fitted
 ARMS = {  # of a preset: what is read, and the tokens of the longest context, which leaves room for any target
     "tiny": ("extended", 4096 - 3 * TARGET),
@@ -125,13 +126,12 @@ def measure(preset: Preset, folder: Path) -> Path:
         for target, one in zip(every, made, strict=True)
         for cut, nats in zip(cuts, one["nats"], strict=True)
     ]
-    table, up_to = pd.DataFrame(rows), fitted_up_to(longest)
     return write_record(
         folder,
         SLUG,
         preset=preset.name,
         question=QUESTION,
-        tables={"contexts": table, "predictions": ContextLoss.of(table).predictions(up_to).assign(fitted_up_to=up_to)},
+        tables=with_fits(preset.name, pd.DataFrame(rows)),
         seeds={"texts": 0, "bootstrap": SEED},
         seconds=0.0,
         provenance={
@@ -139,6 +139,15 @@ def measure(preset: Preset, folder: Path) -> Path:
             "device": f"{device_name()}, {preset.base.dtype}",
         },
     )
+
+
+def with_fits(preset: str, table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The tables of a record: `contexts`, as measured, and what is fitted to it, beside smaller models' records."""
+    smaller = {name: recorded(name, SLUG) for name in list(ARMS)[: list(ARMS).index(preset)]}
+    losses = {name: ContextLoss.of(record.table("contexts")) for name, record in smaller.items() if record}
+    losses[preset], up_to = ContextLoss.of(table), fitted_up_to(ARMS[preset][1])
+    predictions = losses[preset].predictions(up_to).assign(fitted_up_to=up_to)
+    return {"contexts": table, "predictions": predictions, "betas": betas(losses, COMPARED_UP_TO)}
 
 
 def log_line(context: np.ndarray, first: float, slope: float) -> np.ndarray:
@@ -150,6 +159,9 @@ LAWS: dict[str, tuple[Callable, list[float], tuple]] = {  # where a fit begins, 
     "power law": (power_law, [3.0, 0.5, 1.5], ([-20, 0.01, 0], [20, 5, 20])),
     "line in log c": (log_line, [4.0, 0.1], ([0, -5], [20, 5])),
 }
+
+
+CLOSER = "power law minus line, distances"
 
 
 @dataclass(frozen=True)
@@ -192,15 +204,22 @@ class ContextLoss:
         )
 
     def predictions(self, up_to: float) -> pd.DataFrame:
-        """Of each law, fitted up to a context: predicted minus measured at the longer ones, nats with 95% intervals."""
-        losses, rows = self.drawn(), []
+        """Of each law, fitted up to a context: predicted minus measured at the longer ones, nats with 95% intervals.
+
+        `CLOSER` has the power law's distance from what was measured minus the line's.
+        """
+        losses, found = self.drawn(), {}
         far = self.contexts > up_to
         for name, (law, *_) in LAWS.items():
             of = self.seen(self.contexts[far], law)
-            told = np.array([of(None, *numbers) for numbers in self.fits(name, up_to, losses)]) - losses[:, far]
-            for context, column in zip(self.contexts[far], told.T, strict=True):
-                rows.append({"law": name, "context": int(context), **_interval(column)})
-        return pd.DataFrame(rows)
+            found[name] = np.array([of(None, *numbers) for numbers in self.fits(name, up_to, losses)]) - losses[:, far]
+        power, line = found.values()
+        found[CLOSER] = abs(power) - abs(line)
+        return pd.DataFrame(
+            {"law": name, "context": int(context), **_interval(column)}
+            for name, errors in found.items()
+            for context, column in zip(self.contexts[far], errors.T, strict=True)
+        )
 
 
 def _interval(drawn: np.ndarray) -> dict[str, float]:
@@ -227,7 +246,8 @@ def draw_laws(losses: dict[str, ContextLoss], folder: Path, slug: str, number: s
         for (law, (form, *_)), style in zip(LAWS.items(), ("-", ":"), strict=True):
             (numbers,) = part.fits(law, up_to, drawn[:1])
             axes.plot(part.contexts, part.seen(part.contexts, form)(None, *numbers), style, color="0.4", label=law)
-        axes.plot(part.contexts, drawn[0], "o", label="measured")
+        reach = abs(np.percentile(drawn[1:] - drawn[1:, :1], [2.5, 97.5], axis=0) - (drawn[0] - drawn[0, 0]))
+        axes.errorbar(part.contexts, drawn[0], yerr=reach, fmt="o", capsize=3, label="measured")
         axes.axvline(1.4 * up_to, color="0.8", zorder=0)
         axes.set(xscale="log", title=name, xlabel="tokens before the target")
         axes.set_xticks(part.contexts[::2], [f"{int(context):,}" for context in part.contexts[::2]])

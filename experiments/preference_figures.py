@@ -142,7 +142,7 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
     cut = ", ".join(f"{arm} {in_brackets(row, 'preferred_cut', '_cut')}" for arm, row in kept.iterrows())
     tests = []
     for arm, new in table[again].iterrows():
-        won = "preferred" if new.low > 0.5 else "not told from a tie"
+        won = "preferred" if new.low > 0.5 else "no difference detected"
         paid = "every seed" if new.at_most <= limit else "not every seed"
         costs = measured(*new[["cost", "low_cost", "high_cost"]], digits=3)
         tests.append(f"""- **{arm}: {won}, and {paid} within the limit on unread documents.** It is preferred

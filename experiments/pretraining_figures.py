@@ -334,7 +334,7 @@ def judge_other_mixes(results: PretrainingResults, size: str) -> None:
         if (change, measure, place) in effects.index:
             row = effects.loc[change, measure, place]
             is_worse = row.low > 0 if measure == "NLL" else row.high < 0
-            said = "worse, beyond the interval" if worse else "not told to be worse"
+            said = "worse, beyond the interval" if worse else "not detectably worse"
             finding(f"{change}: {place} {measure} is {said}", is_worse == worse)
     if (MORE, "copying", "far") in effects.index:
         gained = results.difference(size, ("mix-better", "full"), ("mix-upweighted", "full"), *PLACES["far"])

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.power_law import fit_power_law
-from experiments.race_results import wider_interval
+from experiments.race_results import student_reach, wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import load_preset
@@ -202,6 +202,7 @@ class PretrainingResults:
 
 
 PLACES = {"near": (1, 512), "far": (2048, 4096)}
+FIRST_ORDERS = 3  # of the data mixes: more were added when these had been seen
 LENGTH, CONTENT = "length taken away", "better content"  # what is compared: both at an equal share of quotes
 MIX_CHANGES = {  # of a model that copies: the first arm minus the second
     LENGTH: ("mix-in-reach", "mix-original"),
@@ -255,20 +256,19 @@ def mixed_results() -> PretrainingResults:
     return pretraining_results(RESULTS / "tiny" / f"{MIXED}.json")
 
 
-def heavier(effects: pd.DataFrame, measure: str) -> str:
-    """What changes a far measure more, "length" or "content", by intervals that are apart; else "neither".
+def heavier(effects: pd.DataFrame, measure: str, skip: int = 0) -> str:
+    """What changes a far measure more, "length" or "content", by the interval of the paired difference; else "neither".
 
-    `effects` are `content_or_length`. A change for the better by length, or for the worse by content, counts for none.
+    `effects` are `content_or_length`, of the same orders of the texts for both changes; `skip` leaves the first out.
+    The interval is Student's t over orders. A change for the better by length, or for the worse by content, is none.
     """
-    far = effects[(effects.measure == measure) & (effects.place == "far")].set_index("change")
+    far = effects[(effects.measure == measure) & (effects.place == "far")].set_index("change").each
     worse = 1 if measure == "NLL" else -1
-    costs, gives = (
-        sorted(sign * far.loc[name, ["low", "high"]].astype(float))
-        for name, sign in ((LENGTH, worse), (CONTENT, -worse))
-    )
-    if costs[0] > max(gives[1], 0):
-        return "length"
-    return "content" if gives[0] > max(costs[1], 0) else "neither"
+    cost, gain = worse * np.array(far[LENGTH])[skip:], -worse * np.array(far[CONTENT])[skip:]
+    for name, one, other in (("length", cost, gain), ("content", gain, cost)):
+        if all(each.mean() > student_reach(each) for each in (one, one - other)):
+            return name
+    return "neither"
 
 
 def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from llama_long_utils.records import Record, recorded
 WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short, no skips"}
 LINES = WAYS | {"fair": "whole sequences, minus the control's windows"}
 FORMS = {"full": ("s-", BLUE), "pose": ("^-", TEAL), "short": ("o-", RED), "fair": ("D--", BLACK)}
-ARMS = {"base": "base", "raised": "base, RoPE base raised", "yarn": "base, YaRN", "control": "trained, RoPE unchanged"}
+ARMS = {"base": "base", "raised": "base, RoPE base raised", "yarn": "base, YaRN", "control": "control"}
 ARMS |= {"pose": "PoSE", "full": "whole sequences"}
 PLACES = {
     "inside": {"label": "inside the old window", "color": RED, "marker": "o"},
@@ -139,7 +139,7 @@ class DoseResults:
             row |= {"pays from": f"{pays:.1f}M tokens" if pays > 0 else "no dose"}
             row |= {"largest dose": f"{last.tokens_trained / 1e6:.1f}M"}
             row |= {"far half": measured(last.nats, last.low, last.high, digits=3)}
-            row |= {"whole windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
+            row |= {"nearly full windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
             row |= {"texts that gain": f"{last.below_zero} of {last.documents}"}
             row |= {"without the strongest": f"{last.without_one:+.3f}"}
             seeds = (
@@ -207,7 +207,8 @@ def draw_worth(
     lines: Mapping[str, str] = LINES,
     whole_windows: bool = True,
 ) -> None:
-    """A panel for each model: what `DoseResults.worth` found by dose, with intervals; hollow: whole windows only.
+    """A panel for each model: what `DoseResults.worth` found by dose, with intervals; hollow: nearly full windows only;
+    crosses: other seeds.
 
     Args:
         lines: which to draw, with their labels.
@@ -217,12 +218,14 @@ def draw_worth(
     figure, panels = plt.subplots(1, len(doses), **shared)
     ticks, ends = set(), []
     for (name, results), axes in zip(doses.items(), panels[0], strict=True):
-        worth, whole = results.worth(), results.worth(whole=True)
+        worth, whole, every = results.worth(), results.worth(whole=True), results.worth(r"\d+")
         for place, (line, (form, colour)) in enumerate(FORMS.items()):
             if line not in lines:
                 continue
             part, hollow, beside = worth[worth.line == line], whole[whole.line == line], 1.05**place
             lengths = [part.nats - part.low, part.high - part.nats]
+            others = every[(every.line == line) & ~every.nats.isin(part.nats)]
+            axes.plot(others.tokens_trained * beside, others.nats, "x", color=colour, ms=6, zorder=1)
             if whole_windows:
                 axes.plot(
                     hollow.tokens_trained * beside, hollow.nats, form[0], color=colour, mfc="white", ms=7, zorder=1
@@ -231,7 +234,7 @@ def draw_worth(
                           label=lines[line])  # fmt: skip
             if len(part):
                 end = f"{name}, {lines[line]} {part.nats.iloc[-1]:+.3f}"
-                ends.append(end + (f", whole windows {hollow.nats.iloc[-1]:+.3f}" if whole_windows else ""))
+                ends.append(end + (f", nearly full windows {hollow.nats.iloc[-1]:+.3f}" if whole_windows else ""))
         ticks |= {*worth.tokens_trained}
         axes.axhline(0, color="0.3", linewidth=1)
         axes.set(xscale="log", title=results.title, xlabel="tokens trained (millions)")
@@ -256,18 +259,23 @@ def statements_in_all(asked: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_statements(asked: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
-    """Heat maps of `DoseResults.statements`, two lengths of each model: right answers by arm and fifth of the depth."""
+    """Heat maps of `DoseResults.statements`, a panel for each model and length: right answers by arm and fifth."""
     models = list(asked.groupby("model", sort=False))
-    figure, panels = plt.subplots(len(models), 2, figsize=(9.6, 0.6 + 3.0 * len(models)), squeeze=False)
+    most_lengths = max(part.length.nunique() for _, part in models)
+    size = (1.8 + 3.9 * most_lengths, 0.6 + 3.0 * len(models))
+    figure, panels = plt.subplots(len(models), most_lengths, figsize=size, squeeze=False)
     for (model, part), row in zip(models, panels, strict=True):
-        for length, axes in zip(sorted(part.length.unique())[:2], row, strict=True):
+        for axes in row[part.length.nunique() :]:
+            axes.set_axis_off()
+        for length, axes in zip(sorted(part.length.unique()), row, strict=False):
             right = part[part.length == length].pivot_table(index="arm", columns="fifth_of_depth", values="right")
             right, most = right.reindex([arm for arm in ARMS if arm in right.index]), part.questions.max()
             axes.imshow(right, cmap="Blues", vmin=0, vmax=most, aspect="auto")
             for (arm, fifth), count in np.ndenumerate(right.to_numpy(dtype=int)):
                 colour = "white" if count > most / 2 else "black"
                 axes.text(fifth, arm, str(count), ha="center", va="center", color=colour)
-            axes.set(title=f"{model}\n{length:,} tokens", xlabel="fifth of the text; 4: the last", xticks=range(5))
+            axes.set(title=f"{model}\n{length:,} tokens", xlabel="fifth of the text", xticks=range(5))
+            axes.set_xticklabels(["first", "2", "3", "4", "last"])
             axes.set(yticks=range(len(right)), yticklabels=[ARMS[arm] for arm in right.index])
             axes.grid(visible=False)
     counts = statements_in_all(asked).itertuples()

@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,20 @@ def check(claim: str, holds: bool) -> None:
     print(f"holds: {claim}")
 
 
+NO_DIFFERENCE = "no difference detected"
+
+
 def finding(claim: str, holds: bool) -> None:
     """Print whether a measured claim holds. Another preset may find something else, and its notebook goes on."""
     print(f"{'holds' if holds else 'does not hold'}: {claim}")
+
+
+def shown(claim: str, difference: Sequence[float], *, above: bool = True, digits: int = 1) -> None:
+    """Print whether a difference (value, low, high) lies above zero, as claimed, or below: "undecided" if neither."""
+    _, low, high = difference
+    side = 1 if low > 0 else -1 if high < 0 else 0
+    found = "undecided" if not side else "holds" if (side > 0) == above else "does not hold"
+    print(f"{found}: {claim} ({measured(*difference, digits=digits)})")
 
 
 def say(text: str) -> None:
@@ -43,12 +54,13 @@ def say(text: str) -> None:
 def measured(value: float, low: float = math.nan, high: float = math.nan, *, digits: int = 2, sign: bool = True) -> str:
     """A number for prose, with its interval if there is one: "-0.083 [-0.104, -0.062]"."""
     form = f"{'+' if sign else ''}z,.{digits}f"
-    interval = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+    bound = form.replace("z", "")  # where a bound rounds to zero, its sign tells on which side it lies
+    interval = "" if math.isnan(low) else f" [{low:{bound}}, {high:{bound}}]"
     return f"{value:{form}}{interval}"
 
 
 def verdict(
-    value: float, low: float, high: float, below: str, above: str, level: str = "not told apart", *, digits: int = 3
+    value: float, low: float, high: float, below: str, above: str, level: str = NO_DIFFERENCE, *, digits: int = 3
 ) -> str:
     """What a difference with its interval says, for prose: `below` or `above` zero, or `level`; then the numbers."""
     if math.isnan(low):

@@ -1,6 +1,7 @@
 """The loss behind shorter and longer contexts: targets, cuts, and fits of losses whose law is known."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments import context_law
@@ -37,6 +38,14 @@ def test_a_prediction_from_short_contexts_tells_the_right_law_from_the_wrong_one
     right, wrong = table.loc[("power law", 7424)], table.loc[("line in log c", 7424)]
     assert right.low < 0 < right.high
     assert abs(right.value) < 0.02 and wrong.high < -0.05
+    assert table.loc[(context_law.CLOSER, 7424)].high < 0
+
+
+def test_records_hold_what_is_fitted_to_them():
+    for preset in ("tiny", "smollm2"):
+        record = recorded(preset, context_law.SLUG)
+        again = context_law.with_fits(preset, record.table("contexts"))
+        pd.testing.assert_frame_equal(record.table("betas"), again["betas"], rtol=0.02, atol=0.01)
 
 
 def test_the_larger_exponent_is_told_on_the_same_texts():

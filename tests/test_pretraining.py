@@ -112,17 +112,21 @@ def test_a_data_mix_begins_with_the_tiny_llama_and_is_recorded_beside_it(tmp_pat
         collect(paths, tmp_path / "record", "mixes")
 
 
-def test_the_heavier_change_is_the_one_whose_interval_lies_above_the_others():
+def test_the_heavier_change_is_the_one_whose_paired_lead_lies_above_zero():
     def effects(length, content):
-        changes = {LENGTH: length, CONTENT: content}
-        rows = [{"change": name, "low": low, "high": high} for name, (low, high) in changes.items()]
+        changes = {LENGTH: np.array(length), CONTENT: np.array(content)}
+        rows = [{"change": name, "each": each} for name, each in changes.items()]
         return pd.DataFrame(rows).assign(measure="NLL", place="far")
 
-    assert heavier(effects((0.01, 0.02), (-0.05, -0.03)), "NLL") == "content"
-    assert heavier(effects((0.04, 0.06), (-0.03, 0.01)), "NLL") == "length"
-    assert heavier(effects((0.01, 0.04), (-0.05, -0.03)), "NLL") == "neither"  # they overlap
-    assert heavier(effects((-0.06, -0.04), (-0.01, 0.01)), "NLL") == "neither"  # length taken away helps
-    assert heavier(effects((-0.06, -0.04), (-0.01, 0.01)).assign(measure="copying"), "copying") == "length"
+    noise = np.array([-0.01, 0.0, 0.01])
+    assert heavier(effects(0.015 + noise, -0.04 + noise), "NLL") == "neither"  # noise that parts the two
+    assert heavier(effects(0.015 + noise, -0.06 - noise / 9), "NLL") == "content"
+    assert heavier(effects(0.05 + noise, -0.01 - noise), "NLL") == "length"  # intervals overlap, pairs do not
+    assert heavier(effects(-0.05 + noise, 0.0 + noise), "NLL") == "neither"  # length taken away helps
+    assert heavier(effects(-0.05 + noise, 0.0 - noise).assign(measure="copying"), "copying") == "length"
+    mixed = effects([0.05, 0.05, 0.051, -0.05, 0.2, 0.0], [0.0, 0.0, 0.001, 0.0, 0.0, 0.001])
+    assert heavier(mixed.assign(each=mixed.each.str[:3]), "NLL") == "length"
+    assert heavier(mixed, "NLL", skip=3) == "neither"
 
 
 def test_an_arm_is_one_run_with_its_short_part_shared(tmp_path, monkeypatch):

@@ -102,6 +102,7 @@ COLUMNS = {
     "06_loss_by_context": {
         "contexts": {"kind", "document", "tokens", "bytes", "context", "nats"},
         "predictions": {"law", "context", "value", "low", "high", "fitted_up_to"},
+        "betas": {"model", "value", "low", "high"},
     },
     "08_benchmark_deltas": {
         "deltas": {

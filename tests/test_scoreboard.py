@@ -42,7 +42,7 @@ def test_a_lead_smaller_than_seeds_lie_apart_is_none():
     assert comparison(-0.04, (-0.08, -0.01), (-0.03, -0.01)).gains
     assert not comparison(-0.04, (-0.08, -0.01), (-0.01, 0.05)).gains
     assert not comparison(-0.04, (-0.08, 0.01)).gains
-    assert "not told apart" in str(comparison(-0.04, (-0.08, -0.01), (-0.01, 0.05)))
+    assert "no difference detected" in str(comparison(-0.04, (-0.08, -0.01), (-0.01, 0.05)))
     assert "behind" in str(comparison(0.04, (0.03, 0.05)))
 
 
