@@ -38,12 +38,14 @@ def finding(claim: str, holds: bool) -> None:
     print(f"{'holds' if holds else 'does not hold'}: {claim}")
 
 
-def shown(claim: str, difference: Sequence[float], *, above: bool = True, digits: int = 1) -> None:
-    """Print whether a difference (value, low, high) lies above zero, as claimed, or below: "undecided" if neither."""
-    _, low, high = difference
-    side = 1 if low > 0 else -1 if high < 0 else 0
-    found = "undecided" if not side else "holds" if (side > 0) == above else "does not hold"
-    print(f"{found}: {claim} ({measured(*difference, digits=digits)})")
+def shown(
+    claim: str, found: Sequence[float], *, than: float = 0.0, above: bool = True, digits: int = 1, sign: bool = True
+) -> None:
+    """Print whether a number with its interval lies above `than`, as claimed, or below: "undecided" if neither."""
+    _, low, high = found
+    side = 1 if low > than else -1 if high < than else 0
+    said = "undecided" if not side else "holds" if (side > 0) == above else "does not hold"
+    print(f"{said}: {claim} ({measured(*found, digits=digits, sign=sign)})")
 
 
 def say(text: str) -> None:

@@ -79,6 +79,22 @@ def test_numbers_in_prose_carry_their_interval():
     assert notebooks.measured(-0.08329, -0.10402, -0.0624, digits=3) == "-0.083 [-0.104, -0.062]"
     assert notebooks.measured(12_345.0, digits=0, sign=False) == "12,345"
     assert notebooks.measured(-0.001, -0.01, 0.004) == "+0.00 [-0.01, +0.00]"
+    assert notebooks.measured(-0.04, -0.08, -0.001) == "-0.04 [-0.08, -0.00]"  # the sign says on which side of zero
+
+
+@pytest.mark.parametrize(
+    ("interval", "options", "said"),
+    [
+        ((1, 0.5, 1.5), {}, "holds: it grows (+1.0 [+0.5, +1.5])"),
+        ((-1, -1.5, -0.5), {}, "does not hold: it grows (-1.0 [-1.5, -0.5])"),
+        ((1, -0.5, 2.5), {}, "undecided: it grows (+1.0 [-0.5, +2.5])"),
+        ((-1, -1.5, -0.5), {"above": False}, "holds: it grows (-1.0 [-1.5, -0.5])"),
+        ((0.6, 0.55, 0.65), {"than": 0.5, "sign": False, "digits": 2}, "holds: it grows (0.60 [0.55, 0.65])"),
+    ],
+)
+def test_a_claim_is_undecided_where_its_interval_holds_both(capsys, interval, options, said):
+    notebooks.shown("it grows", interval, **options)
+    assert capsys.readouterr().out.strip() == said
 
 
 def test_a_verdict_follows_the_interval():
