@@ -1,6 +1,5 @@
 """Reading the record of the instruction ablation: scores by length, differences between arms, what tuning costs."""
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +46,6 @@ LOOKS = {
 }
 DRAWN = ("untuned", "chat base", "short", "short, text", "long", "long, loss on prompt", "synthetic context")
 MEASURES = {"exact": "exact answers", "words": "right words, whatever follows"}
-ON_SQUAD = {"f1": "F1", "exact": "exact match", "log_probability": "log-probability"}
 WRITER = "qwen2.5-coder-1.5b"  # the preset whose record holds what a chat model asked
 LOSS, LONG, PLAIN = "loss on the prompt minus none", "long with that loss minus short", "long minus short"
 FULL, DILUTED = "the same, answers at full weight", "the same, answers diluted in both"
@@ -192,38 +190,6 @@ def ablation_table(results: InstructionResults) -> pd.DataFrame:
     return wide.assign(arm=[LOOKS[arm][0] for arm in wide.arm])
 
 
-def squad_tables(results: InstructionResults) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(scores of the arms and their labels, differences between arms) by length, on SQuAD: text for a reader."""
-    columns = {f"{name}, {at:,}": (measure, [at]) for at in results.lengths for measure, name in ON_SQUAD.items()}
-    scores = {
-        LOOKS[arm][0]: [results.scores(arm, at, measure) for measure, at in columns.values()] for arm in results.arms
-    }
-    digits = [2 if measure == "log_probability" else 1 for measure, _ in columns.values()]
-    rows = [
-        [
-            name,
-            *(measured(*results.mean(one), digits=many, sign=False) for one, many in zip(values, digits, strict=True)),
-        ]
-        for name, values in scores.items()
-    ]
-    table = pd.DataFrame(rows, columns=["arm", *columns])
-    table["seeds"] = [len(results.seeds(arm)) for arm in results.arms]
-    trained = results.runs.groupby("arm")[["labels", "questions", "different"]].mean().round().astype(int)
-    return table.join(trained.loc[results.arms].reset_index(drop=True)), difference_table(results, columns)
-
-
-def claims_on_squad(results: InstructionResults) -> dict[str, bool]:
-    """What was expected of the real model past its old window, and what would refute it: whether each holds."""
-    claims = {}
-    for pair, by in {LOSS: "(C10) by the loss on the prompt", LONG: "(C11) by long documents with it"}.items():
-        f1, likely = (results.difference(*PAIRS[pair], measure) for measure in ("f1", "log_probability"))
-        claims |= {f"expected {by}: F1 rises": f1[1] > 0, f"what refutes it, {by}: F1 falls": f1[2] < 0}
-        claims[f"{by}: the right answer becomes less likely"] = likely[2] < 0
-    full = [results.difference(*PAIRS[FULL], measure) for measure in ("f1", "log_probability")]
-    claims["expected: at full weight no change is told, in neither"] = all(low <= 0 <= high for _, low, high in full)
-    return claims
-
-
 def difference_table(
     results: InstructionResults, columns: Mapping[str, tuple[str, Sequence[int] | None]]
 ) -> pd.DataFrame:
@@ -295,7 +261,7 @@ def draw_beside_paper(
             changes = theirs[0] - theirs[1]
             right.scatter(changes, [place] * len(changes), s=30, facecolors="none", edgecolors=BLUE)
     table = pd.DataFrame(ours, columns=["row", "measure", "value", "low", "high"])
-    intervals(left, table, row="row", colour="measure", zero=0, styles=_styles(MEASURES.values()))
+    intervals(left, table, row="row", colour="measure", zero=0, styles=two_styles(MEASURES.values()))
     left.get_legend().remove()
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     right.axvline(0, color="0.35", linewidth=1)
@@ -306,31 +272,8 @@ def draw_beside_paper(
     save_figure(figure, folder, slug, number, caption, f"Ours in points, minus short data or as named: {said}.")
 
 
-def draw_on_squad(results: InstructionResults, folder: Path, slug: str, number: str, caption: str) -> None:
-    """Differences between arms at the real model, a mark for each length: left F1, right log-probability."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
-    lengths, said = {length: f"behind {length:,} tokens" for length in results.lengths}, []
-    for axes, (measure, unit) in zip(
-        panels, {"f1": "points", "log_probability": "nats per token"}.items(), strict=True
-    ):
-        rows = [
-            (textwrap.fill(name, 28), title, *results.difference(*pair, measure, [length]))
-            for name, pair in results.pairs.items()
-            for length, title in lengths.items()
-        ]
-        table = pd.DataFrame(rows, columns=["row", "length", "value", "low", "high"])
-        intervals(axes, table, row="row", colour="length", zero=0, styles=_styles(lengths.values()))
-        axes.get_legend().remove()
-        axes.set(xlabel=f"difference ({unit})", title=ON_SQUAD[measure])
-        said += [
-            f"{ON_SQUAD[measure]}, {row.row}, {row.length} {row.value:+.2f}".replace("\n", " ")
-            for row in table.itertuples()
-        ]
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    save_figure(figure, folder, slug, number, caption, f"Differences: {'; '.join(said)}.")
-
-
-def _styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def two_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """How marks of two kinds look in `intervals`."""
     looks = zip(names, (RED, BLUE), "os", strict=True)
     return {name: {"label": name, "color": colour, "marker": marker} for name, colour, marker in looks}
 
@@ -346,7 +289,7 @@ def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str
             rows.append((LOOKS[arm][0], place, *results.contrast(cost)))
     table = pd.DataFrame(rows, columns=["row", "place", "value", "low", "high"])
     figure, axes = plt.subplots(figsize=(8, 4.6))
-    intervals(axes, table, row="row", colour="place", zero=0, styles=_styles(places))
+    intervals(axes, table, row="row", colour="place", zero=0, styles=two_styles(places))
     axes.legend(loc="lower right")
     axes.set(xlabel="NLL minus that before tuning (nats per token)")
     said = "; ".join(f"{row.row}, {row.place} {row.value:+.3f}" for row in table.itertuples())

@@ -20,14 +20,28 @@ from experiments.instruction_questions import (
     floors,
     questions,
 )
-from experiments.instruction_results import FULL, PAIRS, PLAIN, InstructionResults, outcomes, squad_tables
+from experiments.instruction_results import (
+    FULL,
+    PAIRS,
+    PLAIN,
+    InstructionResults,
+    outcomes,
+)
+from experiments.question_results import (
+    beside_table_9,
+    claims_on_questions,
+    floor_of,
+    question_tables,
+    same_trainings,
+    trainings,
+)
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.evaluation.generation import likelihoods, write
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import Record
+from llama_long_utils.records import Record, read_published
 
 ROOM = 64  # tokens
 
@@ -154,14 +168,45 @@ def results(tmp_path):
 def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the_old_window(results):
     assert results.past == [length for length in SETS["squad"].asked if length > results.preset.base.window]
     assert results.difference("long", "short", "f1") == pytest.approx((10, 10, 10))
-    scores, changes = squad_tables(results)
-    assert list(scores.arm) == ["short", "short, long", "short, long, loss on prompt; full answers"]
-    assert list(scores.seeds) == [3, 3, 1]
-    assert list(scores.labels) == [7, 7, 7]
-    changes = changes.set_index("difference")
-    assert changes["F1, 2,048"][PLAIN] == "+10.0 [+10.0, +10.0]"
-    assert changes["exact match, 2,048"][PLAIN] == "both at the floor"
-    assert changes["log-probability, 9,216"][PLAIN] == "+0.00 [+0.00, +0.00]"
+    scores, changes = question_tables({"SQuAD": results})
+    arms = ["short", "short, long", "short, long, loss on prompt; full answers"]
+    assert list(zip(scores.length, scores.arm, strict=True)) == [(at, arm) for at in ("2,048", "9,216") for arm in arms]
+    assert list(scores.seeds) == [3, 3, 1] * 2
+    assert list(scores.questions) == [60, 60, 20] * 2
+    changes = changes[changes.difference == PLAIN].set_index("length")
+    assert changes["F1"]["2,048"] == "+10.0 [+10.0, +10.0]"
+    assert changes["exact match"]["2,048"] == "both at the floor"
+    assert changes["log-probability"]["9,216"] == "+0.00 [+0.00, +0.00]"
+    assert list(trainings(results).labels) == [7, 7, 7]
+    assert floor_of(results).answer == "no"
+
+
+def test_the_paper_stands_beside_what_was_measured_with_what_that_says_of_its_direction(results):
+    table = beside_table_9({"SQuAD": results}, read_published("llama2_long")["table_9"]).set_index("claim")
+    assert table["Qasper (Table 9)"]["C10"] == "+3.2"
+    assert table["NarrativeQA (Table 9)"]["C11, with it"] == "+10.1"
+    assert table["SQuAD"]["C11, without that loss"] == "agrees: +10.0 [+10.0, +10.0]"
+    assert table["SQuAD"]["C10"] == "not measured"
+
+
+def test_a_claim_is_judged_only_where_both_arms_were_measured(results):
+    assert claims_on_questions(results) == {
+        "expected: at full weight no change is told, in neither": False,
+        "F1 tells no arm from another": False,
+    }
+    both = replace(results, record=Record(results.record.path))
+    both.__dict__["runs"] = results.runs.replace({"arm": {"long": "long, loss on prompt"}})
+    claims = claims_on_questions(both)
+    assert claims["expected (C11) by long documents with it: F1 rises"]
+    assert not claims["(C11) by long documents with it: the right answer becomes likelier"]
+    assert not any("C10" in claim for claim in claims)
+
+
+def test_trainings_of_the_same_arm_and_seed_are_compared(results):
+    sets = {"SQuAD": results, "HotpotQA": replace(results, record=Record(results.record.path))}
+    assert same_trainings(sets)
+    sets["HotpotQA"].__dict__["runs"] = results.runs[:3].assign(labels=8)
+    assert not same_trainings(sets)
 
 
 def test_an_arm_of_one_seed_is_compared_by_the_questions_of_that_seed(results):

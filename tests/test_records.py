@@ -130,9 +130,10 @@ COLUMNS = {
         "nll_by_position": {"arm", "seed", "position_low", "position_high", "nll"},
         "runs": {"arm", "seed", "labels"},
     },
-    "smollm2/09_instruction_tuning": {
+    "09_on_hotpotqa": {
         "answers": {"arm", "seed", "length", "questions", "f1", "exact", "log_probability", "ended"},
         "runs": {"arm", "seed", "labels", "questions", "different", "training", "asking"},
+        "floors": {"answer", "questions", "f1", "exact"},
     },
     "09_self_instruct": {
         "quality": {"outcome", "pairs", "words_found"},
@@ -241,6 +242,7 @@ def columns_of(path):
     return own if own in COLUMNS else path.stem
 
 
+COLUMNS["smollm2/09_instruction_tuning"] = COLUMNS["09_on_hotpotqa"]  # SQuAD
 # One dose of each arm: nothing to compare a dose with.
 COLUMNS["qwen2.5-coder-1.5b/06_dose_response"] = {
     name: columns for name, columns in COLUMNS["06_dose_response"].items() if name != "gain_by_dose"

@@ -1,0 +1,141 @@
+"""Reading the records of a real model that was tuned on instructions and asked SQuAD and HotpotQA."""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.instruction_results import (
+    FULL,
+    LONG,
+    LOOKS,
+    LOSS,
+    PAIRS,
+    PLAIN,
+    SLUG,
+    InstructionResults,
+    two_styles,
+)
+from llama_long_utils.figures import intervals, plt, save_figure
+from llama_long_utils.notebooks import measured
+from llama_long_utils.records import recorded
+from llama_long_utils.settings import Preset
+
+SETS = {"SQuAD": SLUG, "HotpotQA": "09_on_hotpotqa"}  # records by what was asked
+SCORES = {"f1": "F1", "exact": "exact match", "log_probability": "log-probability"}
+BY_F1 = {"Qasper": "qasper", "NarrativeQA": "narrativeqa"}  # the tasks of Table 9 that F1 scores
+
+
+def question_results(preset: Preset) -> dict[str, InstructionResults]:
+    """The committed records of a real model by the title of what was asked."""
+    found = {title: recorded(preset.name, slug) for title, slug in SETS.items()}
+    return {title: InstructionResults(record, preset) for title, record in found.items() if record}
+
+
+def question_tables(sets: Mapping[str, InstructionResults]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(scores of the arms, differences between arms) by what was asked and length: text for a reader."""
+    scores, changes = [], []
+    for title, results in sets.items():
+        for length in results.lengths:
+            first = {"asked": title, "length": f"{length:,}"}
+            for arm in results.arms:
+                row = {**first, "arm": LOOKS[arm][0]}
+                for measure, name in SCORES.items():
+                    values = results.scores(arm, [length], measure)
+                    row[name] = measured(*results.mean(values), digits=_digits(measure), sign=False)
+                scores.append({**row, "seeds": len(values), "questions": values.size})
+            for name, pair in results.pairs.items():
+                told = {title: results.told(*pair, measure, [length]) for measure, title in SCORES.items()}
+                changes.append({**first, "difference": name, **told})
+    return pd.DataFrame(scores), pd.DataFrame(changes)
+
+
+def _digits(measure: str) -> int:
+    return 2 if measure == "log_probability" else 1
+
+
+def trainings(results: InstructionResults) -> pd.DataFrame:
+    """Of each arm, means over seeds: labels, questions, and how many answers of these are different."""
+    means = results.runs.groupby("arm")[["labels", "questions", "different"]].mean().round().astype(int)
+    means = means.loc[[arm for arm in results.arms if arm != "untuned"]].reset_index()
+    return means.assign(arm=[LOOKS[arm][0] for arm in means.arm])
+
+
+def same_trainings(sets: Mapping[str, InstructionResults]) -> bool:
+    """Whether an arm and seed was trained on as much, whatever was asked then."""
+    parts = [one.runs.set_index(["arm", "seed"])[["labels", "questions", "different"]] for one in sets.values()]
+    return all(parts[0].loc[part.index].equals(part) for part in parts)
+
+
+def floor_of(results: InstructionResults) -> pd.Series:
+    """The one answer that earns most F1 if it is given to every question, with what it earns (shares)."""
+    return results.record.table("floors").sort_values("f1").iloc[-1]
+
+
+def beside_table_9(sets: Mapping[str, InstructionResults], published: dict) -> pd.DataFrame:
+    """What the paper claims: changes of F1 in its tasks, and ours past the old window with what they say of that."""
+    rows = []
+    for claim, name in {"C10": LOSS, "C11, without that loss": PLAIN, "C11, with it": LONG}.items():
+        theirs = [published["rows"][LOOKS[arm][-1]] for arm in PAIRS[name]]
+        row = {"claim": claim, "difference": name}
+        for title, task in BY_F1.items():
+            first, second = (values[published["columns"].index(task)] for values in theirs)
+            row[f"{title} (Table 9)"] = measured(first - second, digits=1)
+        for title, results in sets.items():
+            if name not in results.pairs:
+                row[title] = "not measured"
+                continue
+            value, low, high = results.difference(*PAIRS[name], "f1")
+            word = "agrees" if low > 0 else "disagrees" if high < 0 else "undecided"
+            row[title] = f"{word}: {measured(value, low, high, digits=1)}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def claims_on_questions(results: InstructionResults) -> dict[str, bool]:
+    """What was expected of the real model past its old window, and what would refute it: whether each holds."""
+    claims = {}
+    for name, by in {LOSS: "(C10) by the loss on the prompt", LONG: "(C11) by long documents with it"}.items():
+        if name in results.pairs:
+            f1, likely = (results.difference(*PAIRS[name], measure) for measure in ("f1", "log_probability"))
+            claims |= {f"expected {by}: F1 rises": f1[1] > 0, f"what refutes it, {by}: F1 falls": f1[2] < 0}
+            claims[f"{by}: the right answer becomes less likely"] = likely[2] < 0
+            claims[f"{by}: the right answer becomes likelier"] = likely[1] > 0
+    if FULL in results.pairs:
+        full = [results.difference(*PAIRS[FULL], measure) for measure in ("f1", "log_probability")]
+        level = all(low <= 0 <= high for _, low, high in full)
+        claims["expected: at full weight no change is told, in neither"] = level
+    every = [results.difference(*pair, "f1") for pair in results.pairs.values()]
+    claims["F1 tells no arm from another"] = all(low <= 0 <= high for _, low, high in every)
+    return claims
+
+
+def draw_on_questions(
+    sets: Mapping[str, InstructionResults], folder: Path, slug: str, number: str, caption: str
+) -> None:
+    """Differences between arms at the real model, a row for what was asked: left F1, right log-probability."""
+    units = {"f1": "points", "log_probability": "nats per token"}
+    heights = [len(results.pairs) for results in sets.values()]
+    form = {"figsize": (10, 1.5 + 0.62 * sum(heights)), "sharex": "col", "sharey": "row", "squeeze": False}
+    figure, panels = plt.subplots(len(sets), 2, height_ratios=heights, **form)
+    said = []
+    for (title, results), beside in zip(sets.items(), panels, strict=True):
+        lengths = {length: f"behind {length:,} tokens" for length in results.lengths}
+        for axes, (measure, unit) in zip(beside, units.items(), strict=True):
+            rows = [
+                (textwrap.fill(name, 28), at, *results.difference(*pair, measure, [length]))
+                for name, pair in results.pairs.items()
+                for length, at in lengths.items()
+            ]
+            table = pd.DataFrame(rows, columns=["row", "length", "value", "low", "high"])
+            intervals(axes, table, row="row", colour="length", zero=0, styles=two_styles(lengths.values()))
+            axes.get_legend().remove()
+            axes.set(xlabel=f"difference ({unit})" if results is [*sets.values()][-1] else "")
+            axes.set_title(f"{title}: {SCORES[measure]}")
+            said += [
+                f"{title}, {SCORES[measure]}, {row.row}, {row.length} {row.value:+.2f}".replace("\n", " ")
+                for row in table.itertuples()
+            ]
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save_figure(figure, folder, slug, number, caption, f"Differences: {'; '.join(said)}.")
