@@ -133,6 +133,7 @@ def draw_on_questions(
             axes.get_legend().remove()
             axes.set(xlabel=f"difference ({unit})" if results is [*sets.values()][-1] else "")
             axes.set_title(f"{title}: {SCORES[measure]}")
+            axes.locator_params(axis="x", nbins=6)
             said += [
                 f"{title}, {SCORES[measure]}, {row.row}, {row.length} {row.value:+.2f}".replace("\n", " ")
                 for row in table.itertuples()
