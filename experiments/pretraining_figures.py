@@ -13,6 +13,7 @@ from experiments import pretraining
 from experiments.pretraining_results import (
     CONTENT,
     COPIED,
+    EQUAL,
     LENGTH,
     MORE,
     OTHER,
@@ -21,6 +22,7 @@ from experiments.pretraining_results import (
     REMOVED,
     SWITCHED,
     PretrainingResults,
+    over_sizes,
 )
 from experiments.race_results import student_reach
 from llama_long_utils.figures import (
@@ -38,7 +40,7 @@ from llama_long_utils.figures import (
     save_figure,
     token_axis,
 )
-from llama_long_utils.notebooks import finding, measured
+from llama_long_utils.notebooks import finding, measured, verdict
 
 STYLES = {  # label, colour and marker of every arm
     "long": ("long throughout", BLACK, "D"),
@@ -113,7 +115,31 @@ def quality_table(curriculum: pd.DataFrame) -> pd.DataFrame:
     names = {"flops": "operations", "flops_counted": "as multiplied", "seconds": "seconds", "tokens": "tokens"}
     names["text"] = "NLL minus long"
     shown = curriculum.assign(text=in_words(curriculum, 3))
-    return shown[["arm", *names, "seeds"]].rename(columns=names)
+    about = [name for name in ("size", "arm") if name in shown]
+    return shown[[*about, *names, "seeds"]].rename(columns=names)
+
+
+def judged_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
+    """The switch at 80% minus long throughout, a row for each size and one for all: value, low, high, seeds, as text.
+
+    "saved at equal quality" are the least and the most operations that a switch saves, by `saved_at_equal_quality`.
+    The training loss is that of the last 20 short steps, minus that of long throughout on the same tokens.
+    """
+    rows = []
+    for size, results in parts.items():
+        least, most = results.saved_at_equal_quality(size)
+        found = results.difference(size, ("switch-80", "full"), ("long", "full"))
+        nats, tokens = results.nats(size, "long", 1, 4096)
+        found["NLL of long"] = float(np.mean([one.sum() for one in nats.values()]) / tokens.sum())
+        found["training loss before the switch"] = results.spike(size, "switch-80")[:, :20].mean()
+        rows.append({"from scratch": size, **found, "saved at equal quality": f"{least:.0%} to {most:.0%}"})
+    found = over_sizes([(results, size) for size, results in parts.items()], "switch-80")
+    rows.append({"from scratch": " and ".join(parts), **found, "saved at equal quality": "-"})
+    for row in rows:
+        alone = "one seed, " if row["seeds"] == 1 else ""
+        row["switch at 80%"] = alone + verdict(row["value"], row["low"], row["high"], "better", "worse")
+        row[f"a loss of {EQUAL} nat"] = "excluded" if row["high"] < EQUAL else "not excluded"
+    return pd.DataFrame(rows)
 
 
 def copying_table(results: PretrainingResults, size: str) -> pd.DataFrame:
@@ -187,34 +213,38 @@ def draw_switch(
 
 
 def draw_quality(
-    table: pd.DataFrame, size: str, published: dict[str, Any], folder: Path, slug: str, number: str
+    tables: dict[str, pd.DataFrame], published: dict[str, Any], folder: Path, slug: str, number: str
 ) -> None:
-    """NLL minus the long arm's against operations, and the paper's Tables 10 and 11 beside it."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(3, 2))
-    for row in table.itertuples():
-        label, colour, marker = STYLES[row.arm]
-        place = row.flops + 0.015 * (row.arm == "continued")  # which costs what a switch does
-        panels[0].vlines(place, row.low, row.high, color=colour)
-        panels[0].scatter(place, row.value, color=colour, marker=marker, s=44, label=label, zorder=3)
-        panels[0].scatter([place] * len(row.each), row.each, facecolors="none", edgecolors=colour, s=16)
-    panels[0].set(title=f"ours, {size}", ylabel="NLL minus long throughout (nats)")
+    """NLL minus the long arm's against operations for each size, and the paper's Tables 10 and 11 beside them."""
+    figure, panels = plt.subplots(1, len(tables) + 1, figsize=(12, 4.6), width_ratios=(*[3] * len(tables), 2.4))
+    said = []
+    for panel, (size, table) in zip(panels, tables.items(), strict=False):
+        for row in table.itertuples():
+            label, colour, marker = STYLES[row.arm]
+            place = row.flops + 0.015 * (row.arm == "continued")  # which costs what a switch does
+            panel.vlines(place, row.low, row.high, color=colour)
+            panel.scatter(place, row.value, color=colour, marker=marker, s=44, label=label, zorder=3)
+            panel.scatter([place] * len(row.each), row.each, facecolors="none", edgecolors=colour, s=16)
+            said.append(f"{size}, {label}: {row.flops:.0%} of the operations, {row.value:+.3f}")
+        panel.set_title(f"ours, {size}")
+        panel.sharey(panels[0])
+        panel.tick_params(labelleft=panel is panels[0])
+    panels[0].set_ylabel("NLL minus long throughout (nats)")
     flops, perplexity = np.array(published["table_10"]["flops"]), published["table_11"]
     theirs = np.log(pd.DataFrame(perplexity["rows"], columns=perplexity["columns"]))
     for name, marker, colour in zip(theirs, "osD", (GREEN, PURPLE, AMBER), strict=True):
-        panels[1].plot(flops / flops[0], theirs[name] - theirs[name][0], marker=marker, color=colour, label=name)
-    panels[1].set_title("the paper's, 7B")
+        panels[-1].plot(flops / flops[0], theirs[name] - theirs[name][0], marker=marker, color=colour, label=name)
+    panels[-1].set_title("the paper's, 7B")
     for panel in panels:
         panel.axhline(0, color="0.35", linewidth=1)
         panel.set(xlabel="operations beside long throughout", xlim=(0, 1.05))
-    panels[0].legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    panels[1].legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    caption = "Quality against operations. Left: recorded by us; hollow: seeds, bars: 95% intervals over seeds and "
-    caption += "documents, or over seeds alone where that is wider. The cross is shifted to the right: it costs what a "
-    caption += "switch does. Right: Tables 10 and 11, published without intervals, on a scale of its own."
-    alt = "; ".join(
-        f"{STYLES[row.arm][0]}: {row.flops:.0%} of the operations, {row.value:+.3f}" for row in table.itertuples()
-    )
-    save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {alt}.")
+    fullest = max(panels[:-1], key=lambda panel: len(panel.get_legend_handles_labels()[0]))
+    figure.legend(*fullest.get_legend_handles_labels(), ncols=4, loc="outside lower left")
+    panels[-1].legend(loc="lower left")
+    caption = "Quality against operations. Recorded by us at two sizes; hollow: seeds, bars: 95% intervals over seeds "
+    caption += "and documents, or over seeds alone where that is wider. The cross is shifted to the right: it costs "
+    caption += "what a switch does. Right: Tables 10 and 11, published without intervals, on a scale of its own."
+    save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
 
 
 def draw_positions(results: PretrainingResults, size: str, window: int, folder: Path, slug: str, number: str) -> None:
@@ -274,9 +304,9 @@ def context_gains(results: PretrainingResults, size: str, mixes: Sequence[str]) 
     return pd.DataFrame([{"mix": pair[0][0][4:], **results.difference(size, *pair, *PLACES["far"])} for pair in ways])
 
 
-def law_table(results: PretrainingResults) -> pd.DataFrame:
+def law_table(*parts: PretrainingResults) -> pd.DataFrame:
     """The law of loss against context for each model and seed, with intervals, as text."""
-    laws = results.record.table("power_law")
+    laws = pd.concat([results.record.table("power_law") for results in parts], ignore_index=True)
     bounds = {"β": ("beta", 2), "saved by context": ("saved", 3)}
     for name, (column, digits) in bounds.items():
         columns = laws[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)

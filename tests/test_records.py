@@ -224,6 +224,7 @@ COLUMNS = {
         "difference": {"training", "position_low", "position_high", "nll", "low", "high", "documents"},
     },
 }
+COLUMNS["12_curriculum_of_a_larger_model"] = COLUMNS["12_pretraining_curriculum"]
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
 
 
