@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     preference.add_argument("--adapter", metavar="FOLDER", help="instruction-tuned (default: as notebook 10 finds it)")
     preference.add_argument("--fresh", action="store_true", help="only the best arms, on new seeds (half an hour)")
     preference.add_argument(
-        "--small", action="store_true", help="no controls or averages, long documents of 4,096 tokens: for real models"
+        "--small", action="store_true", help="no controls or averages, texts of 2,048 tokens: for real models"
     )
     preference.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="in place of 0 1 2")
     preference.add_argument(
