@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
         "--small", action="store_true", help="no controls or averages, texts of 2,048 tokens: for real models"
     )
     preference.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="in place of 0 1 2")
+    preference.add_argument("--arms", choices=["rl", "dpo"], nargs="+", help="in place of both")
     preference.add_argument(
         "--quoting",
         type=int,
@@ -218,7 +219,7 @@ def run(asked: argparse.Namespace) -> Path | None:
             adapter = find_adapter(preset, asked.adapter, stage="instruction")
         if asked.fresh:
             return preference_fresh.run_fresh(preset, adapter, out)
-        scope = dataclasses.replace(scope, seeds=asked.seeds or scope.seeds)
+        scope = dataclasses.replace(scope, seeds=asked.seeds or scope.seeds, arms=asked.arms or scope.arms)
         return preference.run_preference(preset, adapter, out, scope)
     if asked.command == "context":
         from experiments import context_law
