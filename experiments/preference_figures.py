@@ -10,7 +10,7 @@ from experiments.preference import KEPT
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
 from llama_long_utils.notebooks import finding, measured, say, show_table
-from llama_long_utils.records import Record
+from llama_long_utils.records import Record, recorded
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
 CONTROLS = {
@@ -29,6 +29,12 @@ PANELS = {
     "gold": ("gold: right words, and the end", "share of tokens that match"),
     "words_right": ("words: right, whatever follows", "share of answers that begin right"),
 }
+
+
+def record_with_controls(preset: str, slug: str) -> Record:
+    """A preset's record; tiny's if it has none, or one without controls (`preference.SMALL`)."""
+    record = recorded(preset, slug)
+    return record if record and "retrieval" in record.content["tables"] else recorded("tiny", slug)
 
 
 def draw_gold_and_proxy(curves: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:

@@ -1,0 +1,99 @@
+"""What notebook 10 says of preference tuning of a real model, from its record: findings, tables, and a figure."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.preference_figures import LOOKS, in_brackets
+from llama_long_utils.evaluation.statistics import share_interval
+from llama_long_utils.figures import plt, save_figure
+from llama_long_utils.notebooks import finding, measured, say, show_table, shown
+from llama_long_utils.records import Record
+
+ENDS = ["gold", "words_right", "exact", "proxy_scaled", "kl", "length", "repeated", "ended"]
+STEPS = {
+    "preferred": ("preferred to the start", "wins and half of the ties"),
+    "proxy_scaled": ("proxy", "standard deviations above the start"),
+    "kl": ("KL to the start", "nats an answer"),
+    "length": ("length", "tokens"),
+}
+
+
+def by_step(record: Record) -> pd.DataFrame:
+    """`curves` with the share that is preferred, its interval, and one half at the start."""
+    labels = ["arm", "seed", "step", "decoding"]
+    table = record.table("curves").merge(record.table("wins_by_step"), on=labels, how="left")
+    return table.fillna({"preferred": 0.5, "low": 0.5, "high": 0.5})
+
+
+def say_real_model(record: Record, limit: float, folder: Path, slug: str, number: str) -> None:
+    """Tables of what was measured, whether what was expected holds, and the figure."""
+    table, rated, costs = by_step(record), record.table("reward_model"), record.table("nll").query("whole")
+    wins, changes, made = record.table("wins"), record.table("changes"), record.content["provenance"]
+    seeds, questions = sorted(table.seed.unique()), wins.questions.iloc[0]
+    said = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {questions} held-out questions"
+    origin = f"SmolLM2-135M-Instruct, {record.origin} on {made['device']}; {said}"
+    say(f"At the end of training, {origin}. KL is in nats an answer, of sampled ones:")
+    last = table[table.step == table.groupby("arm").step.transform("max")]
+    ends = last[last.arm.isin(["sft", "sft, stopped", *LOOKS])].groupby(["decoding", "arm"], sort=False)[ENDS].mean()
+    show_table(ends.reset_index())
+    agreed, total = int((rated.right * rated.held_out).round().sum()), int(rated.held_out.sum())
+    rank = rated.filter(like="rank_").mean()
+    say(f"""The reward model agrees with {agreed} of {total} comparisons that it was not trained on
+        ({measured(agreed / total, *share_interval(agreed, total), sign=False)}). Over the start's sampled answers its
+        rank correlation with gold is {rank.rank_gold:.2f}, with having ended {rank.rank_ended:.2f}, with right words
+        {rank.rank_words:.2f}, with length {rank.rank_length:.2f}.""")
+    whole = wins[wins.seed.isna() & wins.arm.isin([*LOOKS, "sft, stopped"])]
+    say("Judged by gold, with 95% over questions or seeds; \"cut\": against the start's own answer, cut as the arm's:")
+    columns = {"arm": whole.arm, "decoding": whole.decoding}
+    columns["preferred"] = [in_brackets(row, "preferred") for _, row in whole.iterrows()]
+    columns["preferred, cut"] = [in_brackets(row, "preferred_cut", "_cut") for _, row in whole.iterrows()]
+    show_table(pd.DataFrame(columns))
+    tokens = int(costs.position_high.max())
+    say(f"Held-out stretches of {tokens:,} tokens cost so many nats a token more than at the start:")
+    show_table(costs[["arm", "seed", "nll", "low", "high", "documents"]], digits=3)
+    for row in whole[whole.arm.isin(LOOKS)].itertuples():
+        named, options = f"{row.arm}, {row.decoding}: preferred to the start", {"than": 0.5, "digits": 2, "sign": False}
+        shown(named, (row.preferred, row.low, row.high), **options)
+        shown(f"{named}'s answer, cut", (row.preferred_cut, row.low_cut, row.high_cut), **options)
+    for arm in (arm for arm in LOOKS if arm in set(table.arm)):
+        since = changes[(changes.arm == arm) & (changes.decoding == "greedy") & (changes.since == "sft")]
+        words = since.set_index("measure").loc["words_right", ["difference", "low", "high"]]
+        shown(f"{arm}: fewer greedy answers begin right than at the start", words, above=False, digits=2)
+        sampled = table[(table.arm == arm) & (table.decoding == "sampled")].groupby("step")[["proxy", "gold"]].mean()
+        first, end = sampled.iloc[0], sampled.iloc[-1]
+        finding(f"{arm}: late in training the proxy of sampled answers rises and gold falls", gamed(first, end))
+        for row in costs[costs.arm == arm].itertuples():
+            within = f"{arm}, seed {row.seed}: long stretches cost at most {limit:g} nat"
+            shown(within, (row.nll, row.low, row.high), than=limit, above=False, digits=3)
+    draw_steps(table, folder, slug, number, origin)
+
+
+def gamed(first: pd.Series, end: pd.Series) -> bool:
+    """Whether the proxy rose and gold fell between two measurements."""
+    return bool(end.proxy > first.proxy and end.gold < first.gold)
+
+
+def draw_steps(table: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
+    """Sampled answers against steps: the share preferred, proxy, KL and length; bars over questions for one seed."""
+    figure, panels = plt.subplots(1, 4, figsize=(14, 4), sharex=True, layout="constrained")
+    drawn, ends = table[table.decoding == "sampled"], []
+    for arm, (label, colour, marker) in LOOKS.items():
+        if arm not in set(drawn.arm):
+            continue
+        part = drawn[drawn.arm.isin(["sft", arm])]
+        for axes, value in zip(panels, STEPS, strict=True):
+            for _, rows in part.groupby("seed"):
+                axes.plot(rows.step, rows[value], color=colour, alpha=0.3, linewidth=1)
+            means = part.groupby("step")[value].mean()
+            axes.plot(means.index, means, color=colour, marker=marker, label=label)
+            ends.append(f"{label}, {value}: {means.iloc[0]:z.2f} to {means.iloc[-1]:.2f}")
+        for _, rows in part.groupby("seed"):
+            spread = [rows.preferred - rows.low, rows.high - rows.preferred]
+            panels[0].errorbar(rows.step, rows.preferred, yerr=spread, color=colour, fmt="none", alpha=0.5, capsize=3)
+    panels[0].axhline(0.5, color="0.4", linewidth=1)
+    for axes, (title, ylabel) in zip(panels, STEPS.values(), strict=True):
+        axes.set(xlabel="step of its own training", title=title, ylabel=ylabel)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    caption = f"Sampled answers, {origin}. Bars: 95% over questions."
+    save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
