@@ -208,11 +208,8 @@ def _explain(error: ValidationError) -> str:
         key = ".".join(str(part) for part in problem["loc"] if part != "table")
         if problem["type"] == unknown:
             name = str(problem["loc"][-1])
-            homes = [
-                f"[{part.name}]"
-                for part in dataclasses.fields(Preset)
-                if name in getattr(part.type, "__annotations__", ())
-            ]
+            parts = dataclasses.fields(Preset)
+            homes = [f"[{part.name}]" for part in parts if name in getattr(part.type, "__annotations__", ())]
             hint = f" (it is a key of {' or '.join(homes)})" if homes else closest(name, known)
             messages.append(f"unknown key {key!r}{hint}")
         elif problem["type"] in ("missing", "missing_argument"):

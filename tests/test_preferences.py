@@ -301,6 +301,32 @@ def test_an_interrupted_run_continues_to_the_same_weights(preset, start, stage, 
     assert found[0] == found[1]
 
 
+def test_answers_that_were_sampled_before_a_stop_are_not_sampled_again(preset, start, monkeypatch, tmp_path, capsys):
+    sampled, runs = [], tmp_path / "stopped"
+
+    def collected(stop_at=0):
+        def answer(_model, _tokenizer, prompts, _settings, *, seed, at_once):
+            if len(sampled) == stop_at - 1:
+                raise KeyboardInterrupt
+            sampled.append(len(prompts))
+            return [[seed % 2000, number, EOS] for number in range(len(prompts))]
+
+        monkeypatch.setattr(preferences, "sample_answers", answer)
+        monkeypatch.setattr(type(preset), "run_folder", property(lambda _self: runs))
+        numbers = dataclasses.replace(NUMBERS, tokens=96, questions=40)
+        return preferences.collect(dataclasses.replace(preset, preference=numbers), start)
+
+    with pytest.raises(KeyboardInterrupt):
+        collected(stop_at=3)
+    assert capsys.readouterr().out == "80 answers are sampled, 2 to each of 40 questions, 32 at a time, and kept\n"
+    assert sampled == [32, 32]
+    resumed = collected()
+    assert sampled == [32, 32, 16]
+    runs = tmp_path / "straight"
+    assert collected() == resumed
+    assert sampled == [32, 32, 16] * 2
+
+
 def test_a_step_that_does_not_fit_is_refused_before_anything_is_loaded():
     small = dataclasses.replace(load_preset("tiny"), memory_gib=0.02)
     for stage in ("reward", "rl", "dpo"):

@@ -253,12 +253,7 @@ def item_arrays(items: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def write_results(
-    preset: Preset,
-    items: pd.DataFrame,
-    folder: Path,
-    *,
-    deltas: pd.DataFrame | None = None,
-    **options: Any,
+    preset: Preset, items: pd.DataFrame, folder: Path, *, deltas: pd.DataFrame | None = None, **options: Any
 ) -> Path:
     """Write folder/08_benchmark_deltas.json, with `options` of `write_record`, and beside it `item_arrays` as .npz.
 

@@ -18,12 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from llama_long_utils.cache import Cache, digest
-from llama_long_utils.data.instructions import (
-    InstructionSequence,
-    Maker,
-    dialogue_maker,
-    instruction_sequences,
-)
+from llama_long_utils.data.instructions import InstructionSequence, Maker, dialogue_maker, instruction_sequences
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.model.adapters import OWN_ARM, AdapterCard, add_lora, find_adapter, load_adapter, save_adapter
@@ -80,18 +75,13 @@ def instruction_trainer(
     columns = {name: [vars(one)[name].tolist() for one in sequences] for name in ("input_ids", "completion_mask")}
     with weights_kept(model):
         trainer = trainer_class(
-            model=model,
-            args=config,
-            train_dataset=datasets.Dataset.from_dict(columns),
-            processing_class=tokenizer,
+            model=model, args=config, train_dataset=datasets.Dataset.from_dict(columns), processing_class=tokenizer
         )
     counts = [sum(label != IGNORED_LABEL for label in row[1:]) for row in trainer.train_dataset["labels"]]
     if counts != [sequence.label_tokens for sequence in sequences]:
         raise RuntimeError(f"TRL would train on {sum(counts):,} tokens, which are not those of the sequences")
     own = join_processes().process_index  # batches are dealt out to one process after the other
-    labels = {
-        number: count for number, count in enumerate(counts) if number // division.at_once % division.processes == own
-    }
+    labels = {row: count for row, count in enumerate(counts) if row // division.at_once % division.processes == own}
     return trainer, labels
 
 
@@ -160,18 +150,13 @@ def tune_instructions(
     of_base |= {"trainer": trainer_class.__name__} if trainer_class is not InstructionTrainer else {}
     runs = Cache(preset.run_folder / STAGE, VERSION, run_key(depends_on, data, **of_base, lora=preset.lora))
     folder = runs.path(name, {}, "")
+    given = {STAGE: asdict(settings), "lora": asdict(preset.lora), "start": began, "arm": name}
     card = AdapterCard(
         base=preset.base.source,
         base_sha256=base_sha256,
         rope=scaling,
         data=asdict(preset.data),
-        training={
-            **asdict(training),
-            STAGE: asdict(settings),
-            "lora": asdict(preset.lora),
-            "start": began,
-            "arm": name,
-        },
+        training={**asdict(training), **given},
         versions=package_versions(),
     )
 

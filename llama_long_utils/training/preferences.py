@@ -57,6 +57,7 @@ LOGGED = {  # what TRL calls it: what it is called in the rows of a log
     "rewards/margins": "margin",
 }
 ANSWERS = ("chosen_ids", "rejected_ids")
+AT_ONCE = 32  # answers to be compared that are sampled together, if their keys and values take a sixth of the memory
 
 
 class TokenPolicyTrainer(RLOOTrainer):
@@ -108,14 +109,12 @@ def plan_preference(preset: Preset, stage: str, training: TrainingSettings) -> P
     "rl" holds the reward model's base, too, and keys and values. ValueError if nothing fits.
     """
     config, sequences = model_shape(preset.base.source), training.sequences_at_once * (1 if stage == "rl" else 2)
-    savings, dtype = training.memory_savings, preset.base.dtype
-    shape = StepShape(training.window, dtype, savings, sequences=sequences, accumulated=True, gpu=True)
+    options = {"sequences": sequences, "accumulated": True, "gpu": True}
+    shape = StepShape(training.window, preset.base.dtype, training.memory_savings, **options)
     held = ledger(config, preset.lora, shape)
     others = 0.0 if stage == "reward" else held["adapters"] / GIB
     if stage == "rl":
-        size = 2 if dtype == "bfloat16" else 4
-        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-        others += held["weights"] / GIB + sequences * training.window * kept / GIB
+        others += held["weights"] / GIB + sequences * kept_gib(preset, training.window)
     if others >= preset.memory_gib:
         raise ValueError(
             f"stage {stage!r}: the reward model, keys and values of {sequences} answers take {others:.1f} of "
@@ -127,6 +126,12 @@ def plan_preference(preset: Preset, stage: str, training: TrainingSettings) -> P
         raise ValueError(
             f"stage {stage!r}, {sequences} sequences at once: {error}; or lower preference.{stage}.rows_at_once"
         ) from None
+
+
+def kept_gib(preset: Preset, tokens: int) -> float:
+    """Keys and values of so many tokens."""
+    config, size = model_shape(preset.base.source), 2 if preset.base.dtype == "bfloat16" else 4
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size * tokens / GIB
 
 
 def train_reward_model(
@@ -167,14 +172,8 @@ def optimise_policy(
 
     def build(model: PeftModel, rows: Sequence[dict], shared: dict, tokenizer: Any, beta: float) -> Trainer:
         numbers = options.get("settings") or preset.preference
-        config = RLOOConfig(
-            **shared,
-            beta=beta,
-            num_generations=numbers.answers,
-            max_completion_length=numbers.answer_tokens,
-            temperature=numbers.temperature,
-            shuffle_dataset=False,
-        )
+        shared |= {"num_generations": numbers.answers, "max_completion_length": numbers.answer_tokens}
+        config = RLOOConfig(**shared, beta=beta, temperature=numbers.temperature, shuffle_dataset=False)
         use_one_gpu(config)
         prompts = as_dataset(rows[:: numbers.answers])  # which TRL repeats
         return TokenPolicyTrainer(model, rated, config, prompts, processing_class=tokenizer)
@@ -215,21 +214,10 @@ def as_dataset(rows: Sequence[dict]) -> datasets.Dataset:
 
 def stage_training(preset: Preset, stage: str, settings: Preference) -> TrainingSettings:
     """[training] with the numbers of a stage, and the plan with which it fits; ValueError if none does."""
-    numbers, window = getattr(settings, stage), settings.tokens + settings.answer_tokens
-    training = replace(
-        preset.training,
-        steps=numbers.steps,
-        window=window,
-        reach=window,
-        pack=False,
-        attention="sdpa",
-        sequences_per_step=numbers.rows_per_step,
-        sequences_at_once=numbers.rows_at_once,
-        learning_rate=numbers.learning_rate,
-        warmup_steps=numbers.warmup_steps,
-        seed=settings.seed,
-        checkpoint_every=numbers.checkpoint_every,
-    )
+    own, window = getattr(settings, stage), settings.tokens + settings.answer_tokens
+    numbers = {name: value for name, value in asdict(own).items() if hasattr(preset.training, name)}
+    numbers |= {"sequences_per_step": own.rows_per_step, "sequences_at_once": own.rows_at_once, "seed": settings.seed}
+    training = replace(preset.training, **numbers, window=window, reach=window, pack=False, attention="sdpa")
     return replace(training, memory_savings=plan_preference(preset, stage, training).memory_savings)
 
 
@@ -291,18 +279,23 @@ def _tune(
         own = {**asdict(training), "stage": stage, "preference": asdict(settings), "start": began, "run": folder.name}
         save_adapter(model, replace(card, training=own, versions=package_versions()), folder / "adapter")
         logged = [row for row in trainers[-1].state.log_history if "loss" in row]
-        return [
-            {**row, **{LOGGED[key]: more[key] for key in LOGGED if key in more}}
-            for row, more in zip(log, logged, strict=True)
-        ]
+        more = [{LOGGED[key]: row[key] for key in LOGGED if key in row} for row in logged]
+        return [{**row, **own} for row, own in zip(log, more, strict=True)]
 
     log = run_or_read(runs, name, work)
     return TrainedAdapter(folder / "adapter", log, training, int(log[-1]["tokens"]))
 
 
 def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison]]:
-    """Questions about documents that are trained on, and comparisons of what an adapter's model answers."""
+    """Questions about documents that are trained on, and comparisons of what an adapter's model answers.
+
+    Answers are kept batch by batch. Each has random numbers of its own: after a stop the rest is sampled as without.
+    """
     settings, base, rope = preset.preference, locate_base(preset), read_card(adapter).rope
+    room = preset.memory_gib / 6 / kept_gib(preset, settings.tokens + settings.answer_tokens)
+    at_once = max(settings.rl.rows_at_once, min(AT_ONCE, int(room)))
+    many = f"{settings.answers} to each of {settings.questions:,} questions, {at_once} at a time"
+    print(f"{settings.questions * settings.answers:,} answers are sampled, {many}, and kept", flush=True)
     tokenizer = load_tokenizer(base)
     mixture = Mixture(preset.data, tokenizer, window=settings.tokens)
     try:
@@ -312,13 +305,18 @@ def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison
     asked = ask(documents, tokenizer, preset, settings.questions, settings.seed)
     prompts = [one.prompt for one in asked for _ in range(settings.answers)]
 
-    def write() -> list[list[int]]:
-        model = load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base).eval()
-        return sample_answers(model, tokenizer, prompts, settings, seed=settings.seed, at_once=settings.rl.rows_at_once)
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    model = cache(lambda: load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base).eval())
 
-    depends_on = {"start": weights_sha256(adapter), "settings": asdict(settings), "device": device_name()}
-    kept = Cache(preset.run_folder / "answers", VERSION, {**depends_on, "prompts": digest(prompts)})
-    written = kept.value("answers", write)
+    def write(part: Sequence[int]) -> list[list[int]]:
+        own = {"seed": int(digest(settings.seed, part[0])[:8], 16), "at_once": at_once}
+        return sample_answers(model(), tokenizer, [prompts[number] for number in part], settings, **own)
+
+    depends_on = {"start": weights_sha256(adapter), "device": device_name(), "prompts": digest(prompts)}
+    depends_on |= {"settings": [settings.answer_tokens, settings.temperature, settings.seed], "at_once": at_once}
+    kept = Cache(preset.run_folder / "answers", VERSION, depends_on)
+    found = kept.items("sampled", order, write, item_key=int, at_once=at_once, progress="sampling answers")
+    written = [answer for _, answer in sorted(zip(order, found, strict=True))]
     answers = [written[first : first + settings.answers] for first in range(0, len(written), settings.answers)]
     return asked, compare(asked, answers, settings)
 
