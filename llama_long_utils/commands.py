@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+PYTHON = ".venv/bin/python"  # as README has it, for what a command names to be run next
 INTERRUPTED, CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
 

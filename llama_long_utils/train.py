@@ -13,12 +13,14 @@ import argparse
 import os
 from dataclasses import replace
 
-from llama_long_utils.commands import run_command
+from llama_long_utils.commands import PYTHON, run_command
+from llama_long_utils.paths import ADAPTERS
 from llama_long_utils.presets import load_preset, training_settings, with_numbers
 from llama_long_utils.settings import Preset
 
 ONE_PROCESS = ("reward", "rl", "dpo")
 STAGES = ("extension", "sft", *ONE_PROCESS)
+NEXT = {"sft": "reward  # or rl, dpo", "reward": "rl"}  # what may follow
 
 
 def train() -> None:
@@ -37,8 +39,7 @@ def train() -> None:
     if chosen.stage in ONE_PROCESS and os.environ.get("WORLD_SIZE", "1") != "1":
         parser.error(f"--stage {chosen.stage} runs in one process: start it without a launcher")
     if chosen.stage != "extension":
-        of_extension = [chosen.control, chosen.context_parallel > 1, chosen.shard_base]
-        if any(of_extension):
+        if any((chosen.control, chosen.context_parallel > 1, chosen.shard_base)):
             parser.error("--control, --context-parallel and --shard-base are for the extension")
         return tune(preset, chosen)
     settings = training_settings(preset, steps=chosen.steps, seed=chosen.seed)
@@ -47,13 +48,14 @@ def train() -> None:
     from llama_long_utils.training.adapter import train_adapter
     from llama_long_utils.training.processes import join_processes
 
-    options = {"progress": chosen.report_every, "context_parallel": chosen.context_parallel}
-    options["sharded_base"] = chosen.shard_base
-    trained = train_adapter(preset, settings=settings, scaling=scaling, **options)
+    options = {"context_parallel": chosen.context_parallel, "sharded_base": chosen.shard_base}
+    trained = train_adapter(preset, settings=settings, scaling=scaling, progress=chosen.report_every, **options)
     if join_processes().is_main_process:
         last = trained.log[-1]
         print(f"{last['step']:,} steps on {trained.label_tokens:,} labels, loss {last['loss']:.3f}: {trained.folder}")
-        print(f"then: python -m tools.run --preset {preset.name} --only 06 -p adapter {trained.folder}", flush=True)
+        other = f" -p {'control_' * chosen.control}adapter {trained.folder}"  # which the notebook does not find
+        other = other if chosen.control or (chosen.steps, chosen.seed) != (None, None) else ""
+        print(f"then: {PYTHON} -m tools.run --preset {preset.name} --only 06{other}", flush=True)
     join_processes().destroy_process_group()
 
 
@@ -67,6 +69,8 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
         section = f"preference.{chosen.stage}"
         steps = {chosen.stage: with_numbers(getattr(numbers, chosen.stage), section, steps=chosen.steps)}
         preset = replace(preset, preference=with_numbers(numbers, "preference", seed=chosen.seed, **steps))
+        if not any((*preset.run_folder.glob("instruction/*/adapter"), *ADAPTERS.glob(f"{preset.name}-instruction"))):
+            raise ValueError(f"preset {preset.name!r} has no instruction-tuned adapter: run --stage sft first")
 
     from llama_long_utils.model.adapters import find_adapter
     from llama_long_utils.training.instruction import tune_instructions
@@ -81,7 +85,9 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
         tuned = tune_preferences(preset, chosen.stage, start, progress=chosen.report_every)
     if join_processes().is_main_process:
         labels = f" on {tuned.label_tokens:,} labels" if tuned.label_tokens else ""  # "rl" samples its answers
-        print(f"{tuned.log[-1]['step']:,} steps{labels}, {in_words(tuned.log[-1])}: {tuned.folder}")
+        print(f"{tuned.log[-1]['step']:,} steps{labels}, {in_words(tuned.log[-1])}: {tuned.folder}", flush=True)
+        if chosen.stage in NEXT and (chosen.steps, chosen.seed) == (None, None):
+            print(f"then: {PYTHON} -m llama_long_utils.train --preset {preset.name} --stage {NEXT[chosen.stage]}")
     join_processes().destroy_process_group()
 
 

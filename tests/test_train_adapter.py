@@ -3,12 +3,14 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import LORA, new_llama
+from llama_long_utils import train as train_command
 from llama_long_utils.data import mixture, tokens
 from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.evaluation.perplexity import token_nll
@@ -221,6 +223,7 @@ def test_two_processes_never_train_in_one_folder(preset):
         (["--stage", "sft", "--steps", "0"], "instruction: steps = 0"),
         (["--stage", "rl", "--steps", "0"], "preference.rl: steps = 0"),
         (["--stage", "dpo", "--seed", "-1"], "preference: seed = -1"),
+        (["--preset", "llama2-7b", "--stage", "dpo"], "'llama2-7b' has no instruction-tuned adapter: run --stage sft"),
     ],
 )
 def test_the_command_answers_within_a_second_of_computing(arguments, said):
@@ -233,6 +236,29 @@ def test_the_command_answers_within_a_second_of_computing(arguments, said):
     seconds, torch_imported = done.stdout.split("seconds ")[1].split()
     assert float(seconds) < 1.0
     assert torch_imported == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "then: .venv/bin/python -m tools.run --preset tiny --only 06\n"),
+        (["--steps", "3"], "--only 06 -p adapter FOLDER\n"),
+        (["--control"], "--only 06 -p control_adapter FOLDER\n"),
+        (["--stage", "sft"], "then: .venv/bin/python -m llama_long_utils.train --preset tiny --stage reward  # or rl"),
+        (["--stage", "reward"], "--stage rl\n"),
+        (["--stage", "sft", "--steps", "3"], "FOLDER\n"),
+    ],
+)
+def test_the_command_says_what_may_be_run_next(arguments, said, monkeypatch, capsys):
+    def trained(*_given, **_options):
+        return SimpleNamespace(log=[{"step": 8, "loss": 1.0}], label_tokens=9, folder="FOLDER")
+
+    for name in ("adapter.train_adapter", "instruction.tune_instructions", "preferences.tune_preferences"):
+        monkeypatch.setattr(f"llama_long_utils.training.{name}", trained)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    train_command.train()
+    assert said in (printed := capsys.readouterr().out)
+    assert printed.count("\n") == (1 if said == "FOLDER\n" else 2)
 
 
 def test_preference_tuning_by_several_processes_is_refused_at_once():
