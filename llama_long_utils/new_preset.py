@@ -11,10 +11,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from llama_long_utils.commands import run_command
+from llama_long_utils.commands import PYTHON, run_command
 from llama_long_utils.data.sources import check_sources, load_documents
 from llama_long_utils.paths import PRESETS, REPOSITORY
-from llama_long_utils.plan import at_least, gibibytes
+from llama_long_utils.plan import at_least, check_window, gibibytes, why_unknown
 from llama_long_utils.presets import CHARACTERS, load_preset
 
 TEMPLATE, PACKAGED = PRESETS / "new.toml.in", REPOSITORY / "data" / "packaged_models.json"
@@ -41,8 +41,8 @@ def arguments() -> argparse.Namespace:
             config = json.loads((folder / "config.json").read_bytes())
             sliding = config.get("sliding_window") if config.get("use_sliding_window", True) else None
             check_base(asked.window, config.get("max_position_embeddings"), sliding)
-    elif asked.base not in packaged and not re.fullmatch(r"[\w.-]+/[\w.-]+", asked.base):
-        parser.error(f"unknown model {asked.base!r}: use a folder, owner/name on the hub, or one of {packaged}")
+    elif why := why_unknown(asked.base, packaged):
+        parser.error(f"{why} a folder, owner/name on the hub, or one of {packaged}")
     return asked
 
 
@@ -50,8 +50,7 @@ def check_base(window: int, old: int | None, sliding: int | None) -> None:
     """ValueError if the base attends to a sliding window, or its own is as long as the one asked for."""
     if sliding:
         raise ValueError(f"the base attends to the last {sliding:,} tokens only (sliding_window): use one without")
-    if old and window <= old:
-        raise ValueError(f"--window {window:,} is not above the base's own {old:,} tokens: there is nothing to extend")
+    check_window(window, old)
 
 
 def toml(value: Any) -> str:
@@ -73,7 +72,8 @@ def own_texts(texts: str, window: int) -> dict[str, Any]:
             "characters), one to train on and one to test: add longer ones, or lower --window"
         )
     shortest = min(int(CHARACTERS * window), *(count for _, count in sizes[-2:]))
-    held_out = min(8, max(1, sum(count >= shortest for _, count in sizes) // 4))
+    long = sum(count >= shortest for _, count in sizes)
+    held_out = 8 if long > 8 and len(sizes) >= 3 * 8 else min(8, max(1, long // 4))
     trained_on = sum(count for _, count in sizes[:-held_out]) / CHARACTERS  # tokens, if the longest are held out
     tokens = min(STEPS * PER_STEP * window, int(PASSES * trained_on))
     if tokens < PER_STEP * window:
@@ -102,6 +102,7 @@ def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any]) -> str:
             text = text.replace("{ pg19 = 16 }", toml({"pg19": LONG_BOOKS}))
         values["tokens"] = STEPS * PER_STEP * asked.window
     per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * base["head_dim"]  # keys and values, 16 bits
+    values["question_tokens"] = min(512, asked.window // 2)  # with which many answers are affordable
     values["generate_up_to"] = int(asked.memory * 2**30 / 3 / per_token)
     return Template(text).substitute({key: toml(value) for key, value in values.items()})
 
@@ -124,11 +125,12 @@ def write() -> None:
         file.unlink()
         raise
     counts = preset.data.held_out
-    few = " (below eight, notebook 6 gives no intervals: add texts)" if sum(counts.values()) < 8 else ""
+    few = " (below eight, notebook 6 gives no intervals: raise held_out in [data], or add texts)"
+    few = few if sum(counts.values()) < 8 else ""
     texts = f"texts: {', '.join(source.name for source in preset.data.mixture)}; held out: {counts}{few}"
     print(f"presets/{asked.name}.toml: {preset.extended_rope}\n{texts}")
-    print(f"then: python -m llama_long_utils.plan {asked.name}")
-    print(f"      python -m llama_long_utils.train --preset {asked.name}")
+    print(f"then: {PYTHON} -m llama_long_utils.plan {asked.name}")
+    print(f"      {PYTHON} -m llama_long_utils.train --preset {asked.name}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import json
 import multiprocessing
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from llama_long_utils.commands import run_command
@@ -45,13 +46,28 @@ def gibibytes(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB: write 24 or 24GB") from None
 
 
+def check_window(window: int, old: int | None) -> None:
+    """ValueError if a base's own window is as long as the one asked for."""
+    if old and window <= old:
+        raise ValueError(f"--window {window:,} is not above the base's own {old:,} tokens: there is nothing to extend")
+
+
+def why_unknown(model: str, names: Sequence[str]) -> str:
+    """Why a model is neither one of these, nor a folder, nor owner/name on the hub, and what is meant; else ""."""
+    path = REPOSITORY / model
+    if model in names or path.is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir()):
+        return ""
+    beside = [str(Path(model).with_name(one.name)) for one in path.parent.glob("*/")]
+    folder = "there is no such folder; " if "/" in model else ""
+    return f"unknown model {model!r}{closest(model, [*names, *beside])}: {folder}use"
+
+
 def arguments() -> argparse.Namespace:
     """What was asked for; heavy modules are imported only after this."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.plan", description=__doc__)
     shapes = read_published("model_shapes")["models"]
-    named = (
-        f"{', '.join({**dict.fromkeys(preset_names()), **shapes})}, a folder with config.json, or owner/name on the hub"
-    )
+    names = [*{**dict.fromkeys(preset_names()), **shapes}]
+    named = f"{', '.join(names)}, a folder with config.json, or owner/name on the hub"
     parser.add_argument("model", help=named)
     count = at_least(int, 1)
     parser.add_argument("--window", type=count, metavar="N", help="tokens of a sequence (default: the preset's)")
@@ -73,15 +89,13 @@ def arguments() -> argparse.Namespace:
     if asked.shard_base and asked.devices == 1:
         parser.error("--shard-base needs --devices 2 or more")
     asked.preset = load_preset(asked.model) if asked.model in preset_names() else None
-    path = REPOSITORY / asked.model
-    known = asked.preset or asked.model in shapes or path.is_dir()
-    if not known and (asked.model.count("/") != 1 or path.parent.is_dir()):  # no owner/name of the hub
-        beside = [asked.model.removesuffix(path.name) + one.name for one in path.parent.glob("*/")]
-        hint = closest(asked.model, [*preset_names(), *shapes, *beside])
-        parser.error(f"unknown model {asked.model!r}{hint}: use one of {named}")
+    if why := why_unknown(asked.model, names):
+        parser.error(f"{why} one of {named}")
     for name in ("window", "memory"):
         if getattr(asked, name) is None and not asked.preset:
             parser.error(f"--{name} is missing: only presets have one")
+    if asked.preset and asked.window:
+        check_window(asked.window, asked.preset.base.window)
     return asked
 
 
@@ -125,9 +139,8 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     meanwhile()
     counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)
-    lean = replace(
-        shape, length=longest // context, memory_savings=planner.leanest(config, longest // context, savings)
-    )
+    savings = planner.leanest(config, longest // context, savings)
+    lean = replace(shape, length=longest // context, memory_savings=savings)
     gpus = [row for row in read_published("gpus")["rows"] if row["memory_gb"] >= memory]
     seconds = {row["gpu"]: plan.flops / row["bf16_tflops"] / 1e12 / asked.utilisation for row in gpus}
     sequences = asked.devices // context * asked.sequences

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -202,6 +203,12 @@ def test_a_rope_that_changes_with_the_length_leaves_no_file(written, tmp_path, m
     [
         ({}, ["--help"], "--texts FOLDER"),
         ({}, ["--base", "nosuch", "--window", "128", "--memory", "1"], "unknown model 'nosuch': use a folder"),
+        (
+            {},
+            ["--base", "data/tiny-lama", "--window", "1024", "--memory", "1"],
+            "unknown model 'data/tiny-lama' (did you mean 'data/tiny-llama'?): there is no such folder; use a folder",
+        ),
+        ({}, ["--base", "~/mine", "--window", "1024", "--memory", "1"], "unknown model '~/mine': there is no such f"),
         ({}, ["--window", "64", "--memory", "1"], "--window 64 is not above the base's own 64 tokens"),
         ({"sliding_window": 32}, ["--window", "128", "--memory", "1"], "attends to the last 32 tokens only"),
         ({}, ["--window", "8192", "--memory", "1", "--name", "tiny"], "presets/tiny.toml is there and is not overw"),
@@ -223,6 +230,48 @@ def test_it_answers_within_a_second_of_computing(config, words, said, tmp_path):
     assert float(seconds) < 1.0
     assert torch_imported == "False"
     assert before == {path: path.read_bytes() for path in (REPOSITORY / "presets").iterdir()}
+
+
+def test_it_holds_out_eight_texts_where_twice_as_many_remain_and_else_says_where(
+    written, texts, tmp_path, monkeypatch, capsys
+):
+    write_config(tmp_path / "base")
+    words = ["--base", tmp_path / "base", "--window", 128, "--memory", 1, "--texts", texts, "--name"]
+    for count, held_out in ((20, 5), (24, 8)):
+        for number in range(3, count):
+            shutil.copy(texts / "0.txt", texts / f"{number}.txt")
+        command(monkeypatch, *words, f"of-{count}")
+        assert load_preset(f"of-{count}").data.held_out == {"my texts.v2": held_out}
+        said = capsys.readouterr().out
+        assert (": raise held_out in [data], or add texts)" in said) == (held_out < 8)
+        assert f"then: .venv/bin/python -m llama_long_utils.plan of-{count}" in said
+
+
+def test_every_section_and_every_number_of_the_stages_stands_in_it(written, tmp_path, monkeypatch):
+    write_config(tmp_path / "base")
+    command(monkeypatch, "--base", tmp_path / "base", "--window", 128, "--memory", 1, "--name", "mine")
+    given = tomllib.loads((written / "mine.toml").read_text())
+    mine = load_preset("mine")
+
+    def sections(values):
+        return {
+            part.name: sections(getattr(values, part.name))
+            for part in dataclasses.fields(values)
+            if dataclasses.is_dataclass(getattr(values, part.name))
+        }
+
+    def missing(wanted, found):
+        return [name for name in wanted if name not in found or missing(wanted[name], found[name])]
+
+    assert not missing(sections(mine), given)
+    stages = {"instruction": given["instruction"], "preference": given["preference"]}
+    assert {"window", *stages["instruction"]} == {field.name for field in dataclasses.fields(mine.instruction)}
+    assert [*stages["preference"]] == [field.name for field in dataclasses.fields(mine.preference)]
+    for name in ("reward", "rl", "dpo"):
+        fields = dataclasses.fields(getattr(mine.preference, name))
+        assert [*stages["preference"][name]] == [field.name for field in fields]
+    assert mine.preference.tokens + mine.preference.answer_tokens <= mine.extension.window
+    assert mine.preference.questions * mine.preference.answers <= 256
 
 
 def test_a_preset_that_is_there_is_never_overwritten(written, tmp_path, monkeypatch, capsys):

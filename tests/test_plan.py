@@ -84,6 +84,12 @@ def test_a_misspelt_model_or_folder_is_no_name_on_the_hub(capsys, monkeypatch, m
     assert f"did you mean {meant!r}?" in said if meant else "did you mean" not in said
 
 
+def test_a_preset_s_window_is_above_its_base_s_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan", "tiny", "--window", "512"])
+    with pytest.raises(ValueError, match="--window 512 is not above the base's own 512 tokens: there is nothing to"):
+        plan.arguments()
+
+
 def test_an_owner_and_a_name_are_a_model_on_the_hub(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan", "owner/model", "--window", "4096", "--memory", "8"])
     assert plan.arguments().model == "owner/model"
