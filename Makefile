@@ -1,13 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+READY := .venv/.ready
 PRESET ?= tiny
 # Two small notebooks at a time take less time than one on two threads; a large model has the machine to itself.
 WORKERS ?= $(if $(filter tiny,$(PRESET)),2,1)
 
-.PHONY: run test test-slow test-rehearsal test-rehearsal-long test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
+.PHONY: install run test test-slow test-rehearsal test-rehearsal-long test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
 
 help:
+	@echo "make install     the packages into .venv, the corpora into data/cache; the others do it first"
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
 	@echo "make test        install, then all tests, notebooks included"
 	@echo "make test-slow   runs that are killed at 23 moments, disturbed and attacked (two minutes)"
@@ -28,55 +30,61 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test]"
+	@touch $@
+
+$(READY): $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.data.sources
 	@touch $@
 
-run: $(INSTALLED)
+install: $(READY)
+
+run: $(READY)
 	$(BIN)/python -m tools.run --preset $(PRESET) --workers $(WORKERS)
 
-test: $(INSTALLED)
+test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 1 --nbval --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow --ignore tests/rehearsal --ignore tests/browser tests notebooks
 
-test-slow: $(INSTALLED)
+test-slow: $(READY)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,workflow]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 1 tests/slow
 
-test-rehearsal: $(INSTALLED)
+test-rehearsal: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/rehearsal -m "not long"
 
-test-rehearsal-long: $(INSTALLED)
+test-rehearsal-long: $(READY)
 	$(BIN)/python -m pytest tests/rehearsal -m long -o faulthandler_timeout=0
 
-test-browser: $(INSTALLED)
+test-browser: $(READY)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,browser]"
 	$(BIN)/python -m pytest tests/browser
 
-lab: $(INSTALLED)
+lab: $(READY)
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 data: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.data.sources
+	@touch $(READY)
 
-notebooks: $(INSTALLED)
+notebooks: $(READY)
 	$(BIN)/python -m tools.run --store
 
-longrope: $(INSTALLED)
+longrope: $(READY)
 	$(BIN)/python -m experiments longrope --preset $(PRESET)
 
-race: $(INSTALLED)
+race: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[workflow]"
 	$(BIN)/snakemake -s experiments/Snakefile --profile experiments/profiles/default --cores 2 race --config preset=$(PRESET)
 
-bench: $(INSTALLED)
+bench: $(READY)
 	$(BIN)/python -W ignore -m experiments bench
 
-gpu: $(INSTALLED)
+gpu: $(READY)
 	-$(BIN)/python -m pytest -q -m gpu tests
 	PYTORCH_ALLOC_CONF=expandable_segments:True $(BIN)/python -W ignore -m experiments gpu
 
-tiny-llama: $(INSTALLED)
+tiny-llama: $(READY)
 	$(BIN)/python -m experiments tiny-llama
 
-lock: $(INSTALLED)
+lock: $(READY)
 	$(BIN)/python -m tools.lock

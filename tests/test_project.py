@@ -1,6 +1,7 @@
 import ast
 import graphlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -28,6 +29,16 @@ def test_lock_has_an_exact_allowed_version_of_everything_declared():
     locked = dict(line.split("==") for line in lines)
     for requirement in lock.declared():
         assert requirement.specifier.contains(Version(locked[requirement.name.lower()])), requirement
+
+
+def test_a_fresh_clone_is_installed_and_its_corpora_are_fetched_once_whatever_is_made(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for goal in ("install", "data", "test"):
+        done = subprocess.run(["make", "-n", goal], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert [done.stdout.count(part) for part in ("-m venv", "data.sources")] == [1, 1], goal
+    said = subprocess.run(["make", "help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "make install " in said
 
 
 def test_ruff_is_clean():
