@@ -15,6 +15,7 @@ from experiments.instruction_results import (
     PLAIN,
     SLUG,
     InstructionResults,
+    Interval,
     two_styles,
 )
 from llama_long_utils.figures import intervals, plt, save_figure
@@ -93,22 +94,28 @@ def beside_table_9(sets: Mapping[str, InstructionResults], published: dict) -> p
     return pd.DataFrame(rows)
 
 
-def claims_on_questions(results: InstructionResults) -> dict[str, bool]:
-    """What was expected of the real model past its old window, and what would refute it: whether each holds."""
-    claims = {}
+def directions(results: InstructionResults) -> dict[str, tuple[Interval, bool, int]]:
+    """What was expected past the old window: the difference, whether it should lie above zero, digits to show.
+
+    Only where both arms were measured.
+    """
+    found = {}
     for name, by in {LOSS: "(C10) by the loss on the prompt", LONG: "(C11) by long documents with it"}.items():
         if name in results.pairs:
             f1, likely = (results.difference(*PAIRS[name], measure) for measure in ("f1", "log_probability"))
-            claims |= {f"expected {by}: F1 rises": f1[1] > 0, f"what refutes it, {by}: F1 falls": f1[2] < 0}
-            claims[f"{by}: the right answer becomes less likely"] = likely[2] < 0
-            claims[f"{by}: the right answer becomes likelier"] = likely[1] > 0
+            found[f"{by}, F1 rises"] = f1, True, 1
+            found[f"{by}, the right answer becomes less likely"] = likely, False, 2
+    return found
+
+
+def levels(results: InstructionResults) -> dict[str, bool]:
+    """Where no difference should be told past the old window: whether every interval holds 0."""
+    every = [results.difference(*pair, "f1") for pair in results.pairs.values()]
+    found = {"F1 tells no arm from another": every}
     if FULL in results.pairs:
         full = [results.difference(*PAIRS[FULL], measure) for measure in ("f1", "log_probability")]
-        level = all(low <= 0 <= high for _, low, high in full)
-        claims["expected: at full weight no change is told, in neither"] = level
-    every = [results.difference(*pair, "f1") for pair in results.pairs.values()]
-    claims["F1 tells no arm from another"] = all(low <= 0 <= high for _, low, high in every)
-    return claims
+        found["at full weight no change is told, in neither"] = full
+    return {claim: all(low <= 0 <= high for _, low, high in changes) for claim, changes in found.items()}
 
 
 def draw_on_questions(
