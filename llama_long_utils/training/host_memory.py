@@ -5,15 +5,15 @@ import os
 import platform
 import resource
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
-from llama_long_utils.model.loss import causal_lm
+if TYPE_CHECKING:  # which take seconds to import, also where a notebook has no model
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 GAPS_GIB = 0.5  # free memory that may stay resident: less costs page faults
 
@@ -22,8 +22,7 @@ def peak_memory_gib() -> float:
     """Highest memory so far: allocated on the GPU if there is one, else resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
 
 
 def keep_freed_memory() -> None:
@@ -35,7 +34,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def give_back_gaps(model: PreTrainedModel | PeftModel, limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
+def give_back_gaps(model: "PreTrainedModel | PeftModel", limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
     """After each decoder layer, give free memory back to the kernel if more than `limit_gib` of it is resident.
 
     glibc aligns torch's blocks and rarely finds the old place again for a new one. Without this, a step of 2,048 tokens
@@ -44,14 +43,15 @@ def give_back_gaps(model: PreTrainedModel | PeftModel, limit_gib: float = GAPS_G
     """
     if not _glibc():
         return []
+    from llama_long_utils.model.loss import causal_lm
+
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = _MallocInfo
-    page = os.sysconf("SC_PAGE_SIZE")
 
     def gaps() -> int:
         """Resident bytes that are not in allocated blocks: those of libraries, and free ones."""
         allocated = libc.mallinfo2()
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return resident - allocated.uordblks - allocated.hblkhd
 
     most = gaps() + limit_gib * 2**30
