@@ -1,6 +1,9 @@
 """What figures and the helpers of notebooks promise their readers."""
 
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,6 +12,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from llama_long_utils import figures, notebooks
+from llama_long_utils.evaluation import perplexity, statistics
+from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, recorded
 
@@ -128,3 +133,23 @@ def test_saving_records_the_parameters_that_were_changed(tmp_path, monkeypatch):
     assert record.content["provenance"]["command"].endswith("-p preset tiny -p adapter mine")
     assert not (tmp_path / "measuring" / "06").exists()
     assert recorded("tiny", "99_not_there") is None
+
+
+@pytest.mark.parametrize(("documents", "gap"), [(3, 1.5), (8, 0.05)])
+def test_figure_6_1_says_whether_there_are_intervals_and_shows_every_arm_but_the_base(documents, gap, monkeypatch):
+    cells = json.loads((REPOSITORY / "notebooks" / "06_perplexity_by_position.ipynb").read_bytes())["cells"]
+    (source,) = (text for text in ("".join(cell["source"]) for cell in cells) if "figure = two_scales(" in text)
+    arms = {"base": 4.0, "rope_base_only": gap, "extended": -gap, "sliding_window": 0.0}
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda *given: drawn.append(given))
+    nll = {arm: [np.full((1, 511), 5 + more)] * documents for arm, more in arms.items()}
+    given = {"nll": nll, "arms": [*arms][:3], "stretches": [0] * documents, "old": 128, "tokens": 512}
+    given |= {"far": (256, 512), "evaluation": SimpleNamespace(bootstrap_samples=20, seed=0)}
+    given |= {"np": np, "pd": pd, "perplexity": perplexity, "statistics": statistics, "measured": notebooks.measured}
+    exec(source, {**given, "settings": SimpleNamespace(run_folder=Path())})
+    ((figure, *_, caption, _),) = drawn
+    low, high = figure.axes[1].get_ylim()
+    assert low < -gap < gap < high < arms["base"]
+    assert ("95% bootstrap over documents" in caption) == (documents >= statistics.FEWEST)
+    assert ("no band for fewer than eight" in caption) == (documents < statistics.FEWEST)
+    assert documents == 3 or (low, high) == (-0.1, 0.4)
