@@ -9,7 +9,7 @@ from experiments.panel import draw_verdicts
 from experiments.preference import KEPT
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
-from llama_long_utils.notebooks import finding, measured, say, show_table
+from llama_long_utils.notebooks import finding, measured, say, show_table, shown
 from llama_long_utils.records import Record, recorded
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
@@ -132,9 +132,9 @@ def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float, origin
         "at most": table.at_most.to_numpy(),
     }
     show_table(pd.DataFrame(columns), digits=3)
-    for arm in ("rl", "rl on gold", "tight rl"):
-        finding(f"{arm}: fewer greedy answers begin right than before, interval below 0", table.high_change[arm] < 0)
-    finding("rl on gold: more begin right than before, interval above 0", table.low_change["rl on gold"] > 0)
+    for arm, above in (("rl", False), ("tight rl", False), ("rl on gold", True)):
+        change, more = table.loc[arm, ["change", "low_change", "high_change"]], "more" if above else "fewer"
+        shown(f"{arm}: {more} greedy answers begin right than before", change, above=above, digits=2)
     finding("imitation: preferred less often than dpo, intervals apart", table.high["imitation"] < table.low["dpo"])
     for arm in (arm for arm in CONTROLS if arm in table.index):
         finding(f"{arm}: long documents cost at most {limit:g} nat, every seed's interval", table.at_most[arm] <= limit)
@@ -207,9 +207,11 @@ questions:
   ends rose from {ended["sampled", "sft"]:.0%} to {ended["sampled", arm]:.0%}.
 - Of greedy answers {right["greedy", arm]:.0%} begin right. Before it was {right["greedy", "sft"]:.0%}.""")
         most = read[read.unread & (read.arm == arm) & read.seed.notna()].high.max()
-        finding(f"{arm}{NEW}: preferred to the instruction-tuned model, interval above 1/2", whole.low > 0.5)
-        finding(f"{arm}{NEW}: preferred to its answer cut to the same length, too", whole.low_cut > 0.5)
-        finding(f"{arm}{NEW}: unread documents cost at most {limit:g} nat, every seed's interval", most <= limit)
+        won = (whole[[f"preferred{cut}", f"low{cut}", f"high{cut}"]] for cut in ("", "_cut"))
+        for rival, share in zip(("the instruction-tuned model", "its answer cut to the same length"), won, strict=True):
+            shown(f"{arm}{NEW}: preferred to {rival}", share, than=0.5, digits=2, sign=False)
+        costly = f"{arm}{NEW}: unread documents cost at most {limit:g} nat, every seed's interval"
+        finding(f"{costly}; the highest ends at {most:.4f}", most <= limit)
 
 
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
@@ -231,7 +233,7 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
     parts = ", ".join(f"{share:g}" for share in sorted(KEPT))
     caption = f"What is won and what it costs, {origin}. Lines, from the left: none, {parts} of the change, all."
     caption += f" Bars: 95%, the wider over questions or seeds; dotted: {limit:g} nat."
-    caption += " Stars: new seeds, questions and documents, with an interval for the cost."
+    caption += " Crosses: new seeds and questions, with an interval for the cost."
     rows = [
         f"{row.Index}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats"
         for row in table.itertuples()
