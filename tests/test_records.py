@@ -245,12 +245,12 @@ def columns_of(path):
 
 COLUMNS["smollm2/09_instruction_tuning"] = COLUMNS["09_on_hotpotqa"]  # SQuAD
 
-# A real model, without RL, controls and pass keys, and with the share preferred at each step.
+# A real model, without controls and pass keys, and with the share preferred at each step.
 COLUMNS["smollm2/10_preference_tuning"] = {
     **{name: COLUMNS["10_preference_tuning"][name] for name in ("curves", "wins", "changes", "reward_model", "log")},
     "nll": COLUMNS["10_preference_tuning"]["nll"],
     "wins_by_step": {"arm", "seed", "step", "decoding", "preferred", "low", "high"},
-    "shown": {"question", "prompt", "answer", "dpo", "sft", "gold_dpo", "gold_sft"},
+    "shown": {"question", "prompt", "answer", "dpo", "rl", "sft", "gold_dpo", "gold_rl", "gold_sft"},
 }
 
 # One dose of each arm: nothing to compare a dose with.
