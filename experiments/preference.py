@@ -20,8 +20,8 @@ of them ended, and answers to a question differ. Expected, before preferences we
 - Held-out stretches of 2,048 tokens (longer ones take too long) cost less than 0.02 nat a token more. An interval
   above it refutes that.
 DPO was run first, then RL, with one seed each. DPO's sampled answers are preferred, more by right words than by their
-end: that part of the first point was wrong. RL's are preferred by their end, and the last point is refuted for it.
-Greedily both are undecided.
+end: that part of the first point was wrong. RL's are preferred by their end; for it the second and the last
+point are refuted. Greedily both are undecided.
 """
 
 import itertools

@@ -207,8 +207,10 @@ questions:
   ends rose from {ended["sampled", "sft"]:.0%} to {ended["sampled", arm]:.0%}.
 - Of greedy answers {right["greedy", arm]:.0%} begin right. Before it was {right["greedy", "sft"]:.0%}.""")
         most = read[read.unread & (read.arm == arm) & read.seed.notna()].high.max()
-        won = (whole[[f"preferred{cut}", f"low{cut}", f"high{cut}"]] for cut in ("", "_cut"))
-        for rival, share in zip(("the instruction-tuned model", "its answer cut to the same length"), won, strict=True):
+        shares = (whole[[f"preferred{cut}", f"low{cut}", f"high{cut}"]] for cut in ("", "_cut"))
+        for rival, share in zip(
+            ("the instruction-tuned model", "its answer cut to the same length"), shares, strict=True
+        ):
             shown(f"{arm}{NEW}: preferred to {rival}", share, than=0.5, digits=2, sign=False)
         costly = f"{arm}{NEW}: unread documents cost at most {limit:g} nat, every seed's interval"
         finding(f"{costly}; the highest ends at {most:.4f}", most <= limit)

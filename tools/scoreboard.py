@@ -28,6 +28,7 @@ from experiments.pretraining_results import (
     MIXED,
     copying_results,
     heavier,
+    larger_results,
     mixed_results,
     pretraining_results,
 )
@@ -49,6 +50,7 @@ KEPT = 0.8  # share of the score at the shortest length that is called kept at t
 MARGIN = 0.02  # share of right answers that a short task may lose and be called unharmed
 CHANCE = {"mmlu": 0.25}  # of its four choices, one is right
 REASON_WORDS = 16  # that README gives to a verdict's reason
+LARGER = "0.9M"  # parameters of the second size from scratch
 FROM_SCRATCH = "0.4M"  # parameters of the models of notebook 12 that have all arms and seeds
 TRAINED_ON = "tiny-llama"  # the model of notebook 12 that copies from its context
 GLANCE = ["verdict", "why", "on"]  # columns of the short scoreboard
@@ -390,6 +392,9 @@ def _model_size(laws: dict[str, Any]) -> Line:
     ours = f"β {', '.join(f'{row.value:.2f} of {row.model}' for row in each.itertuples())}; "
     ours += "; ".join(f"{row.model} {measured(row.value, row.low, row.high)}" for row in steps.itertuples())
     ours += ", on the same targets behind the same contexts"
+    alike = larger_results().context_saves_more(LARGER, FROM_SCRATCH, pretraining_results())
+    ours += f"; trained alike from scratch, {LARGER} saves {_nats(pd.Series(alike))} nat more by its context than "
+    ours += FROM_SCRATCH
     judged = AGREES if steps.low.min() > 0 else DISAGREES if steps.high.max() < 0 else UNDECIDED
     texts = record.table("contexts").groupby("document").kind.first()
     scale = (
@@ -506,8 +511,10 @@ def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     late = arms.loc["switch-80"]
     ours = f"switch at 80% of the tokens: {1 - late.flops:.0%} fewer operations by the paper's count, "
     ours += f"{1 - late.flops_counted:.0%} by what is multiplied; against long throughout, from scratch, NLL "
-    ours += f"{_nats(late)} nat"
-    return _with_a_copying_model(Line(claim, paper, ours, _from_scratch(late.seeds)))
+    wide = larger_results().curriculum(LARGER).set_index("arm").loc["switch-80"]
+    ours += f"{_nats(late)} nat, at {LARGER} {_nats(wide)} nat"
+    scale = f"{_from_scratch(late.seeds)}; {LARGER}, {wide.seeds} seeds"
+    return _with_a_copying_model(Line(claim, paper, ours, scale))
 
 
 def _with_a_copying_model(line: Line) -> Line:
@@ -522,7 +529,7 @@ def _with_a_copying_model(line: Line) -> Line:
     worse = [what for what, bad in ((copies_less, less["high"] < 0), ("reads worse", late.low > 0)) if bad]
     if worse:
         why = f"at this scale a switch at 80% {' and '.join(worse)}; the cause is open"
-        judged = f"{DISAGREES}: {why}; from scratch, far context is worth too little to tell"
+        judged = f"{DISAGREES}: {why}; from scratch, far context is worth next to nothing, and one rate serves all arms"
     elif late.high <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
     else:
