@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ from llama_long_utils.data.packages import fetch_package
 from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, check_sources, load_documents
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.settings import Data
+from llama_long_utils.settings import Data, Preset
 
 
 def some(count, characters=100):
@@ -279,7 +278,8 @@ def test_a_changed_text_of_the_same_name_and_size_is_seen(tmp_path, tokenizer):
     assert [tokenizer.decode(side.token_ids[1:-1]) for side in sides] == ["or no", "or no"]
 
 
-def test_notebook_3_draws_texts_shorter_than_its_usual_bins(tmp_path):
+def test_notebook_3_draws_texts_shorter_than_its_usual_bins(tmp_path, monkeypatch):
+    monkeypatch.setattr(Preset, "run_folder", tmp_path)  # where figures go
     (tmp_path / "texts").mkdir()
     for number in range(3):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"A short text, number {number}.")
@@ -289,7 +289,6 @@ def test_notebook_3_draws_texts_shorter_than_its_usual_bins(tmp_path):
     exec(code[0], names)
     names["source"] = str(tmp_path / "texts")
     exec(code[1], names)
-    names["settings"] = dataclasses.replace(names["settings"], name=str(tmp_path))  # where figures go
     exec(code[2] + "\n" + code[3], names)
     assert names["lengths"].tokens.max() < 512
     assert (tmp_path / "figures" / "03_document_lengths.png").is_file()

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from conftest import functions_of, new_llama
+from experiments.power_law import fit_power_law, power_law
 from llama_long_utils import progress
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
@@ -94,7 +95,7 @@ NOTEBOOK = functions_of("06_perplexity_by_position")
 
 def test_power_law_finds_its_own_parameters():
     context = 2.0 ** np.arange(1, 14)
-    found = NOTEBOOK.fit(context, (25.4 / context) ** 0.45 + 1.56)
+    found = fit_power_law(context, (25.4 / context) ** 0.45 + 1.56)
     assert found == pytest.approx({"alpha": 25.4, "beta": 0.45, "gamma": 1.56, "rmse": 0}, rel=1e-3, abs=1e-6)
 
 
@@ -104,8 +105,8 @@ def test_power_law_fits_the_published_curves_as_well_as_the_paper_s_own_paramete
     context = np.array(published["figure_1"]["context"], dtype=float)
     loss = np.array(published["figure_1"]["loss"][size])
     printed = published["figure_1_power_law"][size]
-    found = NOTEBOOK.fit(context, loss)
-    curves = [NOTEBOOK.law(context, np.log(one["alpha"]), one["beta"], one["gamma"]) for one in (found, printed)]
+    found = fit_power_law(context, loss)
+    curves = [power_law(context, np.log(one["alpha"]), one["beta"], one["gamma"]) for one in (found, printed)]
     ours, theirs = (np.mean((np.log(curve) - np.log(loss)) ** 2) for curve in curves)
     assert ours <= theirs  # least squares in log-loss cannot do worse
     assert (found["beta"], found["gamma"]) == pytest.approx((printed["beta"], printed["gamma"]), abs=0.025)
