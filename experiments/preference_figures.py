@@ -1,6 +1,7 @@
 """The figures of notebook 10, and what it says of the reward models, from its record."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ from experiments.panel import draw_verdicts
 from experiments.preference import KEPT
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
-from llama_long_utils.notebooks import finding, measured, say, show_table, shown
+from llama_long_utils.notebooks import NO_DIFFERENCE, finding, measured, say, show_table, shown
 from llama_long_utils.records import Record, recorded
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
@@ -37,21 +38,29 @@ def record_with_controls(preset: str, slug: str) -> Record:
     return record if record and "retrieval" in record.content["tables"] else recorded("tiny", slug)
 
 
-def draw_gold_and_proxy(curves: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
-    """Proxy, gold and right words of greedy answers against steps: thin lines are seeds."""
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4.4), sharex=True, layout="constrained")
-    drawn, ends = curves[curves.decoding == "greedy"], []
+def draw_by_step(
+    drawn: pd.DataFrame, columns: dict[str, tuple[str, str]], size: tuple[float, float]
+) -> tuple[plt.Figure, Sequence[plt.Axes], list[str]]:
+    """A panel for each column (its title, its unit), against steps of each of LOOKS; and where each begins and ends."""
+    figure, panels = plt.subplots(1, len(columns), figsize=size, sharex=True, layout="constrained")
+    ends = []
     for arm, (label, colour, marker) in LOOKS.items():
         part = drawn[drawn.arm.isin(["sft", arm])]
-        for axes, value in zip(panels, PANELS, strict=True):
+        for axes, value in zip(panels, columns, strict=True):
             for _, rows in part.groupby("seed"):
                 axes.plot(rows.step, rows[value], color=colour, alpha=0.3, linewidth=1)
             means = part.groupby("step")[value].mean()
             axes.plot(means.index, means, color=colour, marker=marker, label=label)
             ends.append(f"{label}, {value}: {means.iloc[0]:z.2f} to {means.iloc[-1]:.2f}")
-    for axes, (title, ylabel) in zip(panels, PANELS.values(), strict=True):
+    for axes, (title, ylabel) in zip(panels, columns.values(), strict=True):
         axes.set(xlabel="step of its own training", title=title, ylabel=ylabel)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure, panels, ends
+
+
+def draw_gold_and_proxy(curves: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
+    """Proxy, gold and right words of greedy answers against steps: thin lines are seeds."""
+    figure, _, ends = draw_by_step(curves[curves.decoding == "greedy"], PANELS, (12, 4.4))
     caption = f"Greedy answers to held-out questions, {origin}; thin: single seeds. "
     caption += "A step of RL is not a step of DPO."
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
@@ -148,7 +157,7 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
     cut = ", ".join(f"{arm} {in_brackets(row, 'preferred_cut', '_cut')}" for arm, row in kept.iterrows())
     tests = []
     for arm, new in table[again].iterrows():
-        won = "preferred" if new.low > 0.5 else "no difference detected"
+        won = "preferred" if new.low > 0.5 else NO_DIFFERENCE
         paid = "every seed" if new.at_most <= limit else "not every seed"
         costs = measured(*new[["cost", "low_cost", "high_cost"]], digits=3)
         tests.append(f"""- **{arm}: {won}, and {paid} within the limit on unread documents.** It is preferred

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.preference_figures import LOOKS, in_brackets
+from experiments.preference_figures import LOOKS, draw_by_step, in_brackets
 from llama_long_utils.evaluation.statistics import share_interval
-from llama_long_utils.figures import plt, save_figure
+from llama_long_utils.figures import save_figure
 from llama_long_utils.notebooks import finding, measured, say, show_table, shown
 from llama_long_utils.records import Record
 
 ENDS = ["gold", "words_right", "exact", "proxy_scaled", "kl", "length", "repeated", "ended"]
+WATCHED = ("proxy", "gold", "words_right")
 STEPS = {
     "preferred": ("preferred to the start", "wins and half of the ties"),
     "proxy_scaled": ("proxy", "standard deviations above the start"),
@@ -60,9 +61,11 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
         since = changes[(changes.arm == arm) & (changes.decoding == "greedy") & (changes.since == "sft")]
         words = since.set_index("measure").loc["words_right", ["difference", "low", "high"]]
         shown(f"{arm}: fewer greedy answers begin right than at the start", words, above=False, digits=2)
-        sampled = table[(table.arm == arm) & (table.decoding == "sampled")].groupby("step")[["proxy", "gold"]].mean()
+        sampled = table[(table.arm == arm) & (table.decoding == "sampled")].groupby("step")[[*WATCHED]].mean()
         first, end = sampled.iloc[0], sampled.iloc[-1]
-        finding(f"{arm}: late in training the proxy of sampled answers rises and gold falls", gamed(first, end))
+        finding(
+            f"{arm}: late in training the proxy of sampled answers rises, gold or right words fall", gamed(first, end)
+        )
         for row in costs[costs.arm == arm].itertuples():
             within = f"{arm}, seed {row.seed}: long stretches cost at most {limit:g} nat"
             shown(within, (row.nll, row.low, row.high), than=limit, above=False, digits=3)
@@ -70,30 +73,18 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
 
 
 def gamed(first: pd.Series, end: pd.Series) -> bool:
-    """Whether the proxy rose and gold fell between two measurements."""
-    return bool(end.proxy > first.proxy and end.gold < first.gold)
+    """Whether the proxy rose, and gold or the share of right words fell, between two measurements."""
+    return bool(end.proxy > first.proxy and (end.gold < first.gold or end.words_right < first.words_right))
 
 
 def draw_steps(table: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
     """Sampled answers against steps: the share preferred, proxy, KL and length; bars over questions for one seed."""
-    figure, panels = plt.subplots(1, 4, figsize=(14, 4), sharex=True, layout="constrained")
-    drawn, ends = table[table.decoding == "sampled"], []
-    for arm, (label, colour, marker) in LOOKS.items():
-        if arm not in set(drawn.arm):
-            continue
-        part = drawn[drawn.arm.isin(["sft", arm])]
-        for axes, value in zip(panels, STEPS, strict=True):
-            for _, rows in part.groupby("seed"):
-                axes.plot(rows.step, rows[value], color=colour, alpha=0.3, linewidth=1)
-            means = part.groupby("step")[value].mean()
-            axes.plot(means.index, means, color=colour, marker=marker, label=label)
-            ends.append(f"{label}, {value}: {means.iloc[0]:z.2f} to {means.iloc[-1]:.2f}")
-        for _, rows in part.groupby("seed"):
-            spread = [rows.preferred - rows.low, rows.high - rows.preferred]
-            panels[0].errorbar(rows.step, rows.preferred, yerr=spread, color=colour, fmt="none", alpha=0.5, capsize=3)
+    drawn = table[table.decoding == "sampled"]
+    figure, panels, ends = draw_by_step(drawn, STEPS, (14, 4))
+    for arm, (_, colour, _) in LOOKS.items():
+        rows = drawn[drawn.arm == arm]
+        spread = [rows.preferred - rows.low, rows.high - rows.preferred]
+        panels[0].errorbar(rows.step, rows.preferred, yerr=spread, color=colour, fmt="none", alpha=0.5, capsize=3)
     panels[0].axhline(0.5, color="0.4", linewidth=1)
-    for axes, (title, ylabel) in zip(panels, STEPS.values(), strict=True):
-        axes.set(xlabel="step of its own training", title=title, ylabel=ylabel)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     caption = f"Sampled answers, {origin}. Bars: 95% over questions."
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")

@@ -223,8 +223,7 @@ def draw_quality(
         for row in table.itertuples():
             label, colour, marker = STYLES[row.arm]
             place = row.flops + 0.015 * (row.arm == "continued")  # which costs what a switch does
-            if len(row.each) > 2:
-                panel.vlines(place, row.low, row.high, color=colour)
+            panel.vlines(place, row.low, row.high, color=colour)
             panel.scatter(place, row.value, color=colour, marker=marker, s=44, label=label, zorder=3)
             panel.scatter([place] * len(row.each), row.each, facecolors="none", edgecolors=colour, s=16)
             said.append(f"{size}, {label}: {row.flops:.0%} of the operations, {row.value:+.3f}")
@@ -244,7 +243,7 @@ def draw_quality(
     figure.legend(*fullest.get_legend_handles_labels(), ncols=4, loc="outside lower left")
     panels[-1].legend(loc="lower left")
     caption = "Quality against operations. Recorded by us at two sizes; hollow: seeds, bars: 95% intervals over "
-    caption += "seeds and documents, or over seeds alone where that is wider; none is drawn of two seeds. The cross "
+    caption += "seeds and documents, or over seeds alone where that is wider. The cross "
     caption += "is shifted to the right: it costs what a switch does. Right: Tables 10 and 11, published without "
     caption += "intervals, on a scale of its own."
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")

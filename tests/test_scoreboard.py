@@ -4,14 +4,13 @@ import subprocess
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from experiments.real_models import read_dose_results
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.records import read_published, recorded
 from tools import scoreboard
-from tools.scoreboard import Comparison, compared, headlines, worst_depth
+from tools.scoreboard import Comparison, compared, headlines
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +26,6 @@ def test_every_claim_has_one_line_with_a_source_and_a_verdict(lines):
         assert line.verdict.startswith(words)
         assert (line.ours == "-") == (line.verdict == scoreboard.NOT_TESTED)
         assert "seed" in line.scale or line.verdict == scoreboard.NOT_TESTED or "no interval" in line.scale
-
-
-def test_a_needle_is_scored_at_the_worst_depth_and_not_by_the_mean():
-    assert worst_depth(pd.DataFrame({"exact": [1.0, 0.1, 1.0], "questions": 20})) == (2, 20)
 
 
 def comparison(nats, bounds, seeds=()):

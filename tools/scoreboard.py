@@ -36,7 +36,7 @@ from experiments.pretraining_results import SLUG as CURRICULUM
 from experiments.race_results import RaceResults, race_results, wider_interval
 from experiments.real_models import DoseResults, attention_share, read_dose_results
 from llama_long_utils.evaluation.statistics import FEWEST
-from llama_long_utils.notebooks import measured
+from llama_long_utils.notebooks import NO_DIFFERENCE, measured
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_published, recorded
 from llama_long_utils.settings import Preset
@@ -152,21 +152,14 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def worst_depth(asked: pd.DataFrame) -> tuple[int, int]:
-    """(found, asked) planted statements at the depth where the fewest were found."""
-    row = asked.loc[asked.exact.idxmin()]
-    return round(row.exact * row.questions), int(row.questions)
-
-
-def statements_found(results: DoseResults, arm: str, length: int, *, worst: bool = False) -> str:
-    """How many planted statements an arm found at a length: in all and, if asked, in the worst fifth of the depth."""
+def statements_found(results: DoseResults, arm: str, length: int) -> str:
+    """How many planted statements an arm found at a length."""
     table = results.record.table("retrieval").query("task == 'key' and length == @length")
     names = table.arm + np.where(table.tokens_trained > 0, "-" + table.tokens_trained.astype(str), "")
     part = table[names == arm]
     if part.empty:
         return "not asked"
-    found = f"{round((part.exact * part.questions).sum())} of {part.questions.sum()}"
-    return f"{found} (worst fifth {{}} of {{}})".format(*worst_depth(part)) if worst else found
+    return f"{round((part.exact * part.questions).sum())} of {part.questions.sum()}"
 
 
 @dataclass(frozen=True)
@@ -201,7 +194,7 @@ class Comparison:
     @property
     def says(self) -> str:
         """In words."""
-        return "ahead" if self.gains else "behind" if self.found[1] > 0 else "no difference detected"
+        return "ahead" if self.gains else "behind" if self.found[1] > 0 else NO_DIFFERENCE
 
     @property
     def by_seed(self) -> str:
@@ -487,6 +480,7 @@ def _with_mixes_of_a_copying_model(line: Line) -> Line:
         judged = AGREES if by_nll == "content" else DISAGREES
     fresh = {measure: heavier(effects, measure, skip=FIRST_ORDERS) for measure in ("NLL", "copying")}
     told = f"{fresh['NLL']} by NLL, {fresh['copying']} by copying"
+    why += ", by a paired test chosen afterwards"
     judged += f": {why}; on the orders that came later alone, {told}; 'better' means of the same kind as the test texts"
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
 
@@ -533,7 +527,7 @@ def _with_a_copying_model(line: Line) -> Line:
     elif late.high <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
     else:
-        why = f"no difference detected, but a loss of {EQUAL} nat or of {100 * MARGIN:.0f} points is not excluded"
+        why = f"{NO_DIFFERENCE}, but a loss of {EQUAL} nat or of {100 * MARGIN:.0f} points is not excluded"
         judged = f"{UNDECIDED}: {why}"
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
 
