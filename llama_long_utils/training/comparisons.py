@@ -107,6 +107,9 @@ def compare(asked: Sequence[Asked], answers: Sequence[Sequence[list[int]]], sett
             worst, best = best, worst
         if question.gold(best) != question.gold(worst):
             found.append(Comparison(question.prompt, best, worst))
+    if not found:
+        many = f"preference.questions = {len(asked)}"
+        raise ValueError(f"no comparison: the answers to each question are equally right; raise {many} or answers")
     return found
 
 
