@@ -1,5 +1,7 @@
 """Reading the record of the instruction ablation: scores by length, differences between arms, what tuning costs."""
 
+import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,7 @@ from llama_long_utils.figures import (
     BLACK,
     BLUE,
     GREY,
+    PINK,
     PURPLE,
     RED,
     TEAL,
@@ -44,7 +47,7 @@ LOOKS = {
     "long, rate / 4": ("short, long; rate / 4", TEAL, "^", ""),
     "long, loss on prompt, rate / 4": ("short, long, loss on prompt; rate / 4", BLUE, "s", ""),
 }
-DRAWN = ("untuned", "chat base", "short", "short, text", "long", "long, loss on prompt", "synthetic context")
+DRAWN = ("chat base", "short", "long", "long, loss on prompt")
 MEASURES = {"exact": "exact answers", "words": "right words, whatever follows"}
 WRITER = "qwen2.5-coder-1.5b"  # the preset whose record holds what a chat model asked
 LOSS, LONG, PLAIN = "loss on the prompt minus none", "long with that loss minus short", "long minus short"
@@ -221,65 +224,108 @@ def some_pairs(pairs: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
     return drawn[["document", "question", "answer", "outcome"]]
 
 
-def draw_scores(results: InstructionResults, folder: Path, slug: str, number: str, caption: str) -> None:
-    """Exact answers and right words by length, a line with intervals for each arm of `DRAWN`."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
-    said = []
-    for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
-        table = results.table(measure)
-        table = table[table.arm.isin(DRAWN)]
-        for place, (arm, rows) in enumerate(table.groupby("arm", sort=False)):
-            label, colour, marker, _ = LOOKS[arm]
+def draw_scores(results: InstructionResults, folder: Path, slug: str, number: str) -> None:
+    """Exact answers and right words by length, a line with intervals for each arm of `DRAWN`, named at its end."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.2), sharey=True)
+    said, tables = [], [results.table(measure) for measure in MEASURES]
+    for axes, title, table in zip(panels, MEASURES.values(), tables, strict=True):
+        for place, (arm, rows) in enumerate(table[table.arm.isin(DRAWN)].groupby("arm", sort=False)):
+            _, colour, marker, _ = LOOKS[arm]
             bars = [rows.value - rows.low, rows.high - rows.value]
-            form = {"marker": marker, "color": colour, "label": label, "capsize": 2}
-            axes.errorbar(rows.length * 1.03 ** (place - 3), rows.value, yerr=bars, **form)
+            form = {"marker": marker, "color": colour, "capsize": 2}
+            axes.errorbar(rows.length * 1.03 ** (place - 1.5), rows.value, yerr=bars, **form)
         token_axis(axes, results.lengths, "document, question and answer (tokens)")
         axes.set_title(title)
-        last = table[table.length == results.lengths[-1]]
+        last = table[table.arm.isin(DRAWN) & (table.length == results.lengths[-1])]
         said.append(f"{title}: " + "; ".join(f"{LOOKS[row.arm][0]} {row.value:.0f}" for row in last.itertuples()))
+    ends = tables[0][tables[0].arm.isin(DRAWN) & (tables[0].length == results.lengths[-1])].sort_values("value")
+    height = -math.inf
+    for row in ends.itertuples():  # names of lines that end close to each other are pushed apart
+        label, colour, *_ = LOOKS[row.arm]
+        height = max(row.value, height + 10)
+        place = {"xytext": (16, 0), "textcoords": "offset points", "va": "center", "color": colour}
+        panels[0].annotate(textwrap.fill(label, 16), (row.length, height), fontsize=10, **place)
     panels[0].set(ylabel="answers (%)", ylim=(-1, None))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    exact, words = (results.difference(*PAIRS[LOSS], measure) for measure in MEASURES)
+    message = "Exact answers and right words by length."
+    if exact[2] < 0 and words[1] <= 0 <= words[2]:
+        message = "The loss on the prompt takes exact answers away. For right words no difference was detected."
+    caption = f"""**{message}** Compare blue with green, the same data without that loss. Many blue answers begin right
+and do not stop. Other arms are in the table above.
+
+*Answers to quotations from held-out documents, {results.record.origin}; 95% over documents and seeds.*"""
     alt = f"Falling with length in all arms. At {results.lengths[-1]:,} tokens, in percent. {'. '.join(said)}."
     save_figure(figure, folder, slug, number, caption, alt)
 
 
-def draw_beside_paper(
-    results: InstructionResults, published: dict, folder: Path, slug: str, number: str, caption: str
-) -> None:
-    """Left: our arms minus short data, the loss on the prompt and its controls; right: Table 9's, every task a mark."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 6.6), sharex=True, sharey=True)
-    pairs = [(arm, "short") for arm, (*_, row) in LOOKS.items() if row and arm not in ("short", "untuned")]
-    names = [f"{LOOKS[arm][0]}\n({LOOKS[arm][-1]})" for arm, _ in pairs]
-    pairs += [PAIRS[name] for name in (LOSS, FULL, DILUTED, DILUTION, BESIDE)]
-    names += ["loss on prompt\nminus none", "the same, answers\nat full weight", "the same, answers\ndiluted in both"]
-    names += ["diluted answers minus\nfull, without the loss", "diluted answers minus\nfull, beside the loss"]
-    ours = []
-    for place, (name, (arm, other)) in enumerate(zip(names, pairs, strict=True)):
-        ours += [(name, title, *results.difference(arm, other, measure)) for measure, title in MEASURES.items()]
-        if LOOKS[arm][-1] and LOOKS[other][-1]:
-            theirs = [np.array(published["rows"][LOOKS[one][-1]]) for one in (arm, other)]
-            changes = theirs[0] - theirs[1]
-            right.scatter(changes, [place] * len(changes), s=30, facecolors="none", edgecolors=BLUE)
-    table = pd.DataFrame(ours, columns=["row", "measure", "value", "low", "high"])
-    intervals(left, table, row="row", colour="measure", zero=0, styles=two_styles(MEASURES.values()))
-    left.get_legend().remove()
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    right.axvline(0, color="0.35", linewidth=1)
-    for axes, title in ((left, "ours, past the old window"), (right, "published: five tasks")):
-        axes.axhline(len(pairs) - 5.5, color="0.7", linewidth=0.8)
-        axes.set(title=title, xlabel="difference (points)")
-    said = "; ".join(f"{row.row}, {row.measure} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"Ours in points, minus short data or as named: {said}.")
+def draw_beside_paper(results: InstructionResults, published: dict, folder: Path, slug: str, number: str) -> None:
+    """Differences between arms in exact answers, and below each the same difference in the tasks of Table 9."""
+    pairs = {"loss on prompt\nminus none": PAIRS[LOSS]}
+    pairs |= {"long, loss on prompt\nminus short": PAIRS[LONG], "long\nminus short": PAIRS[PLAIN]}
+    pairs |= {"plain text\nminus short": PAIRS[TEXT], "base in its own window\nminus short": ("chat base", "short")}
+    figure, axes = plt.subplots(figsize=(9, 4.4))
+    said, risen = [], {}
+    for place, (name, (arm, other)) in enumerate(pairs.items()):
+        value, low, high = results.difference(arm, other)
+        theirs = [np.array(published["rows"][LOOKS[one][-1]]) for one in (arm, other)]
+        risen[name] = theirs[0] - theirs[1]
+        axes.hlines(place - 0.14, low, high, color=BLACK, linewidth=2)
+        axes.scatter(value, place - 0.14, s=44, color=BLACK, zorder=3, label="ours, exact answers" * (not place))
+        marks = {"facecolors": "none", "edgecolors": PINK, "linewidths": 1.5}
+        axes.scatter(risen[name], [place + 0.16] * 5, s=38, label="the paper's five tasks" * (not place), **marks)
+        least, most = risen[name].min(), risen[name].max()
+        said.append(f"{name}: ours {value:+.1f}, the paper's {least:+.1f} to {most:+.1f}".replace("\n", " "))
+    axes.axvline(0, color="0.35", linewidth=1)
+    axes.set(yticks=range(len(pairs)), yticklabels=[*pairs], ylim=(len(pairs) - 0.5, -0.5))
+    axes.set(xlabel="difference (points)")
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=2)
+    message = "Differences in exact answers, and in the paper's tasks."
+    if results.difference(*PAIRS[LOSS])[2] < 0 < min(risen["loss on prompt\nminus none"]):
+        message = "The loss on the prompt lifts all five tasks of the paper, and takes our exact answers away."
+    caption = f"""**{message}** The paper's tasks have different metrics and no intervals, so each is a mark.
+
+*Ours: past the old window, {results.record.origin}; 95%, the wider over documents and seeds or over seeds. The paper's:
+Table 9 of Llama 2 Long.*"""
+    save_figure(figure, folder, slug, number, caption, f"In points. {'; '.join(said)}.")
+
+
+def draw_dilution(results: InstructionResults, folder: Path, slug: str, number: str) -> None:
+    """The loss on the prompt taken apart: the four edges of the square, in exact answers."""
+    names = {"both: loss on prompt\nminus none": LOSS, "add the loss,\nanswers at full weight": FULL}
+    names |= {"add the loss,\nanswers diluted": DILUTED, "dilute answers,\nwithout the loss": DILUTION}
+    names |= {"dilute answers,\nbeside the loss": BESIDE}
+    found = [(name, *results.difference(*PAIRS[pair])) for name, pair in names.items()]
+    table = pd.DataFrame(found, columns=["row", "value", "low", "high"])
+    figure, axes = plt.subplots(figsize=(9, 3.8))
+    kind = "exact answers"
+    intervals(axes, table.assign(kind=kind), row="row", colour="kind", zero=0, styles=two_styles([kind]))
+    axes.get_legend().remove()
+    axes.axhline(0.5, color="0.7", linewidth=0.8)
+    for place, row in table.iterrows():
+        axes.annotate(
+            f"{row.value:+.0f}", (row.value, place), (0, 7), textcoords="offset points", ha="center", fontsize=10
+        )
+    axes.set(xlabel="change of exact answers (points)")
+    ends = table.set_index("row").high
+    message = "The loss on the prompt taken apart."
+    if max(ends.iloc[[3, 4]]) < 0 <= ends.iloc[1]:
+        message = "Diluting the answers takes exact answers away. Adding the loss at full weight was not shown to."
+    caption = f"""**{message}** First row: both at once. The others are the edges of the square above.
+
+*Past the old window, {results.record.origin}; 95%, the wider over documents and seeds or over seeds.*"""
+    said = "; ".join(f"{row.row} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())
+    save_figure(figure, folder, slug, number, caption, f"Exact answers in points: {said}.")
 
 
 def two_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """How marks of two kinds look in `intervals`."""
-    looks = zip(names, (RED, BLUE), "os", strict=True)
+    """How marks of up to two kinds look in `intervals`, in colours of no arm that is drawn by length."""
+    looks = zip(names, (BLACK, PINK), "os", strict=False)
     return {name: {"label": name, "color": colour, "marker": marker} for name, colour, marker in looks}
 
 
-def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str, caption: str) -> None:
-    """NLL of held-out documents minus that before tuning, inside the old window and far out."""
+def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str) -> None:
+    """NLL of held-out documents minus that before tuning, inside the old window and far out; the cheapest first."""
     window, reach = results.preset.base.window, results.preset.evaluation.tokens
     places = {"inside the old window": (window // 2, window), "far half": (reach // 2, reach)}
     rows = []
@@ -288,9 +334,17 @@ def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str
             cost = results.nll(arm, low, high) - results.nll("untuned", low, high)
             rows.append((LOOKS[arm][0], place, *results.contrast(cost)))
     table = pd.DataFrame(rows, columns=["row", "place", "value", "low", "high"])
-    figure, axes = plt.subplots(figsize=(8, 4.6))
-    intervals(axes, table, row="row", colour="place", zero=0, styles=two_styles(places))
-    axes.legend(loc="lower right")
+    figure, axes = plt.subplots(figsize=(9, 4.8))
+    cheapest = table[table.place == "far half"].sort_values("value").row
+    intervals(axes, table, row="row", colour="place", zero=0, styles=two_styles(places), names=cheapest)
+    axes.legend(loc="upper right")
     axes.set(xlabel="NLL minus that before tuning (nats per token)")
+    message = "NLL of held-out documents minus that before tuning."
+    if results.far_nll(*PAIRS[LOSS])[2] < 0:
+        message = "With the loss on the prompt a model forgets less of reading than with a loss on answers alone."
+    caption = f"""**{message}**
+
+*Held-out documents, {results.record.origin}; 95%, the wider over documents and seeds or over seeds. 4 times, rate / 4:
+one seed, over documents.*"""
     said = "; ".join(f"{row.row}, {row.place} {row.value:+.3f}" for row in table.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Nats against before: {said}.")

@@ -15,11 +15,9 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from llama_long_utils.cache import digest
 from llama_long_utils.evaluation.statistics import SAMPLES, SEED, Bootstrap
-from llama_long_utils.figures import BLUE, RED
 
 VERDICTS = ("win", "tie", "loss")  # of our answer
 KEYS = {"1": 0, "2": None, "3": 1}  # left is better, tie, right is better
@@ -193,22 +191,3 @@ def agreement(votes: pd.DataFrame) -> float:
         return float("nan")
     differing = ((of_pair**2 - (counts**2).sum(axis=1)) / (of_pair - 1)).sum()
     return float(1 - differing * (total - 1) / chance)
-
-
-def draw_verdicts(axes: Axes, table: pd.DataFrame, *, row: str) -> None:
-    """Win, tie and loss in percent, a bar for each line of the table, as in Llama 2 Long's Figure 3."""
-    left = np.zeros(len(table))
-    for verdict, colour in zip(VERDICTS, (BLUE, "#c8c8c8", RED), strict=True):
-        width = 100 * table[verdict].to_numpy()
-        bars = axes.barh(table[row], width, left=left, color=colour, label=verdict)
-        axes.bar_label(
-            bars,
-            [f"{value:.0f}" if value >= 4 else "" for value in width],
-            label_type="center",
-            color="black" if verdict == "tie" else "white",
-            fontsize=9,
-        )
-        left += width
-    axes.invert_yaxis()
-    axes.set(xlabel="share of votes (%)", xlim=(0, 100))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)

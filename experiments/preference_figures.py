@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.panel import draw_verdicts
 from experiments.preference import KEPT
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
@@ -14,21 +13,21 @@ from llama_long_utils.notebooks import NO_DIFFERENCE, finding, measured, say, sh
 from llama_long_utils.records import Record, recorded
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
-CONTROLS = {
-    "rl on gold": (GREEN, "s"),
-    "tight rl": (BLUE, "D"),
-    "imitation": (GREY, "o"),
-    "slow dpo": (AMBER, "^"),
-    "dpo with text": (GREEN, "v"),
-    "slow dpo with text": (GREEN, "^"),
-    "slow dpo with text, new seeds": (GREEN, "*"),
-    "text 0.7, rate 4e-4, new seeds": (BLUE, "*"),
-}
+CONTROLS = (
+    "rl on gold",
+    "tight rl",
+    "imitation",
+    "slow dpo",
+    "dpo with text",
+    "slow dpo with text",
+    "slow dpo with text, new seeds",
+    "text 0.7, rate 4e-4, new seeds",
+)
 NEW = ", new seeds"
 PANELS = {
-    "proxy_scaled": ("proxy: what the reward model says", "standard deviations above the start"),
-    "gold": ("gold: right words, and the end", "share of tokens that match"),
-    "words_right": ("words: right, whatever follows", "share of answers that begin right"),
+    "proxy_scaled": ("proxy", "standard deviations above start"),
+    "gold": ("gold", "share of tokens that match"),
+    "words_right": ("right words", "share of answers"),
 }
 
 
@@ -39,10 +38,10 @@ def record_with_controls(preset: str, slug: str) -> Record:
 
 
 def draw_by_step(
-    drawn: pd.DataFrame, columns: dict[str, tuple[str, str]], size: tuple[float, float]
+    drawn: pd.DataFrame, columns: dict[str, tuple[str, str]]
 ) -> tuple[plt.Figure, Sequence[plt.Axes], list[str]]:
     """A panel for each column (its title, its unit), against steps of each of LOOKS; and where each begins and ends."""
-    figure, panels = plt.subplots(1, len(columns), figsize=size, sharex=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(columns), figsize=(9.5, 3.7), sharex=True, layout="constrained")
     ends = []
     for arm, (label, colour, marker) in LOOKS.items():
         part = drawn[drawn.arm.isin(["sft", arm])]
@@ -53,36 +52,86 @@ def draw_by_step(
             axes.plot(means.index, means, color=colour, marker=marker, label=label)
             ends.append(f"{label}, {value}: {means.iloc[0]:z.2f} to {means.iloc[-1]:.2f}")
     for axes, (title, ylabel) in zip(panels, columns.values(), strict=True):
-        axes.set(xlabel="step of its own training", title=title, ylabel=ylabel)
+        axes.set(title=title, ylabel=ylabel, xlabel="step of its training")
+        axes.locator_params(axis="y", nbins=6)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure, panels, ends
 
 
 def draw_gold_and_proxy(curves: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
     """Proxy, gold and right words of greedy answers against steps: thin lines are seeds."""
-    figure, _, ends = draw_by_step(curves[curves.decoding == "greedy"], PANELS, (12, 4.4))
-    caption = f"Greedy answers to held-out questions, {origin}; thin: single seeds. "
-    caption += "A step of RL is not a step of DPO."
+    greedy = curves[curves.decoding == "greedy"]
+    figure, _, ends = draw_by_step(greedy, PANELS)
+    means = greedy[greedy.arm.isin(["sft", "rl"])].groupby("step")[[*PANELS]].mean()
+    change = means.iloc[-1] - means.iloc[0]
+    message = "Proxy, gold and right words in training."
+    if change.words_right < 0 < min(change.proxy_scaled, change.gold):
+        message = "RL raises the proxy, and gold with it, while fewer of its answers begin with the right words."
+    caption = f"""**{message}** Proxy: what the reward model says. Gold: what was meant. Right
+words: answers that begin with the whole right answer. A step of RL is not a step of DPO.
+
+*Greedy answers to held-out questions, {origin}; thin lines: single seeds.*"""
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
 
 
-def draw_both_panels(
-    ours: pd.DataFrame, published: pd.DataFrame, folder: Path, slug: str, number: str, origin: str
-) -> None:
-    """Win, tie and loss of our models, judged by a program, and of Llama 2 Long Chat, judged by people."""
-    figure, panels = plt.subplots(1, 2, figsize=(13, 3.8), width_ratios=(1.2, 1))
-    draw_verdicts(panels[0], ours.assign(row=ours.arm + ", " + ours.decoding), row="row")
-    for place, row in enumerate(ours.itertuples()):
-        text = f"preferred {row.preferred:.2f} [{row.low:.2f}, {row.high:.2f}]"
-        panels[0].text(102, place, text, va="center", fontsize=8)
-    draw_verdicts(panels[1], published.assign(row=["vs " + name for name in published.index]), row="row")
-    panels[0].set_xlabel("share of held-out questions (%), judged by a program")
-    panels[1].set_xlabel("share of votes (%), judged by people")
-    panels[1].get_legend().remove()
-    caption = f"Left: against the instruction-tuned model, judged by gold, {origin}; 95% over questions or seeds. "
-    caption += "Right: Llama 2 Long Chat 70B, judged by people, published (arXiv:2309.16039, Figure 3)."
-    rows = [f"{row.arm}, {row.decoding}: {row.win:.0%} win, {row.loss:.0%} loss" for row in ours.itertuples()]
-    save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")
+def draw_preferred(wins: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
+    """How often answers are preferred to the instruction-tuned model's, and to those cut to the same length."""
+    names = {"rl": "RL", "dpo": "DPO", "sft, stopped": "no training: stop at\nthe first punctuation"}
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    for end, (shift, label) in {
+        "": (-0.14, "to its answer"),
+        "_cut": (0.14, "to its answer, cut to the same length"),
+    }.items():
+        draw_shares(axes, wins, end, [place + shift for place in range(len(wins))], hollow=bool(end))
+        fill = "none" if end else "0.2"
+        axes.scatter([], [], s=44, facecolors=fill, edgecolors="0.2", linewidths=1.6, label=label)
+    axes.set(yticks=range(len(wins)), yticklabels=[f"{names[row.arm]}, {row.decoding}" for row in wins.itertuples()])
+    axes.set(ylim=(len(wins) - 0.5, -0.5), xlabel="share preferred to the instruction-tuned model (ties: half)")
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=2)
+    trained = wins[wins.arm.isin(LOOKS)]
+    better = [f"{names[row.arm]}'s {row.decoding}" for row in trained.itertuples() if row.low_cut > 0.5]
+    message = "How often answers are preferred."
+    if trained.low.min() > 0.5:
+        message = "All are preferred. Against answers cut to the same length, only "
+        message += f"{' and '.join(better)} answers are." if better else "none is."
+    caption = f"""**{message}** Filled: against the instruction-tuned model's own answer. Hollow: against that answer,
+cut and ended where the other ends.
+
+*Judged by gold, a program; {wins.questions.iloc[0]} questions, {origin}; 95%, the wider over questions or seeds.*"""
+    said = [
+        f"{row.arm}, {row.decoding}: {row.preferred:.2f}, cut {row.preferred_cut:.2f}".replace("\n", " ")
+        for row in wins.itertuples()
+    ]
+    save_figure(figure, folder, slug, number, caption, "; ".join(said) + ".")
+
+
+def draw_shares(axes: plt.Axes, table: pd.DataFrame, end: str, heights: Sequence[float], *, hollow: bool) -> None:
+    """A mark and its interval for each row of a table with a column `arm`, and the line of one half."""
+    for height, (_, row) in zip(heights, table.iterrows(), strict=True):
+        colour = colour_of(row.arm)
+        axes.hlines(height, row[f"low{end}"], row[f"high{end}"], color=colour, linewidth=1.8)
+        fill = {"facecolors": "white" if hollow else colour, "edgecolors": colour, "linewidths": 1.6}
+        axes.scatter(row[f"preferred{end}"], height, s=44, zorder=3, **fill)
+    axes.axvline(0.5, color="0.35", linewidth=1)
+
+
+def colour_of(arm: str) -> str:
+    """One colour for all kinds of RL, of DPO, of DPO with a text beside the pairs; grey for the others."""
+    if "text" in arm:
+        return GREEN
+    return BLUE if "rl" in arm else AMBER if "dpo" in arm else GREY
+
+
+def changes_by_measure(changes: pd.DataFrame) -> pd.DataFrame:
+    """The change of each measure at the end of training, by arm and by what it is compared with: text for a reader."""
+    since = {"sft": "start", "first": "first look"}
+    told = changes[changes.arm.isin(LOOKS)].assign(
+        change=[measured(row.difference, row.low, row.high) for row in changes[changes.arm.isin(LOOKS)].itertuples()],
+        minus=lambda table: table.arm + " minus " + table.since.map(since),
+    )
+    wide = told.pivot_table("change", ["decoding", "measure"], "minus", aggfunc="first", sort=False)
+    return wide.reset_index()
 
 
 def what_costs_what(
@@ -226,38 +275,41 @@ questions:
 
 
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
-    """What is won against what it costs: both trainings, averages on the way to them, and the controls."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), sharex=True, layout="constrained")
-    for axes, name in zip(panels, ("", "_cut"), strict=True):
-        for arm, (label, colour, marker) in LOOKS.items():
-            rows = table[table.index.isin([arm, *(f"{arm}, {share:g}" for share in KEPT)])]
-            axes.plot([0, *rows.cost], [0.5, *rows[f"preferred{name}"]], color=colour, alpha=0.5)
-            draw_points(axes, rows, name, colour, marker, label)
-        for arm, (colour, marker) in ((arm, look) for arm, look in CONTROLS.items() if arm in table.index):
-            draw_points(axes, table.loc[[arm]], name, colour, marker, arm)
-        axes.axvline(limit, color="0.4", linestyle=":")
-        axes.axhline(0.5, color="0.4", linewidth=1)
-        axes.set(xlabel="cost on held-out long documents (nats per token)", ylabel="preferred, sampled answers")
-    panels[0].set_title("to the instruction-tuned model's answer")
-    panels[1].set_title("to that answer, cut where the other ends")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    parts = ", ".join(f"{share:g}" for share in sorted(KEPT))
-    caption = f"What is won and what it costs, {origin}. Lines, from the left: none, {parts} of the change, all."
-    caption += f" Bars: 95%, the wider over questions or seeds; dotted: {limit:g} nat."
-    caption += " Crosses: new seeds and questions, with an interval for the cost."
-    rows = [
-        f"{row.Index}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats"
-        for row in table.itertuples()
+    """A line for each arm, the cheapest first: its cost, and what it wins by then, also against cut answers."""
+    rows = table[~table.index.isin([f"{arm}, {share:g}" for arm in LOOKS for share in KEPT if share > min(KEPT)])]
+    rows, places = rows.reset_index(names="arm"), range(len(rows))
+    figure, panels = plt.subplots(1, 3, figsize=(10, 5.2), sharey=True, layout="constrained")
+    titles = ("cost in long text", "preferred", "preferred, cut")
+    units = ("nats per token", "share of sampled answers", "share of sampled answers")
+    for place, row in rows.iterrows():
+        colour, low = colour_of(row.arm), row.cost if pd.isna(row.low_cost) else row.low_cost
+        panels[0].hlines(place, low, row.at_most, color=colour, linewidth=1.8)
+        fill = {"facecolors": colour if row.at_most <= limit else "white", "edgecolors": colour, "linewidths": 1.6}
+        panels[0].scatter(row.cost, place, s=44, zorder=3, **fill)
+    panels[0].axvline(limit, color="0.35", linestyle=":")
+    for axes, end in zip(panels[1:], ("", "_cut"), strict=True):
+        draw_shares(axes, rows, end, places, hollow=False)
+        axes.set(xlim=(min(rows.low.min(), rows.low_cut.min()) - 0.03, rows.high.max() + 0.03))
+    for axes, title, unit in zip(panels, titles, units, strict=True):
+        axes.set(title=title, xlabel=unit, yticks=places, yticklabels=rows.arm, ylim=(len(rows) - 0.5, -0.5))
+        axes.grid(axis="y", visible=False)
+    kept = rows[(rows.low > 0.5) & (rows.at_most <= limit)]
+    fair = kept[kept.low_cut > 0.5]
+    message = "What is won, and what it costs."
+    if rows.cost.rank().corr(rows.preferred.rank()) > 0.8:
+        message = "Arms that win more cost more in long text."
+    caption = f"""**{message}** Within {limit:g} nat, and preferred: {"; ".join(kept.arm) or "none"}.
+Against answers cut to the same length {"; ".join(fair.arm) or "none"} of these is preferred.
+
+The cheapest first. A bar in the left panel ends at the highest end of a seed's interval; filled: within {limit:g} nat
+(dotted). Green: with a text beside the pairs. "{min(KEPT):g}": that share of the change.
+
+*{origin[:1].upper()}{origin[1:]}; 95%, the wider over questions or seeds.*"""
+    said = [
+        f"{row.arm}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats"
+        for row in rows.itertuples()
     ]
-    save_figure(figure, folder, slug, number, caption, "; ".join(rows) + ".")
-
-
-def draw_points(axes: plt.Axes, rows: pd.DataFrame, name: str, colour: str, marker: str, label: str) -> None:
-    """Arms with their intervals."""
-    middle = rows[f"preferred{name}"]
-    spread = [middle - rows[f"low{name}"], rows[f"high{name}"] - middle]
-    sideways = [rows.cost - rows.low_cost, rows.high_cost - rows.cost]
-    axes.errorbar(rows.cost, middle, yerr=spread, xerr=sideways, fmt=marker, color=colour, label=label, capsize=3)
+    save_figure(figure, folder, slug, number, caption, "; ".join(said) + ".")
 
 
 def raters_in_words(raters: pd.DataFrame, ends: pd.DataFrame, beta: float) -> str:

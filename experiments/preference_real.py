@@ -14,9 +14,8 @@ ENDS = ["gold", "words_right", "exact", "proxy_scaled", "kl", "length", "repeate
 WATCHED = ("proxy", "gold", "words_right")
 STEPS = {
     "preferred": ("preferred to the start", "wins and half of the ties"),
-    "proxy_scaled": ("proxy", "standard deviations above the start"),
-    "kl": ("KL to the start", "nats an answer"),
-    "length": ("length", "tokens"),
+    "words_right": ("right words", "share of answers"),
+    "length": ("length", "tokens of an answer"),
 }
 
 
@@ -78,13 +77,22 @@ def gamed(first: pd.Series, end: pd.Series) -> bool:
 
 
 def draw_steps(table: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
-    """Sampled answers against steps: the share preferred, proxy, KL and length; bars over questions for one seed."""
+    """Sampled answers against steps: the share preferred, right words and length; bars over questions for one seed."""
     drawn = table[table.decoding == "sampled"]
-    figure, panels, ends = draw_by_step(drawn, STEPS, (14, 4))
-    for arm, (_, colour, _) in LOOKS.items():
-        rows = drawn[drawn.arm == arm]
+    figure, panels, ends = draw_by_step(drawn, STEPS)
+    alone = len(set(drawn.seed)) == 1
+    for place, (arm, (_, colour, _)) in enumerate(LOOKS.items()):
+        rows = drawn[drawn.arm == arm] if alone else drawn[:0]
         spread = [rows.preferred - rows.low, rows.high - rows.preferred]
-        panels[0].errorbar(rows.step, rows.preferred, yerr=spread, color=colour, fmt="none", alpha=0.5, capsize=3)
+        form = {"color": colour, "fmt": "none", "capsize": 3}
+        panels[0].errorbar(rows.step + 0.1 * place, rows.preferred, yerr=spread, **form)
     panels[0].axhline(0.5, color="0.4", linewidth=1)
-    caption = f"Sampled answers, {origin}. Bars: 95% over questions."
+    last = drawn[drawn.step == drawn.groupby("arm").step.transform("max")].groupby("arm")[[*STEPS]].mean()
+    rl, dpo, start = (last.loc[arm] for arm in ("rl", "dpo", "sft"))
+    message = "Preferred answers, right words and length in training."
+    if rl.words_right < start.words_right < dpo.words_right and min(rl.preferred, dpo.preferred) > 0.5:
+        message = "Both are preferred to the start. DPO's answers begin right more often, RL's less often."
+    caption = f"""**{message}** A step of RL is not a step of DPO.
+
+*Sampled answers, {origin}. {"Bars: 95% over questions" if alone else "Thin lines: single seeds"}.*"""
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")

@@ -118,32 +118,43 @@ def levels(results: InstructionResults) -> dict[str, bool]:
     return {claim: all(low <= 0 <= high for _, low, high in changes) for claim, changes in found.items()}
 
 
-def draw_on_questions(
-    sets: Mapping[str, InstructionResults], folder: Path, slug: str, number: str, caption: str
-) -> None:
-    """Differences between arms at the real model, a row for what was asked: left F1, right log-probability."""
+def draw_on_questions(sets: Mapping[str, InstructionResults], folder: Path, slug: str, number: str) -> None:
+    """Differences between arms at the real model past its old window: left F1, right log-probability."""
     units = {"f1": "points", "log_probability": "nats per token"}
-    heights = [len(results.pairs) for results in sets.values()]
-    form = {"figsize": (10, 1.5 + 0.62 * sum(heights)), "sharex": "col", "sharey": "row", "squeeze": False}
-    figure, panels = plt.subplots(len(sets), 2, height_ratios=heights, **form)
-    said = []
-    for (title, results), beside in zip(sets.items(), panels, strict=True):
-        lengths = {length: f"behind {length:,} tokens" for length in results.lengths}
-        for axes, (measure, unit) in zip(beside, units.items(), strict=True):
-            rows = [
-                (textwrap.fill(name, 28), at, *results.difference(*pair, measure, [length]))
-                for name, pair in results.pairs.items()
-                for length, at in lengths.items()
-            ]
-            table = pd.DataFrame(rows, columns=["row", "length", "value", "low", "high"])
-            intervals(axes, table, row="row", colour="length", zero=0, styles=two_styles(lengths.values()))
-            axes.get_legend().remove()
-            axes.set(xlabel=f"difference ({unit})" if results is [*sets.values()][-1] else "")
-            axes.set_title(f"{title}: {SCORES[measure]}")
-            axes.locator_params(axis="x", nbins=6)
-            said += [
-                f"{title}, {SCORES[measure]}, {row.row}, {row.length} {row.value:+.2f}".replace("\n", " ")
-                for row in table.itertuples()
-            ]
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    save_figure(figure, folder, slug, number, caption, f"Differences: {'; '.join(said)}.")
+    names = [name for name in PAIRS if any(name in results.pairs for results in sets.values())]
+    rows = [
+        (textwrap.fill(name, 26), title, measure, *results.difference(*results.pairs[name], measure))
+        for title, results in sets.items()
+        for name in names
+        for measure in units
+        if name in results.pairs
+    ]
+    table = pd.DataFrame(rows, columns=["row", "asked", "measure", "value", "low", "high"])
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 1.4 + 0.58 * len(names)), sharey=True)
+    order, looks = [textwrap.fill(name, 26) for name in names], two_styles(sets)
+    for axes, (measure, unit) in zip(panels, units.items(), strict=True):
+        part = table[table.measure == measure]
+        intervals(axes, part, row="row", colour="asked", zero=0, styles=looks, names=order)
+        axes.get_legend().remove()
+        axes.set(xlabel=f"difference ({unit})")
+        axes.set_title(SCORES[measure] + " of the right answer" * (measure == "log_probability"))
+        axes.locator_params(axis="x", nbins=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    level = all(holds for results in sets.values() for holds in [*levels(results).values()][:1])
+    less = [one.asked for one in table[table.measure == "log_probability"].itertuples() if _less_likely(one)]
+    message = "F1 tells no arm from another." if level else "Differences between arms."
+    if less:
+        message += f" The loss on the prompt makes the right answer less likely ({', '.join(less)})."
+    past = ", ".join(f"{length:,}" for length in sorted({at for one in sets.values() for at in one.past}))
+    made = ", ".join(dict.fromkeys(results.record.origin for results in sets.values()))
+    caption = f"""**{message}** Questions behind {past} tokens, past the old window; the tables have those inside it.
+
+*SmolLM2-135M-Instruct, {made}; 95%, the wider over questions and seeds or over seeds. Arms of one seed: over
+questions.*"""
+    said = "; ".join(f"{one.asked}, {SCORES[one.measure]}, {one.row} {one.value:+.2f}" for one in table.itertuples())
+    save_figure(figure, folder, slug, number, caption, f"Differences: {said}.".replace("\n", " "))
+
+
+def _less_likely(row: pd.Series) -> bool:
+    """Whether the loss on the prompt makes the right answer less likely, by a row of the figure's table."""
+    return row.row == textwrap.fill(LOSS, 26) and row.high < 0

@@ -4,14 +4,12 @@ import itertools
 import json
 import multiprocessing
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from nltk.metrics.agreement import AnnotationTask
 
-from experiments import panel
-from experiments.panel import KEYS, VERDICTS, Pair, Panel, Votes, agreement, ask_judge, summary
+from experiments.panel import VERDICTS, Pair, Panel, Votes, agreement, ask_judge, summary
 
 PAIRS = [Pair(f"question {n}", f"good {n}", f"bad {n}", "rival") for n in range(12)]
 
@@ -187,12 +185,3 @@ def test_fewer_than_eight_pairs_have_no_interval():
     found = summary(random_votes(0, 3, 7)).iloc[0]
     assert np.isnan(found.low)
     assert np.isnan(found.high)
-
-
-def test_bars_are_the_shares_and_fill_the_width():
-    table = summary(random_votes(0, 2, 30))
-    _, axes = plt.subplots()
-    panel.draw_verdicts(axes, table, row="rival")
-    widths = [bar.get_width() for bar in axes.patches]
-    assert widths == pytest.approx([100 * table[verdict][0] for verdict in VERDICTS])
-    assert list(KEYS) == ["1", "2", "3"]
