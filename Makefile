@@ -42,7 +42,7 @@ run: $(READY)
 	$(BIN)/python -m tools.run --preset $(PRESET) --workers $(WORKERS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 1 --nbval --nbval-current-env \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 --nbval --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow --ignore tests/rehearsal --ignore tests/browser tests notebooks
 
 test-slow: $(READY)

@@ -1,4 +1,4 @@
-"""What nbval leaves out when it compares stored outputs with new ones."""
+"""What nbval leaves out when it compares stored outputs with new ones, and which files come first."""
 
 import pytest
 
@@ -7,3 +7,14 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
     """Tables are compared through the checks beside them, not as HTML; library chatter is not compared."""
     if getattr(collector, "skip_compare", None) is not None:
         collector.skip_compare += ("text/html", "image/svg+xml", "stderr")
+
+
+# Those that take most time, in this order: begun last, one of them would keep one process at work and the other idle.
+LONGEST = ["06_perplexity_by_position", "05_finetune_qlora", "07_long_range_retrieval", "test_race", "test_ledger"]
+LONGEST += ["test_processes", "10_preference_tuning", "test_plan", "test_preferences", "test_pretraining", "test_dose"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Within a file the order stays."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -32,7 +32,6 @@ from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import write_record
 from llama_long_utils.settings import Data
-from llama_long_utils.training.adapter import train_adapter
 
 FOLDERS = (Path(sys.prefix), Path(sys.base_prefix, "lib"), Path("/usr/include"), Path("/usr/share"), Path("/usr/lib"))
 KINDS = r"\.(py|pyi|h|hpp|c|cpp|js|mjs|ts|md|rst|txt|css|html|tcl|pl|pm|pod|sh|json|yaml|xml)"
@@ -106,6 +105,8 @@ def read(texts: str, workers: int, out: str, until: int) -> None:
 
 def take_step(texts: str, run_folder: str) -> None:
     """Train the tiny model for a step; when it has ended, counted from the start of the process."""
+    from llama_long_utils.training.adapter import train_adapter  # readers start without it
+
     begun = (
         time.time()
         - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -48,7 +48,7 @@ def make_doll(name: str, root: Path) -> Path:
     )
     model = LlamaForCausalLM(config).to(getattr(torch, real["dtype"]))
     known = len(json.loads((TOKENIZER / "tokenizer.json").read_text("utf-8"))["model"]["vocab"])
-    with torch.no_grad():  # it writes tokens that its tokenizer knows: else two answers to a question hardly ever differ
+    with torch.no_grad():  # it writes what its tokenizer knows: else answers to a question are all as wrong
         model.model.embed_tokens.weight[:, 0] = 0.2
         model.lm_head.weight[known:, 0] = -4.0
     model.save_pretrained(folder, max_shard_size="3MB")

@@ -366,7 +366,7 @@ def test_the_best_and_the_worst_answer_are_compared_and_some_pairs_are_turned_ro
     answers = [[5, 6, 9, EOS], [5, 6, 7, EOS], [8, 9]]
     assert compare([question], [answers], NUMBERS) == [Comparison([0, 2], answers[1], answers[2])]
     assert len(compare([question] * 2, [answers, [[8], [9]]], NUMBERS)) == 1
-    with pytest.raises(ValueError, match="equally right; raise preference.questions = 1 or answers"):
+    with pytest.raises(ValueError, match="of 1 questions are equally right: raise"):
         compare([question], [[[8], [9]]], NUMBERS)
     many = compare([question] * 2000, [answers] * 2000, dataclasses.replace(NUMBERS, errors=0.1))
     assert 0.08 < np.mean([one.chosen == answers[2] for one in many]) < 0.12

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
@@ -94,8 +95,9 @@ def doll(folder):
 
 def adapter(folder, runs, context=1, sharded=False):
     preset = doll(folder)
-    type(preset).run_folder = folder / runs
-    return train_adapter(preset, context_parallel=context, sharded_base=sharded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(preset), "run_folder", folder / runs)
+        return train_adapter(preset, context_parallel=context, sharded_base=sharded)
 
 
 def make_doll(folder):
@@ -130,10 +132,8 @@ def peaks():
 def one_of_several(folder):
     """What each process does. The first one keeps what it found."""
     state, found = join_processes(), {}
-    if folder.name == "peaks":
-        torch.save(peaks(), folder / f"{state.process_index}.pt")
-        return state.destroy_process_group()
     if state.num_processes == 2:
+        torch.save(peaks(), folder / f"peaks-{state.process_index}.pt")  # first: later, freed memory is used again
         for context in (1, 2):
             for name, rows in (("whole", WHOLE), ("packed", PACKED)):
                 found[name, context] = trained(folder / f"{name}-{context}", rows, context)
@@ -150,12 +150,22 @@ def one_of_several(folder):
     state.destroy_process_group()
 
 
-def launched(folder, count, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([*command, __file__, str(folder)], env=environment, capture_output=True, text=True)
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+
+
+def launched(folder, count, *launcher, port=0):
+    """What `one_of_several` found: of processes that a launcher starts, or of forks, which import but once."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once
+    command = [sys.executable, *launcher, __file__, str(folder), str(count), str(port)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(path) if (path := folder / f"{count}.pt").exists() else None
+    return torch.load(folder / f"{count}.pt")
+
+
+def fork(rank, folder, count, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+    one_of_several(folder)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +185,7 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def two(folder, alone):
-    return launched(folder, 2)
+    return launched(folder, 2, *TORCHRUN)
 
 
 def assert_same(found, expected):
@@ -201,8 +211,8 @@ def test_they_have_them_too_with_half_of_each_frozen_weight_of_the_layers(alone,
     assert shares == {name: count / 2 for name, count in whole.items()}
 
 
-def test_four_processes_in_two_groups_have_them_too(folder, alone):
-    assert_same(launched(folder, 4)["packed", 2], alone["packed"])
+def test_four_processes_in_two_groups_have_them_too(folder, alone, free_port):
+    assert_same(launched(folder, 4, port=free_port)["packed", 2], alone["packed"])
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(folder, alone, two):
@@ -229,11 +239,9 @@ def assert_same_adapter(folder, expected):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are counted by Linux")
-def test_the_ledger_knows_the_peak_of_each_process_that_shares_a_sequence(tmp_path):
-    (tmp_path / "peaks").mkdir()
-    launched(tmp_path / "peaks", 2, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back at once
+def test_the_ledger_knows_the_peak_of_each_process_that_shares_a_sequence(folder, two):
     for process in range(2):
-        measured, predicted = torch.load(tmp_path / "peaks" / f"{process}.pt")
+        measured, predicted = torch.load(folder / f"peaks-{process}.pt")
         assert measured == pytest.approx(predicted, rel=0.05)
 
 
@@ -295,4 +303,9 @@ def test_a_process_takes_fewer_sequences_at_once_if_its_share_is_smaller():
 
 
 if __name__ == "__main__":
-    one_of_several(Path(sys.argv[1]))
+    if "RANK" in os.environ:
+        one_of_several(Path(sys.argv[1]))
+    else:
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        given = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+        multiprocessing.start_processes(fork, given, nprocs=given[1], start_method="fork")

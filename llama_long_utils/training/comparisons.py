@@ -108,8 +108,7 @@ def compare(asked: Sequence[Asked], answers: Sequence[Sequence[list[int]]], sett
         if question.gold(best) != question.gold(worst):
             found.append(Comparison(question.prompt, best, worst))
     if not found:
-        many = f"preference.questions = {len(asked)}"
-        raise ValueError(f"no comparison: the answers to each question are equally right; raise {many} or answers")
+        raise ValueError(f"answers to each of {len(asked)} questions are equally right: raise [preference] questions")
     return found
 
 

@@ -6,7 +6,7 @@ reference. TRL 1.16 tokenizes texts again, puts EOS behind answers that were cut
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -298,13 +298,10 @@ def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison
     print(f"{settings.questions * settings.answers:,} answers are sampled, {many}, and kept", flush=True)
     tokenizer = load_tokenizer(base)
     mixture = Mixture(preset.data, tokenizer, window=settings.tokens)
-    try:
+    with closing(mixture.workers):
         documents = next(mixture.buffers(preset.training))
-    finally:
-        mixture.workers.close()
     asked = ask(documents, tokenizer, preset, settings.questions, settings.seed)
     prompts = [one.prompt for one in asked for _ in range(settings.answers)]
-
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     model = cache(lambda: load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base).eval())
 
