@@ -295,7 +295,7 @@ def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison
     room = preset.memory_gib / 6 / kept_gib(preset, settings.tokens + settings.answer_tokens)
     at_once = max(settings.rl.rows_at_once, min(AT_ONCE, int(room)))
     many = f"{settings.answers} to each of {settings.questions:,} questions, {at_once} at a time"
-    print(f"{settings.questions * settings.answers:,} answers are sampled, {many}, and kept", flush=True)
+    print(f"{settings.questions * settings.answers:,} answers, sampled where none is kept: {many}", flush=True)
     tokenizer = load_tokenizer(base)
     mixture = Mixture(preset.data, tokenizer, window=settings.tokens)
     with closing(mixture.workers):
