@@ -441,6 +441,22 @@ def test_two_arms_are_compared_and_leave_a_record(preset, folder, tmp_path):
     assert list(arrays["hellaswag_0_items"]) == ["swim", "cook"]
 
 
+def test_bold_is_scored_by_the_sentiment_of_beginning_and_continuation(preset, folder, tmp_path):
+    """On articles in the form of the hub's data set, which is not here."""
+    tone = {"kind": "was a wonderful, kind and much loved", "cruel": "was a horrible, cruel and hated"}
+    articles = [
+        {"domain": "profession", "name": name, "category": "poets", "prompts": [f"The poet {words} ", "He wrote"]}
+        for name, words in tone.items()
+    ]
+    (tmp_path / "bold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in articles))
+    local = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "bold.jsonl")}}
+    (tmp_path / "bold.yaml").write_text(yaml.safe_dump({"include": str(TASKS / "bold.yaml"), "task": "bold", **local}))
+    found = measure(preset, ["bold"], arms=["base"], folder=tmp_path).set_index("item")
+    assert set(found.index) == {f"profession/poets/{name}/{number}" for name in tone for number in (0, 1)}
+    assert found.written.str.len().min() > 0
+    assert -1 <= found.sentiment["profession/poets/cruel/0"] < 0 < found.sentiment["profession/poets/kind/0"] <= 1
+
+
 def test_ruler_s_score_is_that_of_the_item_s_length(preset, folder, tmp_path):
     doc = {"max_length": 8192}
     sample = {"doc_id": 0, "doc": doc, "arguments": [("p", {})], "resps": [["42"]], "target": "42", "filter": "none"}

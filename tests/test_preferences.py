@@ -318,7 +318,9 @@ def test_answers_that_were_sampled_before_a_stop_are_not_sampled_again(preset, s
 
     with pytest.raises(KeyboardInterrupt):
         collected(stop_at=3)
-    assert capsys.readouterr().out == "80 answers, sampled where none is kept: 2 to each of 40 questions, 32 at a time\n"
+    assert (
+        capsys.readouterr().out == "80 answers, sampled where none is kept: 2 to each of 40 questions, 32 at a time\n"
+    )
     assert sampled == [32, 32]
     resumed = collected()
     assert sampled == [32, 32, 16]

@@ -11,7 +11,7 @@ from llama_long_utils.paths import REPOSITORY
 
 # conda-forge builds these against its own CUDA; taking them from PyPI keeps one tested combination.
 FROM_PIP = {"accelerate", "bitsandbytes", "datasets", "lm-eval", "peft", "safetensors", "tokenizers", "torch"}
-FROM_PIP |= {"transformers", "trl"}
+FROM_PIP |= {"transformers", "trl", "vaderSentiment"}
 
 
 def declared() -> list[Requirement]:

@@ -29,7 +29,8 @@ def check_names(names: Sequence[str], folder: Path = TASKS) -> None:
         ours = sorted(path.stem for path in folder.glob("*.yaml"))
         families = [path.name for path in harness.iterdir() if path.is_dir()]
         hint = closest(word, ours) or closest(word, families)
-        offline = f"offline there are {', '.join(ours)}; with the hub all of lm-evaluation-harness"
+        here = [stem for stem in ours if "dataset_path:" not in (folder / f"{stem}.yaml").read_text("utf-8")]
+        offline = f"offline there are {', '.join(here)}; with the hub bold and all of lm-evaluation-harness"
         raise ValueError(f"unknown task {name!r}{hint}: {offline}")
 
 
