@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from experiments.pretraining_results import LARGER_SLUG, LATER, MIXED, SLUG, collect
+from experiments.pretraining_rates import FACTORS, rate_name
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import read_documents
@@ -104,6 +105,11 @@ SIZES = {
     "tiny-llama": Size(256, 4, 4, 1e-3, steps=64),
 }
 FROM_SCRATCH, LARGER, TRAINED_ON = "0.4M", "0.9M", "tiny-llama"  # of the records; the last begins as data/tiny-llama
+RATES = {  # of the larger size: pretraining_rates.py
+    rate_name(LARGER, factor): replace(SIZES[LARGER], learning_rate=factor * SIZES[LARGER].learning_rate)
+    for factor in FACTORS
+}
+SIZES |= RATES
 
 
 @dataclass(frozen=True)

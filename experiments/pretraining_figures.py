@@ -85,7 +85,7 @@ def savings() -> pd.DataFrame:
     """For each size the share of attention, and what a switch after 80% of the tokens saves by two counts."""
     rows = []
     for name, shape in pretraining.SIZES.items():
-        if name not in ("doll", pretraining.TRAINED_ON):
+        if name not in ("doll", pretraining.TRAINED_ON, *pretraining.RATES):
             lengths, model = (pretraining.SHORT, pretraining.LONG), pretraining.new_model(name, 10_000.0, 0)
             paper = [pretraining.flops_per_token(shape.layers, shape.hidden, length) for length in lengths]
             own = [pretraining.counted_flops(model, length) for length in lengths]
