@@ -30,8 +30,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
+from experiments.pretraining_rates import FACTORS, LARGER, RATED, SEEDS, rate_name
 from experiments.pretraining_results import LARGER_SLUG, LATER, MIXED, SLUG, collect
-from experiments.pretraining_rates import FACTORS, rate_name
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import read_documents
@@ -58,7 +58,6 @@ PRESET = load_preset("tiny")  # its texts, its tokenizer and its two windows
 SHORT, LONG = PRESET.base.window, PRESET.extension.window
 SHORT_BASE, LONG_BASE = PRESET.base.rope_base, PRESET.extension.rope_base
 RUNS = PRESET.run_folder / "pretraining"
-SEEDS = (0, 1, 2)
 SWITCHES = {"long": 0.0, "switch-20": 0.2, "switch-40": 0.4, "switch-80": 0.8, "switch-95": 0.95, "short": 1.0}
 SWITCHES["in-reach"] = 0.8  # "switch-80", but short sequences quote what stands in them
 CONTINUED = "continued"  # the arm "short", then trained on long sequences until it has cost what "switch-80" costs
@@ -72,10 +71,10 @@ MIXES = {  # texts of the long rows, of the short rows, share of long rows (pret
     "upweighted": ("speeches and plays", "bible", 0.8),
     "other-domain": ("python", "python", 0.5),
     "better": ("speeches and plays", "speeches and plays", 0.5),
-    "in-reach": ("speeches and plays", "bible", 0.5),  # shredded, and then its pieces quote themselves
+    "cut-first": ("speeches and plays", "bible", 0.5),  # shredded, and then its pieces quote themselves
 }
 FROM_SCRATCH_MIXES = ("original", "long-removed", "shredded", "upweighted", "other-domain", "better")
-DECIDING_MIXES = ("original", "in-reach", "better")  # that tell length from content
+DECIDING_MIXES = ("original", "cut-first", "better")  # that tell length from content
 TRAINED_ON_MIXES = (*DECIDING_MIXES, "shredded", "long-removed", "upweighted", "other-domain")
 ORDERS = (*SEEDS, 3, 4, 5)  # of the deciding mixes: three told too little (pretraining_mix.py)
 MIX_QUOTING = 0.6  # share of the documents that quote themselves, for the tiny Llama
@@ -104,7 +103,7 @@ SIZES = {
     "4M": Size(256, 4, 4, 3e-3),
     "tiny-llama": Size(256, 4, 4, 1e-3, steps=64),
 }
-FROM_SCRATCH, LARGER, TRAINED_ON = "0.4M", "0.9M", "tiny-llama"  # of the records; the last begins as data/tiny-llama
+FROM_SCRATCH, TRAINED_ON = "0.4M", "tiny-llama"  # of the records; the last begins as data/tiny-llama
 RATES = {  # of the larger size: pretraining_rates.py
     rate_name(LARGER, factor): replace(SIZES[LARGER], learning_rate=factor * SIZES[LARGER].learning_rate)
     for factor in FACTORS
@@ -157,6 +156,12 @@ def all_cells() -> list[Cell]:
     cells += [Cell(TRAINED_ON, arm, seed) for seed in SEEDS for arm in TRAINED_ON_ARMS]
     for arms in (LARGER_ARMS[:3], LARGER_ARMS[3:]):
         cells += [Cell(LARGER, arm, seed) for seed in SEEDS for arm in arms]
+    cells += [
+        Cell(rate_name(LARGER, factor), arm, seed)
+        for arm, tried in RATED.items()
+        for factor, seeds in tried.items()
+        for seed in seeds
+    ]
     mixes = [(mix, seed) for mix in TRAINED_ON_MIXES for seed in (ORDERS if mix in DECIDING_MIXES else SEEDS)]
     cells += [Cell(TRAINED_ON, f"mix-{mix}", seed) for mix, seed in sorted(mixes, key=lambda one: one[1])]
     return [*cells, Cell(TRAINED_ON, BEFORE, 0)]
@@ -173,8 +178,8 @@ def run_all(folder: Path, *, finished: bool) -> None:
     if not cells:
         raise ValueError("no cell is measured yet: leave out --finished, or measure one with --cell")
     for size, slug in ((FROM_SCRATCH, SLUG), (LARGER, LARGER_SLUG)):
-        if some := [cell for cell in cells if cell.size == size]:
-            contexts = [cell for cell in some if cell.arm == "long"]
+        if some := [cell for cell in cells if cell.size in (size, *(RATES if size == LARGER else ()))]:
+            contexts = [cell for cell in some if cell.arm == "long" and cell.size == size]
             measured = measured_contexts(contexts, finished=finished, tiny=size == FROM_SCRATCH)
             print(collect([cell.record for cell in some], folder, slug, contexts=measured))
     for mixed, slug in ((False, LATER), (True, MIXED)):

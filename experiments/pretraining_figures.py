@@ -1,7 +1,6 @@
 """The figures and tables of notebook 12."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,8 @@ import pandas as pd
 
 from experiments import pretraining
 from experiments.pretraining_results import (
-    CONTENT,
-    COPIED,
     EQUAL,
-    LENGTH,
-    MORE,
-    OTHER,
-    PARTED,
     PLACES,
-    REMOVED,
     SWITCHED,
     PretrainingResults,
     over_sizes,
@@ -34,13 +26,11 @@ from llama_long_utils.figures import (
     PURPLE,
     RED,
     TEAL,
-    intervals,
-    mark_window,
     plt,
     save_figure,
     token_axis,
 )
-from llama_long_utils.notebooks import finding, measured, verdict
+from llama_long_utils.notebooks import NO_DIFFERENCE, measured, verdict
 
 STYLES = {  # label, colour and marker of every arm
     "long": ("long throughout", BLACK, "D"),
@@ -110,6 +100,11 @@ def worth_of_context(results: PretrainingResults, size: str, arms: list[str]) ->
     return pd.DataFrame(rows)
 
 
+def row_verdict(row: pd.Series) -> str:
+    """What a difference to long throughout says, in words."""
+    return "better" if row.high < 0 else "worse" if row.low > 0 else NO_DIFFERENCE
+
+
 def quality_table(curriculum: pd.DataFrame) -> pd.DataFrame:
     """What each arm costs beside "long", and its NLL minus that of "long", as text."""
     names = {"flops": "operations", "flops_counted": "as multiplied", "seconds": "seconds", "tokens": "tokens"}
@@ -119,8 +114,10 @@ def quality_table(curriculum: pd.DataFrame) -> pd.DataFrame:
     return shown[[*about, *names, "seeds"]].rename(columns=names)
 
 
-def judged_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
-    """The switch at 80% minus long throughout, a row for each size and one for all: value, low, high, seeds, as text.
+def judged_switches(parts: dict[str, PretrainingResults], together: Sequence[str]) -> pd.DataFrame:
+    """The switch at 80% minus long throughout, a row for each of `parts`, and one for those `together`.
+
+    Columns value, low, high, seeds, and as text.
 
     "saved at equal quality" are the least and the most operations that a switch saves, by `saved_at_equal_quality`.
     The training loss is that of the last 20 short steps, minus that of long throughout on the same tokens.
@@ -133,8 +130,8 @@ def judged_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
         found["NLL of long"] = float(np.mean([one.sum() for one in nats.values()]) / tokens.sum())
         found["training loss before the switch"] = results.spike(size, "switch-80")[:, :20].mean()
         rows.append({"from scratch": size, **found, "saved at equal quality": f"{least:.0%} to {most:.0%}"})
-    found = over_sizes([(results, size) for size, results in parts.items()], "switch-80")
-    rows.append({"from scratch": " and ".join(parts), **found, "saved at equal quality": "-"})
+    found = over_sizes([(parts[size], size) for size in together], "switch-80")
+    rows.append({"from scratch": " and ".join(together), **found, "saved at equal quality": "-"})
     for row in rows:
         alone = "one seed, " if row["seeds"] == 1 else ""
         row["switch at 80%"] = alone + verdict(row["value"], row["low"], row["high"], "better", "worse")
@@ -172,8 +169,11 @@ def draw_copying(results: PretrainingResults, size: str, window: int, folder: Pa
     axes.set_xlabel(f"tokens back to what is quoted; dotted: short sequences have {window}")
     axes.set(ylabel="continued correctly (% of tokens)", ylim=(0, 100))
     figure.legend(loc="outside lower center", ncols=3)
-    caption = f"Copying in held-out texts that quote themselves, {size} trained on, recorded by us. Hollow: orders of "
-    caption += "the texts; lines: their means. All arms read the whole text. First tokens of excerpts are left out."
+    far = {name: results.copying(size, name)["value"] for name in ("long", "switch-80")}
+    caption = "Does a model still copy after a late switch? From over 1,024 tokens back long throughout continues "
+    caption += f"{far['long']:.0%} correctly, the switch at 80% {far['switch-80']:.0%}. {size}, trained on, recorded "
+    caption += "by us, in held-out texts that quote themselves. Hollow: orders of the texts; lines: their means. All "
+    caption += "arms read the whole text. First tokens of excerpts are left out."
     save_figure(figure, folder, slug, number, caption, f"From near to far: {'; '.join(said)}.")
 
 
@@ -203,10 +203,10 @@ def draw_switch(
     panels[1].set(title=f"recorded: {size}, minus long throughout", xlabel="steps since the switch")
     panels[1].set_ylabel("difference in loss (nats)")
     figure.legend(loc="outside lower right", ncols=4)
-    caption = (
-        "Training loss at the switch. Left: the live run. Right: recorded by us, means over seeds and five steps. "
-    )
-    caption += "Dotted: where long sequences begin."
+    found = jumps(results, size)
+    caption = f"The loss jumps, beyond the interval, at {' and '.join(found.arm[found.low > 0]) or 'no switch'}. Left: "
+    caption += "training loss of the live run. Right: recorded by us, means over seeds and five steps. Dotted: where "
+    caption += "long sequences begin."
     alt = (
         "Left, a falling loss with its switch marked. Right, loss minus the long arm's around each switch, four curves."
     )
@@ -217,7 +217,7 @@ def draw_quality(
     tables: dict[str, pd.DataFrame], published: dict[str, Any], folder: Path, slug: str, number: str
 ) -> None:
     """NLL minus the long arm's against operations for each size, and the paper's Tables 10 and 11 beside them."""
-    figure, panels = plt.subplots(1, len(tables) + 1, figsize=(12, 4.6), width_ratios=(*[3] * len(tables), 2.4))
+    figure, panels = plt.subplots(1, len(tables) + 1, figsize=(12, 4.6), width_ratios=(*[3] * len(tables), 2.6))
     said = []
     for panel, (size, table) in zip(panels, tables.items(), strict=False):
         for row in table.itertuples():
@@ -238,72 +238,48 @@ def draw_quality(
     panels[-1].set_title("the paper's, 7B")
     for panel in panels:
         panel.axhline(0, color="0.35", linewidth=1)
-        panel.set(xlabel="operations beside long throughout", xlim=(0, 1.05))
+        panel.set(xlim=(0, 1.05), xticks=(0, 0.5, 1))
+    figure.supxlabel("operations beside long throughout", fontsize=11)
+    late = {size: table.set_index("arm").loc["switch-80"] for size, table in tables.items()}
+    read = ", ".join(f"{row_verdict(row)} at {size}" for size, row in late.items())
     fullest = max(panels[:-1], key=lambda panel: len(panel.get_legend_handles_labels()[0]))
     figure.legend(*fullest.get_legend_handles_labels(), ncols=4, loc="outside lower left")
     panels[-1].legend(loc="lower left")
-    caption = "Quality against operations. Recorded by us at two sizes; hollow: seeds, bars: 95% intervals over "
-    caption += "seeds and documents, or over seeds alone where that is wider. The cross "
-    caption += "is shifted to the right: it costs what a switch does. Right: Tables 10 and 11, published without "
-    caption += "intervals, on a scale of its own."
+    caption = f"Is a late switch as good at fewer operations? {STYLES['switch-80'][0].capitalize()}: {read}. Recorded "
+    caption += "by us; hollow: seeds, bars: 95% intervals over seeds and documents, or over seeds alone where that is "
+    caption += "wider. The cross is shifted to the right: it costs what a switch does. Right: Tables 10 and 11, "
+    caption += "published without intervals, on a scale of its own."
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
 
 
 def draw_positions(results: PretrainingResults, size: str, window: int, folder: Path, slug: str, number: str) -> None:
-    """NLL by position minus that of the long arm, for every arm; "short" is read in windows."""
+    """NLL by position minus that of the long arm, a panel for each arm; "short" is read in windows."""
     edges = results.arrays["edges"]
-    figure, axes = plt.subplots(figsize=(8, 4.4))
-    for name in [one for one in STYLES if one != "long" and results.seeds(size, one, "long")]:
+    names = [one for one in STYLES if one != "long" and results.seeds(size, one, "long")]
+    figure, panels = plt.subplots(-(-len(names) // 3), 3, figsize=(10, 5), sharex=True, sharey=True)
+    apart: dict[str, list[str]] = {"better": [], "worse": []}
+    for axes, name in zip(panels.flat, names, strict=False):
         places = pairwise(edges)
         pair = (name, "window" if name == "short" else "full"), ("long", "full")
         line = pd.DataFrame(results.difference(size, *pair, int(low), int(high)) for low, high in places)
         centre, (label, colour, marker) = np.sqrt(edges[:-1] * edges[1:]), STYLES[name]
-        axes.plot(centre, line.value, color=colour, marker=marker, markersize=5, label=label)
-        if name == "switch-80":
-            axes.fill_between(centre, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(0, color="0.35", linewidth=1)
-    axes.set_ylabel("NLL minus long throughout (nats)")
-    token_axis(axes, [2**k for k in range(2, 13, 2)], "position in the text (tokens)")
-    mark_window(axes, window, "short sequences end")
-    axes.legend()
-    caption = f"Held-out NLL by position, {size}, minus that of long sequences throughout, recorded by us; band: 95% "
-    caption += "interval of the switch at 80%, as in Figure 12.2."
-    alt = "A line for each arm over positions 1 to 4,096; zero is the arm that is long throughout."
+        axes.plot(centre, line.value, color=colour, marker=marker, markersize=5)
+        axes.fill_between(centre, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        for word, far in (("better", line.high < 0), ("worse", line.low > 0)):
+            if far.any():
+                apart[word].append(f"{label} ({edges[:-1][far][0]:,} to {edges[1:][far][-1]:,})")
+        axes.set_title(label)
+        axes.axhline(0, color="0.35", linewidth=1)
+        axes.axvline(window, color="0.4", linestyle=":", linewidth=1.2)
+        token_axis(axes, [2**k for k in range(2, 13, 2)], "")
+    figure.supxlabel("position in the text (tokens); dotted: where short sequences end", fontsize=11)
+    figure.supylabel("NLL minus long throughout (nats)", fontsize=11)
+    read = {word: "; ".join(arms) or "no arm anywhere" for word, arms in apart.items()}
+    caption = f"Where does an arm read apart from long throughout? {size}. Better, beyond the interval, at "
+    caption += f"positions of: {read['better']}. Worse: {read['worse']}. Recorded by us; bands: 95% intervals as in "
+    caption += "Figure 12.2, each of one position."
+    alt = "A panel for each arm, over positions 1 to 4,096; zero is the arm that is long throughout."
     save_figure(figure, folder, slug, number, caption, alt)
-
-
-def draw_mixes(mixes: pd.DataFrame, size: str, folder: Path, slug: str, number: str) -> None:
-    """NLL of every data mix minus the original one's, near and far."""
-    near, far = PLACES["near"], PLACES["far"]
-    styles = {
-        "near": {"label": f"near: positions below {near[1]:,}", "color": GREY, "marker": "o"},
-        "far": {"label": f"far: positions from {far[0]:,} on", "color": BLUE, "marker": "s"},
-    }
-    large = mixes.value.abs().groupby(mixes.mix).transform("max") > 0.3
-    figure, panels = plt.subplots(2, 1, figsize=(8, 5), height_ratios=((~large).sum(), large.sum()))
-    for panel, part in zip(panels, (mixes[~large], mixes[large]), strict=True):
-        intervals(panel, part, row="mix", colour="place", zero=0, samples="each", styles=styles)
-    panels[1].get_legend().remove()
-    for panel in panels:
-        panel.set_xlabel("NLL minus the original mix's (nats)")
-    caption = f"Data mixes after one short checkpoint, {size}, recorded by us; hollow: orders of the texts, bars: 95% "
-    caption += "intervals as in Figure 12.2. Left of the line is better. The lower panel has a wider scale."
-    parts = mixes[mixes.place == "far"]
-    alt = "; ".join(f"{row.mix} {row.value:+.3f}" for row in parts.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"NLL minus the original mix's, far: {alt}.")
-
-
-def effects_table(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """What content and length do to far NLL, from scratch, as text."""
-    effects = results.content_and_length(size)
-    shown = effects.assign(text=in_words(effects, 4)).rename(columns={"text": "far NLL (nats)", "seeds": "orders"})
-    return shown[["what is changed", "first minus second", "far NLL (nats)", "orders"]]
-
-
-def context_gains(results: PretrainingResults, size: str, mixes: Sequence[str]) -> pd.DataFrame:
-    """What far context is worth to each mix: far NLL with full context minus that in windows, as in `difference`."""
-    ways = [((f"mix-{mix}", "full"), (f"mix-{mix}", "window")) for mix in mixes]
-    return pd.DataFrame([{"mix": pair[0][0][4:], **results.difference(size, *pair, *PLACES["far"])} for pair in ways])
 
 
 def law_table(*parts: PretrainingResults) -> pd.DataFrame:
@@ -314,88 +290,3 @@ def law_table(*parts: PretrainingResults) -> pd.DataFrame:
         columns = laws[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
         laws[name] = [measured(*row, digits=digits, sign=False) for row in columns]
     return laws[["model", "seed", "parameters", "β", "gamma", "rmse", "saved by context"]]
-
-
-def mix_table(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """A row for each mix of a model that copies, as text, and for the model before: NLL, and what it copies."""
-    rows = []
-    for arm in dict.fromkeys(results.cells.arm):
-        far, tokens = results.nats(size, arm, *PLACES["far"])
-        row = {"mix": arm.removeprefix("mix-"), "orders": len(far)}
-        row["far NLL"] = f"{np.mean([nats.sum() for nats in far.values()]) / tokens.sum():.3f}"
-        gain = results.difference(size, (arm, "full"), (arm, "window"), *PLACES["far"])
-        row["full context minus windows"] = in_words(pd.DataFrame([gain]), 3)[0]
-        less = "-"
-        if arm not in ("mix-original", "before"):
-            less = in_words(pd.DataFrame([results.less_from_context(size, arm, *PLACES["far"], "mix-original")]), 3)[0]
-        row["minus original's"] = less
-        for place in ("near", "far"):
-            row[f"copied {place}"] = f"{100 * results.copying(size, arm, **COPIED[place])['value']:.1f}%"
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def new_orders(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """What decides between content and length, as text: of all orders, and of those alone that were added later."""
-    columns = {
-        "all orders": results.cells,
-        "new orders alone": results.cells[~results.cells.seed.isin(pretraining.SEEDS)],
-    }
-    shown = {}
-    for name, cells in columns.items():
-        effects = replace(results, cells=cells).content_or_length(size)
-        effects = effects[effects.change.isin([LENGTH, CONTENT]) & (effects.place == "far")]
-        shown = {column: effects[column].to_list() for column in ("change", "measure")} | shown
-        shown[name] = [
-            measured(row.value, row.low, row.high, digits=3 if row.measure == "NLL" else 1)
-            for row in effects.itertuples()
-        ]
-    return pd.DataFrame(shown)
-
-
-def judge_other_mixes(results: PretrainingResults, size: str) -> None:
-    """What was expected of the mixes that do not decide between content and length, as far as they are measured."""
-    effects = results.content_or_length(size).set_index(["change", "measure", "place"])
-    for change, measure, place, worse in (
-        (PARTED, "copying", "near", True),
-        (PARTED, "copying", "far", True),
-        (REMOVED, "NLL", "far", True),
-        (OTHER, "NLL", "far", True),
-        (OTHER, "copying", "far", False),
-    ):
-        if (change, measure, place) in effects.index:
-            row = effects.loc[change, measure, place]
-            is_worse = row.low > 0 if measure == "NLL" else row.high < 0
-            said = "worse, beyond the interval" if worse else "not detectably worse"
-            finding(f"{change}: {place} {measure} is {said}", is_worse == worse)
-    if (MORE, "copying", "far") in effects.index:
-        gained = results.difference(size, ("mix-better", "full"), ("mix-upweighted", "full"), *PLACES["far"])
-        finding(f"better content gains more far NLL than {MORE}, beyond the interval", gained["high"] < 0)
-        finding(f"{MORE}: far copying is better, beyond the interval", effects.low[MORE, "copying", "far"] > 0)
-
-
-def draw_content_or_length(effects: pd.DataFrame, size: str, folder: Path, slug: str, number: str) -> None:
-    """What each change of the mix does to NLL and to copying, near and far."""
-    styles = {
-        "near": {"label": "near", "color": GREY, "marker": "o"},
-        "far": {"label": "far", "color": BLUE, "marker": "s"},
-    }
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
-    drawn = effects[effects.change != OTHER]
-    named = {"NLL": "NLL (nats); to the right is worse", "copying": "copied (points); to the left is worse"}
-    for panel, measure in zip(panels, named, strict=True):
-        part = drawn[drawn.measure == measure]
-        intervals(panel, part, row="change", colour="place", zero=0, samples="each", styles=styles)
-        panel.set_xlabel(named[measure])
-        panel.locator_params(axis="x", nbins=6)
-        panel.get_legend().remove()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    caption = f"Content or length? Data mixes read by {size}, recorded by us; hollow: orders of the texts, bars: 95% "
-    caption += (
-        "intervals as in Figure 12.2. Far: positions from 2,048 on, or copied from over 1,024 tokens back. Near: "
-    )
-    caption += "positions below 512, or copied from up to 512 tokens back within the first 1,024. Another "
-    caption += "domain, whose NLL is off this scale, is in the table."
-    far = drawn[drawn.place == "far"]
-    alt = "; ".join(f"{row.change}, {row.measure} {row.value:+.2f}" for row in far.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"Far: {alt}.")

@@ -20,22 +20,22 @@ To models from scratch far context is worth too little for length to matter. The
 themselves, long and short ones, at any distance within the document. Quotes parted from their originals teach not to
 copy (pretraining_copying.py), so length is taken away before the texts quote themselves:
 
-    in-reach      the texts of "original", the long ones cut into four; then each piece quotes itself
+    cut-first     the texts of "original", the long ones cut into four; then each piece quotes itself
 
 Expected: without length, far copying (from over 1,024 tokens back) is worse by more than its interval, and near copying
 in the first 1,024 tokens is not. A loss of far copying by two points that is excluded refutes that length matters. If
-the paper is right, content ("better" minus "original") changes far NLL and far copying by more than length ("in-reach"
+the paper is right, content ("better" minus "original") changes far NLL and far copying by more than length ("cut-first"
 minus "original") does, the intervals apart. Larger in one measure only: undecided, as it depends on what is measured.
 Positions beyond 1,024 are never trained without length. That is part of what length gives, and not told from the rest.
 Three orders of the texts left both undecided, as Student's t of three is wide. So three more orders were added to the
 three mixes that decide. All six count, and no more will be added. The three new ones alone stand beside them: whether
 to add them was decided after a look at the others.
 
-The other mixes were then added, in three orders. Expected of "shredded": it copies worse than "in-reach", near and far.
-Of "long-removed" minus "in-reach", content without length: far NLL is worse, beyond the interval. Of "upweighted", if
-the paper is right: "better" gains more far NLL over "original" than it does, beyond the interval of the pairs; if
-length matters more, "upweighted" copies better from far back. Of "other-domain": its far NLL is worse, beyond the
-interval, and its copying is not.
+The other mixes were then added, in three orders. Expected of "shredded": it copies worse than "cut-first", near and
+far. Of "long-removed" minus "cut-first", content without length: far NLL is worse, beyond the interval. Of
+"upweighted", if the paper is right: "better" gains more far NLL over "original" than it does, beyond the interval of
+the pairs; if length matters more, "upweighted" copies better from far back. Of "other-domain": its far NLL is worse,
+beyond the interval, and its copying is not.
 
 The cell "before" is the model as it is, RoPE base raised. A timing run on three documents showed, before any mix was
 trained, that it copies from far back already. So a mix may keep or lose this, and need not teach it.
@@ -65,7 +65,7 @@ def mix_rows(mix: str, settings: TrainingSettings) -> list[TrainingSequence]:
     # From two ends, so that an arm of one kind of text reads none of it twice.
     first, last = iter(long), reversed(short)
     rows = [next(first) if whole else cut(next(last), PIECE) for whole in is_long]
-    if mix == "in-reach":
+    if mix == "cut-first":
         rows = [cut(row, PIECE) for row in rows]
     generator, share = np.random.default_rng(settings.seed), settings.self_quoting_share
     rows = [quoting(row, share, generator) for row in rows] if share else rows

@@ -26,7 +26,6 @@ Other switches (20%, 40%, 95%), if time is left, are trained at the rate of the 
 
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 
 from experiments.pretraining_results import PretrainingResults, larger_results
@@ -34,8 +33,7 @@ from experiments.pretraining_results import PretrainingResults, larger_results
 LAST = 40  # steps whose training loss chooses a rate
 LARGER, SEEDS = "0.9M", (0, 1, 2)
 RATED = {  # factors of the recorded rate that the search came to, and seeds that were trained at them
-    "long": {2: (0,), 0.5: SEEDS},
-    "switch-80": {2: SEEDS, 4: (0,)},
+    "switch-80": {2: (0,), 0.5: (0,), 0.25: SEEDS, 0.125: (0,)},
 }
 FACTORS = sorted({factor for tried in RATED.values() for factor in tried})
 
@@ -53,38 +51,36 @@ def losses_at_the_end(results: PretrainingResults, size: str, arm: str) -> dict[
     return {name: found[name] for name in names if name in found}
 
 
-def at_own_rates(results: PretrainingResults, size: str) -> PretrainingResults:
-    """The arms that have been trained at several rates, each at its own: their size is called "SIZE, own rates"."""
-    cells = results.cells
-    chosen = {}
-    for arm in RATED:
-        losses = losses_at_the_end(results, size, arm)
-        chosen[arm] = min(losses, key=losses.__getitem__)
-    own = pd.concat([cells[(cells.arm == arm) & (cells["size"] == name)] for arm, name in chosen.items()])
-    return replace(results, cells=own.assign(size=f"{size}, own rates"))
+def at_own_rate(results: PretrainingResults, size: str) -> PretrainingResults:
+    """Long throughout and the switch, each at its own rate if one was looked for: their size is "SIZE, own rate"."""
+    cells, parts = results.cells, []
+    for arm in ("long", "switch-80"):
+        losses = losses_at_the_end(results, size, arm) if arm in RATED else {size: 0.0}
+        parts.append(cells[(cells.arm == arm) & (cells["size"] == min(losses, key=losses.__getitem__))])
+    return replace(results, cells=pd.concat(parts).assign(size=f"{size}, own rate"))
 
 
 def larger_sizes() -> dict[str, PretrainingResults]:
-    """The larger size from its committed record: all arms at one rate, and each at its own."""
+    """The larger size from its committed record: all arms at one rate, and the switch at its own."""
     results = larger_results()
-    own = at_own_rates(results, LARGER)
+    own = at_own_rate(results, LARGER)
     return {LARGER: results, own.cells["size"].iloc[0]: own}
 
 
-def rate_table(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """A row for each rate, as text: the training loss that chooses an arm's rate, and held-out NLL, both of seed 0."""
-    columns: dict[str, dict[str, str]] = {}
-    for arm in RATED:
-        losses = losses_at_the_end(results, size, arm)
-        best = min(losses, key=losses.__getitem__)
-        columns[f"{arm}, training loss"] = {
-            name: f"**{loss:.3f}**" if name == best else f"{loss:.3f}" for name, loss in losses.items()
+def rate_table(results: PretrainingResults, size: str, arm: str = "switch-80") -> pd.DataFrame:
+    """A row for each rate of an arm, of seed 0, as text: the training loss that chooses, and held-out NLL."""
+    losses = losses_at_the_end(results, size, arm)
+    rows = (
+        results.cells[(results.cells.arm == arm) & (results.cells.seed == 0)].reset_index().set_index("size")["index"]
+    )
+    return pd.DataFrame(
+        {
+            "rate, by the recorded one": f"{factor:g}",
+            "training loss at the end": f"**{losses[name]:.3f}**"
+            if losses[name] == min(losses.values())
+            else f"{losses[name]:.3f}",
+            "held-out NLL": f"{results.mean_nll(rows[name]):.3f}",
         }
-        cells = results.cells[(results.cells.arm == arm) & (results.cells.seed == 0)]
-        columns[f"{arm}, held-out NLL"] = {
-            name: f"{results.mean_nll(row):.3f}" for row, name in cells["size"].items() if name in losses
-        }
-    table = pd.DataFrame(columns).fillna("-")
-    factors = [float(name.removeprefix(f"{size}-x")) if name != size else 1.0 for name in table.index]
-    table.insert(0, "rate, beside the recorded one", [f"{factor:g}" for factor in factors])
-    return table.iloc[np.argsort(factors)].reset_index(drop=True)
+        for factor in sorted([1, *FACTORS])
+        if (name := rate_name(size, factor)) in losses
+    )

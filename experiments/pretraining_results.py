@@ -205,10 +205,10 @@ PLACES = {"near": (1, 512), "far": (2048, 4096)}
 FIRST_ORDERS = 3  # of the data mixes: more were added when these had been seen
 LENGTH, CONTENT = "length taken away", "better content"  # what is compared: both at an equal share of quotes
 MIX_CHANGES = {  # of a model that copies: the first arm minus the second
-    LENGTH: ("mix-in-reach", "mix-original"),
+    LENGTH: ("mix-cut-first", "mix-original"),
     CONTENT: ("mix-better", "mix-original"),
-    (REMOVED := "content taken away, all short"): ("mix-long-removed", "mix-in-reach"),
-    (PARTED := "quotes parted, all short"): ("mix-shredded", "mix-in-reach"),
+    (REMOVED := "content taken away, all short"): ("mix-long-removed", "mix-cut-first"),
+    (PARTED := "quotes parted, all short"): ("mix-shredded", "mix-cut-first"),
     (MORE := "more long documents"): ("mix-upweighted", "mix-original"),
     (OTHER := "another domain"): ("mix-other-domain", "mix-original"),
 }

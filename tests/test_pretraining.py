@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,15 @@ from experiments import pretraining
 from experiments.pretraining import LONG, MIXES, SHORT, Cell, Size, cut_short, flops_per_token, long_settings
 from experiments.pretraining_copying import SKIPPED, continued_from
 from experiments.pretraining_mix import PIECE, mix_rows
+from experiments.pretraining_rates import (
+    FACTORS,
+    LAST,
+    at_own_rate,
+    larger_sizes,
+    losses_at_the_end,
+    rate_name,
+    rate_table,
+)
 from experiments.pretraining_results import (
     CONTENT,
     LENGTH,
@@ -59,33 +69,33 @@ def test_shredding_takes_length_away_and_nothing_else():
 def test_mixes_have_their_shares_of_long_rows_and_repeat_no_text():
     for name, (_, _, share) in MIXES.items():
         rows = mix_rows(name, SETTINGS)
-        if name not in ("shredded", "in-reach"):
+        if name not in ("shredded", "cut-first"):
             assert sum(row.contiguous for row in rows) == round(share * SETTINGS.steps)
         assert len({row.input_ids[1:PIECE].tobytes() for row in rows}) == len(rows)
 
 
 def test_without_length_texts_quote_only_what_stands_in_their_own_piece():
     quoting = replace(SETTINGS, self_quoting_share=0.6)
-    plain, original, shredded, in_reach = (
+    plain, original, shredded, cut_first = (
         mix_rows(name, settings)
         for name, settings in (
             ("shredded", SETTINGS),
             ("original", quoting),
             ("shredded", quoting),
-            ("in-reach", quoting),
+            ("cut-first", quoting),
         )
     )
-    quotes = np.array([(one.input_ids != two.input_ids).any() for one, two in zip(plain, in_reach, strict=True)])
+    quotes = np.array([(one.input_ids != two.input_ids).any() for one, two in zip(plain, cut_first, strict=True)])
     assert 0.5 < quotes.mean() <= 1
     for one, other in zip(original, shredded, strict=True):
         assert (np.flatnonzero(one.input_ids != other.input_ids) % PIECE == 0).all()
     foreign = {}
-    for name, rows in {"shredded": shredded, "in-reach": in_reach}.items():
+    for name, rows in {"shredded": shredded, "cut-first": cut_first}.items():
         pairs = [
             zip(*(x.input_ids.reshape(-1, PIECE) for x in both), strict=True) for both in zip(plain, rows, strict=True)
         ]
         foreign[name] = sum(len(set(piece) - set(own)) for pair in pairs for own, piece in pair)
-    assert foreign["in-reach"] == 0 < foreign["shredded"]
+    assert foreign["cut-first"] == 0 < foreign["shredded"]
 
 
 def test_a_data_mix_begins_with_the_tiny_llama_and_is_recorded_beside_it(tmp_path, monkeypatch):
@@ -93,7 +103,7 @@ def test_a_data_mix_begins_with_the_tiny_llama_and_is_recorded_beside_it(tmp_pat
     monkeypatch.setattr(pretraining, "RUNS", tmp_path)
     tokenizer, training, held_out = pretraining.texts()
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
-    cells = [Cell("tiny-llama", arm, 0) for arm in ("mix-original", "mix-in-reach", "before")]
+    cells = [Cell("tiny-llama", arm, 0) for arm in ("mix-original", "mix-cut-first", "before")]
     assert not any(cell.short_owner for cell in cells)
     paths = [pretraining.run_cell(cell) for cell in cells]
     results = pretraining_results(collect(paths, tmp_path / "record", "mixes"))
@@ -103,7 +113,7 @@ def test_a_data_mix_begins_with_the_tiny_llama_and_is_recorded_beside_it(tmp_pat
     assert (short <= all_).all()
     assert short[:, edges[1:] <= PIECE].all() and not short[:, edges[:-1] >= PIECE].any()
     effects = results.content_or_length("tiny-llama").set_index(["change", "place", "measure"])
-    far = [results.copying("tiny-llama", arm)["value"] for arm in ("mix-in-reach", "mix-original")]
+    far = [results.copying("tiny-llama", arm)["value"] for arm in ("mix-cut-first", "mix-original")]
     assert effects.value[LENGTH, "far", "copying"] == pytest.approx(100 * (far[0] - far[1]))
     content = json.loads(paths[1].read_text())
     del content["tables"]["copying_short"]
@@ -240,6 +250,29 @@ def test_a_saving_at_equal_quality_needs_a_loss_that_is_excluded():
     equal, unsure, worse = ([0.001, 0.0, -0.001], [-0.02, 0.0, 0.02], [0.05, 0.051, 0.052])
     saved = [late_switch("a", change, seeds).saved_at_equal_quality("a") for change in (equal, unsure, worse)]
     assert saved == [pytest.approx((0.6, 0.6)), pytest.approx((0, 0.6)), (0, 0)]
+
+
+def test_the_switch_gets_the_rate_with_the_lowest_training_loss_at_the_end_of_seed_0():
+    """Held-out NLL, the start of training and the other seed speak for other rates, and choose nothing."""
+    names = ["a", *(rate_name("a", factor) for factor in FACTORS)]
+    cells = pd.DataFrame(product(names, ("long", "switch-80"), (0, 1)), columns=NAMES)
+    chosen = (cells["size"] == np.where(cells.arm == "long", "a", names[1])).to_numpy()
+    loss = np.where((cells.seed == 0) == chosen, 4.0, 5.0)[:, None] + np.zeros(LAST + 9)
+    loss[chosen, :9] = 9.0
+    nats = np.where(chosen, 600.0, 500.0).reshape(-1, 1, 1, 1)
+    arrays = {"nats": nats, "loss": loss, "tokens": np.array([[100]]), "edges": np.array([1, 4096])}
+    results = PretrainingResults(cells, arrays | {"ways": np.array(["full"])}, Bootstrap(1, 9, 0))
+    own = at_own_rate(results, "a")
+    assert sorted(own.cells.index) == list(np.flatnonzero(chosen))
+    assert own.seeds("a, own rate", "long", "switch-80") == [0, 1]
+    assert rate_table(results, "a")["training loss at the end"].str.startswith("**").sum() == 1
+
+
+def test_the_rate_recorded_as_the_switchs_own_has_all_seeds_and_a_worse_rate_on_both_sides():
+    results, own = larger_sizes().values()
+    assert own.seeds("0.9M, own rate", "long", "switch-80") == [0, 1, 2]
+    losses = list(losses_at_the_end(results, "0.9M", "switch-80").values())
+    assert min(losses) not in (losses[0], losses[-1])
 
 
 def test_the_arms_that_decide_are_measured_first_at_the_larger_size():

@@ -183,10 +183,10 @@ def test_a_data_mix_is_judged_by_nll_and_by_copying(lines, monkeypatch):
         for name, sign in (("nats", 1), ("copied_hits", -1)):
             rows = {
                 arm: results.cells.index[results.cells.arm == f"mix-{arm}"]
-                for arm in ("original", "in-reach", "better")
+                for arm in ("original", "cut-first", "better")
             }
             original = results.arrays[name][rows["original"]]
-            arrays[name][rows["in-reach"]] = original + sign * shift
+            arrays[name][rows["cut-first"]] = original + sign * shift
             arrays[name][rows["better"]] = original - sign * (50 - shift)
         changed = dataclasses.replace(results, arrays={**results.arrays, **arrays})
         monkeypatch.setattr(scoreboard, "mixed_results", lambda changed=changed: changed)

@@ -20,6 +20,7 @@ from experiments.instruction_results import (
     InstructionResults,
     instruction_results,
 )
+from experiments.pretraining_rates import larger_sizes
 from experiments.pretraining_results import (
     CONTENT,
     EQUAL,
@@ -28,7 +29,6 @@ from experiments.pretraining_results import (
     MIXED,
     copying_results,
     heavier,
-    larger_results,
     mixed_results,
     pretraining_results,
 )
@@ -385,7 +385,7 @@ def _model_size(laws: dict[str, Any]) -> Line:
     ours = f"β {', '.join(f'{row.value:.2f} of {row.model}' for row in each.itertuples())}; "
     ours += "; ".join(f"{row.model} {measured(row.value, row.low, row.high)}" for row in steps.itertuples())
     ours += ", on the same targets behind the same contexts"
-    alike = larger_results().context_saves_more(LARGER, FROM_SCRATCH, pretraining_results())
+    alike = larger_sizes()[LARGER].context_saves_more(LARGER, FROM_SCRATCH, pretraining_results())
     ours += f"; trained alike from scratch, {LARGER} saves {_nats(pd.Series(alike))} nat more by its context than "
     ours += FROM_SCRATCH
     judged = AGREES if steps.low.min() > 0 else DISAGREES if steps.high.max() < 0 else UNDECIDED
@@ -505,8 +505,8 @@ def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     late = arms.loc["switch-80"]
     ours = f"switch at 80% of the tokens: {1 - late.flops:.0%} fewer operations by the paper's count, "
     ours += f"{1 - late.flops_counted:.0%} by what is multiplied; against long throughout, from scratch, NLL "
-    wide = larger_results().curriculum(LARGER).set_index("arm").loc["switch-80"]
-    ours += f"{_nats(late)} nat, at {LARGER} {_nats(wide)} nat"
+    wide, own = (part.curriculum(size).set_index("arm").loc["switch-80"] for size, part in larger_sizes().items())
+    ours += f"{_nats(late)} nat, at {LARGER} {_nats(wide)} nat, the switch at its own learning rate {_nats(own)} nat"
     scale = f"{_from_scratch(late.seeds)}; {LARGER}, {wide.seeds} seeds"
     return _with_a_copying_model(Line(claim, paper, ours, scale))
 
@@ -523,7 +523,7 @@ def _with_a_copying_model(line: Line) -> Line:
     worse = [what for what, bad in ((copies_less, less["high"] < 0), ("reads worse", late.low > 0)) if bad]
     if worse:
         why = f"at this scale a switch at 80% {' and '.join(worse)}; the cause is open"
-        judged = f"{DISAGREES}: {why}; from scratch, far context is worth next to nothing, and one rate serves all arms"
+        judged = f"{DISAGREES}: {why}; from scratch, far context is worth next to nothing"
     elif late.high <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
     else:
