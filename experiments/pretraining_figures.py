@@ -57,7 +57,7 @@ def in_points(change: dict[str, Any]) -> str:
 def jumps(results: PretrainingResults, size: str, arms: Sequence[str] = SWITCHED) -> pd.DataFrame:
     """Training loss minus the long arm's, in nats: before each switch, at it, soon after; then the jump between.
 
-    Columns value, low and high are the jump, with Student's interval of the seeds' means.
+    Columns value, low and high are the jump, with Student's interval of the seeds' means; "jump" has them as text.
     """
     rows = []
     for name in arms:
@@ -68,7 +68,7 @@ def jumps(results: PretrainingResults, size: str, arms: Sequence[str] = SWITCHED
         each = around[:, 20:22].mean(axis=1) - around[:, :20].mean(axis=1)
         half = student_reach(each)
         rows[-1] |= {"value": each.mean(), "low": each.mean() - half, "high": each.mean() + half, "seeds": len(each)}
-    return pd.DataFrame(rows)
+    return (found := pd.DataFrame(rows)).assign(jump=in_words(found, 3))
 
 
 def savings() -> pd.DataFrame:
@@ -138,6 +138,27 @@ def judged_switches(parts: dict[str, PretrainingResults], together: Sequence[str
         row["each seed"] = ", ".join(f"{value:+.3f}" for value in row.pop("each"))
         row[f"a loss of {EQUAL} nat"] = "excluded" if row["high"] < EQUAL else "not excluded"
     return pd.DataFrame(rows)
+
+
+def when_long(judged: pd.DataFrame, copied_less: dict[str, Any], curriculum: pd.DataFrame) -> str:
+    """The answer to notebook 12's question, as far as the records have one.
+
+    `judged` is of `judged_switches`, `copied_less` of a model that copies; `curriculum` has the earlier switches.
+    """
+    late, alone = STYLES["switch-80"][0], judged.iloc[:-1]
+    sizes = list(alone["from scratch"][alone.low > 0])
+    lost = ["copying, in the model that copies"] * (copied_less["high"] < 0)
+    lost += [f"NLL, from scratch at {'; '.join(sizes)}"] * bool(sizes)
+    if not lost:
+        return f"The {late} is not told from long throughout; that is not to say that it costs nothing."
+    earlier = curriculum.set_index("arm").loc[["switch-20", "switch-40"]]
+    labels = [STYLES[name][0] for name in earlier.index]
+    told = [label for label, low, high in zip(labels, earlier.low, earlier.high, strict=True) if low > 0 or high < 0]
+    return (
+        f"In our runs, earlier than the {late}. It loses {' and '.join(lost)}. How much earlier is open: the "
+        f"{' and the '.join(labels)} were tried at {alone['from scratch'].iloc[0]} alone, where "
+        f"{' and '.join(told) or 'neither'} differs detectably from long throughout."
+    )
 
 
 def copying_table(results: PretrainingResults, size: str) -> pd.DataFrame:

@@ -27,6 +27,7 @@ from experiments.pretraining_results import (
     FIRST_ORDERS,
     LENGTH,
     MIXED,
+    PretrainingResults,
     copying_results,
     heavier,
     mixed_results,
@@ -500,31 +501,37 @@ def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     claim = "Pretraining short first, then long, costs less at equal quality"
     if recorded("tiny", CURRICULUM) is None:
         return Line(claim, paper)
-    results = pretraining_results()
-    arms = results.curriculum(FROM_SCRATCH).set_index("arm")
-    late = arms.loc["switch-80"]
+    late = _late_switch(pretraining_results(), FROM_SCRATCH)
     ours = f"switch at 80% of the tokens: {1 - late.flops:.0%} fewer operations by the paper's count, "
     ours += f"{1 - late.flops_counted:.0%} by what is multiplied; against long throughout, from scratch, NLL "
-    wide, own = (part.curriculum(size).set_index("arm").loc["switch-80"] for size, part in larger_sizes().items())
+    wide, own = (_late_switch(part, size) for size, part in larger_sizes().items())
     ours += f"{_nats(late)} nat, at {LARGER} {_nats(wide)} nat, the switch at its own learning rate {_nats(own)} nat"
     scale = f"{_from_scratch(late.seeds)}; {LARGER}, {wide.seeds} seeds"
     return _with_a_copying_model(Line(claim, paper, ours, scale))
 
 
+def _late_switch(results: PretrainingResults, size: str) -> Any:
+    """The switch at 80% beside long throughout."""
+    return results.curriculum(size).set_index("arm").loc["switch-80"]
+
+
 def _with_a_copying_model(line: Line) -> Line:
-    """The line of short-then-long pretraining, judged by the model that has far context to lose."""
+    """The line of short-then-long pretraining: the model that has far context to lose judges, and 0.9M from scratch."""
     results = copying_results()
-    late = results.curriculum(TRAINED_ON).set_index("arm").loc["switch-80"]
+    late, (_, (size, scratch)) = _late_switch(results, TRAINED_ON), larger_sizes().items()
+    own = _late_switch(scratch, size)
     less, near = late.copied_less, results.copying(TRAINED_ON, "switch-80", "long", 1, 256)
     points = measured(*(100 * less[name] for name in ("value", "low", "high")), digits=1)
     ours = f"{line.ours}; in the tiny Llama, which copies, copied from over 1,024 tokens back {points} points"
     scale = f"{line.scale}; {MODELS['tiny']}, trained on, {late.seeds} orders of the texts (seeds)"
     copies_less = f"copies less than long throughout, {'near and far' if near['high'] < 0 else 'far back'}"
-    worse = [what for what, bad in ((copies_less, less["high"] < 0), ("reads worse", late.low > 0)) if bad]
+    read = f"reads worse from scratch at {LARGER}, at its own learning rate, too,"
+    judges = (copies_less, less["high"] < 0), ("reads worse", late.low > 0), (read, own.low > 0)
+    worse = [what for what, bad in judges if bad]
     if worse:
         why = f"at this scale a switch at 80% {' and '.join(worse)}; the cause is open"
         judged = f"{DISAGREES}: {why}; from scratch, far context is worth next to nothing"
-    elif late.high <= EQUAL and less["low"] > -MARGIN:
+    elif max(late.high, own.high) <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
     else:
         why = f"{NO_DIFFERENCE}, but a loss of {EQUAL} nat or of {100 * MARGIN:.0f} points is not excluded"
