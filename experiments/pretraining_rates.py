@@ -35,8 +35,10 @@ from experiments.pretraining_results import PretrainingResults, larger_results
 
 LAST = 40  # steps whose training loss chooses a rate
 LARGER, SEEDS = "0.9M", (0, 1, 2)
-RATED = {  # factors of the recorded rate that the search came to, and seeds that were trained at them
+RATED = {  # factors of the recorded rate, and seeds that were trained at them
     "switch-80": {2: (0,), 0.5: SEEDS, 0.25: (0,)},
+    "switch-40": {0.5: SEEDS},
+    "long": {0.5: (0,)},
 }
 FACTORS = sorted({factor for tried in RATED.values() for factor in tried})
 
@@ -55,12 +57,12 @@ def losses_at_the_end(results: PretrainingResults, size: str, arm: str) -> dict[
 
 
 def at_own_rate(results: PretrainingResults, size: str) -> PretrainingResults:
-    """Long throughout and the switch, each at its own rate if one was looked for: their size is "SIZE, own rate"."""
-    cells, parts = results.cells, []
-    for arm in ("long", "switch-80"):
-        losses = losses_at_the_end(results, size, arm) if arm in RATED else {size: 0.0}
-        parts.append(cells[(cells.arm == arm) & (cells["size"] == min(losses, key=losses.__getitem__))])
-    return replace(results, cells=pd.concat(parts).assign(size=f"{size}, own rate"))
+    """Long throughout at the recorded rate, switches at that of the switch at 80%: their size is "SIZE, own rate"."""
+    losses, cells = losses_at_the_end(results, size, "switch-80"), results.cells
+    own = cells["size"] == min(losses, key=losses.__getitem__)
+    parts = cells[(cells.arm == "long") & (cells["size"] == size)], cells[(cells.arm != "long") & own]
+    both = pd.concat(parts)
+    return replace(results, cells=both[both.arm != "short"].assign(size=f"{size}, own rate"))
 
 
 def larger_sizes() -> dict[str, PretrainingResults]:
