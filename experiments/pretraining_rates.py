@@ -21,10 +21,11 @@ of the time. Until then it keeps the recorded rate, which favours the switch: if
 rate of its own for long throughout would only add to that. If the switch is not worse, that is no result before long
 throughout has its own rate, too.
 
-Other switches, if time is left, are trained at the rate of the switch at 80%, and are said to be. The switch at 80%
-chose half the recorded rate, and is still worse. So the switch at 40% was begun at that rate. Expected, if sequences
-should become long early: it is better than the switch at 80%, beyond the interval of their seeds. Long throughout is
-also trained at that rate, one seed, to see which way a rate of its own would move it; it chooses nothing.
+The switch at 80% chose half the recorded rate, and is still worse. Long throughout, one seed at that rate, to see which
+way a rate of its own would move it, trains worse there. It chooses nothing. So half the rate holds long sequences back,
+and the switch at 40%, if time is left, is trained at the recorded rate, which most of its steps want. Expected, before
+it was begun, if sequences should become long early: it is better than the switch at 80% of the same rate, beyond the
+interval of their seeds.
 """
 
 from dataclasses import replace
@@ -37,7 +38,6 @@ LAST = 40  # steps whose training loss chooses a rate
 LARGER, SEEDS = "0.9M", (0, 1, 2)
 RATED = {  # factors of the recorded rate, and seeds that were trained at them
     "switch-80": {2: (0,), 0.5: SEEDS, 0.25: (0,)},
-    "switch-40": {0.5: SEEDS},
     "long": {0.5: (0,)},
 }
 FACTORS = sorted({factor for tried in RATED.values() for factor in tried})
@@ -56,13 +56,18 @@ def losses_at_the_end(results: PretrainingResults, size: str, arm: str) -> dict[
     return {name: found[name] for name in names if name in found}
 
 
+def own_rate(results: PretrainingResults, size: str) -> float:
+    """The rate of the switch at 80%, by the recorded one."""
+    losses = losses_at_the_end(results, size, "switch-80")
+    best = min(losses, key=losses.__getitem__)
+    return next(factor for factor in (1, *FACTORS) if rate_name(size, factor) == best)
+
+
 def at_own_rate(results: PretrainingResults, size: str) -> PretrainingResults:
     """Long throughout at the recorded rate, switches at that of the switch at 80%: their size is "SIZE, own rate"."""
-    losses, cells = losses_at_the_end(results, size, "switch-80"), results.cells
-    own = cells["size"] == min(losses, key=losses.__getitem__)
-    parts = cells[(cells.arm == "long") & (cells["size"] == size)], cells[(cells.arm != "long") & own]
-    both = pd.concat(parts)
-    return replace(results, cells=both[both.arm != "short"].assign(size=f"{size}, own rate"))
+    arm, name, own = results.cells.arm, results.cells["size"], rate_name(size, own_rate(results, size))
+    ours = ((arm == "long") & (name == size)) | (arm.str.startswith("switch") & (name == own))
+    return replace(results, cells=results.cells[ours].assign(size=f"{size}, own rate"))
 
 
 def larger_sizes() -> dict[str, PretrainingResults]:
@@ -72,20 +77,19 @@ def larger_sizes() -> dict[str, PretrainingResults]:
     return {LARGER: results, own.cells["size"].iloc[0]: own}
 
 
-def rate_table(results: PretrainingResults, size: str, arm: str = "switch-80") -> pd.DataFrame:
-    """A row for each rate of an arm, of seed 0, as text: the training loss that chooses, and held-out NLL."""
-    losses = losses_at_the_end(results, size, arm)
-    rows = (
-        results.cells[(results.cells.arm == arm) & (results.cells.seed == 0)].reset_index().set_index("size")["index"]
-    )
-    return pd.DataFrame(
-        {
-            "rate, by the recorded one": f"{factor:g}",
-            "training loss at the end": f"**{losses[name]:.3f}**"
-            if losses[name] == min(losses.values())
-            else f"{losses[name]:.3f}",
-            "held-out NLL": f"{results.mean_nll(rows[name]):.3f}",
-        }
-        for factor in sorted([1, *FACTORS])
-        if (name := rate_name(size, factor)) in losses
-    )
+def rate_table(results: PretrainingResults, size: str) -> pd.DataFrame:
+    """A row for each rate, of seed 0, as text: the training loss that chooses the switch's, and held-out NLL.
+
+    Long throughout, for which no rate is chosen, stands beside it.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for arm in ("switch-80", "long"):
+        losses = losses_at_the_end(results, size, arm)
+        cells = results.cells[(results.cells.arm == arm) & (results.cells.seed == 0)]
+        nll = {name: f"{results.mean_nll(row):.3f}" for row, name in cells["size"].items() if name in losses}
+        columns |= {f"{arm}, training loss": {name: f"{loss:.3f}" for name, loss in losses.items()}, f"{arm}, NLL": nll}
+    table = pd.DataFrame(columns).fillna("-")
+    table.loc[rate_name(size, own_rate(results, size)), "switch-80, training loss"] += ", chosen"
+    rates = {rate_name(size, factor): f"{factor:g}" for factor in sorted([1, *FACTORS])}
+    table = table.loc[[name for name in rates if name in table.index]]
+    return table.rename(index=rates).rename_axis("rate, by the recorded one").reset_index()
