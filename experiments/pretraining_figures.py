@@ -155,8 +155,8 @@ def when_long(curricula: dict[str, pd.DataFrame], copied_less: dict[str, Any]) -
     if not lost:
         return f"No loss by a late switch is detected, which does not say that it costs nothing ({late})."
     return (
-        f"Earlier, in our runs, than the {STYLES['switch-80'][0]}. It loses {' and '.join(lost)} ({late}). Which earlier "
-        f"switch is early enough is open ({'; '.join(earlier)})."
+        f"Earlier, in our runs, than the {STYLES['switch-80'][0]}. It loses {' and '.join(lost)} ({late}). Which "
+        f"earlier switch is early enough is open ({'; '.join(earlier)})."
     )
 
 
