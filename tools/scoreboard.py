@@ -525,11 +525,11 @@ def _with_a_copying_model(line: Line) -> Line:
     ours = f"{line.ours}; in the tiny Llama, which copies, copied from over 1,024 tokens back {points} points"
     scale = f"{line.scale}; {MODELS['tiny']}, trained on, {late.seeds} orders of the texts (seeds)"
     copies_less = f"copies less than long throughout, {'near and far' if near['high'] < 0 else 'far back'}"
-    read = f"reads worse from scratch at {LARGER}, at its own learning rate, too,"
+    read = f"reads worse from scratch at {LARGER}, even at its own learning rate"
     judges = (copies_less, less["high"] < 0), ("reads worse", late.low > 0), (read, own.low > 0)
     worse = [what for what, bad in judges if bad]
     if worse:
-        why = f"at this scale a switch at 80% {' and '.join(worse)}; the cause is open"
+        why = f"at this scale a switch at 80% {'; it '.join(worse)}; the cause is open"
         judged = f"{DISAGREES}: {why}; from scratch, far context is worth next to nothing"
     elif max(late.high, own.high) <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
