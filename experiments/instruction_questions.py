@@ -16,6 +16,11 @@ run: the paper's two claims and what refutes them as above. But a model that was
 one constant answer earns, so F1 should tell no arm from another. The right answer's log-probability should repeat SQuAD
 past the old window: the loss on the prompt makes it less likely than none does, and than short questions do. An
 interval above 0 of either difference refutes that, and would be the paper's direction.
+
+Three arms of seed 0 were measured first: not tuned, short, and long with the loss on the prompt. Next come long without
+that loss and, beside it, answers at full weight, as far as there is time. Expected before: F1 tells none of them apart.
+The loss on the prompt makes the right answer less likely than none does. At full weight neither score changes. An
+interval of F1 without 0, one of the first log-probability above 0, or one of the second without 0 refutes that.
 """
 
 import re
