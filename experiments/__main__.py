@@ -58,7 +58,8 @@ def arguments() -> argparse.Namespace:
     instruction.add_argument(
         "--questions", choices=["squad", "hotpotqa"], default="squad", help="to ask a real model (default: squad)"
     )
-    instruction.add_argument("--finished", action="store_true", help="write the record of what is measured already")
+    instruction.add_argument("--arms", nargs="*", metavar="ARM", help="of a real model: measure these only, or none")
+    instruction.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="in place of 0 1 2")
     asking = commands.add_parser("self-instruct", help="a chat model asks about a preset's documents, for notebook 9")
     asking.add_argument("--writer", default="qwen2.5-coder-1.5b", help="the preset whose base is the chat model")
     asking.add_argument("--chunks", type=int, default=60, help="to ask two questions about (default: 60; half an hour)")
@@ -198,9 +199,12 @@ def run(asked: argparse.Namespace) -> Path | None:
         return searches.compare_trainings(preset, asked.names, seed=0)
     if asked.command == "instruction":
         if preset.instruction.questions != "quotations":
-            from experiments.instruction_questions import tune_and_ask
+            from experiments import instruction_questions as real
 
-            return tune_and_ask(preset, RESULTS / preset.name, asked.questions, asked.finished)
+            arms = real.ARMS if asked.arms is None else asked.arms
+            if unknown := {*arms} - {*real.ARMS}:
+                raise ValueError(f"no such arm: {', '.join(sorted(unknown))}. There are: {', '.join(real.ARMS)}")
+            return real.tune_and_ask(preset, RESULTS / preset.name, asked.questions, arms, asked.seeds or real.SEEDS)
         from experiments.instruction import ablate
 
         return ablate(preset, RESULTS / preset.name)

@@ -25,7 +25,7 @@ interval of F1 without 0, one of the first log-probability above 0, or one of th
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -217,11 +217,10 @@ def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> l
     return found
 
 
-def tune_and_ask(preset: Preset, folder: Path, name: str, finished: bool = False) -> Path:
-    """Measure every arm and seed that was not yet, then write the record of a set of SETS into a folder.
-
-    `finished`: measure none, write those that are.
-    """
+def tune_and_ask(
+    preset: Preset, folder: Path, name: str, arms: Collection[str] = ARMS, seeds: Collection[int] = SEEDS
+) -> Path:
+    """Measure those of these arms and seeds that were not yet, then write the record of all that are into a folder."""
     start, of = find_adapter(preset), SETS[name]
     quick = replace(preset, training=replace(preset.training, attention=DOCUMENTS))
     tokenizer = load_tokenizer(base := locate_base(preset))
@@ -252,10 +251,10 @@ def tune_and_ask(preset: Preset, folder: Path, name: str, finished: bool = False
     for arm, seed in runs:
         own = [(context.length, question.name) for context in asked[seed] for question in context.questions]
         cache = Cache(preset.run_folder / "instruction-ablation", VERSION, {**inputs, "asked": own})
-        if finished:
-            made[arm, seed] = cache.kept(f"{arm}-{seed}", {}, ".json")
-        else:
+        if arm in arms and seed in seeds:
             made[arm, seed] = cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed))
+        else:
+            made[arm, seed] = cache.kept(f"{arm}-{seed}", {}, ".json")
     made = {run: one for run, one in made.items() if one}
     mixture = Mixture(preset.data, tokenizer, window=preset.instruction.window)
     documents = next(mixture.buffers(instruction_settings(preset, preset.instruction)))

@@ -367,14 +367,19 @@ def wins(table: pd.DataFrame, test: Sequence[Asked]) -> pd.DataFrame:
 
 
 def wins_by_step(table: pd.DataFrame) -> pd.DataFrame:
-    """By arm, seed, step and decoding: `preferred` as in `wins`, with a bootstrap over questions."""
-    index, labels, rows = ["decoding", "seed", "question"], ["arm", "seed", "step", "decoding"], []
+    """By arm, step, decoding and seed: `preferred` with its interval, as in `wins`; of all seeds `seed` is missing."""
+    index, labels, rows = ["decoding", "seed", "question"], ["arm", "step", "decoding"], []
     before = table[table.arm == "sft"].set_index(index).gold.rename("gold_sft")
-    for key, part in table[table.arm.isin(ARMS)].join(before, on=index).groupby(labels, sort=False):
-        points = (np.sign((part.gold - part.gold_sft).round(9)).to_numpy() + 1) / 2
-        low, high = mean_interval(points)
-        rows.append({**dict(zip(labels, key, strict=True)), "preferred": points.mean(), "low": low, "high": high})
-    return pd.DataFrame(rows)
+    own = table[table.arm.isin(ARMS)].join(before, on=index)
+    own = own.assign(points=(np.sign((own.gold - own.gold_sft).round(9)) + 1) / 2)
+    for key, whole in own.groupby(labels, sort=False):
+        for seed, part in [(None, whole), *whole.groupby("seed")]:
+            low, high = mean_interval(part.groupby("question").points.mean().to_numpy())
+            if seed is None:
+                low, high = np.clip(wider(low, high, part.groupby("seed").points.mean()), 0, 1)
+            numbers = {"preferred": part.points.mean(), "low": low, "high": high}
+            rows.append({**dict(zip(labels, key, strict=True)), "seed": seed, **numbers})
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
 
 
 def shown(table: pd.DataFrame, test: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
@@ -426,8 +431,9 @@ def costs(
         for bounds in ([1, window], edges):
             part = paired_table(read[arm, seed], read["sft", 0], bounds, **options)
             changes.append(part.assign(arm=arm, seed=seed, whole=len(bounds) == 2))
+    tables = {"nll": pd.concat(changes), "nll_of_seeds": costs_of_seeds(read)}
     if not found:
-        return {"nll": pd.concat(changes)}
+        return tables
     answers = pd.concat(found)
     columns = ["arm", "seed", "task", "length"]
     by_length = answers.groupby(columns, sort=False)[["probability", "exact", "rouge_l"]].mean().reset_index()
@@ -443,4 +449,21 @@ def costs(
                 **{name: getattr(change, name) for name in ("before", "after", "difference", "low", "high")},
             }
         )
-    return {"nll": pd.concat(changes), "retrieval": by_length, "retrieval_change": pd.DataFrame(paired)}
+    return tables | {"retrieval": by_length, "retrieval_change": pd.DataFrame(paired)}
+
+
+def costs_of_seeds(read: dict[tuple[str, int], list[np.ndarray]]) -> pd.DataFrame:
+    """Of each arm, nats a token more than the SFT model over documents of one length, with the intervals of `wins`."""
+    rows = []
+    for arm in dict.fromkeys(arm for arm, _ in read if arm != "sft"):
+        own = {seed: nll for (name, seed), nll in read.items() if name == arm}
+        means = pd.DataFrame(
+            {
+                seed: [(after - before).mean(dtype=float) for after, before in zip(nll, read["sft", 0], strict=True)]
+                for seed, nll in own.items()
+            }
+        )
+        low, high = wider(*mean_interval(means.mean(axis=1).to_numpy()), means.mean())
+        numbers = {"nll": means.mean(axis=None), "low": low, "high": high}
+        rows.append({"arm": arm, **numbers, "documents": len(means), "seeds": len(own)})
+    return pd.DataFrame(rows)

@@ -17,9 +17,11 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, RLOOConfig
 
 from conftest import LORA, RAISED, new_llama, small_preset
-from experiments.preference import wider, wins_by_step
+from experiments.preference import costs_of_seeds, wider, wins_by_step
 from experiments.preference_controls import TEXT, TOKENS, with_text
+from experiments.race_results import student_reach
 from llama_long_utils.evaluation.generation import likelihoods
+from llama_long_utils.evaluation.statistics import mean_interval
 from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, read_card, save_adapter
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import hidden_states, next_token_nll
@@ -401,7 +403,25 @@ def test_the_share_preferred_by_step_counts_half_of_the_ties():
     rows = [("sft", 0, 0, 0.5), ("sft", 0, 1, 0.5), ("dpo", 4, 0, 0.6), ("dpo", 4, 1, 0.5), ("dpo", 8, 0, 0.4)]
     rows += [("dpo", 8, 1, 0.5), ("imitation", 8, 0, 0.9)]
     table = pd.DataFrame(rows, columns=["arm", "step", "question", "gold"]).assign(seed=0, decoding="greedy")
-    assert wins_by_step(table).set_index(["arm", "step"]).preferred.to_dict() == {("dpo", 4): 0.75, ("dpo", 8): 0.25}
+    found = wins_by_step(table)
+    assert found[found.seed == 0].set_index("step").preferred.to_dict() == {4: 0.75, 8: 0.25}
+    assert found[found.seed.isna()].set_index(["arm", "step"]).preferred.to_dict() == {
+        ("dpo", 4): 0.75,
+        ("dpo", 8): 0.25,
+    }
+
+
+def test_what_all_seeds_cost_has_the_wider_of_two_intervals():
+    before = [np.zeros((1, 4)) for _ in range(8)]
+    same, more = ([one + 0.1 * number * step for number, one in enumerate(before)] for step in (1, 3))
+    read = {("sft", 0): before, ("dpo", 0): same, ("dpo", 1): same, ("rl", 0): same, ("rl", 1): more}
+    table = costs_of_seeds(read).set_index("arm")
+    assert {*table.seeds} == {2} and {*table.documents} == {8}
+    np.testing.assert_allclose(table.nll, [0.35, 0.7])
+    over_documents = mean_interval(np.arange(8) / 10)
+    np.testing.assert_allclose(table.loc["dpo", ["low", "high"]].astype(float), over_documents)
+    reach = student_reach(np.array([0.35, 1.05]))
+    np.testing.assert_allclose(table.loc["rl", ["low", "high"]].astype(float), [0.7 - reach, 0.7 + reach])
 
 
 def test_one_seed_has_the_interval_over_questions_and_several_may_have_a_wider_one():
