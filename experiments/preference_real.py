@@ -28,8 +28,9 @@ def by_step(record: Record) -> pd.DataFrame:
 
 def say_real_model(record: Record, limit: float, folder: Path, slug: str, number: str) -> None:
     """Tables of what was measured, whether what was expected holds, and the figure."""
-    table, rated, costs = by_step(record), record.table("reward_model"), record.table("nll").query("whole")
+    table, rated, costs = by_step(record), record.table("reward_model"), record.table("nll_of_seeds")
     wins, changes, made = record.table("wins"), record.table("changes"), record.content["provenance"]
+    each = record.table("nll").query("whole")
     seeds, questions = sorted(table.seed.unique()), wins.questions.iloc[0]
     said = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {questions} held-out questions"
     origin = f"SmolLM2-135M-Instruct, {record.origin} on {made['device']}; {said}"
@@ -42,16 +43,17 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
     say(f"""The reward model agrees with {agreed} of {total} comparisons that it was not trained on
         ({measured(agreed / total, *share_interval(agreed, total), sign=False)}). Over the start's sampled answers its
         rank correlation with gold is {rank.rank_gold:.2f}, with having ended {rank.rank_ended:.2f}, with right words
-        {rank.rank_words:.2f}, with length {rank.rank_length:.2f}.""")
+        {rank.rank_words:.2f}, with length {rank.rank_length:.2f}, each a mean over seeds.""")
     whole = wins[wins.seed.isna() & wins.arm.isin([*LOOKS, "sft, stopped"])]
     say("Judged by gold, with 95% over questions or seeds; \"cut\": against the start's own answer, cut as the arm's:")
     columns = {"arm": whole.arm, "decoding": whole.decoding}
     columns["preferred"] = [in_brackets(row, "preferred") for _, row in whole.iterrows()]
     columns["preferred, cut"] = [in_brackets(row, "preferred_cut", "_cut") for _, row in whole.iterrows()]
     show_table(pd.DataFrame(columns))
-    tokens = int(costs.position_high.max())
-    say(f"Held-out stretches of {tokens:,} tokens cost so many nats a token more than at the start:")
-    show_table(costs[["arm", "seed", "nll", "low", "high", "documents"]], digits=3)
+    tokens, documents = int(each.position_high.max()), costs.documents.iloc[0]
+    say(f"""Seed by seed, against the start. The cost is in nats a token of {documents} held-out stretches of {tokens:,}
+        tokens. 95%: of a seed over questions (documents), of all seeds the wider of that or over seeds.""")
+    show_table(seed_by_seed(record, table))
     for row in whole[whole.arm.isin(LOOKS)].itertuples():
         named, options = f"{row.arm}, {row.decoding}: preferred to the start", {"than": 0.5, "digits": 2, "sign": False}
         shown(named, (row.preferred, row.low, row.high), **options)
@@ -60,15 +62,41 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
         since = changes[(changes.arm == arm) & (changes.decoding == "greedy") & (changes.since == "sft")]
         words = since.set_index("measure").loc["words_right", ["difference", "low", "high"]]
         shown(f"{arm}: fewer greedy answers begin right than at the start", words, above=False, digits=2)
-        sampled = table[(table.arm == arm) & (table.decoding == "sampled")].groupby("step")[[*WATCHED]].mean()
-        first, end = sampled.iloc[0], sampled.iloc[-1]
-        finding(
-            f"{arm}: late in training the proxy of sampled answers rises, gold or right words fall", gamed(first, end)
-        )
-        for row in costs[costs.arm == arm].itertuples():
-            within = f"{arm}, seed {row.seed}: long stretches cost at most {limit:g} nat"
-            shown(within, (row.nll, row.low, row.high), than=limit, above=False, digits=3)
+        sampled = table[(table.arm == arm) & (table.decoding == "sampled")]
+        curves = [
+            part.groupby("step")[[*WATCHED]].mean() for part in (sampled, *(one for _, one in sampled.groupby("seed")))
+        ]
+        over, *found = [gamed(curve.iloc[0], curve.iloc[-1]) for curve in curves]
+        claim = f"{arm}: late in training the proxy of sampled answers rises, gold or right words fall"
+        finding(f"{claim} (in {sum(found)} of {len(found)} seeds)", over)
+        own = wins[(wins.arm == arm) & (wins.decoding == "sampled") & wins.seed.notna()]
+        finding(f"{arm}, sampled: preferred more often than not in every seed", own.preferred.min() > 0.5)
+        within, paid = f"{arm}: long stretches cost at most {limit:g} nat", costs.set_index("arm").loc[arm]
+        shown(within, paid[["nll", "low", "high"]], than=limit, above=False, digits=3)
+        finding(f"{within}, every seed's interval", each.high[each.arm == arm].max() <= limit)
     draw_steps(table, folder, slug, number, origin)
+
+
+def seed_by_seed(record: Record, table: pd.DataFrame) -> pd.DataFrame:
+    """What each arm wins and costs with each seed and with all: text for a reader. `table`: as by `by_step`."""
+    wins, rows, labels = record.table("wins"), [], ["arm", "seed"]
+    greedy = table[(table.decoding == "greedy")].set_index([*labels, "step"]).words_right
+    costs = record.table("nll").query("whole").set_index(labels)
+    words = record.table("changes").query("decoding == 'greedy' and measure == 'words_right' and since == 'sft'")
+    for arm in (arm for arm in LOOKS if arm in set(table.arm)):
+        own = wins[(wins.arm == arm) & (wins.decoding == "sampled")]
+        for _, won in own.sort_values("seed").iterrows():
+            alone = not pd.isna(won.seed)
+            if alone:
+                changed = f"{greedy[arm, won.seed].iloc[-1] - greedy['sft', won.seed].iloc[0]:+.2f}"
+                paid = costs.loc[(arm, won.seed)]
+            else:
+                changed = in_brackets(words.set_index("arm").loc[arm], "difference", sign=True)
+                paid = record.table("nll_of_seeds").set_index("arm").loc[arm]
+            row = {"arm": arm, "seed": f"{won.seed:.0f}" if alone else "all"}
+            row |= {"sampled: preferred": in_brackets(won, "preferred"), "greedy: change of right words": changed}
+            rows.append(row | {"cost": measured(*paid[["nll", "low", "high"]], digits=3)})
+    return pd.DataFrame(rows)
 
 
 def gamed(first: pd.Series, end: pd.Series) -> bool:

@@ -249,6 +249,7 @@ COLUMNS["smollm2/09_instruction_tuning"] = COLUMNS["09_on_hotpotqa"]  # SQuAD
 COLUMNS["smollm2/10_preference_tuning"] = {
     **{name: COLUMNS["10_preference_tuning"][name] for name in ("curves", "wins", "changes", "reward_model", "log")},
     "nll": COLUMNS["10_preference_tuning"]["nll"],
+    "nll_of_seeds": {"arm", "nll", "low", "high", "documents", "seeds"},
     "wins_by_step": {"arm", "seed", "step", "decoding", "preferred", "low", "high"},
     "shown": {"question", "prompt", "answer", "dpo", "rl", "sft", "gold_dpo", "gold_rl", "gold_sft"},
 }
