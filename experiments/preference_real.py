@@ -74,7 +74,7 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
         within, paid = f"{arm}: long stretches cost at most {limit:g} nat", costs.set_index("arm").loc[arm]
         shown(within, paid[["nll", "low", "high"]], than=limit, above=False, digits=3)
         finding(f"{within}, every seed's interval", each.high[each.arm == arm].max() <= limit)
-    draw_steps(table, folder, slug, number, origin)
+    draw_steps(record, table, folder, slug, number, origin)
 
 
 def seed_by_seed(record: Record, table: pd.DataFrame) -> pd.DataFrame:
@@ -104,23 +104,24 @@ def gamed(first: pd.Series, end: pd.Series) -> bool:
     return bool(end.proxy > first.proxy and (end.gold < first.gold or end.words_right < first.words_right))
 
 
-def draw_steps(table: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
-    """Sampled answers against steps: the share preferred, right words and length; bars over questions for one seed."""
-    drawn = table[table.decoding == "sampled"]
-    figure, panels, ends = draw_by_step(drawn, STEPS)
-    alone = len(set(drawn.seed)) == 1
+def draw_steps(record: Record, table: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
+    """Sampled answers against steps: the share preferred, with bars of all seeds, right words and length."""
+    figure, panels, ends = draw_by_step(table[table.decoding == "sampled"], STEPS)
+    wins, changes = (part[part.decoding == "sampled"] for part in map(record.table, ("wins_by_step", "changes")))
+    wins, message = wins[wins.seed.isna()], []
     for place, (arm, (_, colour, _)) in enumerate(LOOKS.items()):
-        rows = drawn[drawn.arm == arm] if alone else drawn[:0]
+        rows = wins[wins.arm == arm].sort_values("step")
         spread = [rows.preferred - rows.low, rows.high - rows.preferred]
         form = {"color": colour, "fmt": "none", "capsize": 3}
         panels[0].errorbar(rows.step + 0.1 * place, rows.preferred, yerr=spread, **form)
+        named, last = arm.upper(), rows.iloc[-1]
+        verdict = "are" if last.low > 0.5 else "are not" if last.high < 0.5 else "are not shown to be"
+        message.append(f"{named}'s answers {verdict} preferred to the start's.")
+        own = changes[(changes.arm == arm) & (changes.measure == "words_right") & (changes.since == "sft")].iloc[0]
+        if own.low > 0 or own.high < 0:
+            message.append(f"They begin right {'more' if own.low > 0 else 'less'} often.")
     panels[0].axhline(0.5, color="0.4", linewidth=1)
-    last = drawn[drawn.step == drawn.groupby("arm").step.transform("max")].groupby("arm")[[*STEPS]].mean()
-    rl, dpo, start = (last.loc[arm] for arm in ("rl", "dpo", "sft"))
-    message = "Preferred answers, right words and length in training."
-    if rl.words_right < start.words_right < dpo.words_right and min(rl.preferred, dpo.preferred) > 0.5:
-        message = "Both are preferred to the start. DPO's answers begin right more often, RL's less often."
-    caption = f"""**{message}** A step of RL is not a step of DPO.
+    caption = f"""**{" ".join(message)}** A step of RL is not a step of DPO.
 
-*Sampled answers, {origin}. {"Bars: 95% over questions" if alone else "Thin lines: single seeds"}.*"""
+*Sampled answers, {origin}. Thin lines: single seeds. Bars: 95%, the wider over questions or seeds.*"""
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
