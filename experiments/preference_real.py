@@ -80,7 +80,7 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
 def seed_by_seed(record: Record, table: pd.DataFrame) -> pd.DataFrame:
     """What each arm wins and costs with each seed and with all: text for a reader. `table`: as by `by_step`."""
     wins, rows, labels = record.table("wins"), [], ["arm", "seed"]
-    greedy = table[(table.decoding == "greedy")].set_index([*labels, "step"]).words_right
+    greedy = table[table.decoding == "greedy"].set_index([*labels, "step"]).words_right.sort_index()
     costs = record.table("nll").query("whole").set_index(labels)
     words = record.table("changes").query("decoding == 'greedy' and measure == 'words_right' and since == 'sft'")
     for arm in (arm for arm in LOOKS if arm in set(table.arm)):
