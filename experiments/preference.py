@@ -322,6 +322,8 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
             change = paired_mean(*(side.to_numpy() for side in pairs[0]))
             numbers = {key: getattr(change, key) for key in ("before", "after", "difference")}
             numbers["low"], numbers["high"] = wider(change.low, change.high, pairs[1][1] - pairs[1][0])
+            if name != "proxy_scaled":  # of shares
+                numbers |= {end: float(np.clip(numbers[end], -1, 1)) for end in ("low", "high")}
             rows.append({"arm": arm, "decoding": decoding, "measure": name, "since": since, **numbers})
     return pd.DataFrame(rows)
 
