@@ -149,14 +149,15 @@ def when_long(curricula: dict[str, pd.DataFrame], copied_less: dict[str, Any]) -
     for size, table in curricula.items():
         for row in table[table.arm.isin(list(read))].itertuples():
             read[row.arm].append(f"{row_verdict(row)} at {size}")
-    late, *earlier = (f"{STYLES[name][0]}: {', '.join(words)}" for name, words in reversed(read.items()))
-    worse = any(word.startswith("worse") for word in read["switch-80"])
-    lost = ["copying in the model that copies"] * (copied_less["high"] < 0) + ["NLL from scratch"] * worse
+    loses = [name for name, words in read.items() if any(word.startswith("worse") for word in words)]
+    lost = ["copying in the model that copies"] * (copied_less["high"] < 0) + ["NLL from scratch"] * bool(loses)
+    said = "; ".join(f"{STYLES[name][0]}: {', '.join(words)}" for name, words in read.items())
     if not lost:
-        return f"No loss by a late switch is detected, which does not say that it costs nothing ({late})."
+        return f"No loss by a switch is detected, which does not say that it costs nothing ({said})."
+    first = STYLES[loses[0] if loses else "switch-80"][0]
     return (
-        f"Earlier, in our runs, than the {STYLES['switch-80'][0]}. It loses {' and '.join(lost)} ({late}). Which "
-        f"earlier switch is early enough is open ({'; '.join(earlier)})."
+        f"Earlier, in our runs, than the {first}. A late switch loses {' and '.join(lost)}. Which switch is early "
+        f"enough is open ({said})."
     )
 
 
