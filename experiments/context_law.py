@@ -240,7 +240,7 @@ def betas(losses: dict[str, ContextLoss], up_to: float) -> pd.DataFrame:
 
 def draw_laws(losses: dict[str, ContextLoss], folder: Path, slug: str, number: str, caption: str) -> None:
     """A panel for each model: the loss behind each context, and both laws, fitted to the left of the grey line."""
-    figure, panels = plt.subplots(1, len(losses), figsize=(4.6 * len(losses), 4.2), squeeze=False)
+    figure, panels = plt.subplots(1, len(losses), figsize=(min(4.6 * len(losses), 10.5), 4.2), squeeze=False)
     for axes, (name, part) in zip(panels[0], losses.items(), strict=True):
         drawn, up_to = part.drawn(), fitted_up_to(round(part.contexts.max()))
         for (law, (form, *_)), style in zip(LAWS.items(), ("-", ":"), strict=True):

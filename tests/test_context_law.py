@@ -42,7 +42,7 @@ def test_a_prediction_from_short_contexts_tells_the_right_law_from_the_wrong_one
 
 def test_records_hold_what_is_fitted_to_them(monkeypatch):
     monkeypatch.setattr(context_law, "SAMPLES", 2)  # the values of the texts themselves need no more
-    for preset in ("tiny", "smollm2"):
+    for preset in context_law.ARMS:
         record = recorded(preset, context_law.SLUG)
         again = context_law.with_fits(preset, record.table("contexts"))
         for name in ("predictions", "betas"):
@@ -60,7 +60,7 @@ def test_contexts_leave_room_for_a_target_in_any_tokenizer():
     assert contexts(2048) == [64, 128, 256, 512, 1024, 2048]
 
 
-@pytest.mark.parametrize(("preset", "up_to"), [("tiny", 1024), ("smollm2", 2048)])
+@pytest.mark.parametrize(("preset", "up_to"), [("tiny", 1024), ("smollm2", 2048), ("qwen2.5-coder-1.5b", 512)])
 def test_a_law_is_fitted_to_a_quarter_of_the_window(preset, up_to):
     longest = context_law.ARMS[preset][1]
     assert context_law.fitted_up_to(longest) == up_to
