@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from experiments.dose_record import KindBootstrap
 from experiments.dose_settings import read_doses
 from experiments.dose_texts import read_texts
-from experiments.power_law import power_law
+from experiments.power_law import CLOSER, power_law
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.statistics import SEED
@@ -161,9 +161,6 @@ LAWS: dict[str, tuple[Callable, list[float], tuple]] = {  # where a fit begins, 
 }
 
 
-CLOSER = "power law minus line, distances"
-
-
 @dataclass(frozen=True)
 class ContextLoss:
     """Nats of each text's target behind each context, from a record; `units` are the target's tokens."""
@@ -254,5 +251,5 @@ def draw_laws(losses: dict[str, ContextLoss], folder: Path, slug: str, number: s
         axes.minorticks_off()
     panels[0][0].set_ylabel("nats per token")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    alt = "Loss against context on a log scale: it falls and flattens; the power law bends with it, the line does not."
+    alt = "Loss against context on a log scale: it falls; the power law bends, the line does not."
     save_figure(figure, folder, slug, number, caption, alt)

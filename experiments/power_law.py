@@ -3,6 +3,8 @@
 import numpy as np
 from scipy.optimize import curve_fit
 
+CLOSER = "power law minus line, distances"  # in records: below zero, the law is nearer to what was measured
+
 
 def power_law(context: np.ndarray, log_alpha: float, beta: float, gamma: float) -> np.ndarray:
     """The loss at contexts in tokens, in nats. Its first number is log(alpha), which a fit finds more easily."""

@@ -20,6 +20,7 @@ from experiments.instruction_results import (
     InstructionResults,
     instruction_results,
 )
+from experiments.power_law import CLOSER
 from experiments.pretraining_rates import larger_sizes
 from experiments.pretraining_results import (
     CONTENT,
@@ -31,6 +32,7 @@ from experiments.pretraining_results import (
     copying_results,
     heavier,
     mixed_results,
+    over_sizes,
     pretraining_results,
 )
 from experiments.pretraining_results import SLUG as CURRICULUM
@@ -359,7 +361,13 @@ def _power_law(published: dict[str, Any]) -> Line:
     ours += (
         f"{_nats(pd.Series(told, BOUNDS))} nat, a line in log c {_nats(pd.Series(line, BOUNDS))}; the law is nearer "
     )
-    ours += f"by {_nats(-far.loc['power law minus line, distances', ['value', 'high', 'low']].set_axis(BOUNDS))} nat"
+    ours += f"by {_nats(-far.loc[CLOSER, ['value', 'high', 'low']].set_axis(BOUNDS))} nat"
+    for name in MODELS:
+        other = recorded(name, BY_CONTEXT) if name != "smollm2" else None  # which judges: the longest contexts
+        if other is not None:
+            last = other.table("predictions").set_index("law").loc[[CLOSER]].iloc[-1]
+            nearer = _nats(-last[["value", "high", "low"]].set_axis(BOUNDS))
+            ours += f"; at {MODELS[name]}, asked for {int(last.context):,} tokens, by {nearer}"
     if max(map(abs, told[1:])) < FORETOLD:
         judged = AGREES
     elif min(map(abs, told[1:])) > FORETOLD and told[1] * told[2] > 0:
@@ -391,9 +399,8 @@ def _model_size(laws: dict[str, Any]) -> Line:
     ours += FROM_SCRATCH
     judged = AGREES if steps.low.min() > 0 else DISAGREES if steps.high.max() < 0 else UNDECIDED
     texts = record.table("contexts").groupby("document").kind.first()
-    scale = (
-        f"{' and '.join(MODELS[name] for name in each.model)}, {len(texts)} texts of {texts.nunique()} kinds, one seed"
-    )
+    names = ", ".join(MODELS[name] for name in each.model)
+    scale = f"{names}; {len(texts)} texts of {texts.nunique()} kinds, one seed"
     why = "β is known too badly, and the models differ in data and tokenizer, too"
     return Line(claim, paper, ours, scale, f"{judged}: {why}" if judged == UNDECIDED else judged)
 
@@ -516,7 +523,10 @@ def _late_switch(results: PretrainingResults, size: str) -> Any:
 
 
 def _with_a_copying_model(line: Line) -> Line:
-    """The line of short-then-long pretraining: the model that has far context to lose judges, and 0.9M from scratch."""
+    """The line of short-then-long pretraining, judged by the model that has far context to lose.
+
+    The sizes from scratch stand beside it: their own test, of both together, was written down before the second size.
+    """
     results = copying_results()
     late, (_, (size, scratch)) = _late_switch(results, TRAINED_ON), larger_sizes().items()
     own = _late_switch(scratch, size)
@@ -525,18 +535,27 @@ def _with_a_copying_model(line: Line) -> Line:
     ours = f"{line.ours}; in the tiny Llama, which copies, copied from over 1,024 tokens back {points} points"
     scale = f"{line.scale}; {MODELS['tiny']}, trained on, {late.seeds} orders of the texts (seeds)"
     copies_less = f"copies less than long throughout, {'near and far' if near['high'] < 0 else 'far back'}"
-    read = f"reads worse from scratch at {LARGER}, even at its own learning rate"
-    judges = (copies_less, less["high"] < 0), ("reads worse", late.low > 0), (read, own.low > 0)
+    sizes = (pretraining_results(), FROM_SCRATCH), (scratch, size)
+    both = pd.Series(over_sizes(sizes, "switch-80"))
+    reads = [_reads(one) for one in (*(_late_switch(*one) for one in sizes), both)]
+    alone = f"from scratch, where far context is worth next to nothing, {reads[0]} at {FROM_SCRATCH}, {reads[1]} at "
+    alone += f"{LARGER} with a learning rate of its own, {reads[2]} over both sizes together ({_nats(both)} nat)"
+    judges = (copies_less, less["high"] < 0), ("reads worse", late.low > 0)
     worse = [what for what, bad in judges if bad]
     if worse:
-        why = f"at this scale a switch at 80% {'; it '.join(worse)}; the cause is open"
-        judged = f"{DISAGREES}: {why}; from scratch, far context is worth next to nothing"
+        why = f"at this scale a switch at 80% {' and '.join(worse)}, in a model that copies; the cause is open"
+        judged = f"{DISAGREES}: {why}; {alone}"
     elif max(late.high, own.high) <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
     else:
         why = f"{NO_DIFFERENCE}, but a loss of {EQUAL} nat or of {100 * MARGIN:.0f} points is not excluded"
         judged = f"{UNDECIDED}: {why}"
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
+
+
+def _reads(difference: Any) -> str:
+    """What an interval of NLL, minus another arm's, says."""
+    return "it reads worse" if difference.low > 0 else "it reads better" if difference.high < 0 else NO_DIFFERENCE
 
 
 def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
