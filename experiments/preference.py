@@ -33,8 +33,8 @@ before they were run:
   the other sign refutes RL's, an interval over all seeds below 0 DPO's.
 - Long stretches cost less than 0.02 nat with DPO, more with RL, in each new seed. A seed's interval on the other side
   refutes it.
-Of seed 1 the first point held, and the second and third for RL. DPO came out otherwise than with seed 0: its answers
-ended early, far fewer began right, and stretches cost more than 0.02 nat, which refutes the last point for it.
+The first point held, and the second and third for RL. DPO differs by seed: with seed 1 its answers ended early and far
+fewer began right. With both, stretches cost more than 0.02 nat, which refutes the last point for DPO.
 """
 
 import itertools
