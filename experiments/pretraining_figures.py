@@ -114,8 +114,8 @@ def quality_table(curriculum: pd.DataFrame) -> pd.DataFrame:
     return shown[[*about, *names, "seeds"]].rename(columns=names)
 
 
-def judged_switches(parts: dict[str, PretrainingResults], together: Sequence[str]) -> pd.DataFrame:
-    """The switch at 80% minus long throughout, a row for each of `parts`, and one for those `together`.
+def judged_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
+    """The switch at 80% minus long throughout: a row for each of `parts`, then the first with each other together.
 
     Columns value, low, high, seeds, and as text.
 
@@ -129,36 +129,69 @@ def judged_switches(parts: dict[str, PretrainingResults], together: Sequence[str
         nats, tokens = results.nats(size, "long", 1, 4096)
         found["NLL of long"] = float(np.mean([one.sum() for one in nats.values()]) / tokens.sum())
         found["training loss before the switch"] = results.spike(size, "switch-80")[:, :20].mean()
-        rows.append({"from scratch": size, **found, "saved at equal quality": f"{least:.0%} to {most:.0%}"})
-    found = over_sizes([(parts[size], size) for size in together], "switch-80")
-    rows.append({"from scratch": " and ".join(together), **found, "saved at equal quality": "-"})
+        found["saved at equal quality"] = f"{least:.0%} to {most:.0%}" if most else "none shown"
+        rows.append({"from scratch": size, **found})
+    first, *others = parts
+    for other in others:
+        found = over_sizes([(parts[size], size) for size in (first, other)], "switch-80")
+        rows.append({"from scratch": f"{first} and {other}", **found, "saved at equal quality": "-"})
     for row in rows:
         alone = "one seed, " if row["seeds"] == 1 else ""
         row["switch at 80%"] = alone + verdict(row["value"], row["low"], row["high"], "better", "worse")
         row["each seed"] = ", ".join(f"{value:+.3f}" for value in row.pop("each"))
-        row[f"a loss of {EQUAL} nat"] = "excluded" if row["high"] < EQUAL else "not excluded"
+        row[f"is a loss of {EQUAL} nat excluded?"] = "yes" if row["high"] < EQUAL else "no"
     return pd.DataFrame(rows)
 
 
-def when_long(curricula: dict[str, pd.DataFrame], copied_less: dict[str, Any]) -> str:
-    """The answer to notebook 12's question, as far as the records have one.
-
-    `curricula` are those from scratch by size, `copied_less` is of the switch at 80% in a model that copies.
-    """
-    read = {name: [] for name in ("switch-20", "switch-40", "switch-80")}
-    for size, table in curricula.items():
-        for row in table[table.arm.isin(list(read))].itertuples():
-            read[row.arm].append(f"{row_verdict(row)} at {size}")
-    loses = [name for name, words in read.items() if any(word.startswith("worse") for word in words)]
-    lost = ["copying in the model that copies"] * (copied_less["high"] < 0) + ["NLL from scratch"] * bool(loses)
-    said = "; ".join(f"{STYLES[name][0]}: {', '.join(words)}" for name, words in read.items())
-    if not lost:
-        return f"No loss by a switch is detected, which does not say that it costs nothing ({said})."
-    first = STYLES[loses[0] if loses else "switch-80"][0]
+def behind_before(results: PretrainingResults, size: str, arm: str) -> str:
+    """How far an arm's training loss is above long throughout's in the 20 steps before it switches, for each seed."""
+    behind, last = results.spike(size, arm)[:, :20].mean(axis=1), int(results.cost(size, arm, "short_steps"))
+    each = ", ".join(f"{gap:+.2f}" for gap in behind)
+    before = " So it is behind before its sequences become long." if (behind > 0).all() else ""
     return (
-        f"Earlier, in our runs, than the {first}. A late switch loses {' and '.join(lost)}. Which switch is early "
-        f"enough is open ({said})."
+        f"{size}, {STYLES[arm][0]}: in steps {last - 19} to {last}, its last short ones, its training loss minus that "
+        f"of long throughout on the same tokens is {each} nat, seed by seed.{before}"
     )
+
+
+def when_long(curricula: dict[str, pd.DataFrame], copied_less: pd.Series) -> str:
+    """The answer to notebook 12's question, as far as the records have one: a sentence, and a list of what was read.
+
+    `curricula` are those from scratch by size; `copied_less`, by arm, is of the model that copies.
+    """
+    switches, read = (*SWITCHED, "in-reach"), {}
+    for size, table in curricula.items():
+        found = table[table.arm.isin(switches)]
+        read[f"NLL from scratch, {size}"] = {row.arm: row_verdict(row) for row in found.itertuples()}
+    less = pd.DataFrame({arm: {"low": -one["high"], "high": -one["low"]} for arm, one in copied_less.items()}).T
+    copied = less[less.index.isin(switches)].itertuples()
+    read["Far copying, in the model that copies"] = {row.Index: row_verdict(row) for row in copied}
+    said = {"worse": "long throughout is better than", "better": "long throughout is worse than"}
+    said[NO_DIFFERENCE] = "no difference is detected between long throughout and"
+    lines, level = [], []
+    for place, arms in read.items():
+        parts = []
+        for word, phrase in said.items():
+            which = [
+                STYLES[arm][0].removeprefix("switch at ").replace(",", " with") for arm in arms if arms[arm] == word
+            ]
+            each = "the one" if len(arms) == 1 else "any" if word == NO_DIFFERENCE else "every"
+            every = f"{each} switch that was run ({', '.join(which)})"
+            if which:
+                some = f"a switch at {' or '.join(which)}"
+                parts.append(f"{phrase} {every if len(which) == len(arms) else some}")
+        lines.append(f"- {place}: {'; '.join(parts)}.")
+    for size, table in curricula.items():
+        equal = table[table.arm.isin(switches) & (table.high < EQUAL)].arm
+        level += [f"{STYLES[arm][0]} at {size}" for arm in equal]
+    answer = (
+        f"No switch that was run is shown to be early enough: a loss of {EQUAL} nat from scratch is excluded for none."
+    )
+    if level:
+        answer = f"Early enough from scratch, as a loss of {EQUAL} nat is excluded: {', '.join(level)}."
+    if any("worse" in arms.values() for arms in read.values()):
+        answer += " Where a switch is worse, whether a still earlier one would be as good was not tested."
+    return "\n".join([answer, "", *lines])
 
 
 def copying_table(results: PretrainingResults, size: str) -> pd.DataFrame:
@@ -248,7 +281,7 @@ def draw_quality(
             panel.scatter(place, row.value, color=colour, marker=marker, s=44, label=label, zorder=3)
             panel.scatter([place] * len(row.each), row.each, facecolors="none", edgecolors=colour, s=16)
             said.append(f"{size}, {label}: {row.flops:.0%} of the operations, {row.value:+.3f}")
-        panel.set_title(f"ours, {size}")
+        panel.set_title(f"ours, {size}".replace(", switch", ",\nswitch"))
         panel.sharey(panels[0])
         panel.tick_params(labelleft=panel is panels[0])
     panels[0].set_ylabel("NLL minus long throughout (nats)")
@@ -261,14 +294,14 @@ def draw_quality(
         panel.axhline(0, color="0.35", linewidth=1)
         panel.set(xlabel="operations, share of long's", xlim=(0, 1.05), xticks=(0, 0.5, 1))
     late = {size: table.set_index("arm").loc["switch-80"] for size, table in tables.items()}
-    read = ", ".join(f"{row_verdict(row)} at {size}" for size, row in late.items())
+    read = "; ".join(f"{size}: {row_verdict(row)}" for size, row in late.items())
     fullest = max(panels[:-1], key=lambda panel: len(panel.get_legend_handles_labels()[0]))
     figure.legend(*fullest.get_legend_handles_labels(), ncols=4, loc="outside lower left")
     panels[-1].legend(loc="lower left")
-    caption = f"Is a late switch as good at fewer operations? {STYLES['switch-80'][0].capitalize()}: {read}. Recorded "
-    caption += "by us; hollow: seeds, bars: 95% intervals over seeds and documents, or over seeds alone where that is "
-    caption += "wider. The cross is shifted to the right: it costs what a switch does. Right: Tables 10 and 11, "
-    caption += "published without intervals, on a scale of its own."
+    caption = "Is a late switch as good at fewer operations? The switch at 80%, beside long throughout, by size. "
+    caption += f"{read}. Recorded by us; hollow: seeds, bars: 95% intervals over seeds and documents, or over seeds "
+    caption += "alone where that is wider. The cross is shifted to the right: it costs what a switch does. Right: "
+    caption += "Tables 10 and 11, published without intervals, on a scale of its own."
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
 
 
@@ -295,9 +328,12 @@ def draw_positions(results: PretrainingResults, size: str, window: int, folder: 
     figure.supxlabel("position in the text (tokens); dotted: where short sequences end", fontsize=11)
     figure.supylabel("NLL minus long throughout (nats)", fontsize=11)
     read = {word: "; ".join(arms) or "no arm anywhere" for word, arms in apart.items()}
+    intervals, often = len(names) * (len(edges) - 1), int(edges[-1]) // window
     caption = f"Where does an arm read apart from long throughout? {size}. Better, beyond the interval, at "
     caption += f"positions of: {read['better']}. Worse: {read['worse']}. Recorded by us; bands: 95% intervals as in "
-    caption += "Figure 12.2, each of one position."
+    caption += "Figure 12.2, each of one range of positions. One in twenty such intervals misses by chance, and here "
+    caption += f"are {intervals}, without correction. Short steps train the first {window} positions {often} times as "
+    caption += "often as long ones: a possible reason for what is better there."
     alt = "A panel for each arm, over positions 1 to 4,096; zero is the arm that is long throughout."
     save_figure(figure, folder, slug, number, caption, alt)
 

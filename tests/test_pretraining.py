@@ -9,11 +9,14 @@ import pytest
 from experiments import pretraining
 from experiments.pretraining import LONG, MIXES, SHORT, Cell, Size, cut_short, flops_per_token, long_settings
 from experiments.pretraining_copying import SKIPPED, continued_from
+from experiments.pretraining_figures import when_long
 from experiments.pretraining_mix import PIECE, mix_rows
 from experiments.pretraining_rates import (
     FACTORS,
+    IN_WORDS,
     LAST,
     at_own_rate,
+    beyond_half,
     larger_sizes,
     losses_at_the_end,
     rate_name,
@@ -264,15 +267,42 @@ def test_the_switch_gets_the_rate_with_the_lowest_training_loss_at_the_end_of_se
     results = PretrainingResults(cells, arrays | {"ways": np.array(["full"])}, Bootstrap(1, 9, 0))
     own = at_own_rate(results, "a")
     assert sorted(own.cells.index) == list(np.flatnonzero(chosen))
-    assert own.seeds("a, own rate", "long", "switch-80") == [0, 1]
+    assert own.seeds(f"a, switch at {IN_WORDS[FACTORS[0]]}", "long", "switch-80") == [0, 1]
     assert rate_table(results, "a")["switch-80, training loss"].str.endswith("chosen").sum() == 1
 
 
 def test_the_rate_recorded_as_the_switchs_own_has_all_seeds_and_a_worse_rate_on_both_sides():
     results, own = larger_sizes().values()
-    assert own.seeds("0.9M, own rate", "long", "switch-80") == [0, 1, 2]
+    assert own.seeds("0.9M, switch at half the rate", "long", "switch-80") == [0, 1, 2]
     losses = list(losses_at_the_end(results, "0.9M", "switch-80").values())
     assert min(losses) not in (losses[0], losses[-1])
+
+
+def test_what_is_left_beyond_half_is_paired_by_seed():
+    """Half of each seed's loss is left, so zero is beyond half, though the seeds' losses differ widely."""
+    one, own = (
+        late_switch(size, worse, (0, 1, 2)) for size, worse in (("a", (0.2, 0.4, 0.9)), ("b", (0.1, 0.2, 0.45)))
+    )
+    cells = pd.concat([one.cells, own.cells.assign(size=rate_name("a", 0.5))], ignore_index=True)
+    loss = np.where(cells["size"] == "a", 5.0, 4.0)[:, None] + np.zeros(LAST)
+    arrays = one.arrays | {"nats": np.concatenate([one.arrays["nats"], own.arrays["nats"]]), "loss": loss}
+    own_long = (cells["size"] != "a") & (cells.arm == "long")
+    assert beyond_half(PretrainingResults(cells[~own_long], arrays, one.bootstrap), "a") == pytest.approx([0, 0, 0])
+
+
+def test_the_answer_names_the_size_and_the_switches_of_each_loss_and_what_was_not_tested():
+    seeds, lost, kept = (0, 1, 2), {"low": -0.3, "high": -0.1}, {"low": -0.3, "high": 0.1}
+    worse, unsure = (late_switch("a", change, seeds).curriculum("a") for change in ((0.05,) * 3, (-0.02, 0.0, 0.02)))
+    copied = pd.Series({"long": kept, "switch-80": lost, "switch-95": lost, "in-reach": kept, "continued": lost})
+    said = when_long({"a": unsure, "b": worse}, copied)
+    assert "a: no difference is detected between long throughout and the one switch that was run (80%)." in said
+    assert "b: long throughout is better than the one switch that was run (80%)." in said
+    assert "copies: long throughout is better than a switch at 80% or 95%; no difference is detected" in said
+    assert "80% with quotes in reach" in said and "still earlier one would be as good was not tested" in said
+    none = when_long({"a": unsure}, copied.map(lambda _: kept))
+    assert "not tested" not in none and "No switch that was run is shown to be early enough" in none
+    level = late_switch("a", (0.001, 0.0, -0.001), seeds).curriculum("a")
+    assert "is excluded: switch at 80% at a." in when_long({"a": level}, copied)
 
 
 def test_the_arms_that_decide_are_measured_first_at_the_larger_size():
