@@ -310,8 +310,17 @@ def draw_dilution(results: InstructionResults, folder: Path, slug: str, number: 
     ends = table.set_index("row").high
     message = "The loss on the prompt taken apart."
     if max(ends.iloc[[3, 4]]) < 0 <= ends.iloc[1]:
-        message = "Diluting the answers takes exact answers away. Adding the loss at full weight was not shown to."
-    caption = f"""**{message}** First row: both at once. The others are the edges of the square above.
+        message = "Diluting the answers takes exact answers away. "
+        message += (
+            "Adding the loss does so too where they are diluted; at full weight it was not shown to."
+            if ends.iloc[2] < 0
+            else "Adding the loss was not shown to."
+        )
+    first, second = (results.scores(arm, results.past) for arm in PAIRS[DILUTED])
+    third, fourth = (results.scores(arm, results.past) for arm in PAIRS[FULL])
+    apart = measured(*results.contrast(first - second - third + fourth), digits=1)
+    caption = f"""**{message}** First row: both at once. The others are the edges of the square above. The third row
+minus the second, as the fifth minus the fourth: {apart} points.
 
 *Past the old window, {results.record.origin}; 95%, the wider over documents and seeds or over seeds.*"""
     said = "; ".join(f"{row.row} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())

@@ -1,28 +1,18 @@
 """The figures of notebook 10, and what it says of the reward models, from its record."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from experiments.preference import KEPT
+from experiments.preference import KEPT, wider
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
 from llama_long_utils.notebooks import NO_DIFFERENCE, finding, measured, say, show_table, shown
 from llama_long_utils.records import Record, recorded
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
-CONTROLS = (
-    "rl on gold",
-    "tight rl",
-    "imitation",
-    "slow dpo",
-    "dpo with text",
-    "slow dpo with text",
-    "slow dpo with text, new seeds",
-    "text 0.7, rate 4e-4, new seeds",
-)
+CONTROLS = ("rl on gold", "tight rl", "imitation", "slow dpo", "dpo with text", "slow dpo with text")
 NEW = ", new seeds"
 PANELS = {
     "proxy_scaled": ("proxy", "standard deviations above start"),
@@ -140,8 +130,8 @@ def what_costs_what(
     """By arm, the cheapest first: what sampled answers win, also against the untrained ones cut to the same length.
 
     `words_right` is of greedy answers, with the change to the start and its interval where it was measured; `cost` in
-    nats a token of long documents, and `at_most` the highest end of a seed's interval. `fresh` is the record of arms on
-    new seeds, if there is one.
+    nats a token of long documents with its interval, and `at_most` the highest end of a seed's interval. `fresh` is the
+    record of arms on new seeds, if there is one: see `on_new_seeds`.
     """
     sampled = wins[wins.seed.isna() & (wins.decoding == "sampled")].set_index("arm")
     table = sampled[["preferred", "low", "high", "preferred_cut", "low_cut", "high_cut"]].join(
@@ -151,20 +141,28 @@ def what_costs_what(
     names = {"difference": "change", "low": "low_change", "high": "high_change"}
     table = table.join(words.set_index("arm")[[*names]].rename(columns=names))
     table["kl"] = ends.loc["sampled", "kl"]
-    paid = costs.groupby("arm").agg(cost=("nll", "mean"), at_most=("high", "max"))
-    table = table.join(paid, how="inner").assign(low_cost=math.nan, high_cost=math.nan)
+    rows = {}
+    for arm, each in costs.groupby("arm"):  # resampled together, documents would spread no wider than the seeds' means
+        low, high = wider(each.low.mean(), each.high.mean(), each.nll)
+        rows[arm] = {"cost": each.nll.mean(), "low_cost": low, "high_cost": high, "at_most": each.high.max()}
+    table = table.join(pd.DataFrame.from_dict(rows, orient="index"), how="inner")
     return pd.concat([table, *([on_new_seeds(fresh)] if fresh else [])]).sort_values("cost")
 
 
 def on_new_seeds(fresh: Record) -> pd.DataFrame:
-    """As `what_costs_what`, with an interval for the cost of unread documents: the arms that were tested again."""
+    """As `what_costs_what`, of arms that were tested on new seeds: the cost is that of unread documents.
+
+    That of the study's documents has names that end in "_study". `ends`: where each seed's interval ends.
+    """
     won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
     sampled = won[won.seed.isna() & (won.decoding == "sampled")].set_index("arm")
     table = sampled[["preferred", "low", "high", "preferred_cut", "low_cut", "high_cut"]]
-    unread = read[read.unread].set_index("arm")
-    whole = unread[unread.seed.isna()][["nll", "low", "high"]].set_axis(["cost", "low_cost", "high_cost"], axis=1)
     begin = answers[(answers.decoding == "greedy") & (answers.arm == answers.test)].groupby("arm").words_right.mean()
-    table = table.join(whole).assign(words_right=begin, at_most=unread[unread.seed.notna()].groupby("arm").high.max())
+    table = table.assign(words_right=begin)
+    for end, part in {"": read[read.unread], "_study": read[~read.unread]}.items():
+        whole, each = part[part.seed.isna()].set_index("arm"), part[part.seed.notna()].groupby("arm").high
+        table[[f"cost{end}", f"low_cost{end}", f"high_cost{end}"]] = whole[["nll", "low", "high"]]
+        table = table.assign(**{f"at_most{end}": each.max(), f"ends{end}": each.apply(list)})
     return table.rename(index=f"{{}}{NEW}".format)
 
 
@@ -174,11 +172,17 @@ def in_brackets(row: pd.Series, name: str, end: str = "", *, sign: bool = False)
     return "-" if numbers.isna().any() else measured(*numbers, sign=sign)
 
 
+def near(value: float, limit: float) -> str:
+    """With three digits, or four where three do not tell it from the limit."""
+    return f"{value:.{4 if f'{value:.3f}' == f'{limit:.3f}' else 3}f}"
+
+
 def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float, origin: str) -> None:
     """What the controls tell apart, and the arms on new seeds: tables, and findings that hold or do not."""
     say(f"""The cheapest first, {origin}; means over seeds. Sampled answers are preferred, "cut" as above. Greedy
         answers begin right, and the change is from the instruction-tuned model. KL is in nats an answer. The cost is in
-        nats a token of long documents, and "at most" is the highest end of a seed's interval.""")
+        nats a token of long documents, unread ones for new seeds and the study's for the others. "At most" is the
+        highest end of a seed's interval.""")
     columns = {
         "arm": table.index,
         "preferred": [in_brackets(row, "preferred") for _, row in table.iterrows()],
@@ -187,7 +191,7 @@ def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float, origin
         "change": [in_brackets(row, "change", "_change", sign=True) for _, row in table.iterrows()],
         "KL": ["-" if pd.isna(kl) else f"{kl:.1f}" for kl in table.kl],
         "cost": table.cost.to_numpy(),
-        "at most": table.at_most.to_numpy(),
+        "at most": [near(high, limit) for high in table.at_most],
     }
     show_table(pd.DataFrame(columns), digits=3)
     for arm, above in (("rl", False), ("tight rl", False), ("rl on gold", True)):
@@ -195,23 +199,38 @@ def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float, origin
         shown(f"{arm}: {more} greedy answers begin right than before", change, above=above, digits=2)
     finding("imitation: preferred less often than dpo, intervals apart", table.high["imitation"] < table.low["dpo"])
     for arm in (arm for arm in CONTROLS if arm in table.index):
-        finding(f"{arm}: long documents cost at most {limit:g} nat, every seed's interval", table.at_most[arm] <= limit)
+        claim = f"{arm}: the study's documents cost at most {limit:g} nat, every interval of the study's seeds"
+        finding(claim, table.at_most[arm] <= limit)
     say_new_seeds(fresh, limit)
+
+
+def arms_within(table: pd.DataFrame, limit: float, *, again: bool) -> list[str]:
+    """Arms that are preferred and whose seeds' intervals end within the limit, of those tested on new seeds or not.
+
+    A test on new seeds decides: the same arm on the study's own seeds is left out.
+    """
+    new = table.index.str.endswith(NEW)
+    picked = table[new if again else ~new & ~(table.index + NEW).isin(table.index)]
+    return [*picked.query("low > 0.5 and at_most <= @limit").index.str.removesuffix(NEW)]
 
 
 def controls_in_words(table: pd.DataFrame, limit: float) -> str:
     """The conclusions from the controls, as list items."""
-    again = table.index.str.endswith(NEW)
-    kept = table[~again].query("low > 0.5 and at_most <= @limit")
-    cut = ", ".join(f"{arm} {in_brackets(row, 'preferred_cut', '_cut')}" for arm, row in kept.iterrows())
     tests = []
-    for arm, new in table[again].iterrows():
-        won = "preferred" if new.low > 0.5 else NO_DIFFERENCE
-        paid = "every seed" if new.at_most <= limit else "not every seed"
-        costs = measured(*new[["cost", "low_cost", "high_cost"]], digits=3)
-        tests.append(f"""- **{arm}: {won}, and {paid} within the limit on unread documents.** It is preferred
-  {in_brackets(new, "preferred")}. It costs {costs} nat, and the highest end of a seed's interval is
-  {new.at_most:.3f}. Against the cut answers it is preferred {in_brackets(new, "preferred_cut", "_cut")}.""")
+    for arm, new in table[table.index.str.endswith(NEW)].iterrows():
+        name, won = arm.removesuffix(NEW), "preferred" if new.low > 0.5 else NO_DIFFERENCE
+        before = ""
+        if name in table.index:  # its settings were chosen on one seed of the study
+            kept = "yes" if table.at_most[name] <= limit else "no"
+            before = f"on the study's seeds, one of which chose it, {kept}; "
+        passed = "yes" if new.at_most <= limit else "no"
+        above = [sum(high > limit for high in ends) for ends in (new.ends, new.ends_study)]
+        tests.append(f"""- **{name}: {won}. Every seed's interval within {limit:g} nat: {before}on {len(new.ends)} new
+  seeds {passed}** ({above[0]} above on unread documents, {above[1]} on the study's). On the new seeds it is preferred
+  {in_brackets(new, "preferred")}, and against the cut answers {in_brackets(new, "preferred_cut", "_cut")}. Unread
+  documents cost {measured(*new[["cost", "low_cost", "high_cost"]], digits=3)} nat, and the highest end of a seed's
+  interval is {near(new.at_most, limit)}.""")
+    kept = ", ".join(arms_within(table, limit, again=False)) or "none"
     gold, text, dpo, imitation = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo", "imitation"))
     return f"""- **Words fell with the learnt reward, not with gold.** With gold as the reward {gold.words_right:.0%}
   of greedy answers begin right, a change of {in_brackets(gold, "change", "_change", sign=True)}. With the learnt reward
@@ -221,9 +240,8 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
 - **With a text beside the pairs the cost is lower, and so is the change.** DPO then costs {text.cost:.3f} nat, not
   {dpo.cost:.3f}. It is preferred {in_brackets(text, "preferred")} in place of {in_brackets(dpo, "preferred")}.
   Imitation of the chosen answers costs {imitation.cost:.3f} and is preferred {in_brackets(imitation, "preferred")}.
-- Within {limit:g} nat, every seed's interval, and preferred, interval above 1/2: {", ".join(kept.index) or "none"}.
-  Against the untrained answers, cut to the same length: {cut or "-"}. The weight of the text and the lower learning
-  rate were chosen on one of these seeds.
+- Of the arms that were not tested again, within {limit:g} nat, every seed's interval, and preferred, interval above
+  1/2: {kept}.
 """ + "\n".join(tests)
 
 
@@ -233,14 +251,13 @@ def say_new_seeds(fresh: Record | None, limit: float) -> None:
         say("Arms on new seeds: no record of this preset.")
         return
     tried, paid = (part[part.seed.isna()].set_index("arm") for part in map(fresh.table, ("choice_wins", "choice_nll")))
-    numbers = tried.join(paid[["nll"]].assign(**{"at most": fresh.table("choice_nll").groupby("arm").high.max()}))
+    numbers = tried.join(paid[["nll"]].assign(most=fresh.table("choice_nll").groupby("arm").high.max()))
     columns = {"preferred": [in_brackets(row, "preferred") for _, row in tried.iterrows()]}
     columns["preferred, cut"] = [in_brackets(row, "preferred_cut", "_cut") for _, row in tried.iterrows()]
     said = f"preset {fresh.content['preset']}, {fresh.origin}; 95%, the wider over questions (documents) or over seeds"
     say(f"DPO with a text beside the pairs, tried on the study's own seeds, {said}. Costs are as above:")
-    show_table(
-        pd.DataFrame({"arm": tried.index, **columns, "cost": numbers.nll, "at most": numbers["at most"]}), digits=3
-    )
+    columns |= {"cost": numbers.nll, "at most": [near(high, limit) for high in numbers.most]}
+    show_table(pd.DataFrame({"arm": tried.index, **columns}), digits=3)
     won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
     for arm in won.arm.unique():
         sampled = won[(won.arm == arm) & (won.decoding == "sampled")].set_index("seed")
@@ -276,40 +293,77 @@ questions:
 
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
     """A line for each arm, the cheapest first: its cost, and what it wins by then, also against cut answers."""
-    rows = table[~table.index.isin([f"{arm}, {share:g}" for arm in LOOKS for share in KEPT if share > min(KEPT)])]
+    parts = [f"{arm}, {share:g}" for arm in LOOKS for share in KEPT]
+    rows = table[~table.index.isin([part for part in parts if not part.endswith(f", {min(KEPT):g}")])]
     rows, places = rows.reset_index(names="arm"), range(len(rows))
-    figure, panels = plt.subplots(1, 3, figsize=(10, 5.2), sharey=True, layout="constrained")
+    wide = {"width_ratios": (1.6, 1, 1)}
+    figure, panels = plt.subplots(1, 3, figsize=(10, 5.6), sharey=True, layout="constrained", gridspec_kw=wide)
     titles = ("cost in long text", "preferred", "preferred, cut")
     units = ("nats per token", "share of sampled answers", "share of sampled answers")
     for place, row in rows.iterrows():
-        colour, low = colour_of(row.arm), row.cost if pd.isna(row.low_cost) else row.low_cost
-        panels[0].hlines(place, low, row.at_most, color=colour, linewidth=1.8)
-        fill = {"facecolors": colour if row.at_most <= limit else "white", "edgecolors": colour, "linewidths": 1.6}
-        panels[0].scatter(row.cost, place, s=44, zorder=3, **fill)
+        again = row.arm.endswith(NEW)
+        draw_cost(panels[0], row, "_study" if again else "", limit, place + 0.18 * again, marker="o")
+        if again:
+            draw_cost(panels[0], row, "", limit, place - 0.18, marker="s")
     panels[0].axvline(limit, color="0.35", linestyle=":")
+    panels[0].scatter([], [], s=44, color="0.2", label="cost: the study's documents")
+    panels[0].scatter([], [], s=36, color="0.2", marker="s", label="unread documents")
+    panels[0].scatter([], [], s=90, color="0.2", marker="|", label="highest end of a seed's interval")
     for axes, end in zip(panels[1:], ("", "_cut"), strict=True):
         draw_shares(axes, rows, end, places, hollow=False)
         axes.set(xlim=(min(rows.low.min(), rows.low_cut.min()) - 0.03, rows.high.max() + 0.03))
     for axes, title, unit in zip(panels, titles, units, strict=True):
         axes.set(title=title, xlabel=unit, yticks=places, yticklabels=rows.arm, ylim=(len(rows) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
-    kept = rows[(rows.low > 0.5) & (rows.at_most <= limit)]
-    fair = kept[kept.low_cut > 0.5]
+    figure.legend(loc="outside lower center", ncols=3)
+    trained = table[~table.index.isin([*parts, *(f"{arm}{NEW}" for arm in table.index)])]  # each setting once
+    rank = trained.cost.rank().corr(trained.preferred.rank())
     message = "What is won, and what it costs."
-    if rows.cost.rank().corr(rows.preferred.rank()) > 0.8:
-        message = "Arms that win more cost more in long text."
-    caption = f"""**{message}** Within {limit:g} nat, and preferred: {"; ".join(kept.arm) or "none"}.
-Against answers cut to the same length {"; ".join(fair.arm) or "none"} of these is preferred.
+    if rank > 0.8:
+        message = "Mostly, arms that win more cost more in long text."
+    caption = f"""**{message}** Over {len(trained)} trainings of different settings the rank correlation is {rank:.2f}.
+{tradeoff_in_words(table, limit)}
 
-The cheapest first. A bar in the left panel ends at the highest end of a seed's interval; filled: within {limit:g} nat
-(dotted). Green: with a text beside the pairs. "{min(KEPT):g}": that share of the change.
+The cheapest first. Filled costs: every seed's interval ends within {limit:g} nat (dotted). Green: with a text beside
+the pairs. "{min(KEPT):g}": that share of the change.
 
-*{origin[:1].upper()}{origin[1:]}; 95%, the wider over questions or seeds.*"""
+*{origin[:1].upper()}{origin[1:]}; 95%: shares, the wider over questions or seeds; costs, over documents or seeds.*"""
     said = [
-        f"{row.arm}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats"
+        f"{row.arm}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats, at most "
+        f"{near(row.at_most, limit)}"
         for row in rows.itertuples()
     ]
     save_figure(figure, folder, slug, number, caption, "; ".join(said) + ".")
+
+
+def draw_cost(axes: plt.Axes, row: pd.Series, end: str, limit: float, height: float, *, marker: str) -> None:
+    """A cost with its interval, hollow if a seed's interval ends above the limit, and a tick for the highest end."""
+    colour, most = colour_of(row.arm), row[f"at_most{end}"]
+    axes.hlines(height, row[f"low_cost{end}"], row[f"high_cost{end}"], color=colour, linewidth=1.8)
+    axes.scatter(most, height, s=90, color=colour, marker="|", linewidths=1.6)
+    fill = {"facecolors": colour if most <= limit else "white", "edgecolors": colour, "linewidths": 1.6}
+    axes.scatter(row[f"cost{end}"], height, s=36, marker=marker, zorder=3, **fill)
+
+
+def tradeoff_in_words(table: pd.DataFrame, limit: float) -> str:
+    """Which arms are within the limit and preferred, on new seeds first, and which were so only before."""
+    passed, others = (arms_within(table, limit, again=again) for again in (True, False))
+    told = []
+    for arm in passed:
+        new = table.loc[f"{arm}{NEW}"]
+        above = sum(high > limit for high in new.ends_study)
+        study = f"; {above} of {len(new.ends)} seeds above on the study's documents" if above else ""
+        told.append(f"{arm} ({near(new.at_most, limit)}{study})")
+    said = f"Within {limit:g} nat on new seeds and unread documents, and preferred, in a test written down before: "
+    said += f"{'; '.join(told) or 'none'}."
+    again = [arm for arm in table.index if f"{arm}{NEW}" in table.index and table.at_most[arm] <= limit]
+    if failed := [arm for arm in again if arm not in passed]:
+        said += f" {' and '.join(failed)}: within it on the study's seeds, not when tested again."
+    if others:
+        said += f" On the study's seeds only: {'; '.join(others)}."
+    fair = [arm for arm in passed if table.low_cut[f"{arm}{NEW}"] > 0.5]
+    fair += [arm for arm in others if table.low_cut[arm] > 0.5]
+    return f"{said}\nPreferred also against answers cut to the same length: {'; '.join(fair) or 'none of these'}."
 
 
 def raters_in_words(raters: pd.DataFrame, ends: pd.DataFrame, beta: float) -> str:

@@ -118,10 +118,14 @@ def draw_steps(record: Record, table: pd.DataFrame, folder: Path, slug: str, num
         verdict = "are" if last.low > 0.5 else "are not" if last.high < 0.5 else "are not shown to be"
         message.append(f"{named}'s answers {verdict} preferred to the start's.")
         own = changes[(changes.arm == arm) & (changes.measure == "words_right") & (changes.since == "sft")].iloc[0]
+        low, high = max(own.before + own.low, 0), min(own.before + own.high, 1)  # a share is bounded
+        spread = [[own.after - low], [high - own.after]]
+        panels[1].errorbar(last.step + 0.1 * place, own.after, yerr=spread, **form)
         if own.low > 0 or own.high < 0:
             message.append(f"They begin right {'more' if own.low > 0 else 'less'} often.")
     panels[0].axhline(0.5, color="0.4", linewidth=1)
     caption = f"""**{" ".join(message)}** A step of RL is not a step of DPO.
 
-*Sampled answers, {origin}. Thin lines: single seeds. Bars: 95%, the wider over questions or seeds.*"""
+*Sampled answers, {origin}. Thin lines: single seeds. Bars: 95%, the wider over questions or seeds, of
+right words for the change since the start.*"""
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")

@@ -25,6 +25,9 @@ from llama_long_utils.settings import Preset
 
 SETS = {"SQuAD": SLUG, "HotpotQA": "09_on_hotpotqa"}  # records by what was asked
 SCORES = {"f1": "F1", "exact": "exact match", "log_probability": "log-probability"}
+NO_F1 = "no change of F1 is detected between arms"
+NO_CHANGE = "with answers at full weight no change is detected, of F1 or log-probability"
+LOW = 10  # points: an F1 below it has few right answers
 BY_F1 = {"Qasper": "qasper", "NarrativeQA": "narrativeqa"}  # the tasks of Table 9 that F1 scores
 
 
@@ -109,12 +112,12 @@ def directions(results: InstructionResults) -> dict[str, tuple[Interval, bool, i
 
 
 def levels(results: InstructionResults) -> dict[str, bool]:
-    """Where no difference should be told past the old window: whether every interval holds 0."""
+    """Where no change should be detected past the old window: whether every interval holds 0."""
     every = [results.difference(*pair, "f1") for pair in results.pairs.values()]
-    found = {"F1 tells no arm from another": every}
+    found = {NO_F1: every}
     if FULL in results.pairs:
         full = [results.difference(*PAIRS[FULL], measure) for measure in ("f1", "log_probability")]
-        found["at full weight no change is told, in neither"] = full
+        found[NO_CHANGE] = full
     return {claim: all(low <= 0 <= high for _, low, high in changes) for claim, changes in found.items()}
 
 
@@ -140,11 +143,7 @@ def draw_on_questions(sets: Mapping[str, InstructionResults], folder: Path, slug
         axes.set_title(SCORES[measure] + " of the right answer" * (measure == "log_probability"))
         axes.locator_params(axis="x", nbins=6)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    level = all(holds for results in sets.values() for holds in [*levels(results).values()][:1])
-    less = [one.asked for one in table[table.measure == "log_probability"].itertuples() if _less_likely(one)]
-    message = "F1 tells no arm from another." if level else "Differences between arms."
-    if less:
-        message += f" The loss on the prompt makes the right answer less likely ({', '.join(less)})."
+    message = f"{likelihood_in_words(sets)} {f1_in_words(sets)}".strip() or "Differences between arms."
     past = ", ".join(f"{length:,}" for length in sorted({at for one in sets.values() for at in one.past}))
     made = ", ".join(dict.fromkeys(results.record.origin for results in sets.values()))
     caption = f"""**{message}** Questions behind {past} tokens, past the old window; the tables have those inside it.
@@ -155,6 +154,28 @@ questions.*"""
     save_figure(figure, folder, slug, number, caption, f"Differences: {said}.".replace("\n", " "))
 
 
-def _less_likely(row: pd.Series) -> bool:
-    """Whether the loss on the prompt makes the right answer less likely, by a row of the figure's table."""
-    return row.row == textwrap.fill(LOSS, 26) and row.high < 0
+def likelihood_in_words(sets: Mapping[str, InstructionResults]) -> str:
+    """Whether the loss on the prompt makes right answers less likely past the old window, and at full weight; or ""."""
+    changes = {
+        name: {
+            title: one.difference(*one.pairs[name], "log_probability")
+            for title, one in sets.items()
+            if name in one.pairs
+        }
+        for name in (LOSS, FULL)
+    }
+    less = [title for title, (_, _, high) in changes[LOSS].items() if high < 0]
+    if not less:
+        return ""
+    full = [changes[FULL][title] for title in less if title in changes[FULL]]
+    level = bool(full) and all(low <= 0 <= high for _, low, high in full)
+    also = "; with answers at full weight no change was detected" * level
+    return f"The plain loss on the prompt makes the right answer less likely ({', '.join(less)}){also}."
+
+
+def f1_in_words(sets: Mapping[str, InstructionResults]) -> str:
+    """That F1 decides nothing past the old window, where no interval leaves 0 out; and whether it is low; or ""."""
+    if not all(levels(results)[NO_F1] for results in sets.values()):
+        return ""
+    most = max(results.scores(arm, results.past, "f1").mean() for results in sets.values() for arm in results.arms)
+    return f"F1 {'is low in all arms and ' if most < LOW else ''}decides nothing."

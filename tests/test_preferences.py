@@ -19,6 +19,8 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, 
 from conftest import LORA, RAISED, new_llama, small_preset
 from experiments.preference import costs_of_seeds, wider, wins_by_step
 from experiments.preference_controls import TEXT, TOKENS, with_text
+from experiments.preference_figures import NEW, arms_within, near, record_with_controls, what_costs_what
+from experiments.preference_fresh import SLUG
 from experiments.race_results import student_reach
 from llama_long_utils.evaluation.generation import likelihoods
 from llama_long_utils.evaluation.statistics import mean_interval
@@ -29,6 +31,7 @@ from llama_long_utils.model.weights import load_tokenizer, weights_sha256
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.plan import PLAIN
 from llama_long_utils.presets import load_preset
+from llama_long_utils.records import recorded
 from llama_long_utils.stages import Preference, PreferenceStage
 from llama_long_utils.training import preferences
 from llama_long_utils.training.comparisons import Asked, Comparison, compare, load_reward_model, rewards, sample_answers
@@ -428,3 +431,29 @@ def test_one_seed_has_the_interval_over_questions_and_several_may_have_a_wider_o
     assert wider(0.4, 0.6, pd.Series([0.5])) == (0.4, 0.6)
     low, high = wider(0.4, 0.6, pd.Series([0.1, 0.9]))
     assert low < 0.4 and high > 0.6
+
+
+def test_a_test_on_new_seeds_decides_whether_an_arm_keeps_within_the_limit():
+    table = pd.DataFrame(
+        {"low": [0.55, 0.55, 0.52, 0.45, 0.6], "at_most": [0.019, 0.026, 0.0197, 0.01, 0.015]},
+        index=["slow", f"slow{NEW}", f"text{NEW}", "weak", "other"],
+    )
+    assert arms_within(table, 0.02, again=True) == ["text"]
+    assert arms_within(table, 0.02, again=False) == ["other"]
+    assert [near(value, 0.02) for value in (0.0197, 0.0204, 0.0259)] == ["0.0197", "0.0204", "0.026"]
+
+
+def test_each_arm_has_an_interval_of_its_cost_and_new_seeds_have_those_of_both_kinds_of_documents():
+    record, fresh = record_with_controls("tiny", "10_preference_tuning"), recorded("tiny", SLUG)
+    curves, nll = record.table("curves"), record.table("nll")
+    last = curves[curves.step == curves.groupby("arm").step.transform("max")]
+    ends = last.groupby(["decoding", "arm"])[["words_right", "kl"]].mean()
+    table = what_costs_what(ends, record.table("wins"), record.table("changes"), nll[nll.whole], fresh)
+    assert (table.low_cost < table.cost).all()
+    assert (table.cost < table.high_cost).all()
+    again = table[table.index.str.endswith(NEW)]
+    read = fresh.table("nll")
+    for arm, row in again.iterrows():
+        own = read[(read.arm == arm.removesuffix(NEW)) & ~read.unread & read.seed.notna()]
+        assert row.ends_study == [*own.high]
+        assert row.at_most_study == own.high.max()
