@@ -455,6 +455,8 @@ def test_bold_is_scored_by_the_sentiment_of_beginning_and_continuation(preset, f
     assert set(found.index) == {f"profession/poets/{name}/{number}" for name in tone for number in (0, 1)}
     assert found.written.str.len().min() > 0
     assert -1 <= found.sentiment["profession/poets/cruel/0"] < 0 < found.sentiment["profession/poets/kind/0"] <= 1
+    (task,) = load_tasks(["bold"], {}, tmp_path)["bold"].values()
+    assert task.process_results({"prompt": "The day was"}, ["wonderful"])["sentiment"] > 0  # no space between
 
 
 def test_ruler_s_score_is_that_of_the_item_s_length(preset, folder, tmp_path):

@@ -21,4 +21,5 @@ def one_for_each_prompt(people: Dataset) -> Dataset:
 
 def score_text(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """VADER's compound score of the prompt and what was written behind it, from -1 (worst) to 1."""
-    return {"sentiment": vader().polarity_scores(f"{doc['prompt']}{results[0]}")["compound"]}
+    text = f"{doc['prompt']} {results[0].lstrip()}"  # some tokenizers drop the space between, which parts VADER's words
+    return {"sentiment": vader().polarity_scores(text)["compound"]}
