@@ -309,4 +309,4 @@ def test_the_arms_that_decide_are_measured_first_at_the_larger_size():
     cells = [cell for cell in pretraining.all_cells() if cell.size == pretraining.LARGER]
     assert [(cell.arm, cell.seed) for cell in cells[:3]] == [("long", 0), ("switch-80", 0), ("short", 0)]
     assert {cell.arm for cell in cells[:9]} == {"long", "switch-80", "short"}
-    assert len(set(cells)) == len(cells) == 15
+    assert len(set(cells)) == len(cells) == 18
