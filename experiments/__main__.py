@@ -237,10 +237,10 @@ def run(asked: argparse.Namespace) -> Path | None:
         return run_dose_checked(preset, asked)
     if asked.command == "pretraining":
         from experiments import pretraining
+        from experiments.pretraining_cells import checked_cell
 
         if asked.cell:
-            size, arm, seed = asked.cell
-            return pretraining.run_cell(pretraining.checked_cell(size, arm, seed))
+            return pretraining.run_cell(checked_cell(*asked.cell))
         pretraining.run_all(RESULTS / "tiny", finished=asked.finished)
     if asked.command == "bench":
         from experiments import bench

@@ -12,7 +12,9 @@ import pandas as pd
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from experiments.pretraining import LONG, LONG_BASE, PRESET, QUESTION, RUNS, Cell, new_model, texts
+from experiments import pretraining_cells
+from experiments.pretraining import QUESTION, new_model, texts
+from experiments.pretraining_cells import LONG, LONG_BASE, PRESET, Cell
 from llama_long_utils.evaluation.perplexity import random_stretches, token_nll
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.records import write_record
@@ -26,7 +28,7 @@ TINY = "tiny-llama, extended"
 
 def context_record(name: str) -> Path:
     """Where the record of a model is."""
-    return RUNS / "contexts" / f"{name.replace(', ', '-')}.json"
+    return pretraining_cells.RUNS / "contexts" / f"{name.replace(', ', '-')}.json"
 
 
 def measured_contexts(cells: list[Cell], *, finished: bool, tiny: bool) -> list[Path]:
@@ -43,7 +45,7 @@ def measured_contexts(cells: list[Cell], *, finished: bool, tiny: bool) -> list[
 def measure_cell(cell: Cell) -> Path:
     """The record of a cell that is long throughout, measured from its last checkpoint."""
     model = new_model(cell.size, LONG_BASE, cell.seed)
-    checkpoint, _ = last_whole_checkpoint(RUNS / "long" / cell.record.stem)
+    checkpoint, _ = last_whole_checkpoint(cell.folder)
     model.load_state_dict(LlamaForCausalLM.from_pretrained(checkpoint).state_dict())
     del model.model.forward  # in fp32
     return measure(model, f"{cell.size}-{cell.seed}", cell.size, cell.seed)

@@ -26,7 +26,8 @@ import pandas as pd
 import torch
 from transformers import LlamaForCausalLM
 
-from experiments.pretraining import LONG, PRESET, held_out_stretches
+from experiments.pretraining import held_out_stretches
+from experiments.pretraining_cells import LONG, PRESET
 from experiments.pretraining_mix import PIECE
 from llama_long_utils.data.quoting import with_excerpts
 from llama_long_utils.model.loss import hidden_states

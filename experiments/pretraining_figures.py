@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments import pretraining
+from experiments.pretraining import counted_flops, new_model
+from experiments.pretraining_cells import LONG, RATES, SHORT, SIZES, TRAINED_ON, flops_per_token
 from experiments.pretraining_results import (
     EQUAL,
     PLACES,
@@ -74,12 +75,12 @@ def jumps(results: PretrainingResults, size: str, arms: Sequence[str] = SWITCHED
 def savings() -> pd.DataFrame:
     """For each size the share of attention, and what a switch after 80% of the tokens saves by two counts."""
     rows = []
-    for name, shape in pretraining.SIZES.items():
-        if name not in ("doll", pretraining.TRAINED_ON, *pretraining.RATES):
-            lengths, model = (pretraining.SHORT, pretraining.LONG), pretraining.new_model(name, 10_000.0, 0)
-            paper = [pretraining.flops_per_token(shape.layers, shape.hidden, length) for length in lengths]
-            own = [pretraining.counted_flops(model, length) for length in lengths]
-            row = {"model": name, "attention / rest": pretraining.LONG / (6 * shape.hidden)}
+    for name, shape in SIZES.items():
+        if name not in ("doll", TRAINED_ON, *RATES):
+            lengths, model = (SHORT, LONG), new_model(name, 10_000.0, 0)
+            paper = [flops_per_token(shape.layers, shape.hidden, length) for length in lengths]
+            own = [counted_flops(model, length) for length in lengths]
+            row = {"model": name, "attention / rest": LONG / (6 * shape.hidden)}
             row |= {"saved, the paper's count": 0.8 * (1 - paper[0] / paper[1])}
             rows.append(row | {"saved, what is multiplied": 0.8 * (1 - own[0] / own[1])})
     return pd.DataFrame(rows)

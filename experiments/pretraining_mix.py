@@ -45,7 +45,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from experiments.pretraining import MIXES, cut, texts
+from experiments.pretraining import cut, texts
+from experiments.pretraining_cells import MIXES
 from llama_long_utils.data.documents import TokenizedDocument, tokenize_documents
 from llama_long_utils.data.packing import TrainingSequence, join_pieces
 from llama_long_utils.data.quoting import with_excerpts

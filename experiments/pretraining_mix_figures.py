@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments import pretraining
 from experiments.pretraining_figures import in_words
+from experiments.pretraining_rates import SEEDS
 from experiments.pretraining_results import (
     CONTENT,
     COPIED,
@@ -84,7 +84,7 @@ def new_orders(results: PretrainingResults, size: str) -> pd.DataFrame:
     """What decides between content and length, as text: of all orders, and of those alone that were added later."""
     columns = {
         "all orders": results.cells,
-        "new orders alone": results.cells[~results.cells.seed.isin(pretraining.SEEDS)],
+        "new orders alone": results.cells[~results.cells.seed.isin(SEEDS)],
     }
     shown = {}
     for name, cells in columns.items():

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import pretraining
-from experiments.pretraining import LONG, MIXES, SHORT, Cell, Size, cut_short, flops_per_token, long_settings
+from experiments import pretraining, pretraining_cells
+from experiments.pretraining import cut_short
+from experiments.pretraining_cells import LONG, MIXES, SHORT, Cell, Size, flops_per_token, long_settings
 from experiments.pretraining_copying import SKIPPED, continued_from
 from experiments.pretraining_figures import when_long
 from experiments.pretraining_mix import PIECE, mix_rows
@@ -102,8 +103,8 @@ def test_without_length_texts_quote_only_what_stands_in_their_own_piece():
 
 
 def test_a_data_mix_begins_with_the_tiny_llama_and_is_recorded_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(pretraining.SIZES, "tiny-llama", Size(256, 4, 4, 1e-3, steps=2))
-    monkeypatch.setattr(pretraining, "RUNS", tmp_path)
+    monkeypatch.setitem(pretraining_cells.SIZES, "tiny-llama", Size(256, 4, 4, 1e-3, steps=2))
+    monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
     tokenizer, training, held_out = pretraining.texts()
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
     cells = [Cell("tiny-llama", arm, 0) for arm in ("mix-original", "mix-cut-first", "before")]
@@ -143,8 +144,8 @@ def test_the_heavier_change_is_the_one_whose_paired_lead_lies_above_zero():
 
 
 def test_an_arm_is_one_run_with_its_short_part_shared(tmp_path, monkeypatch):
-    monkeypatch.setitem(pretraining.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=10))
-    monkeypatch.setattr(pretraining, "RUNS", tmp_path)
+    monkeypatch.setitem(pretraining_cells.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=10))
+    monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
     tokenizer, training, held_out = pretraining.texts()
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
     paths = {arm: pretraining.run_cell(Cell("doll", arm, 0)) for arm in ("short", "switch-80", "continued")}
@@ -168,8 +169,8 @@ def test_an_arm_is_one_run_with_its_short_part_shared(tmp_path, monkeypatch):
 
 
 def test_a_copying_model_is_trained_on_and_its_copying_recorded(tmp_path, monkeypatch):
-    monkeypatch.setitem(pretraining.SIZES, "tiny-llama", Size(256, 4, 4, 1e-3, steps=4))
-    monkeypatch.setattr(pretraining, "RUNS", tmp_path)
+    monkeypatch.setitem(pretraining_cells.SIZES, "tiny-llama", Size(256, 4, 4, 1e-3, steps=4))
+    monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
     tokenizer, training, held_out = pretraining.texts()
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
     paths = [pretraining.run_cell(Cell("tiny-llama", arm, 0)) for arm in ("switch-80", "in-reach")]
@@ -191,9 +192,9 @@ def test_a_copied_token_is_counted_once_it_can_be_known_what_is_quoted():
 
 def test_unknown_cells_are_refused_by_name():
     with pytest.raises(ValueError, match="unknown size '7B': use one of"):
-        pretraining.checked_cell("7B", "long", "0")
+        pretraining_cells.checked_cell("7B", "long", "0")
     with pytest.raises(ValueError, match="unknown arm 'switch-50': use one of"):
-        pretraining.checked_cell("0.4M", "switch-50", "0")
+        pretraining_cells.checked_cell("0.4M", "switch-50", "0")
 
 
 def test_of_two_intervals_the_outer_bounds_count():
@@ -306,7 +307,7 @@ def test_the_answer_names_the_size_and_the_switches_of_each_loss_and_what_was_no
 
 
 def test_the_arms_that_decide_are_measured_first_at_the_larger_size():
-    cells = [cell for cell in pretraining.all_cells() if cell.size == pretraining.LARGER]
+    cells = [cell for cell in pretraining_cells.all_cells() if cell.size == pretraining_cells.LARGER]
     assert [(cell.arm, cell.seed) for cell in cells[:3]] == [("long", 0), ("switch-80", 0), ("short", 0)]
     assert {cell.arm for cell in cells[:9]} == {"long", "switch-80", "short"}
     assert len(set(cells)) == len(cells) == 18
