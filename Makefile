@@ -2,16 +2,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
+# Each file's tests stay in one of two processes, and begin in the order that conftest.py gives.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 PRESET ?= tiny
 # Two small notebooks at a time take less time than one on two threads; a large model has the machine to itself.
 WORKERS ?= $(if $(filter tiny,$(PRESET)),2,1)
 
-.PHONY: install run test test-slow test-rehearsal test-rehearsal-long test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
+TESTS := test test-slow test-rehearsal test-browser
+$(TESTS): export OMP_NUM_THREADS := 1
+# Nothing of ours is compiled: without TorchDynamo bitsandbytes is imported in two thirds of the time.
+run $(TESTS): export TORCHDYNAMO_DISABLE := 1
+
+.PHONY: install extras run test test-slow test-rehearsal test-rehearsal-long test-browser lab data notebooks longrope race bench gpu tiny-llama lock help
 
 help:
 	@echo "make install     the packages into .venv, the corpora into data/cache; the others do it first"
 	@echo "make run         install, then execute the notebooks into runs/ (PRESET=tiny)"
 	@echo "make test        install, then all tests, notebooks included"
+	@echo "make extras      what test-slow, test-browser and race need besides; they install it themselves"
 	@echo "make test-slow   runs that are killed at 23 moments, disturbed and attacked (two minutes)"
 	@echo "make test-rehearsal  preset llama2-7b from a hub on this machine to notebook 8, with a doll of the model, and the stages after it (420 CPU seconds)"
 	@echo "make test-rehearsal-long  the same with llama3.1-8b, on sequences of 131,072 tokens (40 minutes on two cores)"
@@ -29,7 +38,7 @@ help:
 $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test]"
+	$(PIP) ".[test]"
 	@touch $@
 
 $(READY): $(INSTALLED)
@@ -38,26 +47,28 @@ $(READY): $(INSTALLED)
 
 install: $(READY)
 
+# What few targets need. The tests are skipped where it cannot be had.
+.venv/.browser .venv/.workflow: .venv/.%: $(READY)
+	-$(PIP) ".[test,$*]" && touch $@
+
+extras: .venv/.browser .venv/.workflow
+
 run: $(READY)
 	$(BIN)/python -m tools.run --preset $(PRESET) --workers $(WORKERS)
 
-# Nothing of ours is compiled: without TorchDynamo bitsandbytes is imported in two thirds of the time.
 test: $(READY)
-	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 --nbval --nbval-current-env \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg --ignore tests/slow --ignore tests/rehearsal --ignore tests/browser tests notebooks
+	$(PYTEST) --nbval tests notebooks
 
-test-slow: $(READY)
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,workflow]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 1 tests/slow
+test-slow: .venv/.workflow
+	$(PYTEST) tests/slow
 
 test-rehearsal: $(READY)
-	$(BIN)/python -m pytest -n 2 tests/rehearsal -m "not long"
+	$(PYTEST) tests/rehearsal -m "not long"
 
 test-rehearsal-long: $(READY)
 	$(BIN)/python -m pytest tests/rehearsal -m long -o faulthandler_timeout=0
 
-test-browser: $(READY)
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,browser]"
+test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser
 
 lab: $(READY)
@@ -73,8 +84,7 @@ notebooks: $(READY)
 longrope: $(READY)
 	$(BIN)/python -m experiments longrope --preset $(PRESET)
 
-race: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[workflow]"
+race: .venv/.workflow
 	$(BIN)/snakemake -s experiments/Snakefile --profile experiments/profiles/default --cores 2 race --config preset=$(PRESET)
 
 bench: $(READY)

@@ -10,8 +10,9 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 
 # Those that take most time, in this order: begun last, one of them would keep one process at work and the other idle.
-LONGEST = ["06_perplexity_by_position", "05_finetune_qlora", "07_long_range_retrieval", "test_race", "test_ledger"]
-LONGEST += ["test_processes", "10_preference_tuning", "test_plan", "test_preferences", "test_pretraining", "test_dose"]
+LONGEST = ["test_stages", "06_perplexity_by_position", "05_finetune_qlora", "07_long_range_retrieval", "test_race"]
+LONGEST += ["test_ledger", "test_processes", "10_preference_tuning", "test_plan", "test_preferences"]
+LONGEST += ["test_pretraining", "test_dose"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
