@@ -51,6 +51,10 @@ first: a loss of `EQUAL` is excluded, or it is better. Refuted, the second: it i
 gain of half of that switch's loss is excluded, so that what is lost is lost in the first fifth already. All else leaves
 it open. Of the switch at 95% expected: worse than long throughout, as all short steps but the last are those of the
 switch at 80%; refuted if it is not worse beyond its interval.
+
+Long throughout does train worse at twice the recorded rate, and reads worse. There the arms are level; the difference
+is largest where long throughout is best. So the recorded rate is its own, and what was said stands. Both searches are
+coarse, and of one seed.
 """
 
 from dataclasses import replace
@@ -58,6 +62,7 @@ from dataclasses import replace
 import pandas as pd
 
 from experiments.pretraining_results import PretrainingResults, larger_results
+from llama_long_utils.notebooks import finding, shown
 
 IN_WORDS = {1: "the recorded rate", 2: "twice the rate", 0.5: "half the rate", 0.25: "a quarter of the rate"}
 LAST = 40  # steps whose training loss chooses a rate
@@ -82,9 +87,9 @@ def losses_at_the_end(results: PretrainingResults, size: str, arm: str) -> dict[
     return {name: found[name] for name in names if name in found}
 
 
-def own_rate(results: PretrainingResults, size: str) -> float:
-    """The chosen rate of the switch at 80%, by the recorded one."""
-    losses = losses_at_the_end(results, size, "switch-80")
+def own_rate(results: PretrainingResults, size: str, arm: str = "switch-80") -> float:
+    """The chosen rate of an arm, by the recorded one."""
+    losses = losses_at_the_end(results, size, arm)
     best = min(losses, key=losses.__getitem__)
     return next(factor for factor in (1, *FACTORS) if rate_name(size, factor) == best)
 
@@ -106,22 +111,23 @@ def larger_sizes() -> dict[str, PretrainingResults]:
     return {LARGER: results, own.cells["size"].iloc[0]: own}
 
 
-def beyond_half(results: PretrainingResults, size: str) -> list[float]:
-    """The switch's loss to long throughout at its chosen rate minus half of that at the recorded one: value, low, high.
+def beyond_half(*arms: tuple[PretrainingResults, str, str]) -> list[float]:
+    """What the first of two arms loses to long throughout minus half of what the second loses: value, low, high.
 
-    Below zero, less than half is left. Paired by seed and document.
+    Below zero, less than half is left. Each is given as results, size and arm. Paired by seed and document.
     """
-    own = at_own_rate(results, size)
-    pair, everywhere = (("switch-80", "full"), ("long", "full")), (1, 4096)
-    chosen, tokens = own._change(own.cells["size"].iloc[0], *pair, *everywhere)
-    left = results._interval(chosen - results._change(size, *pair, *everywhere)[0] / 2, tokens)
+    seeds = sorted(set.intersection(*(set(results.seeds(size, arm, "long")) for results, size, arm in arms)))
+    (first, tokens), (second, _) = (
+        results._change(size, (arm, "full"), ("long", "full"), 1, 4096, seeds) for results, size, arm in arms
+    )
+    left = arms[0][0]._interval(first - second / 2, tokens)
     return [left[name] for name in ("value", "low", "high")]
 
 
 def rate_table(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """A row for each rate, of seed 0, as text: the training loss that chooses the switch's, and held-out NLL.
+    """A row for each rate, of seed 0, as text: the training loss that chooses each arm's, and held-out NLL.
 
-    Long throughout, for which no rate is chosen, stands beside it, and the difference where both were trained.
+    The last column is the difference where both were trained.
     """
     columns: dict[str, dict[str, str]] = {}
     read: dict[str, dict[str, float]] = {}
@@ -136,7 +142,35 @@ def rate_table(results: PretrainingResults, size: str) -> pd.DataFrame:
         name: f"{read['switch-80'][name] - read['long'][name]:+.3f}" for name in both
     }
     table = pd.DataFrame(columns).fillna("-")
-    table.loc[rate_name(size, own_rate(results, size)), "switch-80, training loss"] += ", chosen"
+    for arm in ("switch-80", "long"):
+        table.loc[rate_name(size, own_rate(results, size, arm)), f"{arm}, training loss"] += ", chosen"
     rates = {rate_name(size, factor): f"{factor:g}" for factor in sorted([1, *FACTORS])}
     table = table.loc[[name for name in rates if name in table.index]]
     return table.rename(index=rates).rename_axis("learning rate, times the recorded").reset_index()
+
+
+def judge_larger(results: PretrainingResults, size: str) -> None:
+    """Print what was expected of the larger size, and whether it holds, as far as its arms are measured."""
+    own = at_own_rate(results, size)
+    name = own.cells["size"].iloc[0]
+
+    def judge(claim: str, arm: str, base: str, *, worse: bool = True, at: PretrainingResults = results) -> None:
+        found = at.difference(name if at is own else size, (arm, "full"), (base, "full"))
+        shown(claim, [found[bound] for bound in ("value", "low", "high")], above=worse, digits=3)
+
+    judge(f"{size}, all at one rate: the switch at 80% is worse", "switch-80", "long")
+    finding("the rate chosen for it is higher than the recorded one", own_rate(results, size) > 1)
+    judge("at the rate chosen for it, it is still worse", "switch-80", "long", at=own)
+    left = beyond_half((own, name, "switch-80"), (results, size, "switch-80"))
+    shown("less than half of that difference is left", left, above=False, digits=3)
+    judge(f"{size}, all at one rate: a switch at 40% is better than one at 80%", "switch-40", "switch-80", worse=False)
+    losses = list(losses_at_the_end(results, size, "long").values())
+    best = own_rate(results, size, "long") == 1 and min(losses) not in (losses[0], losses[-1])
+    finding("long throughout trains best at the recorded rate, worse at twice and at half of it", best)
+    if results.seeds(size, "switch-20", "long"):
+        judge(f"{size}, all at one rate: the switch at 20% is worse", "switch-20", "long")
+        judge("it is better than the switch at 40%", "switch-20", "switch-40", worse=False)
+        left = beyond_half((results, size, "switch-20"), (results, size, "switch-40"))
+        shown("it loses less than half of what the switch at 40% loses", left, above=False, digits=3)
+    if results.seeds(size, "switch-95", "long"):
+        judge(f"{size}, all at one rate: the switch at 95% is worse", "switch-95", "long")

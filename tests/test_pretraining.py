@@ -269,7 +269,9 @@ def test_the_switch_gets_the_rate_with_the_lowest_training_loss_at_the_end_of_se
     own = at_own_rate(results, "a")
     assert sorted(own.cells.index) == list(np.flatnonzero(chosen))
     assert own.seeds(f"a, switch at {IN_WORDS[FACTORS[0]]}", "long", "switch-80") == [0, 1]
-    assert rate_table(results, "a")["switch-80, training loss"].str.endswith("chosen").sum() == 1
+    table = rate_table(results, "a").set_index("learning rate, times the recorded")
+    for arm, factor in {"switch-80": f"{FACTORS[0]:g}", "long": "1"}.items():
+        assert list(table.index[table[f"{arm}, training loss"].str.endswith("chosen")]) == [factor]
 
 
 def test_the_rate_recorded_as_the_switchs_own_has_all_seeds_and_a_worse_rate_on_both_sides():
@@ -288,7 +290,9 @@ def test_what_is_left_beyond_half_is_paired_by_seed():
     loss = np.where(cells["size"] == "a", 5.0, 4.0)[:, None] + np.zeros(LAST)
     arrays = one.arrays | {"nats": np.concatenate([one.arrays["nats"], own.arrays["nats"]]), "loss": loss}
     own_long = (cells["size"] != "a") & (cells.arm == "long")
-    assert beyond_half(PretrainingResults(cells[~own_long], arrays, one.bootstrap), "a") == pytest.approx([0, 0, 0])
+    results = PretrainingResults(cells[~own_long], arrays, one.bootstrap)
+    halved = (at_own_rate(results, "a"), "a, switch at half the rate", "switch-80")
+    assert beyond_half(halved, (results, "a", "switch-80")) == pytest.approx([0, 0, 0])
 
 
 def test_the_answer_names_the_size_and_the_switches_of_each_loss_and_what_was_not_tested():
