@@ -166,7 +166,7 @@ class RaceResults:
         return found | {f"ROUGE-L {length:,}": self.rouge_l(method, training, length) for length in self.lengths}
 
     def table(self, *, method: str = "", training: str = "") -> pd.DataFrame:
-        """Scores of every arm, as means over seeds and documents with 95% intervals that resample both.
+        """Scores of every arm, as means over seeds and documents with the bounds of `wider_interval`.
 
         Args:
             method, training: if given, scores are differences to the arm that has this method or training and is else
@@ -189,8 +189,8 @@ class RaceResults:
         return pd.DataFrame(rows, columns=["method", "training", "measure", "value", "low", "high"])
 
     def mean(self, values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        """`mean_over_seeds` by this race's bootstrap."""
-        return mean_over_seeds(values, weights, self.bootstrap)
+        """`wider_interval` by this race's bootstrap. Of one seed the bounds know nothing of seeds."""
+        return wider_interval(values, weights, self.bootstrap)
 
     def _rows(self, method: str, training: str) -> np.ndarray:
         return np.flatnonzero((self.arms.method == method) & (self.arms.training == training))
@@ -271,6 +271,8 @@ def draw_trainings(cheaper: pd.DataFrame, folder: Path, slug: str, number: str, 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
     for panel, pair, unit in zip(panels, (kept[:2], kept[2:]), ("NLL", "ROUGE-L"), strict=True):
         intervals(panel, cheaper[cheaper.measure.isin(pair)], row="way", colour="measure", zero=0, styles=styles)
+        panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        panel.locator_params(axis="x", nbins=5)
         panel.set_xlabel(f"{unit}, minus full length's ({'nats' if unit == 'NLL' else 'points'})")
     alt = "Two panels of dots with intervals, a row per method and way of training: NLL and ROUGE-L differences."
     save_figure(figure, folder, slug, number, caption, alt)

@@ -21,7 +21,7 @@ from experiments.race import (
     run_arm,
     run_race,
 )
-from experiments.race_results import RaceResults, distances_seen, race_results
+from experiments.race_results import RaceResults, distances_seen, race_results, student_reach
 from experiments.searches import compare_trainings, search_longrope, search_pair_factors, search_rope_base
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import Bootstrap
@@ -278,6 +278,17 @@ def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_
     change = results.table(training=ZERO_SHOT)
     assert set(change.training) == {"pose"}
     assert change.set_index("measure").value["ROUGE-L 256"] == pytest.approx(15.0)
+
+
+def test_differences_know_that_three_seeds_are_few():
+    """A bootstrap of three seeds alone had LongRoPE ahead of ABF at 1,024 tokens; Student's t does not."""
+    results = race_results(load_preset("tiny"))
+    table = results.table(method="abf").set_index(["method", "training", "measure"])
+    row = table.loc[("longrope", "full-length", "ROUGE-L 1,024")]
+    scores, beside = (results.rouge_l(method, "full-length", 1024)[0] for method in ("longrope", "abf"))
+    half = student_reach((scores - beside).mean(axis=1))
+    assert row.low <= row.value - half < 0 < row.value + half <= row.high
+    assert (table.low < table.high).all()  # untrained arms have one seed, and the interval over documents
 
 
 def test_the_notebook_runs_for_a_preset_whose_race_was_not_run(tmp_path):
