@@ -49,6 +49,15 @@ def test_records_hold_what_is_fitted_to_them(monkeypatch):
             np.testing.assert_allclose(record.table(name).value, again[name].value, rtol=1e-3, atol=1e-4)
 
 
+def test_an_interval_asks_that_kinds_agree():
+    """Of a mean the jackknife is Student's t over kinds; a bootstrap of two kinds alone would be much narrower."""
+    part = ContextLoss(np.array([64.0, 128.0]), np.array([[0.0, 1.0], [0.0, 3.0]]), np.ones(2), ("a", "b"))
+    found = context_law._interval(part.drawn()[:, 1])
+    assert found["value"] == pytest.approx(2)
+    assert found["high"] - found["value"] == pytest.approx(12.706, abs=1e-3)  # of one degree of freedom
+    assert found["value"] - found["low"] == pytest.approx(12.706, abs=1e-3)
+
+
 def test_the_larger_exponent_is_told_on_the_same_texts():
     table = betas({"small": losses(0.3, noise=0.01), "large": losses(0.6, noise=0.01)}, 2048).set_index("model")
     assert table.loc["large minus small"].low > 0
