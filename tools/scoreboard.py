@@ -46,6 +46,7 @@ from llama_long_utils.settings import Preset
 
 # By size. The first with a record speaks for a claim.
 MODELS = {"qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B", "smollm2": "SmolLM2-135M", "tiny": "tiny Llama (4.3M)"}
+READ_BY_CONTEXT = MODELS | {"tiny": f"{MODELS['tiny']} after its extension"}  # the others as pretrained
 AGREES, DISAGREES, UNDECIDED, NOT_TESTED = "agrees", "disagrees", "undecided", "not tested yet"
 RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
 NOT_RECOVERED = "after training PI still reads worse than the base inside the old window"
@@ -109,8 +110,8 @@ VERDICTS = """\
 **What full context is worth to real models in 4 bits**, in nats per token. Below zero is better. Brackets: the \
 outer ends of two 95% intervals, one over texts, one over kinds of text. *Behind*: both intervals lie above zero. \
 *Ahead*: both lie below zero, and the lead is larger than the distance between seeds, where several were trained. We \
-ask more of good news than of bad. *No difference detected*: neither of these, which does not mean that both are \
-equal."""
+ask more of good news than of bad, but three seeds tell their distance only roughly. *No difference detected*: \
+neither of these, which does not mean that both are equal."""
 CAVEATS = """\
 **Caveats.** Our windows slide by half their length, so a token has on average three quarters of the old window \
 before it. A denser slide would be a stronger opponent, and full context would gain less (notebook 13). Seeds 1 and \
@@ -362,13 +363,13 @@ def _power_law(published: dict[str, Any]) -> Line:
     ours += (
         f"{_nats(pd.Series(told, BOUNDS))} nat, a line in log c {_nats(pd.Series(line, BOUNDS))}; the law is nearer "
     )
-    ours += f"by {_nats(-far.loc[CLOSER, ['value', 'high', 'low']].set_axis(BOUNDS))} nat"
+    ours += f"than the line by {_nats(-far.loc[CLOSER, ['value', 'high', 'low']].set_axis(BOUNDS))} nat"
     for name in MODELS:
         other = recorded(name, BY_CONTEXT) if name != "smollm2" else None  # which judges: the longest contexts
         if other is not None:
             last = other.table("predictions").set_index("law").loc[[CLOSER]].iloc[-1]
             nearer = _nats(-last[["value", "high", "low"]].set_axis(BOUNDS))
-            ours += f"; at {MODELS[name]}, asked for {int(last.context):,} tokens, by {nearer}"
+            ours += f"; at {READ_BY_CONTEXT[name]}, asked for {int(last.context):,} tokens, by {nearer}"
     if max(map(abs, told[1:])) < FORETOLD:
         judged = AGREES
     elif min(map(abs, told[1:])) > FORETOLD and told[1] * told[2] > 0:
@@ -400,7 +401,7 @@ def _model_size(laws: dict[str, Any]) -> Line:
     ours += FROM_SCRATCH
     judged = AGREES if steps.low.min() > 0 else DISAGREES if steps.high.max() < 0 else UNDECIDED
     texts = record.table("contexts").groupby("document").kind.first()
-    names = ", ".join(MODELS[name] for name in each.model)
+    names = ", ".join(READ_BY_CONTEXT[name] for name in each.model)
     scale = f"{names}; {len(texts)} texts of {texts.nunique()} kinds, one seed"
     why = "β is known too badly, and the models differ in data and tokenizer, too"
     return Line(claim, paper, ours, scale, f"{judged}: {why}" if judged == UNDECIDED else judged)
@@ -535,7 +536,11 @@ def _with_a_copying_model(line: Line) -> Line:
     less, near = late.copied_less, results.copying(TRAINED_ON, "switch-80", "long", 1, 256)
     points = measured(*(100 * less[name] for name in ("value", "low", "high")), digits=1)
     ours = f"{line.ours}; in the tiny Llama, which copies, copied from over 1,024 tokens back {points} points"
-    scale = f"{line.scale}; {MODELS['tiny']}, trained on, {late.seeds} orders of the texts (seeds)"
+    in_reach = results.copying(TRAINED_ON, "in-reach", "long")
+    reached = measured(*(100 * in_reach[name] for name in ("value", "low", "high")), digits=1)
+    ours += f", where its short sequences quote only what stands in them {reached}"
+    steps = f"{late.long_steps:.0f} of {late.short_steps + late.long_steps:.0f} steps long"
+    scale = f"{line.scale}; {MODELS['tiny']}, trained on, {late.seeds} orders of the texts (seeds), {steps}"
     copies_less = f"copies less than long throughout, {'near and far' if near['high'] < 0 else 'far back'}"
     sizes = (pretraining_results(), FROM_SCRATCH), (scratch, size)
     both = pd.Series(over_sizes(sizes, "switch-80"))
@@ -545,8 +550,10 @@ def _with_a_copying_model(line: Line) -> Line:
     judges = (copies_less, less["high"] < 0), ("reads worse", late.low > 0)
     worse = [what for what, bad in judges if bad]
     if worse:
-        why = f"at this scale a switch at 80% {' and '.join(worse)}, in a model that copies; the cause is open"
-        judged = f"{DISAGREES}: {why}; {alone}"
+        why = f"at this scale a switch at 80% {' and '.join(worse)}, in a model that copies, "
+        why += f"after {late.long_steps:.0f} long steps; the cause is open"
+        parted = "" if in_reach["high"] < 0 else ", and with quotes kept in reach it is not told from none far back"
+        judged = f"{DISAGREES}: {why}{parted}; so few steps speak of tokens, not of shares; {alone}"
     elif max(late.high, own.high) <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
     else:
@@ -645,13 +652,13 @@ def _full_attention(attention: dict[str, Any]) -> Line:
     shares = [attention_share(part, crossing["7B"]) for part in (theirs, ours)]
     judged = AGREES if max(shares) < 0.5 else DISAGREES if min(shares) > 0.5 else UNDECIDED
     return Line(
-        "Below 6 h tokens (h: the model's width) attention is not most of the cost, so sparse attention is unnecessary",
+        "Below 6 h tokens (h: the model's width) attention is not most of the cost",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
         f"at {crossing['7B']:,} tokens attention takes {shares[0]:.0%} of a training step's time with Trainer "
-        f"and PEFT, {shares[1]:.0%} of our faster step's (notebook 4)",
+        f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4)",
         f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval",
-        f"{judged}: in time; no sparse attention was run, so quality was not compared",
-        "in time; no sparse attention was run",
+        f"{judged}: in time; that sparse attention is therefore unnecessary was not tested: none was run",
+        "in time; that sparse attention is therefore unnecessary was not tested",
     )
 
 
@@ -662,10 +669,10 @@ def in_brief() -> str:
         name = MODELS[results.preset]
         own, far, inside = (compared(results, *line) for line in (("full",), ("fair",), ("fair", "inside")))
         own_nats, far_nats, inside_nats = (measured(*one.found, digits=3) for one in (own, far, inside))
-        useful = "made far context useful" if own.gains else "was not shown to make far context useful"
+        useful = "In this run far context became useful" if own.gains else "Far context was not shown to become useful"
         lines += [
             f"**{name}**, after {own.tokens / 1e6:.1f} million tokens of whole long sequences, one run:\n",
-            f"- The training {useful}: full context reads {own_nats} nat per token against windows of the same model.",
+            f"- {useful}: full context reads {own_nats} nat per token against windows of the same model.",
             f"- Far out, against a control trained on as many tokens: {far.says}, {far_nats} nat.",
             f"- Inside the old window, against that control: {inside.says}, {inside_nats} nat.\n",
         ]
