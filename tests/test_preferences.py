@@ -338,9 +338,9 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_loaded():
     small = dataclasses.replace(load_preset("tiny"), memory_gib=0.02)
     for stage in ("reward", "rl", "dpo"):
         with pytest.raises(ValueError, match=rf"stage '{stage}'.*lower preference\.{stage}\.rows_at_once"):
-            preferences.stage_training(small, stage, small.preference)
+            preferences.plan_preference(small, stage, small.preference)
     numbers = load_preset("tiny").preference
-    pairs_, answers = (preferences.stage_training(load_preset("tiny"), stage, numbers) for stage in ("dpo", "rl"))
+    pairs_, answers = (preferences.plan_preference(load_preset("tiny"), stage, numbers)[0] for stage in ("dpo", "rl"))
     assert (pairs_.window, pairs_.sequences_at_once) == (
         numbers.tokens + numbers.answer_tokens,
         numbers.dpo.rows_at_once,
@@ -359,7 +359,7 @@ def test_a_step_is_planned_with_both_sequences_of_a_comparison_and_a_reference()
 
     def fits(stage, gib):
         try:
-            preferences.stage_training(dataclasses.replace(tiny, memory_gib=gib), stage, tiny.preference)
+            preferences.plan_preference(dataclasses.replace(tiny, memory_gib=gib), stage, tiny.preference)
         except ValueError:
             return False
         return True

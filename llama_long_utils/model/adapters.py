@@ -102,7 +102,7 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
         config.base_model_name_or_path = card.base  # PEFT would write the absolute path of this machine
     with whole_folder(folder) as scratch:
         # Embeddings are saved if modules_to_save names them; left to guess, PEFT would ask the hub about the base.
-        model.save_pretrained(scratch, save_embedding_layers=False)
+        model.save_pretrained(scratch, save_embedding_layers=False, selected_adapters=["default"])
         card = replace(card, weights_sha256=weights_sha256(scratch), config_digest=_config_digest(scratch))
         (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
         (scratch / "README.md").write_text(

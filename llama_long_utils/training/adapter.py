@@ -5,10 +5,11 @@ Every stage has its own folder in runs/PRESET, "training" for the extension itse
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
@@ -21,7 +22,7 @@ from llama_long_utils.model.base import load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
-from llama_long_utils.training.planner import USABLE, plan_training
+from llama_long_utils.training.planner import USABLE, Plan, plan_training
 from llama_long_utils.training.processes import divide, join_processes, shard_base
 from llama_long_utils.training.trainer import VERSION, run_key, train
 
@@ -75,48 +76,64 @@ def train_adapter(
         state.wait_for_everyone()  # until the first has filled the caches
     plan = plan_training(preset, settings, division)
     base = locate_base(preset)
-    wanted = replace(settings.memory_savings, optimizer=plan.memory_savings.optimizer)  # the rest changes no gradient
-    depends_on, settings = (replace(settings, memory_savings=savings) for savings in (wanted, plan.memory_savings))
     tokenizer = load_tokenizer(base)
     documents = Mixture(preset.data, tokenizer, window=settings.window)
     reading = documents.reading(settings)
     documents.held_out()  # too few of them are said now, not after the training
     sequences = TrainingData(documents, settings, tokenizer)
-    base_sha256 = weights_sha256(base)
-    of_base = {"base": base_sha256, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
-    key = run_key(depends_on, sequences.key, **of_base, lora=preset.lora)
-    runs, name = Cache(preset.run_folder / "training", VERSION, key), name or scaling.method
-    folder = runs.path(name, {}, "")
-    card = AdapterCard(
-        base=preset.base.source,
-        base_sha256=base_sha256,
-        rope=scaling,
-        data=asdict(preset.data),
-        training={**asdict(settings), "lora": asdict(preset.lora), "read": reading, "run": folder.name},
-        versions=package_versions(),
-    )
 
     def build() -> PeftModel:
         options = {"dtype": preset.base.dtype, "attention": settings.attention, "on_host": sharded_base}
         return add_lora(load_base(base, scaling, **options), preset.lora, seed=settings.seed)
 
-    def work() -> list[dict[str, float]]:
-        model = shard_base(build) if sharded_base else build()
-        room = preset.memory_gib * USABLE - plan.device_gib
+    def load() -> PeftModel:
         if progress and state.is_main_process:
             print(reading_table(reading).to_string(index=False), flush=True)
-        options = {"report_every": progress, "gaps_gib": room / 2, "context_parallel": context_parallel}
-        try:
-            log = train(model, sequences, settings, folder, **options)
-        finally:
-            documents.workers.close()
-        card.training["tokens"] = log[-1]["tokens"]
-        if state.is_main_process:
-            save_adapter(model, card, folder / "adapter")
+        return shard_base(build) if sharded_base else build()
+
+    given = {"depends_on": {"data": sequences.key, "base_bits": "nf4"}, "noted": {"read": reading}}
+    options = {"report_every": progress, "context_parallel": context_parallel}
+    with closing(documents.workers):
+        folder = "training", name or scaling.method
+        return train_stage(preset, folder, settings, plan, scaling, load, sequences, **given, **options)
+
+
+def train_stage(
+    preset: Preset,
+    folder: tuple[str, str],
+    settings: TrainingSettings,
+    plan: Plan,
+    rope: Scaling,
+    load: Callable[[], PeftModel],
+    sequences: Sequence[Any],
+    *,
+    depends_on: dict[str, Any],
+    noted: dict[str, Any],
+    **options: Any,
+) -> TrainedAdapter:
+    """Train what `load` gives, by the plan, in runs/PRESET/STAGE/NAME-KEY, and save it; `folder` is (STAGE, NAME).
+
+    The key is made of what the weights depend on: settings, base, RoPE, LoRA and what `depends_on` adds, a digest of
+    the "data" at least. The card says what is `noted`, too. `options` are those of `trainer.train`; raises as
+    `run_or_read`.
+    """
+    (stage, name), savings, base_sha256 = folder, plan.memory_savings, weights_sha256(locate_base(preset))
+    asked = replace(settings.memory_savings, optimizer=savings.optimizer)  # what else a plan saves changes no gradient
+    depends_on = {"base": base_sha256, "rope": rope, "dtype": preset.base.dtype, "lora": preset.lora, **depends_on}
+    runs = Cache(preset.run_folder / stage, VERSION, run_key(replace(settings, memory_savings=asked), **depends_on))
+    settings, run = replace(settings, memory_savings=savings), runs.path(name, {}, "")
+
+    def work() -> list[dict[str, float]]:
+        model, room = load(), preset.memory_gib * USABLE - plan.device_gib
+        log = train(model, sequences, settings, run, gaps_gib=room / 2, **options)
+        own = {**asdict(settings), "lora": asdict(preset.lora), **noted, "tokens": log[-1]["tokens"], "run": run.name}
+        card = AdapterCard(preset.base.source, base_sha256, rope, asdict(preset.data), own, package_versions())
+        if join_processes().is_main_process:
+            save_adapter(model, card, run / "adapter")
         return log
 
     log = run_or_read(runs, name, work)
-    return TrainedAdapter(folder / "adapter", log, settings, int(log[-1]["tokens"]))
+    return TrainedAdapter(run / "adapter", log, settings, int(log[-1]["tokens"]))
 
 
 def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]]]) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ rounded to bf16. Its own loss is chunked, too, but computes all products twice, 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,19 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from llama_long_utils.cache import Cache, digest
+from llama_long_utils.cache import digest
 from llama_long_utils.data.instructions import InstructionSequence, Maker, dialogue_maker, instruction_sequences
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.data.sequences import TrainingData
-from llama_long_utils.model.adapters import OWN_ARM, AdapterCard, add_lora, find_adapter, load_adapter, save_adapter
-from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.adapters import OWN_ARM, add_lora, find_adapter, load_adapter
+from llama_long_utils.model.base import load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.records import package_versions
 from llama_long_utils.settings import IGNORED_LABEL, Preset, TrainingSettings
 from llama_long_utils.stages import Instruction
-from llama_long_utils.training.adapter import TrainedAdapter, run_or_read
-from llama_long_utils.training.planner import USABLE, plan_training
+from llama_long_utils.training.adapter import TrainedAdapter, train_stage
+from llama_long_utils.training.planner import plan_training
 from llama_long_utils.training.processes import Division, divide, join_processes, use_one_gpu
-from llama_long_utils.training.trainer import VERSION, Labels, run_key, train
+from llama_long_utils.training.trainer import Labels
 
 STAGE = "instruction"  # its settings, and its folder in runs/PRESET
 
@@ -133,50 +132,25 @@ def tune_instructions(
     base = locate_base(preset)
     start = find_adapter(preset, adapter) if extended else None
     plan = plan_training(preset, training, division)
-    wanted = replace(training.memory_savings, optimizer=plan.memory_savings.optimizer)
-    depends_on, training = (replace(training, memory_savings=savings) for savings in (wanted, plan.memory_savings))
     tokenizer = load_tokenizer(base)
     mixture = Mixture(preset.data, tokenizer, window=training.window)
-    try:
+    with closing(mixture.workers):
         documents = next(mixture.buffers(training))
-    finally:
-        mixture.workers.close()
     texts = TrainingData(mixture, training, tokenizer)
     options = {"texts": texts, "long_dialogue": long_dialogue}
     sequences = instruction_sequences(documents, tokenizer, settings, training.window, **options)
-    base_sha256, began = weights_sha256(base), weights_sha256(start) if start else None
-    data = digest([[one.input_ids, one.completion_mask] for one in sequences])
-    of_base = {"base": base_sha256, "start": began, "rope": scaling, "dtype": preset.base.dtype, "base_bits": "nf4"}
-    of_base |= {"trainer": trainer_class.__name__} if trainer_class is not InstructionTrainer else {}
-    runs = Cache(preset.run_folder / STAGE, VERSION, run_key(depends_on, data, **of_base, lora=preset.lora))
-    folder = runs.path(name, {}, "")
-    given = {STAGE: asdict(settings), "lora": asdict(preset.lora), "start": began, "arm": name}
-    card = AdapterCard(
-        base=preset.base.source,
-        base_sha256=base_sha256,
-        rope=scaling,
-        data=asdict(preset.data),
-        training={**asdict(training), **given},
-        versions=package_versions(),
-    )
 
-    def work() -> list[dict[str, float]]:
+    def load() -> PeftModel:
         model = load_base(base, scaling, dtype=preset.base.dtype, attention=training.attention)
-        model = (
-            load_adapter(model, start, base, trainable=True)
-            if start
-            else add_lora(model, preset.lora, seed=settings.seed)
-        )
-        build = partial(instruction_trainer, tokenizer=tokenizer, window=training.window, trainer_class=trainer_class)
-        room = preset.memory_gib * USABLE - plan.device_gib
-        log = train(model, sequences, training, folder, report_every=progress, gaps_gib=room / 2, build=build)
-        check_rope(model, scaling)
-        if log[-1]["tokens"] != sum(one.label_tokens for one in sequences):
-            raise RuntimeError(f"{log[-1]['tokens']:,} tokens were trained on, not all that the sequences have")
-        card.training.update(tokens=log[-1]["tokens"], run=folder.name)
-        if state.is_main_process:
-            save_adapter(model, card, folder / "adapter")
-        return log
+        if start:
+            return load_adapter(model, start, base, trainable=True)
+        return add_lora(model, preset.lora, seed=settings.seed)
 
-    log = run_or_read(runs, name, work)
-    return TrainedAdapter(folder / "adapter", log, training, int(log[-1]["tokens"]))
+    began = weights_sha256(start) if start else None
+    data = digest([[one.input_ids, one.completion_mask] for one in sequences])
+    depends_on = {"data": data, "start": began, "base_bits": "nf4"}
+    depends_on |= {"trainer": trainer_class.__name__} if trainer_class is not InstructionTrainer else {}
+    given = {"depends_on": depends_on, "noted": {STAGE: asdict(settings), "start": began, "arm": name}}
+    build = partial(instruction_trainer, tokenizer=tokenizer, window=training.window, trainer_class=trainer_class)
+    options = {"report_every": progress, "build": build}
+    return train_stage(preset, (STAGE, name), training, plan, scaling, load, sequences, **given, **options)

@@ -21,14 +21,14 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, 
 
 from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data.mixture import Mixture
-from llama_long_utils.model.adapters import keep_copies_fp32, load_adapter, read_card, save_adapter
+from llama_long_utils.model.adapters import keep_copies_fp32, load_adapter, read_card
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import compute_in_base_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.records import device_name, package_versions
+from llama_long_utils.records import device_name
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.stages import Preference
-from llama_long_utils.training.adapter import TrainedAdapter, run_or_read
+from llama_long_utils.training.adapter import TrainedAdapter, train_stage
 from llama_long_utils.training.comparisons import (
     Asked,
     Comparison,
@@ -44,18 +44,8 @@ from llama_long_utils.training.ledger import ledger
 from llama_long_utils.training.planner import GIB, Plan, model_shape, plan
 from llama_long_utils.training.processes import join_processes, use_one_gpu
 from llama_long_utils.training.random_llama import StepShape
-from llama_long_utils.training.trainer import VERSION, Labels, run_key, train
+from llama_long_utils.training.trainer import VERSION, Labels
 
-LOGGED = {  # what TRL calls it: what it is called in the rows of a log
-    "reward": "reward",  # of the answers that were sampled in this step, on average
-    "kl": "kl",  # nats a token
-    "entropy": "entropy",
-    "completions/mean_length": "length",
-    "accuracy": "accuracy",  # of the reward model on the comparisons of this step
-    "margin": "margin",
-    "rewards/accuracies": "accuracy",
-    "rewards/margins": "margin",
-}
 ANSWERS = ("chosen_ids", "rejected_ids")
 AT_ONCE = 32  # answers to be compared that are sampled together, if their keys and values take a sixth of the memory
 
@@ -103,29 +93,35 @@ def check_preference(trainer: Trainer, rope: Scaling) -> None:
         raise ValueError(f"trained weights are {wrong}, not fp32: norms near 1 would move in steps of 1/128")
 
 
-def plan_preference(preset: Preset, stage: str, training: TrainingSettings) -> Plan:
-    """The plan for a step, as `plan`: both sequences of a comparison, and the reference, a copy of the adapter.
+def plan_preference(preset: Preset, stage: str, settings: Preference) -> tuple[TrainingSettings, Plan]:
+    """[training] with the numbers of a stage, and the plan for a step; ValueError if none fits.
 
-    "rl" holds the reward model's base, too, and keys and values. ValueError if nothing fits.
+    A step holds both sequences of a comparison, and the reference, a copy of the adapter. "rl" holds the reward model's
+    base, too, and keys and values.
     """
-    config, sequences = model_shape(preset.base.source), training.sequences_at_once * (1 if stage == "rl" else 2)
+    own, window = getattr(settings, stage), settings.tokens + settings.answer_tokens
+    numbers = {name: value for name, value in asdict(own).items() if hasattr(preset.training, name)}
+    numbers |= {"sequences_per_step": own.rows_per_step, "sequences_at_once": own.rows_at_once, "seed": settings.seed}
+    training = replace(preset.training, **numbers, window=window, reach=window, pack=False, attention="sdpa")
+    config, sequences = model_shape(preset.base.source), own.rows_at_once * (1 if stage == "rl" else 2)
     options = {"sequences": sequences, "accumulated": True, "gpu": True}
-    shape = StepShape(training.window, preset.base.dtype, training.memory_savings, **options)
+    shape = StepShape(window, preset.base.dtype, training.memory_savings, **options)
     held = ledger(config, preset.lora, shape)
     others = 0.0 if stage == "reward" else held["adapters"] / GIB
     if stage == "rl":
-        others += held["weights"] / GIB + sequences * kept_gib(preset, training.window)
+        others += held["weights"] / GIB + sequences * kept_gib(preset, window)
     if others >= preset.memory_gib:
         raise ValueError(
             f"stage {stage!r}: the reward model, keys and values of {sequences} answers take {others:.1f} of "
             f"{preset.memory_gib:g} GiB: lower preference.rl.rows_at_once, or preference.tokens"
         )
     try:
-        return plan(config, preset.lora, shape, preset.memory_gib - others)
+        found = plan(config, preset.lora, shape, preset.memory_gib - others)
     except ValueError as error:
         raise ValueError(
             f"stage {stage!r}, {sequences} sequences at once: {error}; or lower preference.{stage}.rows_at_once"
         ) from None
+    return replace(training, memory_savings=found.memory_savings), replace(found, device_gib=found.device_gib + others)
 
 
 def kept_gib(preset: Preset, tokens: int) -> float:
@@ -212,15 +208,6 @@ def as_dataset(rows: Sequence[dict]) -> datasets.Dataset:
     return datasets.Dataset.from_list(list(rows))
 
 
-def stage_training(preset: Preset, stage: str, settings: Preference) -> TrainingSettings:
-    """[training] with the numbers of a stage, and the plan with which it fits; ValueError if none does."""
-    own, window = getattr(settings, stage), settings.tokens + settings.answer_tokens
-    numbers = {name: value for name, value in asdict(own).items() if hasattr(preset.training, name)}
-    numbers |= {"sequences_per_step": own.rows_per_step, "sequences_at_once": own.rows_at_once, "seed": settings.seed}
-    training = replace(preset.training, **numbers, window=window, reach=window, pack=False, attention="sdpa")
-    return replace(training, memory_savings=plan_preference(preset, stage, training).memory_savings)
-
-
 def _tune(
     preset: Preset,
     stage: str,
@@ -237,53 +224,39 @@ def _tune(
     """Train one stage in runs/PRESET/STAGE, as `train_adapter`; rows come in a new order in each pass."""
     if join_processes().num_processes > 1:
         raise ValueError("preference tuning runs in one process: start it without a launcher")
-    settings, base, card = settings or preset.preference, locate_base(preset), read_card(adapter)
-    training, beta = stage_training(preset, stage, settings), getattr(settings, stage).beta
+    settings, base, rope = settings or preset.preference, locate_base(preset), read_card(adapter).rope
+    training, plan = plan_preference(preset, stage, settings)
     longest = max(sum(map(len, row.values())) - len(row.get("rejected_ids", ())) for row in given)
     if longest > training.window + 1:
         raise ValueError(f"a row has {longest:,} tokens: preference.tokens and answer_tokens allow {training.window:,}")
     repeats = settings.answers if stage == "rl" else 1
     needed, generator = training.steps * training.sequences_per_step // repeats, np.random.default_rng(settings.seed)
     order = np.concatenate([generator.permutation(len(given)) for _ in range(-(-needed // len(given)))])[:needed]
-    rows = [given[number] for number in order for _ in range(repeats)]
-    began = weights_sha256(adapter)
-    depends_on = {"base": weights_sha256(base), "start": began, "rope": card.rope, "dtype": preset.base.dtype}
-    depends_on |= {"lora": preset.lora, "preference": asdict(settings), "reward": reward}
-    key, name = run_key(training, digest(list(rows)), **depends_on), name or stage
-    runs, tokenizer = Cache(preset.run_folder / stage, VERSION, key), load_tokenizer(base)
-    folder = runs.path(name, {}, "")
-    trainers: list[Trainer] = []
+    rows, tokenizer = [given[number] for number in order for _ in range(repeats)], load_tokenizer(base)
+
+    def load() -> PeftModel:
+        if stage == "reward":
+            model = load_reward_model(preset, adapter, trainable=True, seed=settings.seed)
+        else:
+            model = load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base, trainable=True)
+        compute_in_base_dtype(model)
+        return model
 
     def build_trainer(
         model: PeftModel, rows: Sequence[dict], _division: Any, arguments: dict
     ) -> tuple[Trainer, Labels]:
         arguments |= {"bf16": False, "gradient_checkpointing": False}  # TRL's defaults are True
         with reference_kept(model):
-            trainer = build(model, rows, arguments, tokenizer, beta)
-        check_preference(trainer, card.rope)
+            trainer = build(model, rows, arguments, tokenizer, getattr(settings, stage).beta)
+        check_preference(trainer, rope)
         for callback in callbacks:
             trainer.add_callback(callback)
-        trainers.append(trainer)
         return trainer, {number: sum(len(row.get(side, ())) for side in ANSWERS) for number, row in enumerate(rows)}
 
-    def work() -> list[dict[str, float]]:
-        if stage == "reward":
-            model = load_reward_model(preset, adapter, trainable=True, seed=settings.seed)
-        else:
-            model = load_adapter(load_base(base, card.rope, dtype=preset.base.dtype), adapter, base, trainable=True)
-        compute_in_base_dtype(model)
-        log = train(model, rows, training, folder, report_every=progress, build=build_trainer)
-        check_rope(model, card.rope)
-        if "ref" in model.peft_config:
-            model.delete_adapter("ref")
-        own = {**asdict(training), "stage": stage, "preference": asdict(settings), "start": began, "run": folder.name}
-        save_adapter(model, replace(card, training=own, versions=package_versions()), folder / "adapter")
-        logged = [row for row in trainers[-1].state.log_history if "loss" in row]
-        more = [{LOGGED[key]: row[key] for key in LOGGED if key in row} for row in logged]
-        return [{**row, **own} for row, own in zip(log, more, strict=True)]
-
-    log = run_or_read(runs, name, work)
-    return TrainedAdapter(folder / "adapter", log, training, int(log[-1]["tokens"]))
+    began = {"start": weights_sha256(adapter), "preference": asdict(settings)}
+    given = {"depends_on": {"data": digest(rows), "reward": reward, **began}, "noted": {"stage": stage, **began}}
+    options = {"report_every": progress, "build": build_trainer}
+    return train_stage(preset, (stage, name or stage), training, plan, rope, load, rows, **given, **options)
 
 
 def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison]]:
@@ -320,7 +293,7 @@ def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison
 
 def tune_preferences(preset: Preset, stage: str, adapter: Path, *, progress: int = 0) -> TrainedAdapter:
     """A stage from a preset's numbers, "reward", "rl" or "dpo"; "rl" trains the reward model if there is none yet."""
-    stage_training(preset, stage, preset.preference)  # refuses what does not fit
+    plan_preference(preset, stage, preset.preference)  # refuses what does not fit
     asked, pairs = collect(preset, adapter)
     if stage == "dpo":
         return train_dpo(preset, pairs, adapter, progress=progress)

@@ -43,6 +43,16 @@ from llama_long_utils.training.processes import (
 CHECKSUMS = "checksums.json"
 NEEDED = {"trainer_state.json", "optimizer.pt", "scheduler.pt"}  # beside weights and random states
 COLUMNS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_gib")
+PREFERENCES = {  # what TRL calls them in preference tuning: more columns
+    "reward": "reward",  # of the answers that were sampled in this step, on average
+    "kl": "kl",  # nats a token
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "accuracy": "accuracy",  # of the reward model on the comparisons of this step
+    "margin": "margin",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+}
 
 
 def train(
@@ -143,7 +153,9 @@ def train(
     model.half_trained = False
     for hook in hooks:
         hook.remove()
-    return [{name: row[name] for name in COLUMNS} for row in trainer.state.log_history if "loss" in row]
+    names = {**dict(zip(COLUMNS, COLUMNS, strict=True)), **PREFERENCES}
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    return [{names[key]: row[key] for key in names if key in row} for row in rows]
 
 
 Labels = dict[int, int]  # how many this process was given of each sequence, by its number
