@@ -536,7 +536,7 @@ def _with_a_copying_model(line: Line) -> Line:
     less, near = late.copied_less, results.copying(TRAINED_ON, "switch-80", "long", 1, 256)
     points = measured(*(100 * less[name] for name in ("value", "low", "high")), digits=1)
     ours = f"{line.ours}; in the tiny Llama, which copies, copied from over 1,024 tokens back {points} points"
-    in_reach = results.copying(TRAINED_ON, "in-reach", "long")
+    in_reach, reached_near = (results.copying(TRAINED_ON, "in-reach", "long", *far) for far in ((), (1, 256)))
     reached = measured(*(100 * in_reach[name] for name in ("value", "low", "high")), digits=1)
     ours += f", where its short sequences quote only what stands in them {reached}"
     steps = f"{late.long_steps:.0f} of {late.short_steps + late.long_steps:.0f} steps long"
@@ -552,7 +552,8 @@ def _with_a_copying_model(line: Line) -> Line:
     if worse:
         why = f"at this scale a switch at 80% {' and '.join(worse)}, in a model that copies, "
         why += f"after {late.long_steps:.0f} long steps; the cause is open"
-        parted = "" if in_reach["high"] < 0 else ", and with quotes kept in reach it is not told from none far back"
+        parted = "" if in_reach["high"] < 0 else ", and with quotes in reach the loss far back is not told from none"
+        parted += ", that near is" if parted and reached_near["high"] < 0 else ""
         judged = f"{DISAGREES}: {why}{parted}; so few steps speak of tokens, not of shares; {alone}"
     elif max(late.high, own.high) <= EQUAL and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
