@@ -179,19 +179,17 @@ def near(value: float, limit: float) -> str:
 
 def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float, origin: str) -> None:
     """What the controls tell apart, and the arms on new seeds: tables, and findings that hold or do not."""
-    say(f"""The cheapest first, {origin}; means over seeds. Sampled answers are preferred, "cut" as above. Greedy
-        answers begin right, and the change is from the instruction-tuned model. KL is in nats an answer. The cost is in
-        nats a token of long documents, unread ones for new seeds and the study's for the others. "At most" is the
-        highest end of a seed's interval.""")
+    say(f"""The arms of the figure in numbers, {origin}; means over seeds. *Begin right*: greedy answers, and their
+        change from the instruction-tuned model's. *KL*: nats an answer. *Cost*: nats a token of long documents, unread
+        ones for new seeds. *At most*: the highest end of a seed's interval.""")
+    rows = in_figure(table)
     columns = {
-        "arm": table.index,
-        "preferred": [in_brackets(row, "preferred") for _, row in table.iterrows()],
-        "preferred, cut": [in_brackets(row, "preferred_cut", "_cut") for _, row in table.iterrows()],
-        "begin right": [f"{share:.2f}" for share in table.words_right],
-        "change": [in_brackets(row, "change", "_change", sign=True) for _, row in table.iterrows()],
-        "KL": ["-" if pd.isna(kl) else f"{kl:.1f}" for kl in table.kl],
-        "cost": table.cost.to_numpy(),
-        "at most": [near(high, limit) for high in table.at_most],
+        "arm": rows.index,
+        "begin right": [f"{share:.2f}" for share in rows.words_right],
+        "change": [in_brackets(row, "change", "_change", sign=True) for _, row in rows.iterrows()],
+        "KL": ["-" if pd.isna(kl) else f"{kl:.1f}" for kl in rows.kl],
+        "cost": rows.cost.to_numpy(),
+        "at most": [near(high, limit) for high in rows.at_most],
     }
     show_table(pd.DataFrame(columns), digits=3)
     for arm, above in (("rl", False), ("tight rl", False), ("rl on gold", True)):
@@ -202,6 +200,12 @@ def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float, origin
         claim = f"{arm}: the study's documents cost at most {limit:g} nat, every interval of the study's seeds"
         finding(claim, table.at_most[arm] <= limit)
     say_new_seeds(fresh, limit)
+
+
+def in_figure(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `what_costs_what` without all but the smallest share of each arm's change."""
+    larger = [f"{arm}, {share:g}" for arm in LOOKS for share in KEPT if share > min(KEPT)]
+    return table[~table.index.isin(larger)]
 
 
 def arms_within(table: pd.DataFrame, limit: float, *, again: bool) -> list[str]:
@@ -226,10 +230,8 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
         passed = "yes" if new.at_most <= limit else "no"
         above = [sum(high > limit for high in ends) for ends in (new.ends, new.ends_study)]
         tests.append(f"""- **{name}: {won}. Every seed's interval within {limit:g} nat: {before}on {len(new.ends)} new
-  seeds {passed}** ({above[0]} above on unread documents, {above[1]} on the study's). On the new seeds it is preferred
-  {in_brackets(new, "preferred")}, and against the cut answers {in_brackets(new, "preferred_cut", "_cut")}. Unread
-  documents cost {measured(*new[["cost", "low_cost", "high_cost"]], digits=3)} nat, and the highest end of a seed's
-  interval is {near(new.at_most, limit)}.""")
+  seeds {passed}** ({above[0]} above on unread documents, {above[1]} on the study's; the highest end is
+  {near(new.at_most, limit)}). Against the cut answers: {in_brackets(new, "preferred_cut", "_cut")}.""")
     kept = ", ".join(arms_within(table, limit, again=False)) or "none"
     gold, text, dpo, imitation = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo", "imitation"))
     return f"""- **Words fell with the learnt reward, not with gold.** With gold as the reward {gold.words_right:.0%}
@@ -259,29 +261,31 @@ def say_new_seeds(fresh: Record | None, limit: float) -> None:
     columns |= {"cost": numbers.nll, "at most": [near(high, limit) for high in numbers.most]}
     show_table(pd.DataFrame({"arm": tried.index, **columns}), digits=3)
     won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
-    for arm in won.arm.unique():
+    columns, arms = {}, list(won.arm.unique())
+    for arm in arms:
         sampled = won[(won.arm == arm) & (won.decoding == "sampled")].set_index("seed")
         means = answers[answers.test == arm].groupby(["decoding", "arm"])
         whole, each = sampled[sampled.index.isna()].iloc[0], sampled[sampled.index.notna()]
-        costs = {}
-        for unread in (True, False):
-            part = read[(read.unread == unread) & (read.arm == arm)]
-            all_seeds, seeds = part[part.seed.isna()].iloc[0], part[part.seed.notna()]
-            costs[unread] = measured(*all_seeds[["nll", "low", "high"]], digits=3) + " nat a token; the interval of "
-            costs[unread] += f"{(seeds.high <= limit).sum()} of {len(seeds)} seeds stays within {limit:g}"
         length, ended, right = (means[name].mean() for name in ("length", "ended", "words_right"))
-        say(f"""**{arm}, on seeds {", ".join(f"{seed:.0f}" for seed in each.index)}**, {said}; {whole.questions} new
-questions:
-
-- Sampled answers are preferred {in_brackets(whole, "preferred")}, by seed {each.preferred.min():.2f} to
-  {each.preferred.max():.2f}. Against the untrained answer cut to the same length it is
-  {in_brackets(whole, "preferred_cut", "_cut")}.
-- Documents that no arm was chosen on cost {costs[True]}.
-- Those of the study cost {costs[False]}.
-- A sampled answer has {length["sampled", arm]:.1f} tokens. Before it had {length["sampled", "sft"]:.1f}. The share that
-  ends rose from {ended["sampled", "sft"]:.0%} to {ended["sampled", arm]:.0%}.
-- Of greedy answers {right["greedy", arm]:.0%} begin right. Before it was {right["greedy", "sft"]:.0%}.""")
+        rows = {
+            "seeds": ", ".join(f"{seed:.0f}" for seed in each.index),
+            "sampled answers, preferred": in_brackets(whole, "preferred"),
+            "the same, seed by seed": f"{each.preferred.min():.2f} to {each.preferred.max():.2f}",
+            "against the untrained answer, cut": in_brackets(whole, "preferred_cut", "_cut"),
+        }
+        for documents, part in {"unread": read[read.unread], "the study's": read[~read.unread]}.items():
+            all_seeds, seeds = (part[(part.arm == arm) & chosen] for chosen in (part.seed.isna(), part.seed.notna()))
+            rows[f"cost, {documents} documents"] = measured(*all_seeds.iloc[0][["nll", "low", "high"]], digits=3)
+            rows[f"intervals within {limit:g}, {documents}"] = f"{(seeds.high <= limit).sum()} of {len(seeds)} seeds"
+        rows["tokens of a sampled answer"] = f"{length['sampled', 'sft']:.1f} to {length['sampled', arm]:.1f}"
+        rows["sampled answers that end"] = f"{ended['sampled', 'sft']:.0%} to {ended['sampled', arm]:.0%}"
+        rows["greedy answers that begin right"] = f"{right['greedy', 'sft']:.0%} to {right['greedy', arm]:.0%}"
+        columns[arm] = rows
+    say(f"**On new seeds**, {whole.questions} new questions, {said}. The last three rows: before and after.")
+    show_table(pd.DataFrame(columns).rename_axis(index="").reset_index())
+    for arm in arms:
         most = read[read.unread & (read.arm == arm) & read.seed.notna()].high.max()
+        whole = won[(won.arm == arm) & (won.decoding == "sampled") & won.seed.isna()].iloc[0]
         shares = (whole[[f"preferred{cut}", f"low{cut}", f"high{cut}"]] for cut in ("", "_cut"))
         for rival, share in zip(
             ("the instruction-tuned model", "its answer cut to the same length"), shares, strict=True
@@ -294,8 +298,8 @@ questions:
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
     """A line for each arm, the cheapest first: its cost, and what it wins by then, also against cut answers."""
     parts = [f"{arm}, {share:g}" for arm in LOOKS for share in KEPT]
-    rows = table[~table.index.isin([part for part in parts if not part.endswith(f", {min(KEPT):g}")])]
-    rows, places = rows.reset_index(names="arm"), range(len(rows))
+    rows = in_figure(table).reset_index(names="arm")
+    places = range(len(rows))
     wide = {"width_ratios": (1.6, 1, 1)}
     figure, panels = plt.subplots(1, 3, figsize=(10, 5.6), sharey=True, layout="constrained", gridspec_kw=wide)
     titles = ("cost in long text", "preferred", "preferred, cut")
@@ -324,10 +328,9 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
     caption = f"""**{message}** Over {len(trained)} trainings of different settings the rank correlation is {rank:.2f}.
 {tradeoff_in_words(table, limit)}
 
-The cheapest first. Filled costs: every seed's interval ends within {limit:g} nat (dotted). Green: with a text beside
-the pairs. "{min(KEPT):g}": that share of the change.
-
-*{origin[:1].upper()}{origin[1:]}; 95%: shares, the wider over questions or seeds; costs, over documents or seeds.*"""
+*The cheapest first, {origin}. Dotted: {limit:g} nat; filled costs: every seed's interval ends below it. Green: with a
+text beside the pairs. "{min(KEPT):g}": that share of the change. 95%: shares, the wider over questions or seeds; costs,
+over documents or seeds.*"""
     said = [
         f"{row.arm}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats, at most "
         f"{near(row.at_most, limit)}"

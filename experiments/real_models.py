@@ -14,6 +14,7 @@ from llama_long_utils.notebooks import measured
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, recorded
 
+NAMES = {"smollm2": "SmolLM2-135M", "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B"}
 WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short, no skips"}
 LINES = WAYS | {"fair": "whole sequences, minus the control's windows"}
 FORMS = {"full": ("s-", BLUE), "pose": ("^-", TEAL), "short": ("o-", RED), "fair": ("D--", BLACK)}
@@ -39,9 +40,10 @@ class DoseResults:
 
     @property
     def title(self) -> str:
-        """Two lines: the preset, and how far of its new window texts were read."""
+        """Two lines: the model, and how far of its new window texts were read."""
         window = load_preset(self.preset).extension.window
-        return f"{self.preset}\nread to {self.record.table('held_out').tokens.max():,} of {window:,} tokens"
+        read = self.record.table("held_out").tokens.max()
+        return f"{NAMES.get(self.preset, self.preset)}\nread to {read:,} of {window:,} tokens"
 
     def rows(self, table: str, place: str) -> pd.DataFrame:
         """The rows of a table at a place."""
@@ -247,47 +249,45 @@ def draw_worth(
     save_figure(figure, folder, slug, number, caption, alt)
 
 
-def statements_in_all(asked: pd.DataFrame) -> pd.DataFrame:
-    """Right answers of `DoseResults.statements` by model, length and arm: right, of, worst_fifth (right there)."""
-    arms = pd.Categorical(asked.arm.map(ARMS), list(ARMS.values()))  # in this order, as they are drawn
-    asked = asked.assign(arm=arms, model=pd.Categorical(asked.model, asked.model.unique()))
-    return (
-        asked.groupby(["model", "length", "arm"], observed=True)
-        .agg(right=("right", "sum"), of=("questions", "sum"), worst_fifth=("right", "min"))
-        .reset_index()
-    )
-
-
 def draw_statements(asked: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
-    """Heat maps of `DoseResults.statements`, a panel for each model and length: right answers by arm and fifth."""
+    """Heat maps of `DoseResults.statements`, a panel for each model and length: right answers by arm and fifth, and in
+    all; arms that were not asked at a length are left blank."""
     models = list(asked.groupby("model", sort=False))
     most_lengths = max(part.length.nunique() for _, part in models)
-    size = (1.8 + 3.9 * most_lengths, 0.6 + 3.0 * len(models))
+    size = (2.0 + 2.7 * most_lengths, 0.6 + 2.8 * len(models))
     figure, panels = plt.subplots(len(models), most_lengths, figsize=size, squeeze=False)
+    said = []
     for (model, part), row in zip(models, panels, strict=True):
+        arms, most = [arm for arm in ARMS if arm in set(part.arm)], part.questions.max()
         for axes in row[part.length.nunique() :]:
             axes.set_axis_off()
         for length, axes in zip(sorted(part.length.unique()), row, strict=False):
             right = part[part.length == length].pivot_table(index="arm", columns="fifth_of_depth", values="right")
-            right, most = right.reindex([arm for arm in ARMS if arm in right.index]), part.questions.max()
+            right = right.reindex(arms)
             axes.imshow(right, cmap="Blues", vmin=0, vmax=most, aspect="auto")
-            for (arm, fifth), count in np.ndenumerate(right.to_numpy(dtype=int)):
-                colour = "white" if count > most / 2 else "black"
-                axes.text(fifth, arm, str(count), ha="center", va="center", color=colour)
-            axes.set(title=f"{model}\n{length:,} tokens", xlabel="fifth of the text", xticks=range(5))
-            axes.set_xticklabels(["first", "2", "3", "4", "last"])
-            axes.set(yticks=range(len(right)), yticklabels=[ARMS[arm] for arm in right.index])
+            for name in right.dropna().index:
+                arm, counts = arms.index(name), right.loc[name].astype(int)
+                for fifth, count in enumerate(counts):
+                    colour = "white" if count > most / 2 else "black"
+                    axes.text(fifth, arm, str(count), ha="center", va="center", color=colour)
+                axes.text(len(counts), arm, str(counts.sum()), ha="center", va="center", weight="bold")
+                said.append(f"{model}, {length:,}, {ARMS[name]}: {counts.sum()} of {len(counts) * most}")
+            axes.set(
+                title=f"{NAMES.get(model, model)}\n{length:,} tokens", xlabel="fifth of the text", xlim=(-0.5, 5.5)
+            )
+            axes.set_xticks(range(6), ["1", "2", "3", "4", "5", "all"])
+            axes.set_yticks(range(len(arms)), [ARMS[arm] for arm in arms] if axes is row[0] else [])
             axes.grid(visible=False)
-    counts = statements_in_all(asked).itertuples()
-    alt = "; ".join(f"{row.model}, {row.length:,}, {row.arm}: {row.right} of {row.of}" for row in counts)
-    save_figure(figure, folder, slug, number, caption, alt)
+    save_figure(figure, folder, slug, number, caption, "; ".join(said))
 
 
 def draw_tasks(shares: pd.DataFrame, costs: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
     """Both tables of `read_tasks`, a panel each; hollow: single questions where they are few."""
     marks = zip(shares.model.unique(), (BLUE, RED), "so", strict=False)
     form = {"colour": "model", "value": "difference", "zero": 0}
-    form["styles"] = {name: {"label": name, "color": colour, "marker": marker} for name, colour, marker in marks}
+    form["styles"] = {
+        name: {"label": NAMES.get(name, name), "color": colour, "marker": marker} for name, colour, marker in marks
+    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.0))
     intervals(left, shares[shares.before + shares.after > 0], row="task", **form)
     left.set(title="right answers", xlabel="after minus before (points)")
