@@ -73,6 +73,15 @@ def test_pi_is_undecided_as_long_as_it_has_not_recovered_inside_the_old_window(l
     recovered = dataclasses.replace(race, arrays={**race.arrays, "nats": nats})
     table = scoreboard.read_published("llama2_long")["table_5"]
     assert scoreboard._perplexity(recovered, table).verdict == scoreboard.AGREES
+    plain = (race.arms.method == "none") & (race.arms.training == "full-length")
+    nats[np.flatnonzero(pi)] = nats[np.flatnonzero(plain)]
+    assert scoreboard._perplexity(recovered, table).verdict.startswith(scoreboard.UNDECIDED)  # no gain is not a loss
+
+
+def test_that_nothing_is_gained_is_agreed_only_if_a_gain_is_excluded():
+    bounds = {(0.003, 0.039): "DISAGREES", (-0.1, 0.1): "UNDECIDED", (-0.005, 0.005): "AGREES", (-3, -1): "AGREES"}
+    for interval, judged in bounds.items():
+        assert scoreboard._gains_nothing(*interval, scoreboard.EQUAL) == getattr(scoreboard, judged)
 
 
 def test_a_base_at_chance_decides_nothing_about_short_tasks(lines):
