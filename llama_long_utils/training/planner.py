@@ -104,14 +104,14 @@ def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
     """
     wanted = shape.memory_savings
     tiled = replace(wanted, tile=wanted.tile or tile_for(shape.length))
-    rungs = [[wanted, tiled], [replace(tiled, offload_checkpoints=True)], [leanest(config, shape.length, wanted)]]
+    rungs = [[wanted], [wanted, tiled]]
+    rungs += [[replace(tiled, offload_checkpoints=True)], [leanest(config, shape.length, wanted)]]
     layers = range(wanted.recomputed_layers, max(config.num_hidden_layers, wanted.recomputed_layers) + 1)
-    for rung in rungs:
-        found = []
+    for number, rung in enumerate(rungs):  # what fits as it is wanted costs least: no ledger of tiles is made then
+        found, tried = [], layers if number else layers[:1]
         for savings in rung:
-            counts = (
-                predict(config, lora, replace(shape, memory_savings=savings), recomputed) for recomputed in layers
-            )
+            saving = replace(shape, memory_savings=savings)
+            counts = (predict(config, lora, saving, recomputed) for recomputed in tried)
             found += [next((choice for choice in counts if choice.device_gib <= gib * USABLE), None)]
         if any(found):
             return min(filter(None, found), key=lambda choice: choice.flops)
