@@ -23,7 +23,6 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.tiny_llama import FOLDER as MODEL
 from llama_long_utils.cache import digest
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.data.sequences import TrainingData
@@ -38,6 +37,7 @@ KINDS = r"\.(py|pyi|h|hpp|c|cpp|js|mjs|ts|md|rst|txt|css|html|tcl|pl|pm|pod|sh|j
 SHORTEST = 500  # characters
 ALONE = 2**16  # bytes: a longer file becomes a file, shorter ones are lines of .jsonl
 LINES = 2**26  # bytes of a .jsonl
+MODEL = REPOSITORY / "data" / "tiny-llama"
 WINDOW = 32_768
 
 
