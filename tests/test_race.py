@@ -292,10 +292,11 @@ def test_differences_know_that_three_seeds_are_few():
 
 
 def test_the_notebook_runs_for_a_preset_whose_race_was_not_run(tmp_path):
-    """A copy of tiny.toml under another name, with few texts and questions: the paper's four methods, untrained."""
+    """A copy of tiny.toml under another name, with few and short texts: the paper's four methods, untrained."""
     text = (REPOSITORY / "presets" / "tiny.toml").read_text("utf-8")
-    few = {"documents = 24 ": "documents = 2 ", "stretches = 99": "stretches = 1", "sotu = 18, sh": "sotu = 2, sh"}
-    for line, shorter in (few | {"shakespeare = 6": "shakespeare = 1"}).items():
+    few = {"documents = 24 ": "lengths = [512, 1024]\ndocuments = 2 ", "stretches = 99": "tokens = 1024\nstretches = 1"}
+    few |= {"sotu = 18, sh": "sotu = 2, sh", "shakespeare = 6": "shakespeare = 1"}
+    for line, shorter in few.items():
         assert text.count(line) == 1
         text = text.replace(line, shorter)
     (tmp_path / "mine.toml").write_text(text)
