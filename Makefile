@@ -47,7 +47,7 @@ $(READY): $(INSTALLED)
 
 install: $(READY)
 
-# What few targets need. The tests are skipped where it cannot be had.
+# What few targets need. Their tests are skipped where it cannot be had.
 .venv/.browser .venv/.workflow: .venv/.%: $(READY)
 	-$(PIP) ".[test,$*]" && touch $@
 
