@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}").lstrip("-.")
     if (PRESETS / f"{asked.name}.toml").exists():
         parser.error(f"presets/{asked.name}.toml is there and is not overwritten: use another --name, or remove it")
+    check_sources([asked.texts] if asked.texts else [], {})
     packaged, folder = [*json.loads(PACKAGED.read_bytes())], REPOSITORY / asked.base
     if folder.is_dir():
         with contextlib.suppress(OSError, AttributeError, TypeError, json.JSONDecodeError):  # said better later
@@ -64,7 +65,6 @@ def toml(value: Any) -> str:
 def own_texts(texts: str, window: int) -> dict[str, Any]:
     """[data] and the tokens to train on of texts of one's own; ValueError if they are too short or too few."""
     name = Path(texts).name or texts
-    check_sources([texts], {name: 1})
     sizes = sorted((len(one.text.encode()), len(one.text)) for one in load_documents(texts))
     if len(sizes) < 2 or sizes[-2][0] + 3 < window:  # a token is a byte at least
         raise ValueError(
@@ -126,7 +126,7 @@ def write() -> None:
         raise
     counts = preset.data.held_out
     few = " (below eight, notebook 6 gives no intervals: raise held_out in [data], or add texts)"
-    few = few if sum(counts.values()) < 8 else ""
+    few *= sum(counts.values()) < 8
     texts = f"texts: {', '.join(source.name for source in preset.data.mixture)}; held out: {counts}{few}"
     print(f"presets/{asked.name}.toml: {preset.extended_rope}\n{texts}")
     print(f"then: {PYTHON} -m llama_long_utils.plan {asked.name}")

@@ -65,8 +65,7 @@ def why_unknown(model: str, names: Sequence[str]) -> str:
 def arguments() -> argparse.Namespace:
     """What was asked for; heavy modules are imported only after this."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.plan", description=__doc__)
-    shapes = read_published("model_shapes")["models"]
-    names = [*{**dict.fromkeys(preset_names()), **shapes}]
+    names = [*{**dict.fromkeys(preset_names()), **read_published("model_shapes")["models"]}]
     named = f"{', '.join(names)}, a folder with config.json, or owner/name on the hub"
     parser.add_argument("model", help=named)
     count = at_least(int, 1)
@@ -130,8 +129,8 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     window, memory = asked.window or preset.training.window, asked.memory or preset.memory_gib
     config = planner.model_shape(preset.base.source if preset else asked.model)
     dtype, savings = (preset.base.dtype, preset.training.memory_savings) if preset else ("bfloat16", PLAIN)
-    context, several = asked.context_parallel, {"context": asked.context_parallel, "processes": asked.devices}
-    several["sharded"] = asked.shard_base
+    context = asked.context_parallel
+    several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
     packed = bool(preset and planner.is_packed(preset.training))
     shape = StepShape(window // context, dtype, savings, asked.sequences, gpu=True, packed=packed, **several)
     meanwhile = in_second_process(lambda: planner.longest_context(config, lora, shape, memory))
@@ -221,8 +220,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line."""
-    asked = arguments()
-    found = predictions(asked)
+    found = predictions(asked := arguments())
     print(json.dumps(found, indent=1) if asked.json else table(found))
 
 

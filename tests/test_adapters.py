@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -254,6 +255,9 @@ def test_merged_model_loads_plainly_with_the_right_rope_and_without_the_error_of
     merged = AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.bfloat16)
     check_rope(merged, RAISED)
     assert merged.config.max_position_embeddings == 512
+    config = json.loads((merged_folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5  # for what is older than 5, and newer
+    assert config["rope_scaling"] is None
     assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
     unmerged = load_base(base_folder, RAISED, dtype="bfloat16", quantized=False)
     unmerged = load_adapter(unmerged, adapter, base_folder)
@@ -264,6 +268,34 @@ def test_merged_model_loads_plainly_with_the_right_rope_and_without_the_error_of
     quantisation = (nf4_hidden - exact).norm() / exact.norm()
     assert rounding < 0.02  # merging rounds each weight to bf16 once
     assert quantisation > rounding  # the error that the merged model no longer has
+
+
+def test_a_merged_rope_other_than_abf_stands_where_older_programs_look_too(tmp_path):
+    train_tokenizer([]).save_pretrained(tmp_path / "base")
+    new_llama(seed=0).save_pretrained(tmp_path / "base")
+    yarn = dataclasses.replace(RAISED, method="yarn", base=1e4)
+    model = add_lora(load_base(tmp_path / "base", yarn, dtype="float32"), LORA, seed=0)
+    save_adapter(model, card(tmp_path / "base", rope=yarn), tmp_path / "adapter")
+    merged = merge_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", dtype="float32")
+    config = json.loads((merged / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (1e4, yarn.parameters())
+    check_rope(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), yarn)
+
+
+def test_the_lines_in_an_adapters_readme_load_it_with_peft_alone(base_folder, adapter):
+    lines = [line for line in (adapter / "README.md").read_text().splitlines() if line.startswith("    ")]
+    names = {
+        "BASE": base_folder,
+        "FOLDER": adapter,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "PeftModel": PeftModel,
+    }
+    exec("\n".join(line.strip() for line in lines), names)
+    check_rope(names["model"], RAISED)
+    ours = load_adapter(load_base(base_folder, RAISED, dtype="bfloat16", quantized=False), adapter, base_folder)
+    with torch.no_grad():
+        plain, expected = (hidden_states(model.bfloat16(), IDS).float() for model in (names["model"], ours))
+    assert (plain - expected).norm() < 0.02 * expected.norm()
 
 
 def test_lora_on_a_layer_that_does_not_exist_is_refused(base_folder):

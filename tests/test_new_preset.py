@@ -210,6 +210,7 @@ def test_a_rope_that_changes_with_the_length_leaves_no_file(written, tmp_path, m
         ),
         ({}, ["--base", "~/mine", "--window", "1024", "--memory", "1"], "unknown model '~/mine': there is no such f"),
         ({}, ["--window", "64", "--memory", "1"], "--window 64 is not above the base's own 64 tokens"),
+        ({}, ["--window", "128", "--memory", "1", "--texts", "/no/texts"], "unknown document source '/no/texts': the"),
         ({"sliding_window": 32}, ["--window", "128", "--memory", "1"], "attends to the last 32 tokens only"),
         ({}, ["--window", "8192", "--memory", "1", "--name", "tiny"], "presets/tiny.toml is there and is not overw"),
         ({}, ["--window", "8192", "--memory", "nan"], "nan must be a number of 0.1 or more"),

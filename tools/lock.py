@@ -1,5 +1,6 @@
 """Writes environment.yml and requirements.lock from pyproject.toml: `make lock`."""
 
+import argparse
 import re
 import sys
 import tomllib
@@ -60,5 +61,6 @@ def _normal(name: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     (REPOSITORY / "environment.yml").write_text(environment_file(), "utf-8")
     (REPOSITORY / "requirements.lock").write_text(lock_file(), "utf-8")

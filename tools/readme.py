@@ -1,5 +1,6 @@
 """The parts of README and notebooks that are made from other files."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -53,5 +54,6 @@ def write_generated(check: bool = False) -> list[Path]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for path in write_generated():
         print("written:", path.relative_to(REPOSITORY))

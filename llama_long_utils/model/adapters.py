@@ -105,11 +105,15 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
         model.save_pretrained(scratch, save_embedding_layers=False, selected_adapters=["default"])
         card = replace(card, weights_sha256=weights_sha256(scratch), config_digest=_config_digest(scratch))
         (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+        rope, longest = card.rope.parameters(), card.rope.max_position_embeddings
         (scratch / "README.md").write_text(
             f"---\nlibrary_name: peft\nbase_model: {card.base}\n---\n"
             f"# LoRA adapter: window {card.rope.window:,} tokens\n\n"
-            f"Trained on the NF4 base with RoPE scaled: {card.rope}. PEFT does not store that: load it with\n"
-            "`llama_long_utils.model.adapters.load_adapter`, which refuses a base with other RoPE settings.\n"
+            f"Trained on the NF4 base with RoPE scaled: {card.rope}. PEFT does not store that. Merge the adapter with\n"
+            "`python -m tools.merge`, or load it with `llama_long_utils.model.adapters.load_adapter`, which refuses a\n"
+            "base with other RoPE settings. With PEFT alone (not xPos) the base must get them first:\n\n"
+            f"    kwargs = dict(rope_parameters={rope}, max_position_embeddings={longest})\n"
+            "    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, **kwargs), FOLDER)\n\n"
             f"Where it comes from: `{CARD}`.\n",
             encoding="utf-8",
         )
@@ -238,4 +242,8 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Pat
     with whole_folder(folder) as scratch:
         merged.to(torch.bfloat16).save_pretrained(scratch)
         load_tokenizer(base).save_pretrained(scratch)
+        path, rope = scratch / "config.json", card.rope.parameters()
+        # What is older than transformers 5 looks here, and would take a base of 10,000 without a word.
+        older = {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | older, indent=2) + "\n", encoding="utf-8")
     return folder
