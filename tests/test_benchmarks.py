@@ -199,6 +199,18 @@ def test_long_prompts_hold_the_answer_and_fill_their_length(tokenizer, in_order)
         long_prompts.long_rows(haystack, tokenizer, 40, count=5)
 
 
+def test_lengths_without_room_for_every_question_are_left_out_and_said(tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path)
+    paragraphs = [f"Paragraph {n} is about the number {n} and about nothing else in this world." for n in range(200)]
+    haystack = long_prompts.Haystack(paragraphs, [long_prompts.Question("0", "Where is 7?", ("in 7",), (7,))], True)
+    options = {"tokenizer": str(tmp_path), "count": 1}
+    rows = long_prompts._prompts(haystack, max_seq_lengths=[30, 40, 256], **options)["test"]
+    assert rows["max_length"] == [256]
+    assert capsys.readouterr().out == "not asked at [30, 40] tokens: not every question has room there\n"
+    with pytest.raises(ValueError, match="length 40 has no room for question '0': ask at longer lengths"):
+        long_prompts._prompts(haystack, max_seq_lengths=[30, 40], **options)
+
+
 def test_long_readers_keep_the_paragraphs_that_hold_the_answer():
     context = [["one", ["First.", " Second."]], ["two", ["Third."]], ["three", ["Fourth."]]]
     row = {"question": "?", "answer": "yes", "supporting_facts": [["one", 0], ["two", 0], ["one", 1]]}

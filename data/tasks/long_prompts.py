@@ -28,6 +28,10 @@ SEED = 0
 WORDS = range(8, 21)  # of a sentence to be chosen
 
 
+class NoRoomError(ValueError):
+    """A prompt of this length does not hold a question's own paragraphs."""
+
+
 @dataclass(frozen=True)
 class Question:
     """About a few paragraphs of many: `needed` are those that hold the answer, `near` those to hide it among first."""
@@ -73,7 +77,17 @@ def _prompts(
     haystack: Haystack, *, max_seq_lengths: Sequence[int], tokenizer: str, count: int, **_: Any
 ) -> dict[str, Dataset]:
     loaded = load_tokenizer(Path(tokenizer))
-    rows = [row for length in max_seq_lengths for row in long_rows(haystack, loaded, length, count=count)]
+    rows: list[dict[str, Any]] = []
+    too_short: dict[int, NoRoomError] = {}
+    for length in max_seq_lengths:
+        try:
+            rows += long_rows(haystack, loaded, length, count=count)
+        except NoRoomError as error:
+            too_short[length] = error
+    if not rows:
+        raise too_short[max(too_short)]
+    if too_short:
+        print(f"not asked at {sorted(too_short)} tokens: not every question has room there")
     return {"test": Dataset.from_list(rows)}
 
 
@@ -120,7 +134,7 @@ def long_rows(
     The same questions, drawn at random, are asked at every length. The needed paragraphs stand at a random depth.
 
     Raises:
-        ValueError: a question's own paragraphs do not fit.
+        NoRoomError: a question's own paragraphs do not fit.
     """
     rows = []
     for number in np.random.default_rng(SEED).permutation(len(haystack.questions))[:count]:
@@ -129,7 +143,7 @@ def long_rows(
         room = length - ANSWER_TOKENS - _tokens(tokenizer, PROMPT.format(context="", question=question.text)) - 1
         room -= sum(_cost(tokenizer, haystack.paragraphs[place]) for place in question.needed)
         if room < 0:
-            raise ValueError(f"length {length:,} has no room for question {question.name!r}: ask at longer lengths")
+            raise NoRoomError(f"length {length:,} has no room for question {question.name!r}: ask at longer lengths")
         places = _surroundings(haystack, question, tokenizer, room, generator)
         context = "\n\n".join(haystack.paragraphs[place] for place in places)
         row = {"name": f"{question.name}/{length}", "max_length": length, "context": context}
