@@ -37,6 +37,7 @@ help:
 
 $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "installing the packages into .venv: some minutes"
 	$(PYTHON) -m venv .venv
 	$(PIP) ".[test]"
 	@touch $@
