@@ -1,8 +1,8 @@
 """A large corpus, read as training reads it: `python -m experiments corpus` writes record 03_corpus.
 
-The texts are sources, headers and documents that this machine has. Two processes tokenize them to their end; one of the
-two is killed, and then the reader. One process tokenizes the first part, past both kills, which must have the same
-sequences. Then training takes a step.
+The texts are sources, headers and documents that this machine has. One process reads them to their end; it is killed on
+the way, and another goes on. A third reads the first part, past the kill, which must have the same sequences. Then
+training takes a step.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, getrusage
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import pandas as pd
@@ -76,7 +76,7 @@ def write_corpus(folder: Path, size: int) -> None:
     scratch.replace(folder)
 
 
-def read(texts: str, workers: int, out: str, until: int) -> None:
+def read(texts: str, out: str, until: int) -> None:
     """Draw the sequences of one pass, from where `out` ends to `until`, a line on each; the last line is about all."""
     begun, file = time.time(), Path(out)
     done = len(file.read_text().splitlines()) if file.exists() else 0
@@ -84,23 +84,20 @@ def read(texts: str, workers: int, out: str, until: int) -> None:
     numbers = {"window": WINDOW, "reach": WINDOW, "self_quoting_share": 0.0, "long_document_weight": 1.0}
     settings = replace(load_preset("tiny").training, steps=until, **numbers)
     data = Data([texts], {}, minimum_characters=1, split_seed=0, passes=1)
-    mixture = Mixture(data, tokenizer, workers=workers)
-    sequences, labels, first = TrainingData(mixture, settings, tokenizer), 0, 0.0
+    sequences, labels, first = TrainingData(Mixture(data, tokenizer), settings, tokenizer), 0, 0.0
     with file.open("a") as lines:
         try:
             for number in range(done, len(sequences)):
                 sequence = sequences[number]
                 first = first or time.time() - begun
                 labels += sequence.label_tokens
-                processes = " ".join(str(process.pid) for process in mixture.workers.processes.values())
                 print(digest([sequence.input_ids, sequence.labels, sequence.position_ids]), file=lines, flush=True)
-                print(f"{number} {processes}\n", end="", flush=True)  # in one piece: a thread may print, too
+                print(number, flush=True)
         except ValueError as error:  # the pass is over
             print(error, file=sys.stderr)
-    mixture.workers.close()
-    used, seconds = getrusage(RUSAGE_CHILDREN), time.time() - begun
+    used, seconds = getrusage(RUSAGE_SELF), time.time() - begun
     about = {"seconds": seconds, "first_sequence_seconds": first, "labels": labels}
-    print(json.dumps({**about, "worker_seconds": used.ru_utime + used.ru_stime}), flush=True)
+    print(json.dumps({**about, "cpu_seconds": used.ru_utime + used.ru_stime}), flush=True)
 
 
 def take_step(texts: str, run_folder: str) -> None:
@@ -119,11 +116,11 @@ def take_step(texts: str, run_folder: str) -> None:
     print(json.dumps({"first_step_seconds": time.time() - begun}), flush=True)
 
 
-def watched(call: str, cache: Path, at: Callable[[int, list[int], int], None] = lambda *_: None) -> dict[str, Any]:
-    """What a process prints last, and the highest memory of it and its children, in GiB, resident together.
+def watched(call: str, cache: Path, at: Callable[[int, int], None] = lambda *_: None) -> dict[str, Any]:
+    """What a process prints last, and its highest resident memory in GiB.
 
     Args:
-        at: is called with each number that the process prints, the ids of those that tokenize, and its own.
+        at: is called with each number that the process prints, and its id.
     """
     command = [sys.executable, "-c", f"from experiments.corpus import *\n{call}"]
     last, samples, environment = "{}", [0], {**os.environ, "LLAMA_LONG_CACHE": str(cache)}
@@ -138,8 +135,7 @@ def watched(call: str, cache: Path, at: Callable[[int, list[int], int], None] = 
         sampler.start()
         for line in run.stdout:
             if line[0].isdigit():
-                number, *processes = map(int, line.split())
-                at(number, processes, run.pid)
+                at(int(line), run.pid)
             elif line[0] == "{":
                 last = line
     sampler.join()
@@ -149,14 +145,12 @@ def watched(call: str, cache: Path, at: Callable[[int, list[int], int], None] = 
 
 
 def resident(process: int) -> int:
-    """Bytes of a process and all below it, pages that they share counted for each."""
-    folder = Path(f"/proc/{process}")
+    """Bytes of a process; 0 if it has ended."""
     try:
-        pages = int((folder / "statm").read_text().split()[1])
-        children = " ".join((task / "children").read_text() for task in (folder / "task").iterdir()).split()
-    except OSError:  # it has ended
+        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    except OSError:
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident(int(child)) for child in children)
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def run(size_gib: float, folder: Path, results: Path) -> Path:
@@ -168,27 +162,24 @@ def run(size_gib: float, folder: Path, results: Path) -> Path:
     corpus = {"files": len(files), "documents": documents, "bytes": sum(path.stat().st_size for path in files)}
     stop = int(size_gib * 2**30 / 2 / WINDOW / 16)  # of some two bytes a token, a sixteenth of the way
 
-    def kill(number: int, processes: list[int], reader: int) -> None:
-        if number == stop // 2 and processes:
-            os.kill(processes[0], signal.SIGKILL)
+    def kill(number: int, reader: int) -> None:
         if number == stop:
             os.kill(reader, signal.SIGKILL)
 
     rows, drawn = [], {}
-    for name, workers, parts, until in (("one worker", 1, 1, 2 * stop), ("two workers, killed", 2, 2, 10**6)):
+    for name, parts, until in (("straight", 1, 2 * stop), ("killed", 2, 10**6)):
         out, cache = folder / f"{name}.txt", folder / f"cache of {name}"
         out.unlink(missing_ok=True)
         shutil.rmtree(cache, ignore_errors=True)
-        call = f"read({str(texts)!r}, {workers}, {str(out)!r}, {until})"
+        call = f"read({str(texts)!r}, {str(out)!r}, {until})"
         found = [watched(call, cache, kill if part < parts - 1 else lambda *_: None) for part in range(parts)]
         drawn[name] = out.read_text().splitlines()
-        row = {"run": name, "workers": workers, "sequences": len(drawn[name])}
+        row = {"run": name, "sequences": len(drawn[name])}
         row |= {"digest": digest(drawn[name][: 2 * stop]), "continued_from": stop if parts > 1 else 0}
         row |= {**found[-1], "peak_gib": max(part["peak_gib"] for part in found)}
-        row["labels_per_worker_second"] = row["labels"] / row["worker_seconds"] if row["worker_seconds"] else None
-        rows.append(row)
-        print(row, flush=True)
-    if drawn["one worker"] != drawn["two workers, killed"][: 2 * stop]:
+        rows.append({**row, "labels_per_cpu_second": row["labels"] / row["cpu_seconds"]})
+        print(rows[-1], flush=True)
+    if drawn["straight"] != drawn["killed"][: 2 * stop]:
         raise RuntimeError("the two readings gave different sequences")
     for left in (folder / "training", folder / "cache of training"):
         shutil.rmtree(left, ignore_errors=True)

@@ -258,7 +258,6 @@ def tune_and_ask(
     made = {run: one for run, one in made.items() if one}
     mixture = Mixture(preset.data, tokenizer, window=preset.instruction.window)
     documents = next(mixture.buffers(instruction_settings(preset, preset.instruction)))
-    mixture.workers.close()
     for (arm, seed), one in made.items():
         counts = (0, 0) if arm == "untuned" else questions(preset, tokenizer, documents, arm, seed)
         one["questions"], one["different"] = counts

@@ -198,7 +198,6 @@ def run_preference(preset: Preset, adapter: Path, out: Path, scope: Scope = Scop
     mixture = Mixture(preset.data, tokenizer)
     documents = [one for source in mixture.sources for one in mixture.training(source)]
     held_out = mixture.held_out()
-    mixture.workers.close()
     test, start = ask(held_out, tokenizer, preset, TESTED, 1000), load_policy(preset, adapter)
     arms, rows, logs, rated = [("sft", 0, adapter, {})], [], [], []
     key = {"start": weights_sha256(adapter), "device": device_name(), "base": weights_sha256(locate_base(preset))}

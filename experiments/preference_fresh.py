@@ -106,7 +106,6 @@ class Study:
         mixture = Mixture(preset.data, self.tokenizer)
         self.documents = [one for source in mixture.sources for one in mixture.training(source)]
         self.held_out, self.start = mixture.held_out(), load_policy(preset, adapter)
-        mixture.workers.close()
         inputs = {"start": weights_sha256(adapter), "base": weights_sha256(locate_base(preset))}
         self.cache = Cache(preset.run_folder / "preference", VERSION, {**inputs, "device": device_name()})
 

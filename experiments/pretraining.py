@@ -111,7 +111,6 @@ def texts() -> tuple[PreTrainedTokenizerBase, list[TokenizedDocument], list[Toke
     tokenizer = load_tokenizer(locate_base(PRESET))
     mixture, held_out = read_documents(PRESET.data, tokenizer, length=LONG)
     training = [document for source in mixture.sources for document in mixture.training(source)]
-    mixture.workers.close()
     return tokenizer, training, held_out
 
 

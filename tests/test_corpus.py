@@ -9,7 +9,7 @@ from experiments.corpus import run, write_corpus
 from llama_long_utils.records import read_table
 
 
-def test_a_small_corpus_is_read_alike_by_one_and_by_two_killed_processes_in_little_memory(tmp_path, monkeypatch):
+def test_a_small_corpus_is_read_alike_with_and_without_a_kill_in_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "FOLDERS", (Path(torch.__file__).parent,))  # to walk the whole machine takes long
     record = run(0.004, tmp_path / "corpus", tmp_path / "results")  # raises if the sequences differ
     corpus, reading, training = (read_table(record, name).iloc for name in ("corpus", "reading", "training"))

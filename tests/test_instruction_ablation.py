@@ -28,7 +28,6 @@ def tokenizer():
 def documents(tokenizer):
     mixture = Mixture(TINY.data, tokenizer)
     documents = next(mixture.buffers(TINY.training))
-    mixture.workers.close()
     return documents
 
 

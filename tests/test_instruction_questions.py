@@ -133,7 +133,6 @@ def test_questions_and_their_different_answers_are_counted(tokenizer):
     preset = replace(tiny, instruction=replace(tiny.instruction, steps=2, window=1024))
     mixture = Mixture(preset.data, tokenizer, window=1024)
     documents = next(mixture.buffers(preset.training))
-    mixture.workers.close()
     asked, different = questions(preset, tokenizer, documents, "long, loss on prompt", 0)
     assert asked == preset.instruction.steps * 1024 // preset.instruction.tokens_per_question
     assert asked - 2 <= different <= asked

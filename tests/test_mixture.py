@@ -1,9 +1,8 @@
-"""Sources as a stream: mixed by weight, made by several processes, the same after every interruption."""
+"""Sources as a stream: mixed by weight, tokenized in shards, the same after every interruption."""
 
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -82,17 +81,13 @@ def test_the_default_preset_trains_on_the_same_sequences_bit_by_bit(tokenizer):
     assert digest([document.token_ids for document in texts.held_out()]) == "94b65346aff6dea0"
 
 
-def test_a_stream_is_the_same_with_one_and_two_workers_and_by_number(tokenizer, tmp_path, small_parts):
+def test_a_stream_is_the_same_from_the_cache_and_by_number(tokenizer, tmp_path, small_parts):
     folder = write_texts(tmp_path / "texts", 300, 200)
-    found = set()
-    for workers in (1, 2):
-        texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path / str(workers), workers=workers)
-        drawn = TrainingData(texts, settings(), tokenizer)
-        found.add(ids(drawn))
-        assert len(texts.workers.processes) == workers
-        texts.workers.close()
-    assert len(found) == 1
-    again = TrainingData(Mixture(data(str(folder)), tokenizer, cache=tmp_path / "1"), settings(), tokenizer)
+    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path)
+    drawn = TrainingData(texts, settings(), tokenizer)
+    expected = ids(drawn)
+    again = TrainingData(Mixture(data(str(folder)), tokenizer, cache=tmp_path), settings(), tokenizer)
+    assert ids(again) == expected
     for number in (31, 3, 4, 39, 0):
         assert digest(arrays(again[number])) == digest(arrays(drawn[number]))
     quoting = settings(self_quoting_share=0.5, pack=False, reach=512)
@@ -109,7 +104,7 @@ def test_training_begins_before_the_stream_is_read_to_its_end(tokenizer, tmp_pat
             yield document, place
 
     monkeypatch.setattr(tokens, "read_source", counted)
-    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path, workers=2)
+    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path)
     drawn = TrainingData(texts, settings(), tokenizer)
     assert drawn[0].label_tokens > 200
     assert 0 < len(read) < 500  # of 3,000
@@ -117,7 +112,6 @@ def test_training_begins_before_the_stream_is_read_to_its_end(tokenizer, tmp_pat
     again = TrainingData(Mixture(data(str(folder)), tokenizer, cache=tmp_path), settings(), tokenizer)
     assert digest(arrays(again[0])) == digest(arrays(drawn[0]))
     assert not set(read[len(before) :]) & set(before[:100])  # what is in the cache is not read again
-    texts.workers.close()
 
 
 KILLED = """
@@ -130,50 +124,37 @@ from test_mixture import *
 tokens.SHARD = mixture.BUFFER = 20_000
 mixture.SMALL = 0
 tokenizer = load_tokenizer(FOLDER)
-texts = mixture.Mixture(data(sys.argv[1]), tokenizer, cache=Path(sys.argv[2]), workers=2)
+texts = mixture.Mixture(data(sys.argv[1]), tokenizer, cache=Path(sys.argv[2]))
 drawn = TrainingData(texts, settings(steps=400), tokenizer)
 for number in range(400):
-    processes = [process.pid for process in texts.workers.processes.values()]
-    os.write(1, " ".join(map(str, [number, digest(arrays(drawn[number])), *processes, "\\n"])).encode())
+    print(number, digest(arrays(drawn[number])), flush=True)
     time.sleep(0.02)
 """
 
 
 def test_after_a_kill_the_stream_goes_on_at_the_exact_token(tokenizer, tmp_path, small_parts):
-    """SIGKILL to a process that tokenizes, then to the one that trains; another begins at the next sequence."""
+    """SIGKILL to the process that trains; another begins at the next sequence."""
     folder = write_texts(tmp_path / "texts", 1000, 200)
     straight = TrainingData(
         Mixture(data(str(folder)), tokenizer, cache=tmp_path / "straight"), settings(steps=400), tokenizer
     )
     expected = [digest(arrays(sequence)) for sequence in straight]
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "cache")]
-    found, said, workers = [], "", set()
+    found = []
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
-            if not line[0].isdigit():
-                said += line
-                continue
-            number, what, *processes = line.split()
+            number, what = line.split()
             found.append(what)
-            workers |= {int(process) for process in processes}
-            if number == "60":
-                os.kill(int(processes[0]), signal.SIGKILL)
             if number == "150":
                 run.kill()
     assert 150 < len(found) < 400
-    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path / "cache", workers=1)
+    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path / "cache")
     resumed = TrainingData(texts, settings(steps=400), tokenizer)
     assert found + [digest(arrays(resumed[number])) for number in range(len(found), 400)] == expected
-    texts.workers.close()
-    assert "a tokenizing process was killed" in said
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{process}") for process in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [process for process in workers if os.path.exists(f"/proc/{process}")]  # none is left behind
 
 
 def test_a_damaged_shard_is_made_again(tokenizer, tmp_path, small_parts, capsys):
-    texts = Mixture(data(str(write_texts(tmp_path / "texts", 300, 200))), tokenizer, cache=tmp_path, workers=1)
+    texts = Mixture(data(str(write_texts(tmp_path / "texts", 300, 200))), tokenizer, cache=tmp_path)
     expected = ids(TrainingData(texts, settings(steps=200), tokenizer))
     files = sorted((tmp_path / "shards").glob("*/[0-9]*"))
     whole = {file: file.read_bytes() for file in files}
@@ -182,19 +163,17 @@ def test_a_damaged_shard_is_made_again(tokenizer, tmp_path, small_parts, capsys)
         assert ids(TrainingData(texts, settings(steps=200), tokenizer)) == expected
         assert "is not whole" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in files} == whole
-    texts.workers.close()
 
 
 def test_weights_are_shares_of_tokens_whatever_the_lengths_of_documents(tokenizer, tmp_path, small_parts):
     long = Source(str(write_texts(tmp_path / "long", 60, 2000)), weight=3.0, passes=9)
     short = Source(str(write_texts(tmp_path / "short", 2000, 30, first=5000)), weight=1.0, passes=9)
-    texts = Mixture(data(long, short), tokenizer, cache=tmp_path, workers=1)
+    texts = Mixture(data(long, short), tokenizer, cache=tmp_path)
     read = Counter()
     for buffer in islice(texts.buffers(settings()), 8):
         for document in buffer:
             read[document.source] += document.tokens
     assert read[long.name] / read.total() == pytest.approx(0.75, abs=0.02)
-    texts.workers.close()
 
 
 def test_a_small_source_stands_once_in_a_buffer_and_no_more_often_than_allowed(tokenizer, tmp_path):
@@ -229,13 +208,12 @@ def test_without_packing_short_texts_leave_their_share_and_a_stream_of_others_is
 ):
     long = Source(str(write_texts(tmp_path / "long", 60, 2000)), weight=1.0)
     short = Source(str(write_texts(tmp_path / "short", 1500, 40)), weight=1.0, maximum_tokens=255)
-    texts = Mixture(data(long, short), tokenizer, cache=tmp_path, workers=1)
+    texts = Mixture(data(long, short), tokenizer, cache=tmp_path)
     assert [row["trained_on"] for row in texts.reading(settings(pack=False))] == [40 * 256, 0]
     assert all(sequence.contiguous for sequence in TrainingData(texts, settings(pack=False), tokenizer))
-    unlimited = Mixture(data(long, dataclasses.replace(short, maximum_tokens=0)), tokenizer, cache=tmp_path, workers=1)
+    unlimited = Mixture(data(long, dataclasses.replace(short, maximum_tokens=0)), tokenizer, cache=tmp_path)
     with pytest.raises(ValueError, match=r"no document of 256 to inf tokens in the last .*: set pack = true"):
         list(TrainingData(unlimited, settings(pack=False), tokenizer))
-    texts.workers.close()
 
 
 def test_what_will_be_read_is_known_before_training_and_too_many_passes_are_refused(tokenizer, tmp_path):
@@ -265,7 +243,7 @@ def test_a_stream_that_ends_too_early_says_so_when_it_does_and_goes_on_with_more
 ):
     folder = str(write_texts(tmp_path / "texts", 100, 300))
     numbers = settings(steps=2000)
-    texts = Mixture(data(folder, passes=2), tokenizer, cache=tmp_path, workers=1)
+    texts = Mixture(data(folder, passes=2), tokenizer, cache=tmp_path)
     (row,) = texts.reading(numbers)
     assert (row["documents"], row["passes"]) == (None, None)
     shown = dict(reading_table([row]).iloc[0])
@@ -281,7 +259,7 @@ def test_a_stream_that_ends_too_early_says_so_when_it_does_and_goes_on_with_more
         found.extend(digest(arrays(drawn[number])) for number in range(2000))
     counts = Counter(document.name for buffer in texts_until_refused(texts, numbers) for document in buffer)
     assert set(counts.values()) == {2}
-    more = Mixture(data(folder, passes=4), tokenizer, cache=tmp_path, workers=1)
+    more = Mixture(data(folder, passes=4), tokenizer, cache=tmp_path)
     assert more.key == texts.key  # so that the run goes on
     longer = TrainingData(more, numbers, tokenizer)
     assert [digest(arrays(longer[number])) for number in range(100)] == found[:100]
@@ -299,7 +277,7 @@ def test_documents_held_out_of_a_stream_stay_so_when_it_grows(tokenizer, tmp_pat
     held_out = {}
     for count in (0, 500):
         write_texts(folder, count, 60, first=500)
-        texts = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path, workers=1)
+        texts = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path)
         trained = {document.name for document in texts.training(texts.sources[0])}
         everything = {document.name for document in load_documents(str(folder))}
         held_out[count] = everything - trained
@@ -309,29 +287,29 @@ def test_documents_held_out_of_a_stream_stay_so_when_it_grows(tokenizer, tmp_pat
         assert chosen <= held_out[count]
     assert held_out[0] < held_out[500]
     with pytest.raises(ValueError, match=r"cannot hold out 900 documents .*: only \d+ may be held out"):
-        Mixture(data(str(folder), held_out={"texts": 900}), tokenizer, cache=tmp_path, workers=1).held_out()
+        Mixture(data(str(folder), held_out={"texts": 900}), tokenizer, cache=tmp_path).held_out()
 
 
 def test_what_is_held_out_is_said_before_training_and_not_searched_for_ever(
     tokenizer, tmp_path, small_parts, monkeypatch
 ):
     folder = write_texts(tmp_path / "texts", 800, 60)
-    stream = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path, workers=1)
+    stream = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path)
     assert stream.reading(settings())[0]["held_out"] == "3 of 2%, by name"
     monkeypatch.setattr(mixture, "SMALL", 2**25)
-    small = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path, workers=1)
+    small = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path)
     assert small.reading(settings())[0]["held_out"] == "3"
     monkeypatch.setattr(mixture, "SMALL", 0)
     monkeypatch.setattr(mixture, "PATIENCE", 5000)
     long = dataclasses.replace(data(str(folder), held_out={"texts": 3}), minimum_characters=10_000)
-    rare = Mixture(long, tokenizer, cache=tmp_path, workers=1)
+    rare = Mixture(long, tokenizer, cache=tmp_path)
     with pytest.raises(ValueError, match=r"only 0 may be held out, and none was found in the last 5,\d+ tokens; lower"):
         rare.held_out()
 
 
 def test_texts_that_change_while_they_are_read_are_refused(tokenizer, tmp_path, small_parts):
     folder = write_texts(tmp_path / "texts", 300, 200)
-    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path, workers=1)
+    texts = Mixture(data(str(folder)), tokenizer, cache=tmp_path)
     reader = read_source(texts.sources[0])
     next(reader)
     write_texts(folder, 1, 200, first=9000)
@@ -350,7 +328,7 @@ def test_processes_that_need_the_same_shard_make_it_once(tokenizer, tmp_path, mo
         return [np.arange(3)] * len(given)
 
     monkeypatch.setattr(tokens.Rules, "encode", slowly)
-    cache, rules = Cache(tmp_path, 1, {}), tokens.Workers(tokenizer).rules
+    cache, rules = Cache(tmp_path, 1, {}), tokens.rules_of(tokenizer)
     threads = [
         threading.Thread(target=tokens.write_shard, args=(rules, cache, 0, [Document("a", "b", "text")], [1]))
         for _ in range(3)
@@ -371,7 +349,7 @@ tokens.SHARD = mixture.BUFFER = 20_000
 book = Source("hub:owner/books", column="body", held_out_split="test", weight=3.0)
 short = Source("hub:owner/pages", "some", weight=1.0, maximum_tokens=400)
 tokenizer = load_tokenizer(FOLDER)
-texts = Mixture(data(book, short, held_out={"books": 2}, passes=9), tokenizer, cache=Path(sys.argv[1]), workers=1)
+texts = Mixture(data(book, short, held_out={"books": 2}, passes=9), tokenizer, cache=Path(sys.argv[1]))
 drawn = TrainingData(texts, settings(steps=200), tokenizer)
 found = [digest(arrays(sequence)) for sequence in drawn]
 print(json.dumps([texts.key, texts.reading(settings()), [one.name for one in texts.held_out()], found]))
@@ -441,7 +419,6 @@ def test_parts_of_one_text_are_on_one_side_of_the_split(tokenizer, tmp_path, mon
         (source,) = texts.sources
         kept = {document.name.partition(":")[0] for document in texts.held_out()}
         trained = {document.name.partition(":")[0] for document in texts.training(source)}
-        texts.workers.close()
         assert kept and trained and not kept & trained
         assert len(list(folder.iterdir())) > len(trained)
 
@@ -468,9 +445,3 @@ def test_a_data_set_without_a_revision_keeps_the_commit_it_was_first_read_at(tmp
         hub.stop()
         assert first.revision == hub.commit
         assert sources.pinned(Source("hub:owner/books"), tmp_path) == first
-
-
-def test_processes_of_a_launcher_share_the_cores(tokenizer, monkeypatch):
-    alone = tokens.Workers(tokenizer).count
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert tokens.Workers(tokenizer).count == max(1, alone // 2)

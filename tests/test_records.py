@@ -15,8 +15,8 @@ COLUMNS = {
     "03_corpus": {
         "corpus": {"files", "documents", "bytes"},
         "reading": {
-            *("run", "workers", "sequences", "digest", "continued_from", "peak_gib", "seconds"),
-            *("first_sequence_seconds", "labels", "worker_seconds", "labels_per_worker_second"),
+            *("run", "sequences", "digest", "continued_from", "peak_gib", "seconds"),
+            *("first_sequence_seconds", "labels", "cpu_seconds", "labels_per_cpu_second"),
         },
         "training": {"first_step_seconds", "peak_gib"},
     },

@@ -9,7 +9,6 @@ tokens would be of books.
 """
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ import pandas as pd
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument, draw, split_documents, whole
 from llama_long_utils.data.sources import check_sources, load_documents, pinned, survey
-from llama_long_utils.data.tokens import TokenizedSource, Workers
+from llama_long_utils.data.tokens import TokenizedSource, rules_of
 from llama_long_utils.paths import CACHE
 from llama_long_utils.settings import Data, Source, TrainingSettings
 
@@ -52,7 +51,6 @@ class Mixture:
         window: int = 0,  # tokens that the longest document to train on has at least,
         length: int = 0,  # and the longest held-out one
         cache: Path = CACHE,
-        workers: int | None = None,  # processes that tokenize; default: one for each core
     ) -> None:
         self.data, self.counts = data, check_sources(data.sources, data.held_out)
         self.sources = [pinned(source, cache) for source in data.mixture]
@@ -76,10 +74,8 @@ class Mixture:
                 )
         self.chosen = {(document.source, document.name) for document in sides[1]}
         self.texts_held_out = {(source, whole(name)) for source, name in self.chosen}
-        self.workers = Workers(tokenizer, workers)
-        self.tokens = {
-            one.name: TokenizedSource(one, surveys[one.name][1], self.workers, cache) for one in self.sources
-        }
+        self.rules = rules_of(tokenizer)
+        self.tokens = {one.name: TokenizedSource(one, surveys[one.name][1], self.rules, cache) for one in self.sources}
 
     @property
     def key(self) -> str:
@@ -96,14 +92,13 @@ class Mixture:
 
     def held_out(self) -> list[TokenizedDocument]:
         """The held-out documents, of a stream the first that are long enough; ValueError if they are too few."""
-        with closing(self.workers):
-            return [document for source in self.sources for document in self._held_out_of(source)]
+        return [document for source in self.sources for document in self._held_out_of(source)]
 
     def _held_out_of(self, source: Source) -> list[TokenizedDocument]:
         count, tokens = self.counts.get(source.name, 0), self.tokens[source.name]
         if source.held_out_split:
             other = replace(source, split=source.held_out_split, held_out_split="")
-            tokens = TokenizedSource(other, survey(other)[1], self.workers, tokens.folder)
+            tokens = TokenizedSource(other, survey(other)[1], self.rules, tokens.folder)
         shortest = 0 if source.name in self.small else self.data.minimum_characters
         chosen: list[TokenizedDocument] = []
         passed_over = 0
@@ -144,8 +139,7 @@ class Mixture:
     def lengths(self) -> dict[str, np.ndarray]:
         """The tokens of each training document of the small sources."""
         sources = (source for source in self.sources if source.name in self.small)
-        with closing(self.workers):
-            return {source.name: np.array([one.tokens for one in self.training(source)], int) for source in sources}
+        return {source.name: np.array([one.tokens for one in self.training(source)], int) for source in sources}
 
     def shares(self, settings: TrainingSettings) -> list[float]:
         """Each source's share of the tokens drawn: by weight, or else by size, so that all end at the same time."""

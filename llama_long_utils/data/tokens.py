@@ -1,23 +1,15 @@
-"""A source as token ids, in shards that several processes make while it is read, and that are mapped into memory.
+"""A source as token ids, in shards that are made while it is read, and that are mapped into memory.
 
-`datasets.map(num_proc=...)` makes such files too, but from a data set that is complete: the first row is there when the
-last one is done. Here a shard is there as soon as it is made; made once, its text is not read again.
+`datasets.map` makes such files too, but from a data set that is complete: the first row is there when the last one is
+done. Here a shard is there as soon as it is made; made once, its text is not read again.
 """
 
-import ctypes
 import fcntl
-import os
-import pickle
-import subprocess
-import sys
-import threading
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +19,10 @@ from tokenizers import Tokenizer
 from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data.documents import Document, TokenizedDocument, tokenizer_rules
 from llama_long_utils.data.sources import read_source, survey
-from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, write_atomically
+from llama_long_utils.paths import CACHE, file_sha256, write_atomically
 from llama_long_utils.settings import Source
 
-if TYPE_CHECKING:  # three seconds to import, in every process
+if TYPE_CHECKING:  # three seconds to import
     from transformers import PreTrainedTokenizerBase
 
 VERSION = 3  # raise it when the same text and tokenizer give other ids, or other documents a shard
@@ -39,7 +31,7 @@ SHARD = 2**22  # characters of a shard, about
 
 @dataclass(frozen=True)
 class Rules:
-    """All that decides the token ids of a text, as it goes to another process: the tokenizer as JSON, BOS and EOS."""
+    """All that decides the token ids of a text: the tokenizer as JSON, BOS and EOS."""
 
     tokenizer: str
     bos: int
@@ -51,9 +43,14 @@ class Rules:
         return Tokenizer.from_str(self.tokenizer)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        # One at a time: what `tokenizers` keeps of a text takes a hundred bytes a token.
-        found = (self.loaded.encode_batch_fast([text], add_special_tokens=False)[0].ids for text in texts)
-        return [np.array([self.bos, *ids, self.eos], dtype=self.dtype) for ids in found]
+        found = self.loaded.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
+        return [np.array([self.bos, *one.ids, self.eos], dtype=self.dtype) for one in found]
+
+
+def rules_of(tokenizer: "PreTrainedTokenizerBase") -> Rules:
+    """The rules of a tokenizer."""
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
+    return Rules(tokenizer_rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
 
 
 def write_shard(rules: Rules, cache: Cache, number: int, documents: list[Document], behind: Any) -> None:
@@ -82,76 +79,6 @@ def write_shard(rules: Rules, cache: Cache, number: int, documents: list[Documen
         cache.value(f"{number:06}", make)
 
 
-class Workers:
-    """Processes that tokenize, one behind each thread. They start with the first whole shard: a few texts need none.
-
-    They are no `multiprocessing` ones: these run the script again that asks for them, unless it is written for that.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", count: int | None = None) -> None:
-        dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
-        self.rules = Rules(tokenizer_rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
-        self.first_message = pickle.dumps(self.rules)  # now: no thread adds what it caches
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a launcher, which share the cores
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.count = count or max(1, cores // here)
-        self.threads: ThreadPoolExecutor | None = None
-        self.processes: dict[int, subprocess.Popen] = {}  # by the thread that asks it
-
-    def start(self, *job: Any) -> Future:
-        """Begin `write_shard` in another process."""
-        self.threads = self.threads or ThreadPoolExecutor(self.count)
-        return self.threads.submit(self.ask, job)
-
-    def ask(self, job: tuple) -> None:
-        """Have a process write a shard; if the process is killed, nothing is written, and a line says so."""
-        process = self.processes.get(thread := threading.get_ident())
-        try:
-            if process is None:
-                command = [sys.executable, "-m", "llama_long_utils.data.tokens"]
-                options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
-                quiet = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-                process = self.processes[thread] = subprocess.Popen(command, cwd=REPOSITORY, env=quiet, **options)
-                process.stdin.write(self.first_message)
-            pickle.dump(job, process.stdin)
-            process.stdin.flush()
-            error = pickle.load(process.stdout)
-        except (OSError, EOFError):
-            if self.processes.pop(thread, None):  # not by `close`
-                process.kill()
-                said = "a tokenizing process was killed, maybe for lack of memory: its part is made here\n"
-                print(said, end="", flush=True)  # in one piece, as another thread may write, too
-        else:
-            if error:
-                raise error
-
-    def close(self) -> None:
-        """Stop them."""
-        if self.threads:
-            self.threads.shutdown(wait=False, cancel_futures=True)
-        stopped, self.threads, self.processes = self.processes, None, {}
-        for process in list(stopped.values()):
-            process.kill()
-            process.wait()
-
-
-def work() -> None:
-    """What a process does: shards that come on standard input, until the one that asks is gone."""
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    rules, give_back = pickle.load(sys.stdin.buffer), getattr(ctypes.CDLL(None), "malloc_trim", int)
-    while sys.stdin.buffer.peek(1):
-        try:
-            answer = write_shard(rules, *pickle.load(sys.stdin.buffer))
-        except Exception as error:
-            answer = error
-        give_back(0)  # a long text leaves half a GiB
-        try:
-            pickle.dump(answer, answers)
-            answers.flush()
-        except BrokenPipeError:
-            os._exit(1)  # the one that asked was killed: nobody is to be told
-
-
 @dataclass(frozen=True)
 class Shard:
     """Documents of a source: `ends[i]` to `ends[i + 1]` are the token ids of the i-th. The one without any is the last.
@@ -169,9 +96,9 @@ class Shard:
 class TokenizedSource:
     """The documents of a source, of this identity (`survey`), as token ids. What was read once is in the cache."""
 
-    def __init__(self, source: Source, identity: list[Any], workers: Workers, cache: Path = CACHE) -> None:
-        self.source, self.identity, self.workers, self.folder = source, identity, workers, cache
-        inputs = {"tokenizer": digest(workers.rules), "source": identity}
+    def __init__(self, source: Source, identity: list[Any], rules: Rules, cache: Path = CACHE) -> None:
+        self.source, self.identity, self.rules, self.folder = source, identity, rules, cache
+        inputs = {"tokenizer": digest(rules), "source": identity}
         self.key = digest(VERSION, inputs)
         self.cache = Cache(cache / "shards" / f"{Path(source.name).name}-{self.key}", VERSION, inputs)
 
@@ -184,40 +111,30 @@ class TokenizedSource:
                 yield TokenizedDocument(self.source.name, name, shard.token_ids[start:stop]), characters
 
     def shards(self) -> Iterator[Shard]:
-        """All shards in order. Those that are not in the cache are made, a few of them ahead of the one asked for.
+        """All shards in order. Those that are not in the cache are made when they are asked for.
 
         ValueError if the source is no longer what it was when the run began.
         """
-        waiting: deque[tuple[Shard | Future | None, tuple]] = deque()
-        reader, behind, number, more = None, None, 0, True
-        while more or waiting:
-            # One more for each that is taken, and as many as the workers need while the first is waited for.
-            added = False
-            while more and len(waiting) < self.workers.count + 2 and not (added and _is_made(waiting[0][0])):
-                shard, job = self.stored(number), ()
-                if shard:
-                    reader, behind, more = None, shard.behind, bool(shard.names)
-                else:
-                    if reader is None and survey(self.source)[1] != self.identity:
-                        raise ValueError(f"the texts of {self.source.name!r} have changed since the start: run again")
-                    reader = reader or read_source(self.source, behind, cache=self.folder)
-                    documents, characters = [], 0
-                    while characters < SHARD and (read := next(reader, None)):
-                        document, behind = read
-                        documents.append(document)
-                        characters += len(document.text)
-                    job, more = (self.cache, number, documents, behind), bool(documents)
-                    shard = self.workers.start(*job) if characters >= SHARD else None
-                waiting.append((shard, job))
-                number, added = number + 1, True
-            shard, job = waiting.popleft()
-            if isinstance(shard, Future):
-                shard.result()
-            if not isinstance(shard, Shard):
-                write_shard(self.workers.rules, *job)  # unless a worker has
-                shard = self.stored(job[1])
-            if shard.names:
-                yield shard
+        reader, behind = None, None
+        for number in count():
+            shard = self.stored(number)
+            if shard:
+                reader = None
+            else:
+                if reader is None and survey(self.source)[1] != self.identity:
+                    raise ValueError(f"the texts of {self.source.name!r} have changed since the start: run again")
+                reader = reader or read_source(self.source, behind, cache=self.folder)
+                documents, characters = [], 0
+                while characters < SHARD and (read := next(reader, None)):
+                    document, behind = read
+                    documents.append(document)
+                    characters += len(document.text)
+                write_shard(self.rules, self.cache, number, documents, behind)
+                shard = self.stored(number)
+            if not shard.names:
+                return
+            behind = shard.behind
+            yield shard
 
     def stored(self, number: int) -> Shard | None:
         """A whole shard of the cache; one that is not whole is removed, to be made again."""
@@ -231,11 +148,3 @@ class TokenizedSource:
             return None
         ids = np.load(tokens, mmap_mode="r") if found["names"] else np.empty(0)
         return Shard(np.asarray(ids), **found)
-
-
-def _is_made(shard: Shard | Future | None) -> bool:
-    return shard.done() if isinstance(shard, Future) else shard is not None
-
-
-if __name__ == "__main__":
-    work()

@@ -6,7 +6,7 @@ Every stage has its own folder in runs/PRESET, "training" for the extension itse
 import fcntl
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,8 @@ def train_adapter(
 
     given = {"depends_on": {"data": sequences.key, "base_bits": "nf4"}, "noted": {"read": reading}}
     options = {"report_every": progress, "context_parallel": context_parallel}
-    with closing(documents.workers):
-        folder = "training", name or scaling.method
-        return train_stage(preset, folder, settings, plan, scaling, load, sequences, **given, **options)
+    folder = "training", name or scaling.method
+    return train_stage(preset, folder, settings, plan, scaling, load, sequences, **given, **options)
 
 
 def train_stage(

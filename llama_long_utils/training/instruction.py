@@ -6,7 +6,7 @@ rounded to bf16. Its own loss is chunked, too, but computes all products twice, 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -134,10 +134,8 @@ def tune_instructions(
     plan = plan_training(preset, training, division)
     tokenizer = load_tokenizer(base)
     mixture = Mixture(preset.data, tokenizer, window=training.window)
-    with closing(mixture.workers):
-        documents = next(mixture.buffers(training))
-    texts = TrainingData(mixture, training, tokenizer)
-    options = {"texts": texts, "long_dialogue": long_dialogue}
+    options = {"texts": TrainingData(mixture, training, tokenizer), "long_dialogue": long_dialogue}
+    documents = next(mixture.buffers(training))
     sequences = instruction_sequences(documents, tokenizer, settings, training.window, **options)
 
     def load() -> PeftModel:

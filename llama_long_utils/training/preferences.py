@@ -6,7 +6,7 @@ reference. TRL 1.16 tokenizes texts again, puts EOS behind answers that were cut
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -270,9 +270,7 @@ def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison
     many = f"{settings.answers} to each of {settings.questions:,} questions, {at_once} at a time"
     print(f"{settings.questions * settings.answers:,} answers, sampled where none is kept: {many}", flush=True)
     tokenizer = load_tokenizer(base)
-    mixture = Mixture(preset.data, tokenizer, window=settings.tokens)
-    with closing(mixture.workers):
-        documents = next(mixture.buffers(preset.training))
+    documents = next(Mixture(preset.data, tokenizer, window=settings.tokens).buffers(preset.training))
     asked = ask(documents, tokenizer, preset, settings.questions, settings.seed)
     prompts = [one.prompt for one in asked for _ in range(settings.answers)]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
