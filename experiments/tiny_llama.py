@@ -11,6 +11,7 @@ arXiv:2209.11895); here stage 2 shows three heads where to look, stage 3 trains 
 stage 4 reads text that quotes itself until the model continues a quotation.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from transformers.trainer_utils import set_seed
 
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import Document, TokenizedDocument, split_documents, tokenize_documents
-from llama_long_utils.data.packing import TrainingSequence, training_sequences
+from llama_long_utils.data.packing import TrainingSequence, join_pieces, packed_pieces
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.data.sources import CORPORA, load_documents
 from llama_long_utils.figures import use_style
@@ -352,8 +353,9 @@ def main(folder: Path = FOLDER, run_folder: Path = REPOSITORY / "runs" / "tiny-l
     tokenized = tokenize_documents(training, tokenizer)
 
     def on_text(settings: TrainingSettings) -> list[TrainingSequence]:
-        count = settings.steps * settings.sequences_per_step
-        return training_sequences(tokenized, WINDOW, count, padding_id=tokenizer.eos_token_id, seed=settings.seed)
+        count, passes = settings.steps * settings.sequences_per_step, itertools.repeat(tokenized)
+        packed = itertools.islice(packed_pieces(passes, WINDOW, seed=settings.seed), count)
+        return [join_pieces(pieces, WINDOW, tokenizer.eos_token_id) for pieces in packed]
 
     def on_sequences(settings: TrainingSettings, draw: Callable[[], list[TrainingSequence]]) -> Callable:
         def work(model: LlamaForCausalLM) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llama_long_utils import settings
 from llama_long_utils.paths import PRESETS
-from llama_long_utils.settings import Preset, TrainingSettings, raised_base
+from llama_long_utils.settings import Preset, raised_base
 
 CHARACTERS = 4.5  # of a token, more than most texts have
 Numbers = TypeVar("Numbers")  # a dataclass of settings
@@ -145,11 +145,6 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
             raise ValueError(f"parameter {name} = {namespace[name]!r}: {', or '.join(reasons)}") from None
     namespace["_names_checked"] = True
     return load_preset(namespace["preset"])
-
-
-def training_settings(preset: Preset, **numbers: Any) -> TrainingSettings:
-    """The preset's [training] with other numbers, as `with_numbers`."""
-    return with_numbers(preset.training, "training", **numbers)
 
 
 def with_numbers(settings: Numbers, section: str, **numbers: Any) -> Numbers:

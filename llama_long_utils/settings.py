@@ -104,7 +104,7 @@ class Scaling:
     original_window: int  # tokens the model was pretrained with
     window: int  # tokens it is scaled to
     pair_factors: tuple[float, ...] = ()  # for "longrope", head_dim / 2 of them
-    rotated_share: float = 1.0  # for "proportional", of the pairs
+    rotated_share: Share = 1.0  # for "proportional", of the pairs
     pretrained: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,8 +126,6 @@ class Scaling:
                 f"method {self.method!r} takes {wanted} pair_factors, got {len(self.pair_factors)}: "
                 "'longrope' needs one for each pair, the other methods none"
             )
-        if not 0 < self.rotated_share <= 1:
-            raise ValueError(f"rotated_share = {self.rotated_share} must be above 0 and at most 1")
 
     @property
     def factor(self) -> float:
@@ -195,7 +193,7 @@ class Extension:
     method: Method
     rope_base: RopeBase
     pair_factors: tuple[float, ...] = ()
-    rotated_share: float = 1.0
+    rotated_share: Share = 1.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -348,7 +346,7 @@ class Race:
     warmup_steps: NonNegativeInt
     self_quoting_share: ShareOrNone
     pair_factors: tuple[float, ...]
-    rotated_share: float
+    rotated_share: Share
     trainings: dict[str, RaceTraining]
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from llama_long_utils.commands import PYTHON, run_command
 from llama_long_utils.paths import ADAPTERS
-from llama_long_utils.presets import load_preset, training_settings, with_numbers
+from llama_long_utils.presets import load_preset, with_numbers
 from llama_long_utils.settings import Preset
 
 ONE_PROCESS = ("reward", "rl", "dpo")
@@ -42,7 +42,7 @@ def train() -> None:
         if any((chosen.control, chosen.context_parallel > 1, chosen.shard_base)):
             parser.error("--control, --context-parallel and --shard-base are for the extension")
         return tune(preset, chosen)
-    settings = training_settings(preset, steps=chosen.steps, seed=chosen.seed)
+    settings = with_numbers(preset.training, "training", steps=chosen.steps, seed=chosen.seed)
     scaling = preset.control_rope if chosen.control else preset.extended_rope
 
     from llama_long_utils.training.adapter import train_adapter

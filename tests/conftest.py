@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import socket
+from itertools import islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama_long_utils.data.packing import join_pieces, packed_pieces
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Lora, Preset, Scaling
@@ -48,6 +50,12 @@ def new_llama(seed: int, **changes) -> LlamaForCausalLM:
         }
     )
     return LlamaForCausalLM(config)
+
+
+def training_sequences(documents, window: int, count: int, *, padding_id: int, bos_id=None, **options) -> list:
+    """`count` sequences of documents that are passed over as often as needed: `packed_pieces`, joined."""
+    packed = islice(packed_pieces(repeat(documents), window, **options), count)
+    return [join_pieces(pieces, window, padding_id, bos_id) for pieces in packed]
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def test_long_readers_keep_the_paragraphs_that_hold_the_answer():
 
 def test_next_sentence_is_the_right_choice_and_the_others_are_not_shown(tokenizer):
     text = "".join(f"The people of town {n} have sent their greetings to the States again. " for n in range(400))
-    documents = tokenize_documents([Document("mine", "one", text)], tokenizer, cache=None)
+    documents = tokenize_documents([Document("mine", "one", text)], tokenizer)
     rows = long_prompts.next_sentence_rows(documents, tokenizer, [128, 256], count=6, seed=0)
     assert len(rows) >= 8
     for row in rows:

@@ -17,7 +17,7 @@ def test_a_small_corpus_is_read_alike_with_and_without_a_kill_in_little_memory(t
     assert reading[0].digest == reading[1].digest
     assert 0 < reading[1].continued_from < reading[0].sequences < reading[1].sequences
     assert max(reading[0].peak_gib, reading[1].peak_gib, training[0].peak_gib) <= 2
-    assert training[0].first_step_seconds < 240  # on a machine that does much else
+    assert training[0].first_step_cpu_seconds < 60
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus" / "texts").iterdir()}
     write_corpus(tmp_path / "corpus" / "texts", 10**9)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import new_llama
+from conftest import new_llama, training_sequences
 from experiments.instruction_answers import ROOM, answers, held_out_dialogues
 from llama_long_utils.data.documents import Document, tokenize_documents
 from llama_long_utils.data.instructions import (
@@ -20,7 +20,6 @@ from llama_long_utils.data.instructions import (
     quotation_dialogue,
     quotations,
 )
-from llama_long_utils.data.packing import training_sequences
 from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.weights import load_tokenizer
@@ -45,7 +44,7 @@ def documents(tokenizer):
         words = ["".join(generator.choice(syllables, 2)) for _ in range(1500)]
         words = [word + (", " if generator.random() < 0.2 else " ") for word in words]
         texts.append(Document("mine", str(number), "".join(words)))
-    return tokenize_documents(texts, tokenizer, cache=None)
+    return tokenize_documents(texts, tokenizer)
 
 
 def test_a_quotation_asks_for_words_that_stand_behind_it_once_in_the_document(tokenizer, documents):
@@ -199,7 +198,7 @@ def test_held_out_questions_fill_the_length_and_are_the_same_each_time(tokenizer
 
 
 def test_texts_without_anything_to_ask_for_are_refused(tokenizer):
-    plain = tokenize_documents([Document("mine", "0", "word " * 3000)], tokenizer, cache=None)
+    plain = tokenize_documents([Document("mine", "0", "word " * 3000)], tokenizer)
     with pytest.raises(ValueError, match="no words to quote"):
         instruction_sequences(plain, tokenizer, dataclasses.replace(SETTINGS, loss_on_prompt=False), 1024)
 

@@ -18,7 +18,7 @@ import pytest
 from experiments.tiny_llama import FOLDER
 from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data import mixture, sources, tokens
-from llama_long_utils.data.documents import Document, draw
+from llama_long_utils.data.documents import Document, Rules, draw, rules_of
 from llama_long_utils.data.mixture import HELD_OUT, Mixture, reading_table
 from llama_long_utils.data.packing import cut_document
 from llama_long_utils.data.sequences import TrainingData
@@ -327,8 +327,8 @@ def test_processes_that_need_the_same_shard_make_it_once(tokenizer, tmp_path, mo
         time.sleep(0.3)
         return [np.arange(3)] * len(given)
 
-    monkeypatch.setattr(tokens.Rules, "encode", slowly)
-    cache, rules = Cache(tmp_path, 1, {}), tokens.rules_of(tokenizer)
+    monkeypatch.setattr(Rules, "encode", slowly)
+    cache, rules = Cache(tmp_path, 1, {}), rules_of(tokenizer)
     threads = [
         threading.Thread(target=tokens.write_shard, args=(rules, cache, 0, [Document("a", "b", "text")], [1]))
         for _ in range(3)
@@ -337,7 +337,7 @@ def test_processes_that_need_the_same_shard_make_it_once(tokenizer, tmp_path, mo
         thread.start()
     for thread in threads:
         thread.join()
-    assert encoded == [["text"]]
+    assert [one.text for (one,) in encoded] == ["text"]
 
 
 HUB = """

@@ -18,7 +18,7 @@ from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.base import check_rope
 from llama_long_utils.model.weights import base_config
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.presets import load_preset, training_settings
+from llama_long_utils.presets import load_preset, with_numbers
 from llama_long_utils.rope import inverse_frequencies, wavelengths
 from llama_long_utils.settings import Preset, raised_base
 from llama_long_utils.training.adapter import train_adapter
@@ -89,7 +89,7 @@ def test_a_preset_of_each_family_loads_plans_and_trains(family, written, texts, 
     assert base_config(preset).model_type == FAMILIES[family]["model_type"]
     assert (preset.memory_gib, preset.extension.window, preset.training.reach) == (1.0, 128, 128)
     assert preset.data.held_out == {"my texts.v2": 1}
-    settings = training_settings(preset, steps=2)
+    settings = with_numbers(preset.training, "training", steps=2)
     assert 0 < plan_training(preset, settings).device_gib < 1
     assert (model_shape(str(base)).attention_bias, model_shape(str(base)).tie_word_embeddings) == (
         family == "qwen2",

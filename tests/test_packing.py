@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import new_llama
+from conftest import new_llama, training_sequences
 from experiments.tiny_llama import FOLDER
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.packing import join_pieces, pack_pieces, skip_positions, training_sequences
+from llama_long_utils.data.packing import join_pieces, pack_pieces, skip_positions
 from llama_long_utils.data.quoting import quote_themselves, with_excerpts
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.model.weights import load_tokenizer

@@ -49,7 +49,7 @@ def texts(tokenizer):
         sentence = "The people of town {n} in year {y} have sent their greetings to the Congress of the States. "
         return "".join(sentence.format(n=number, y=year) for year in range(200))
 
-    return tokenize_documents([Document("mine", str(n), text(n)) for n in range(5)], tokenizer, cache=None)
+    return tokenize_documents([Document("mine", str(n), text(n)) for n in range(5)], tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_sentence_with_too_little_text_after_it_leaves_the_place_to_another(to
     dense = "0 1 2 3 4 5 6 7 8 9 " * 40 + "end. "
     thin = "the people of the States and the Congress of the people, " * 20 + "end. "
     text = "end. " + "".join(sentence.format(n=n) + (dense if n < 4 else thin) for n in range(16))
-    (document,) = tokenize_documents([Document("mine", "one", text)], tokenizer, cache=None)
+    (document,) = tokenize_documents([Document("mine", "one", text)], tokenizer)
     settings = dataclasses.replace(SETTINGS, lengths=[document.tokens // 2])
     for seed in range(8):
         (item,) = first_sentence_items([document], tokenizer, *settings.lengths, settings, seed=seed)

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import new_llama
+from conftest import new_llama, training_sequences
 from experiments.tiny_llama import (
     FOLDER,
     PRETRAINING,
@@ -21,7 +21,6 @@ from experiments.tiny_llama import (
     with_repeat,
 )
 from llama_long_utils.data.documents import TokenizedDocument, split_documents, tokenize_documents
-from llama_long_utils.data.packing import training_sequences
 from llama_long_utils.data.sources import load_documents
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import read_card

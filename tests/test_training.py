@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 
 import experiments.attention  # noqa: F401 (registers s2)
-from conftest import LORA, RAISED, new_llama
+from conftest import LORA, RAISED, new_llama, training_sequences
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.data.packing import skip_positions, training_sequences
+from llama_long_utils.data.packing import skip_positions
 from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, save_adapter
 from llama_long_utils.model.base import load_base

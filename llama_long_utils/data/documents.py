@@ -3,20 +3,16 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from llama_long_utils.cache import Cache, digest
-from llama_long_utils.paths import CACHE
+from tokenizers import Tokenizer
 
 if TYPE_CHECKING:  # three seconds to import, and sources are checked without it
     from transformers import PreTrainedTokenizerBase
-
-TOKENS_VERSION = 1  # raise it when the same text and tokenizer give other ids
 
 
 @dataclass(frozen=True)
@@ -47,31 +43,37 @@ class TokenizedDocument:
         return TokenizedDocument(self.source, self.name, ids)
 
 
-def tokenize_documents(
-    documents: list[Document], tokenizer: "PreTrainedTokenizerBase", *, cache: Path | None = CACHE
-) -> list[TokenizedDocument]:
-    """Documents as token ids, BOS first and EOS last, kept in `cache`: 20 MB of text take ten seconds."""
+@dataclass(frozen=True)
+class Rules:
+    """All that decides the token ids of a text: the tokenizer as JSON, BOS and EOS."""
 
-    def tokenize() -> dict[str, np.ndarray]:
-        rows = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        rows = [np.array([bos, *row, eos], dtype=np.int32) for row in rows["input_ids"]]
-        return {"ends": np.cumsum([len(row) for row in rows]), "token_ids": np.concatenate(rows)}
+    tokenizer: str
+    bos: int
+    eos: int
+    dtype: str  # of stored ids
 
-    if not documents:
-        return []
-    rules = digest(json.loads(tokenizer_rules(tokenizer)), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    inputs = {"tokenizer": rules, "texts": digest([document.text for document in documents])}
-    store = Cache(cache / "tokens", TOKENS_VERSION, inputs) if cache else None
-    found = store.arrays("tokens", tokenize) if store else tokenize()
-    rows = np.split(found["token_ids"], found["ends"][:-1])
-    return [TokenizedDocument(d.source, d.name, row) for d, row in zip(documents, rows, strict=True)]
+    @cached_property
+    def loaded(self) -> Tokenizer:
+        return Tokenizer.from_str(self.tokenizer)
+
+    def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """Token ids of each text, BOS first and EOS last."""
+        texts = [document.text for document in documents]
+        found = self.loaded.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
+        return [np.array([self.bos, *one.ids, self.eos], dtype=self.dtype) for one in found]
 
 
-def tokenizer_rules(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """All that decides the ids as JSON: vocabulary, merges, normalization."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps(rules | {"truncation": None, "padding": None})  # what the last call asked for
+def rules_of(tokenizer: "PreTrainedTokenizerBase") -> Rules:
+    """The rules of a tokenizer: vocabulary, merges, normalization."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # of a call only
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
+    return Rules(json.dumps(rules), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
+
+
+def tokenize_documents(documents: list[Document], tokenizer: "PreTrainedTokenizerBase") -> list[TokenizedDocument]:
+    """Documents as token ids, in memory."""
+    rows = zip(documents, rules_of(tokenizer).encode(documents), strict=True)
+    return [TokenizedDocument(one.source, one.name, ids.astype(np.int32)) for one, ids in rows]
 
 
 def draw(seed: int, source: str, name: str) -> str:

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 from llama_long_utils.cache import digest
-from llama_long_utils.data.documents import TokenizedDocument, draw, split_documents, whole
+from llama_long_utils.data.documents import TokenizedDocument, draw, rules_of, split_documents, whole
 from llama_long_utils.data.sources import check_sources, load_documents, pinned, survey
-from llama_long_utils.data.tokens import TokenizedSource, rules_of
+from llama_long_utils.data.tokens import TokenizedSource
 from llama_long_utils.paths import CACHE
 from llama_long_utils.settings import Data, Source, TrainingSettings
 

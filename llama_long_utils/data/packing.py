@@ -9,8 +9,6 @@ so no token attends across a boundary, and the first token of every piece carrie
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,20 +112,6 @@ def packed_pieces(
         packed = pack_pieces(pieces if pack else [piece for piece in pieces if len(piece) == window], window)
         for index in generator.permutation(len(packed)):
             yield packed[index]
-
-
-def training_sequences(
-    documents: Sequence[TokenizedDocument],
-    window: int,
-    count: int,
-    *,
-    padding_id: int,
-    bos_id: int | None = None,
-    **options: Any,
-) -> list[TrainingSequence]:
-    """`count` sequences of documents that are passed over as often as needed: `packed_pieces`, joined."""
-    packed = islice(packed_pieces(repeat(documents), window, **options), count)
-    return [join_pieces(pieces, window, padding_id, bos_id) for pieces in packed]
 
 
 def skip_positions(sequences: Iterable[TrainingSequence], reach: int, *, seed: int) -> Iterator[TrainingSequence]:

@@ -7,50 +7,21 @@ done. Here a shard is there as soon as it is made; made once, its text is not re
 import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from io import BytesIO
 from itertools import count, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from llama_long_utils.cache import Cache, digest
-from llama_long_utils.data.documents import Document, TokenizedDocument, tokenizer_rules
+from llama_long_utils.data.documents import Document, Rules, TokenizedDocument
 from llama_long_utils.data.sources import read_source, survey
 from llama_long_utils.paths import CACHE, file_sha256, write_atomically
 from llama_long_utils.settings import Source
 
-if TYPE_CHECKING:  # three seconds to import
-    from transformers import PreTrainedTokenizerBase
-
 VERSION = 3  # raise it when the same text and tokenizer give other ids, or other documents a shard
 SHARD = 2**22  # characters of a shard, about
-
-
-@dataclass(frozen=True)
-class Rules:
-    """All that decides the token ids of a text: the tokenizer as JSON, BOS and EOS."""
-
-    tokenizer: str
-    bos: int
-    eos: int
-    dtype: str  # of stored ids
-
-    @cached_property
-    def loaded(self) -> Tokenizer:
-        return Tokenizer.from_str(self.tokenizer)
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        found = self.loaded.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
-        return [np.array([self.bos, *one.ids, self.eos], dtype=self.dtype) for one in found]
-
-
-def rules_of(tokenizer: "PreTrainedTokenizerBase") -> Rules:
-    """The rules of a tokenizer."""
-    dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
-    return Rules(tokenizer_rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
 
 
 def write_shard(rules: Rules, cache: Cache, number: int, documents: list[Document], behind: Any) -> None:
@@ -60,7 +31,7 @@ def write_shard(rules: Rules, cache: Cache, number: int, documents: list[Documen
     """
 
     def make() -> dict[str, Any]:
-        rows = rules.encode([document.text for document in documents])
+        rows = rules.encode(documents)
         content = BytesIO()
         np.save(content, np.concatenate([np.empty(0, rules.dtype), *rows]))
         tokens = write_atomically(cache.path(f"{number:06}", {}, ".npy"), content.getvalue())

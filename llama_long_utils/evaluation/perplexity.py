@@ -103,8 +103,6 @@ def random_stretches(
     content: the opening of a speech is easier to predict than its middle, in any context. In the first document of each
     source that has them, stretches have `far_length` tokens. ValueError if no document is long enough.
     """
-    if at_most < 1:
-        raise ValueError(f"{at_most} stretches of a document: read at least one")
     generator = np.random.default_rng(seed)
     stretches = []
     read_far: set[str] = set()

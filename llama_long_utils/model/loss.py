@@ -81,7 +81,6 @@ def patch_loss(model: PreTrainedModel | PeftModel) -> None:
         shift_labels: instead of `labels`: those that are shifted already (where a sequence is spread over processes).
         num_items_in_batch: what the sum is divided by (`Trainer` passes the labels of the whole accumulated batch);
             without it, the labels of this call.
-        reduction: "mean", as above, or "sequence": nats of each sequence, shape (batch,), with gradient.
 
     Raises:
         ValueError: the head is not a plain linear layer (LoRA on it, a bias, 4 bits) or its logits are scaled.
@@ -104,7 +103,6 @@ def _with_loss(plain_forward: Any) -> Any:
         labels: torch.Tensor | None = None,
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        reduction: str = "mean",
         **options: Any,
     ) -> Any:
         if labels is None and shift_labels is None:
@@ -113,8 +111,6 @@ def _with_loss(plain_forward: Any) -> Any:
         hidden = hidden_states(self, **{name: value for name, value in options.items() if name not in UNUSED})
         labels = _shifted(labels) if shift_labels is None else shift_labels
         nll = labelled_nll(hidden, self.get_output_embeddings(), labels)
-        if reduction == "sequence":
-            return CausalLMOutputWithPast(loss=nll.sum(dim=1))
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORED_LABEL).sum().clamp(min=1)
         elif isinstance(num_items_in_batch, torch.Tensor):
@@ -131,10 +127,10 @@ def next_token_nll(
 
     Args:
         labels: shape (batch, length), not shifted; positions with label -100 count nothing.
-        reduction: "sum", "sequence" for shape (batch,), or "none" for (batch, length - 1), 0 where no label counts.
+        reduction: "sum", or "none" for shape (batch, length - 1), 0 where no label counts.
     """
     nll = labelled_nll(hidden, head, _shifted(labels), chunk=chunk)
-    return {"sum": nll.sum, "sequence": lambda: nll.sum(dim=1), "none": lambda: nll[:, :-1]}[reduction]()
+    return nll.sum() if reduction == "sum" else nll[:, :-1]
 
 
 def labelled_nll(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *, chunk: int = 0) -> torch.Tensor:
