@@ -231,7 +231,7 @@ def test_tokens_are_those_of_the_tokenizer_with_bos_and_eos(tokenizer):
 
 def test_other_rules_of_the_tokenizer_are_other_tokens(tokenizer):
     plain = tokenize_documents(TEXTS, tokenizer)
-    tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=8)  # which the tokenizer remembers
+    tokenizer("To be, or not to be", truncation=True, max_length=4)  # which the tokenizer remembers
     assert [row.tokens for row in tokenize_documents(TEXTS, tokenizer)] == [row.tokens for row in plain]
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # the vocabulary stays
     lower = tokenize_documents(TEXTS, tokenizer)

@@ -1,9 +1,7 @@
-"""Where benchmark tasks are described, and checking their names before anything heavy is imported."""
+"""Where benchmark tasks are described, and checking their names before a model is loaded."""
 
-import os
-import re
+import functools
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from llama_long_utils.paths import REPOSITORY
@@ -20,29 +18,20 @@ def is_ours(name: str, folder: Path = TASKS) -> bool:
 
 def check_names(names: Sequence[str], folder: Path = TASKS) -> None:
     """Raise ValueError, with the closest name, unless each is a task of `folder` or of lm-evaluation-harness."""
-    (package,) = find_spec("lm_eval").submodule_search_locations
-    harness = Path(package, "tasks")
     for name in names:
         word = name.removeprefix(HUB)
-        if is_ours(name, folder) or _in_harness(word, harness):
+        if is_ours(name, folder) or word in harness_names():
             continue
         ours = sorted(path.stem for path in folder.glob("*.yaml"))
-        families = [path.name for path in harness.iterdir() if path.is_dir()]
-        hint = closest(word, ours) or closest(word, families)
+        hint = closest(word, ours) or closest(word, harness_names())
         here = [stem for stem in ours if "dataset_path:" not in (folder / f"{stem}.yaml").read_text("utf-8")]
         offline = f"offline there are {', '.join(here)}; with the hub bold and all of lm-evaluation-harness"
         raise ValueError(f"unknown task {name!r}{hint}: {offline}")
 
 
-def _in_harness(name: str, harness: Path) -> bool:
-    """Whether it is a task, group or tag. 14,000 files are read as text, in half a second; the harness needs seven."""
-    word = name.encode()
-    key, end = rb"""^[ -]*["']?(task|group|tag)["']?:[^:]*?(?<![\w.+-])""", rb"(?![\w.+-])"
-    named = re.compile(key + re.escape(word) + end, re.MULTILINE)
-    for folder, _, files in os.walk(harness):  # three times as fast as rglob
-        for file in files:
-            if file.endswith(".yaml") or "." not in file:
-                content = Path(folder, file).read_bytes()
-                if word in content and named.search(content):
-                    return True
-    return False
+@functools.cache
+def harness_names() -> list[str]:
+    """All tasks, groups and tags of lm-evaluation-harness, which takes ten seconds to find them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().all_tasks
