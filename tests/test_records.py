@@ -15,10 +15,10 @@ COLUMNS = {
     "03_corpus": {
         "corpus": {"files", "documents", "bytes"},
         "reading": {
-            *("run", "sequences", "digest", "continued_from", "peak_gib"),
-            *("first_sequence_cpu_seconds", "cpu_seconds", "labels", "labels_per_cpu_second"),
+            *("run", "workers", "sequences", "digest", "continued_from", "peak_gib", "seconds"),
+            *("first_sequence_seconds", "labels", "worker_seconds", "labels_per_worker_second"),
         },
-        "training": {"first_step_cpu_seconds", "peak_gib"},
+        "training": {"first_step_seconds", "peak_gib"},
     },
     "04_one_gpu_budget": {
         "ledger": {"model", "context", "plan", "component", "predicted_gib"},
