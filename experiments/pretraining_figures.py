@@ -12,6 +12,7 @@ from experiments.pretraining import counted_flops, new_model
 from experiments.pretraining_cells import LONG, RATES, SHORT, SIZES, TRAINED_ON, flops_per_token
 from experiments.pretraining_results import (
     EQUAL,
+    FEWEST_SEEDS,
     PLACES,
     SWITCHED,
     PretrainingResults,
@@ -110,7 +111,9 @@ def quality_table(curriculum: pd.DataFrame) -> pd.DataFrame:
     """What each arm costs beside "long", and its NLL minus that of "long", as text."""
     names = {"flops": "operations", "flops_counted": "as multiplied", "seconds": "seconds", "tokens": "tokens"}
     names["text"] = "NLL minus long"
+    few = curriculum.seeds < FEWEST_SEEDS
     shown = curriculum.assign(text=in_words(curriculum, 3))
+    shown.loc[few, "text"] = [f"{', '.join(f'{one:+.3f}' for one in each)}, too few seeds" for each in shown.each[few]]
     about = [name for name in ("size", "arm") if name in shown]
     return shown[[*about, *names, "seeds"]].rename(columns=names)
 
@@ -145,13 +148,15 @@ def judged_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
 
 
 def behind_before(results: PretrainingResults, size: str, arm: str) -> str:
-    """How far an arm's training loss is above long throughout's in the 20 steps before it switches, for each seed."""
-    behind, last = results.spike(size, arm)[:, :20].mean(axis=1), int(results.cost(size, arm, "short_steps"))
-    each = ", ".join(f"{gap:+.2f}" for gap in behind)
+    """How far an arm's training loss is above long throughout's before it switches and after it, for each seed."""
+    around, last = results.spike(size, arm), int(results.cost(size, arm, "short_steps"))
+    behind, after = around[:, :20].mean(axis=1), around[:, 60:80].mean(axis=1)
+    each, later = (", ".join(f"{gap:+.2f}" for gap in gaps) for gaps in (behind, after))
     before = " So it is behind before its sequences become long." if (behind > 0).all() else ""
     return (
         f"{size}, {STYLES[arm][0]}: in steps {last - 19} to {last}, its last short ones, its training loss minus that "
-        f"of long throughout on the same tokens is {each} nat, seed by seed.{before}"
+        f"of long throughout on the same tokens is {each} nat, seed by seed.{before} In steps {last + 41} to "
+        f"{last + 60}, which are long in both, it is {later} nat."
     )
 
 
@@ -162,7 +167,7 @@ def when_long(curricula: dict[str, pd.DataFrame], copied_less: pd.Series) -> str
     """
     switches, read = (*SWITCHED, "in-reach"), {}
     for size, table in curricula.items():
-        found = table[table.arm.isin(switches)]
+        found = table[table.arm.isin(switches) & (table.seeds >= FEWEST_SEEDS)]
         read[f"NLL from scratch, {size}"] = {row.arm: row_verdict(row) for row in found.itertuples()}
     less = pd.DataFrame({arm: {"low": -one["high"], "high": -one["low"]} for arm, one in copied_less.items()}).T
     copied = less[less.index.isin(switches)].itertuples()
@@ -181,9 +186,14 @@ def when_long(curricula: dict[str, pd.DataFrame], copied_less: pd.Series) -> str
             if which:
                 some = f"a switch at {' or '.join(which)}"
                 parts.append(f"{phrase} {every if len(which) == len(arms) else some}")
-        lines.append(f"- {place}: {'; '.join(parts)}.")
+        if parts:
+            lines.append(f"- {place}: {'; '.join(parts)}.")
     for size, table in curricula.items():
-        equal = table[table.arm.isin(switches) & (table.high < EQUAL)].arm
+        table = table[table.arm.isin(switches)]
+        for row in table[table.seeds < FEWEST_SEEDS].itertuples():
+            each = ", ".join(f"{one:+.3f}" for one in row.each)
+            lines.append(f"- Too few seeds to judge: {STYLES[row.arm][0]}, {size} ({each} nat).")
+        equal = table[(table.seeds >= FEWEST_SEEDS) & (table.high < EQUAL)].arm
         level += [f"{STYLES[arm][0]} at {size}" for arm in equal]
     answer = (
         f"No switch that was run is shown to be early enough: a loss of {EQUAL} nat from scratch is excluded for none."
@@ -278,7 +288,8 @@ def draw_quality(
         for row in table.itertuples():
             label, colour, marker = STYLES[row.arm]
             place = row.flops + 0.015 * (row.arm == "continued")  # which costs what a switch does
-            panel.vlines(place, row.low, row.high, color=colour)
+            if row.seeds >= FEWEST_SEEDS:
+                panel.vlines(place, row.low, row.high, color=colour)
             panel.scatter(place, row.value, color=colour, marker=marker, s=44, label=label, zorder=3)
             panel.scatter([place] * len(row.each), row.each, facecolors="none", edgecolors=colour, s=16)
             said.append(f"{size}, {label}: {row.flops:.0%} of the operations, {row.value:+.3f}")
@@ -301,7 +312,8 @@ def draw_quality(
     panels[-1].legend(loc="lower left")
     caption = "Is a late switch as good at fewer operations? The switch at 80%, beside long throughout, by size. "
     caption += f"{read}. Recorded by us; hollow: seeds, bars: 95% intervals over seeds and documents, or over seeds "
-    caption += "alone where that is wider. The cross is shifted to the right: it costs what a switch does. Right: "
+    caption += f"alone where that is wider, none of fewer than {FEWEST_SEEDS} seeds. The cross is shifted to the "
+    caption += "right: it costs what a switch does. Right: "
     caption += "Tables 10 and 11, published without intervals, on a scale of its own."
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
 

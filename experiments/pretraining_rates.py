@@ -61,7 +61,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from experiments.pretraining_results import PretrainingResults, larger_results
+from experiments.pretraining_results import FEWEST_SEEDS, PretrainingResults, larger_results
 from llama_long_utils.notebooks import finding, shown
 
 IN_WORDS = {1: "the recorded rate", 2: "twice the rate", 0.5: "half the rate", 0.25: "a quarter of the rate"}
@@ -156,7 +156,11 @@ def judge_larger(results: PretrainingResults, size: str) -> None:
 
     def judge(claim: str, arm: str, base: str, *, worse: bool = True, at: PretrainingResults = results) -> None:
         found = at.difference(name if at is own else size, (arm, "full"), (base, "full"))
-        shown(claim, [found[bound] for bound in ("value", "low", "high")], above=worse, digits=3)
+        if found["seeds"] < FEWEST_SEEDS:
+            each = ", ".join(f"{one:+.3f}" for one in found["each"])
+            print(f"too few seeds to judge: {claim} ({each}, seed by seed)")
+        else:
+            shown(claim, [found[bound] for bound in ("value", "low", "high")], above=worse, digits=3)
 
     judge(f"{size}, all at one rate: the switch at 80% is worse", "switch-80", "long")
     finding("the rate chosen for it is higher than the recorded one", own_rate(results, size) > 1)
@@ -170,6 +174,7 @@ def judge_larger(results: PretrainingResults, size: str) -> None:
     if results.seeds(size, "switch-20", "long"):
         judge(f"{size}, all at one rate: the switch at 20% is worse", "switch-20", "long")
         judge("it is better than the switch at 40%", "switch-20", "switch-40", worse=False)
+    if len(results.seeds(size, "switch-20", "long")) >= FEWEST_SEEDS:
         left = beyond_half((results, size, "switch-20"), (results, size, "switch-40"))
         shown("it loses less than half of what the switch at 40% loses", left, above=False, digits=3)
     if results.seeds(size, "switch-95", "long"):

@@ -169,8 +169,10 @@ class PretrainingResults:
         """The least and the most that a switch can save of the operations of "long", by the intervals of NLL.
 
         Least: by arms of which a loss of `EQUAL` is excluded. Most: by those not told to be worse. 0 if there is none.
+        Arms of fewer than `FEWEST_SEEDS` tell neither.
         """
         arms = self.curriculum(size).set_index("arm").filter(SWITCHED, axis="index")
+        arms = arms[arms.seeds >= FEWEST_SEEDS]
         least, most = (max([0.0, *(1 - arms.flops[which])]) for which in (arms.high < EQUAL, arms.low <= 0))
         return least, most
 
@@ -217,6 +219,7 @@ COPIED = {  # distances back to what is quoted, and in which part of the text
     "far": {"low": 1024, "high": 4096, "within": "copied"},
 }
 LAW_SAMPLES = 300
+FEWEST_SEEDS = 3  # from scratch: of fewer, an interval says nothing, or is of the documents alone
 EQUAL = 0.01  # nat: a loss to exclude before quality is called equal; one percent less probability
 COSTS = ("flops", "flops_counted", "seconds", "tokens")
 STEPS = ("short_steps", "long_steps")

@@ -10,7 +10,7 @@ from experiments import pretraining, pretraining_cells
 from experiments.pretraining import cut_short
 from experiments.pretraining_cells import LONG, MIXES, SHORT, Cell, Size, flops_per_token, long_settings
 from experiments.pretraining_copying import SKIPPED, continued_from
-from experiments.pretraining_figures import when_long
+from experiments.pretraining_figures import quality_table, when_long
 from experiments.pretraining_mix import PIECE, mix_rows
 from experiments.pretraining_rates import (
     FACTORS,
@@ -308,6 +308,16 @@ def test_the_answer_names_the_size_and_the_switches_of_each_loss_and_what_was_no
     assert "not tested" not in none and "No switch that was run is shown to be early enough" in none
     level = late_switch("a", (0.001, 0.0, -0.001), seeds).curriculum("a")
     assert "is excluded: switch at 80% at a." in when_long({"a": level}, copied)
+
+
+def test_an_arm_of_fewer_than_three_seeds_is_shown_and_not_judged():
+    few = late_switch("a", (-0.05, -0.06), (0, 1))
+    copied = pd.Series({"long": {"low": 0, "high": 0}})
+    said = when_long({"a": few.curriculum("a")}, copied)
+    assert "- Too few seeds to judge: switch at 80%, a (-0.050, -0.060 nat)." in said
+    assert "NLL from scratch, a" not in said and "No switch that was run is shown to be early enough" in said
+    assert few.saved_at_equal_quality("a") == (0, 0)
+    assert list(quality_table(few.curriculum("a"))["NLL minus long"])[1] == "-0.050, -0.060, too few seeds"
 
 
 def test_the_arms_that_decide_are_measured_first_at_the_larger_size():
