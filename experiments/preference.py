@@ -57,7 +57,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from experiments.preference_answers import repeated, shortened, with_words
 from experiments.preference_controls import CONTROLS, Controls
-from experiments.race_results import student_reach
+from experiments.preference_tasks import stage_changes
+from experiments.race_results import wider
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import Mixture
@@ -108,9 +109,10 @@ class Scope:
     controls: Sequence[str] = CONTROLS
     tokens: int = 0  # of a held-out document; 0: a whole window
     pass_keys: bool = True
+    tasks: bool = False  # short ones, and planted numbers behind long texts
 
 
-SMALL = Scope(arms=("dpo", "rl"), measurements=2, averages=(), controls=(), tokens=2048, pass_keys=False)
+SMALL = Scope(arms=("dpo", "rl"), measurements=2, averages=(), controls=(), tokens=2048, pass_keys=False, tasks=True)
 
 
 def load_policy(preset: Preset, adapter: Path, start: Path | None = None, kept: float = 1.0) -> PeftModel:
@@ -257,6 +259,9 @@ def run_preference(preset: Preset, adapter: Path, out: Path, scope: Scope = Scop
     tables |= {"log": pd.DataFrame(logs), "shown": shown(table[~others], test, tokenizer)}
     kept_context = Cache(preset.run_folder / "preference", VERSION, {"device": device_name()})
     tables |= costs(preset, arms, held_out, tokenizer, kept_context, scope)
+    if scope.tasks:
+        stages = [(arm, seed, folder) for arm, seed, folder, _ in arms]
+        tables["stages"] = stage_changes(preset, stages, held_out, tokenizer, kept_context)
     return write_record(
         out,
         SLUG,
@@ -327,14 +332,6 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
                 numbers |= {end: float(np.clip(numbers[end], -1, 1)) for end in ("low", "high")}
             rows.append({"arm": arm, "decoding": decoding, "measure": name, "since": since, **numbers})
     return pd.DataFrame(rows)
-
-
-def wider(low: float, high: float, each: pd.Series) -> tuple[float, float]:
-    """The outer bounds of an interval over questions and of Student's over the seeds' means, if there are several."""
-    if len(each) == 1:
-        return low, high
-    reach = student_reach(each.to_numpy())
-    return min(low, each.mean() - reach), max(high, each.mean() + reach)
 
 
 def wins(table: pd.DataFrame, test: Sequence[Asked]) -> pd.DataFrame:

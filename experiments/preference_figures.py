@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.preference import KEPT, wider
+from experiments.preference import KEPT
+from experiments.race_results import wider
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
 from llama_long_utils.notebooks import NO_DIFFERENCE, finding, measured, say, show_table, shown

@@ -32,9 +32,10 @@ import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from experiments.preference import DOCUMENTS, SEEDS, load_policy, wider, wins
+from experiments.preference import DOCUMENTS, SEEDS, load_policy, wins
 from experiments.preference_answers import begun
 from experiments.preference_controls import Controls, WithText
+from experiments.race_results import wider
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import Mixture

@@ -97,6 +97,14 @@ def student_reach(each: np.ndarray) -> float:
     return float(stats.t.ppf(0.975, len(each) - 1) * stats.sem(each))
 
 
+def wider(low: float, high: float, each: pd.Series) -> tuple[float, float]:
+    """The outer bounds of an interval over questions and of Student's over the seeds' means, if there are several."""
+    if len(each) == 1:
+        return low, high
+    reach = student_reach(each.to_numpy())
+    return min(low, each.mean() - reach), max(high, each.mean() + reach)
+
+
 def wider_interval(change: np.ndarray, weights: np.ndarray, bootstrap: Bootstrap) -> dict[str, float]:
     """Weighted mean of `change` (seeds, documents), value, with the outer bounds of two 95% intervals, low and high.
 

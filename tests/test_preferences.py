@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, RLOOConfig
 
 from conftest import LORA, RAISED, new_llama, small_preset
-from experiments.preference import costs_of_seeds, wider, wins_by_step
+from experiments.preference import costs_of_seeds, wins_by_step
 from experiments.preference_controls import TEXT, TOKENS, with_text
 from experiments.preference_figures import NEW, arms_within, near, record_with_controls, what_costs_what
 from experiments.preference_fresh import SLUG
-from experiments.race_results import student_reach
+from experiments.race_results import student_reach, wider
 from llama_long_utils.evaluation.generation import likelihoods
 from llama_long_utils.evaluation.statistics import mean_interval
 from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, read_card, save_adapter
