@@ -57,7 +57,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from experiments.preference_answers import repeated, shortened, with_words
 from experiments.preference_controls import CONTROLS, Controls
-from experiments.preference_tasks import stage_changes
 from experiments.race_results import wider
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
@@ -260,6 +259,8 @@ def run_preference(preset: Preset, adapter: Path, out: Path, scope: Scope = Scop
     kept_context = Cache(preset.run_folder / "preference", VERSION, {"device": device_name()})
     tables |= costs(preset, arms, held_out, tokenizer, kept_context, scope)
     if scope.tasks:
+        from experiments.preference_tasks import stage_changes  # imports the harness
+
         stages = [(arm, seed, folder) for arm, seed, folder, _ in arms]
         tables["stages"] = stage_changes(preset, stages, held_out, tokenizer, kept_context)
     return write_record(

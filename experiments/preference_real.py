@@ -1,5 +1,6 @@
 """What notebook 10 says of preference tuning of a real model, from its record: findings, tables, and a figure."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,10 @@ STEPS = {
     "words_right": ("right words", "share of answers"),
     "length": ("length", "tokens of an answer"),
 }
+SMALL_CHANGE = 0.05  # nats per token of a contrast
+NAMES = {"hellaswag": "HellaSwag", "truthfulqa_mc1": "TruthfulQA", "key": "planted numbers", "copy": "the text's words"}
+WORDS = {"accuracy_per_character": "right", "contrast": "contrast", "exact": "exact", "log_probability": "likelihood"}
+STAGES = {"sft": "quotations", "dpo": "DPO", "rl": "RL"}
 
 
 def by_step(record: Record) -> pd.DataFrame:
@@ -75,6 +80,7 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
         shown(within, paid[["nll", "low", "high"]], than=limit, above=False, digits=3)
         finding(f"{within}, every seed's interval", each.high[each.arm == arm].max() <= limit)
     draw_steps(record, table, folder, slug, number, origin)
+    say_stages(record.table("stages"))
 
 
 def seed_by_seed(record: Record, table: pd.DataFrame) -> pd.DataFrame:
@@ -132,3 +138,46 @@ def draw_steps(record: Record, table: pd.DataFrame, folder: Path, slug: str, num
 *Sampled answers, {origin}. Thin lines: single seeds. Bars: 95%, the wider over questions or seeds, of
 right words for the change since the start.*"""
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
+
+
+def say_stages(table: pd.DataFrame) -> None:
+    """A table of `stage_changes` for a reader, and which of what was expected holds."""
+    items, texts = (int(part["items"].max()) for _, part in table.groupby(table.length > 0))
+    say(f"""What each stage changes besides: quotations minus the extended model, DPO and RL minus quotations. {items}
+        questions of each short task; {texts} planted numbers, and as many stretches of the text's own words, behind
+        held-out texts, one of each kind. "Right" and "exact" are shares. "Contrast" is how far the right choice's NLL
+        is below the others', "likelihood" the answer's log-probability, both in nats a token. 95%, the wider over
+        items or seeds:""")
+    rows = []
+    for (task, length, name), part in table.groupby(["task", "length", "measure"], sort=False):
+        own = part.set_index("arm")
+        asked = NAMES[task] + (f" behind {length:,}" if length else "")
+        row = {"asked": asked, "measure": WORDS[name], "extended": measured(own.before["sft"], sign=False)}
+        for arm, stage in STAGES.items():
+            row[stage] = measured(*own.loc[arm, ["difference", "low", "high"]])
+        rows.append(row)
+    show_table(pd.DataFrame(rows))
+    for arm, name in STAGES.items():
+        own = table[table.arm == arm]
+        small = [within(*numbers) for numbers in own[own.measure == "contrast"][["low", "high"]].to_numpy()]
+        print(f"{worst(small)}: {name}: contrasts of short tasks change by less than {SMALL_CHANGE:g} nat")
+        far = own[(own.task == "key") & (own.measure == "log_probability")][["low", "high"]].to_numpy()
+        sides = [beyond(*(numbers if arm == "sft" else -numbers[::-1])) for numbers in far]
+        print(f"{worst(sides)}: {name}: planted numbers become {'more' if arm == 'sft' else 'less'} likely")
+
+
+def within(low: float, high: float) -> str:
+    """Whether a change is small, by its interval."""
+    if low > -SMALL_CHANGE and high < SMALL_CHANGE:
+        return "holds"
+    return "does not hold" if low > SMALL_CHANGE or high < -SMALL_CHANGE else "undecided"
+
+
+def beyond(low: float, high: float) -> str:
+    """Whether a change is above zero, by its interval."""
+    return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+
+
+def worst(verdicts: Sequence[str]) -> str:
+    """Of a claim on several tasks or lengths: it has to hold at each, and one that does not refutes it."""
+    return next(word for word in ("does not hold", "undecided", "holds") if word in verdicts)

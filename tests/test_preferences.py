@@ -21,6 +21,7 @@ from experiments.preference import costs_of_seeds, wins_by_step
 from experiments.preference_controls import TEXT, TOKENS, with_text
 from experiments.preference_figures import NEW, arms_within, near, record_with_controls, what_costs_what
 from experiments.preference_fresh import SLUG
+from experiments.preference_tasks import changes_of_stages
 from experiments.race_results import student_reach, wider
 from llama_long_utils.evaluation.generation import likelihoods
 from llama_long_utils.evaluation.statistics import mean_interval
@@ -457,3 +458,21 @@ def test_each_arm_has_an_interval_of_its_cost_and_new_seeds_have_those_of_both_k
         own = read[(read.arm == arm.removesuffix(NEW)) & ~read.unread & read.seed.notna()]
         assert row.ends_study == [*own.high]
         assert row.at_most_study == own.high.max()
+
+
+def test_each_stage_is_compared_with_the_one_before_by_the_same_items():
+    rows = [(f"item {number}", "extended", 0, 0.0) for number in range(8)]
+    rows += [(f"item {number}", "sft", 0, number / 10) for number in range(8)]
+    rows += [
+        (f"item {number}", "dpo", seed, number / 10 + step)
+        for number in range(8)
+        for seed, step in ((0, 0.1), (1, 0.5))
+    ]
+    answers = pd.DataFrame(rows, columns=["item", "arm", "seed", "value"]).sample(frac=1, random_state=0)
+    table = changes_of_stages(answers.assign(task="key", length=64, measure="exact")).set_index("arm")
+    assert {*table["items"]} == {8} and table.seeds.to_dict() == {"sft": 1, "dpo": 2}
+    assert table.since.to_dict() == {"sft": "extended", "dpo": "sft"}
+    np.testing.assert_allclose(table.difference[["sft", "dpo"]], [0.35, 0.3])
+    np.testing.assert_allclose(table.loc["sft", ["low", "high"]].astype(float), mean_interval(np.arange(8) / 10))
+    reach = student_reach(np.array([0.1, 0.5]))
+    np.testing.assert_allclose(table.loc["dpo", ["low", "high"]].astype(float), [0.3 - reach, 0.3 + reach])
