@@ -108,7 +108,7 @@ class Scope:
     controls: Sequence[str] = CONTROLS
     tokens: int = 0  # of a held-out document; 0: a whole window
     pass_keys: bool = True
-    tasks: bool = False  # short ones, and planted numbers behind long texts
+    tasks: bool = False  # short ones
 
 
 SMALL = Scope(arms=("dpo", "rl"), measurements=2, averages=(), controls=(), tokens=2048, pass_keys=False, tasks=True)
@@ -262,7 +262,7 @@ def run_preference(preset: Preset, adapter: Path, out: Path, scope: Scope = Scop
         from experiments.preference_tasks import stage_changes  # imports the harness
 
         stages = [(arm, seed, folder) for arm, seed, folder, _ in arms]
-        tables["stages"] = stage_changes(preset, stages, held_out, tokenizer, kept_context)
+        tables["stages"] = stage_changes(preset, stages)
     return write_record(
         out,
         SLUG,

@@ -1,6 +1,5 @@
 """What notebook 10 says of preference tuning of a real model, from its record: findings, tables, and a figure."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +18,8 @@ STEPS = {
     "length": ("length", "tokens of an answer"),
 }
 SMALL_CHANGE = 0.05  # nats per token of a contrast
-NAMES = {"hellaswag": "HellaSwag", "truthfulqa_mc1": "TruthfulQA", "key": "planted numbers", "copy": "the text's words"}
-WORDS = {"accuracy_per_character": "right", "contrast": "contrast", "exact": "exact", "log_probability": "likelihood"}
+NAMES = {"hellaswag": "HellaSwag", "truthfulqa_mc1": "TruthfulQA"}
+WORDS = {"accuracy_per_character": "right", "contrast": "contrast"}
 STAGES = {"sft": "quotations", "dpo": "DPO", "rl": "RL"}
 
 
@@ -141,29 +140,23 @@ right words for the change since the start.*"""
 
 
 def say_stages(table: pd.DataFrame) -> None:
-    """A table of `stage_changes` for a reader, and which of what was expected holds."""
-    items, texts = (int(part["items"].max()) for _, part in table.groupby(table.length > 0))
-    say(f"""What each stage changes besides: quotations minus the extended model, DPO and RL minus quotations. {items}
-        questions of each short task; {texts} planted numbers, and as many stretches of the text's own words, behind
-        held-out texts, one of each kind. "Right" and "exact" are shares. "Contrast" is how far the right choice's NLL
-        is below the others', "likelihood" the answer's log-probability, both in nats a token. 95%, the wider over
-        items or seeds:""")
+    """A table of `stage_changes` for a reader, and whether what was expected holds."""
+    say(f"""What each stage changes besides: quotations minus the extended model, DPO and RL minus quotations, on
+        {table["items"].max()} questions of each task. "Right" is the share of right choices, "contrast" how far the
+        right choice's NLL is below the others', in nats a token. 95%, the wider over questions or seeds:""")
     rows = []
-    for (task, length, name), part in table.groupby(["task", "length", "measure"], sort=False):
+    for (task, name), part in table.groupby(["task", "measure"], sort=False):
         own = part.set_index("arm")
-        asked = NAMES[task] + (f" behind {length:,}" if length else "")
-        row = {"asked": asked, "measure": WORDS[name], "extended": measured(own.before["sft"], sign=False)}
+        row = {"task": NAMES[task], "measure": WORDS[name], "extended": measured(own.before["sft"], sign=False)}
         for arm, stage in STAGES.items():
             row[stage] = measured(*own.loc[arm, ["difference", "low", "high"]])
         rows.append(row)
     show_table(pd.DataFrame(rows))
-    for arm, name in STAGES.items():
-        own = table[table.arm == arm]
-        small = [within(*numbers) for numbers in own[own.measure == "contrast"][["low", "high"]].to_numpy()]
-        print(f"{worst(small)}: {name}: contrasts of short tasks change by less than {SMALL_CHANGE:g} nat")
-        far = own[(own.task == "key") & (own.measure == "log_probability")][["low", "high"]].to_numpy()
-        sides = [beyond(*(numbers if arm == "sft" else -numbers[::-1])) for numbers in far]
-        print(f"{worst(sides)}: {name}: planted numbers become {'more' if arm == 'sft' else 'less'} likely")
+    for arm, stage in STAGES.items():
+        changes = table[(table.arm == arm) & (table.measure == "contrast")]
+        found = [within(row.low, row.high) for row in changes.itertuples()]
+        said = next(word for word in ("does not hold", "undecided", "holds") if word in found)
+        print(f"{said}: {stage}: the contrast changes by less than {SMALL_CHANGE:g} nat in both tasks")
 
 
 def within(low: float, high: float) -> str:
@@ -171,13 +164,3 @@ def within(low: float, high: float) -> str:
     if low > -SMALL_CHANGE and high < SMALL_CHANGE:
         return "holds"
     return "does not hold" if low > SMALL_CHANGE or high < -SMALL_CHANGE else "undecided"
-
-
-def beyond(low: float, high: float) -> str:
-    """Whether a change is above zero, by its interval."""
-    return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-
-
-def worst(verdicts: Sequence[str]) -> str:
-    """Of a claim on several tasks or lengths: it has to hold at each, and one that does not refutes it."""
-    return next(word for word in ("does not hold", "undecided", "holds") if word in verdicts)

@@ -469,7 +469,7 @@ def test_each_stage_is_compared_with_the_one_before_by_the_same_items():
         for seed, step in ((0, 0.1), (1, 0.5))
     ]
     answers = pd.DataFrame(rows, columns=["item", "arm", "seed", "value"]).sample(frac=1, random_state=0)
-    table = changes_of_stages(answers.assign(task="key", length=64, measure="exact")).set_index("arm")
+    table = changes_of_stages(answers.assign(task="hellaswag", measure="contrast")).set_index("arm")
     assert {*table["items"]} == {8} and table.seeds.to_dict() == {"sft": 1, "dpo": 2}
     assert table.since.to_dict() == {"sft": "extended", "dpo": "sft"}
     np.testing.assert_allclose(table.difference[["sft", "dpo"]], [0.35, 0.3])

@@ -251,8 +251,7 @@ COLUMNS["smollm2/10_preference_tuning"] = {
     "nll": COLUMNS["10_preference_tuning"]["nll"],
     "nll_of_seeds": {"arm", "nll", "low", "high", "documents", "seeds"},
     "wins_by_step": {"arm", "seed", "step", "decoding", "preferred", "low", "high"},
-    "stages": {"task", "length", "measure", "arm", "since", "items", "seeds"}
-    | {"before", "after", "difference", "low", "high"},
+    "stages": {"task", "measure", "arm", "since", "items", "seeds"} | {"before", "after", "difference", "low", "high"},
     "shown": {"question", "prompt", "answer", "dpo", "rl", "sft", "gold_dpo", "gold_rl", "gold_sft"},
 }
 
