@@ -24,7 +24,7 @@ from llama_long_utils.records import recorded
 from llama_long_utils.settings import Preset
 
 SETS = {"SQuAD": SLUG, "HotpotQA": "09_on_hotpotqa"}  # records by what was asked
-SCORES = {"f1": "F1", "exact": "exact match", "log_probability": "log-probability"}
+SCORES = {"f1": "F1", "log_probability": "log-probability"}
 NO_F1 = "no change of F1 is detected between arms"
 NO_CHANGE = "with answers at full weight no change is detected, of F1 or log-probability"
 LOW = 10  # points: an F1 below it has few right answers
@@ -38,21 +38,37 @@ def question_results(preset: Preset) -> dict[str, InstructionResults]:
 
 
 def question_tables(sets: Mapping[str, InstructionResults]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(scores of the arms, differences between arms) by what was asked and length: text for a reader."""
+    """(scores of the arms, differences between arms) by what was asked: text for a reader, a column for each length."""
     scores, changes = [], []
     for title, results in sets.items():
-        for length in results.lengths:
-            first = {"asked": title, "length": f"{length:,}"}
-            for arm in results.arms:
-                row = {**first, "arm": LOOKS[arm][0]}
-                for measure, name in SCORES.items():
-                    values = results.scores(arm, [length], measure)
-                    row[name] = measured(*results.mean(values), digits=_digits(measure), sign=False)
-                scores.append({**row, "seeds": len(values), "questions": values.size})
-            for name, pair in results.pairs.items():
-                told = {title: results.told(*pair, measure, [length]) for measure, title in SCORES.items()}
-                changes.append({**first, "difference": name, **told})
+        columns = {
+            f"{name}, {length:,}": (measure, length) for measure, name in SCORES.items() for length in results.lengths
+        }
+        for arm in results.arms:
+            row = {"asked": title, "arm": LOOKS[arm][0]}
+            for column, (measure, length) in columns.items():
+                values = results.scores(arm, [length], measure)
+                row[column] = measured(*results.mean(values), digits=_digits(measure), sign=False)
+            scores.append({**row, "seeds": len(values)})
+        for name, pair in results.pairs.items():
+            told = {column: results.told(*pair, measure, [length]) for column, (measure, length) in columns.items()}
+            changes.append({"asked": title, "difference": name, **told})
     return pd.DataFrame(scores), pd.DataFrame(changes)
+
+
+def counts(sets: Mapping[str, InstructionResults]) -> str:
+    """How many questions a seed is asked, and the highest share of exact matches: prose."""
+    parts = []
+    for title, results in sets.items():
+        asked = [f"{results.scores(results.arms[0], [at], 'f1').shape[1]} behind {at:,}" for at in results.lengths]
+        parts.append(f"{title} asks {' and '.join(asked)} tokens")
+    most = max(
+        results.scores(arm, [at], "exact").mean()
+        for results in sets.values()
+        for arm in results.arms
+        for at in results.lengths
+    )
+    return f"Of questions for each seed {', '.join(parts)}. At most {most:.1f} percent of answers match exactly."
 
 
 def _digits(measure: str) -> int:

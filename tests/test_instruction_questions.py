@@ -29,6 +29,7 @@ from experiments.instruction_results import (
 )
 from experiments.question_results import (
     beside_table_9,
+    counts,
     directions,
     floor_of,
     levels,
@@ -170,13 +171,15 @@ def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the
     assert results.difference("long", "short", "f1") == pytest.approx((10, 10, 10))
     scores, changes = question_tables({"SQuAD": results})
     arms = ["short", "short, long", "short, long, loss on prompt; full answers"]
-    assert list(zip(scores.length, scores.arm, strict=True)) == [(at, arm) for at in ("2,048", "9,216") for arm in arms]
-    assert list(scores.seeds) == [3, 3, 1] * 2
-    assert list(scores.questions) == [60, 60, 20] * 2
-    changes = changes[changes.difference == PLAIN].set_index("length")
-    assert changes["F1"]["2,048"] == "+10.0 [+10.0, +10.0]"
-    assert changes["exact match"]["2,048"] == "both at the floor"
-    assert changes["log-probability"]["9,216"] == "+0.00 [+0.00, +0.00]"
+    assert list(scores.arm) == arms
+    assert list(scores.seeds) == [3, 3, 1]
+    (change,) = changes[changes.difference == PLAIN].to_dict("records")
+    assert change["F1, 2,048"] == "+10.0 [+10.0, +10.0]"
+    assert change["log-probability, 9,216"] == "+0.00 [+0.00, +0.00]"
+    assert results.told("long", "short", "exact") == "both at the floor"
+    said = counts({"SQuAD": results})
+    assert "SQuAD asks 20 behind 2,048 and 20 behind 9,216 tokens" in said
+    assert "At most 0.0 percent" in said
     assert list(trainings(results).labels) == [7, 7, 7]
     assert floor_of(results).answer == "no"
 
