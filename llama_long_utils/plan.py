@@ -5,9 +5,12 @@ how long it takes, and the longest window that would fit.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,21 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
+def in_second_process(count: Callable[[], object]) -> Callable[[], object]:
+    """Let a copy of this process count, which leaves its ledgers in data/cache; returns what waits for it."""
+    if sys.platform != "linux":
+        return lambda: None
+
+    def quietly() -> None:
+        with contextlib.suppress(BaseException):
+            count()
+
+    copy = multiprocessing.get_context("fork").Process(target=quietly, daemon=True)
+    copy.start()
+    # A fork of a process whose threads have worked (a model was converted) may hang: then this one counts alone.
+    return lambda: copy.join(timeout=20)
+
+
 def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     """The plan and what it costs, by name.
 
@@ -115,7 +133,9 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
     packed = bool(preset and planner.is_packed(preset.training))
     shape = StepShape(window // context, dtype, savings, asked.sequences, gpu=True, packed=packed, **several)
+    meanwhile = in_second_process(lambda: planner.longest_context(config, lora, shape, memory))
     plan = planner.plan(config, lora, shape, memory)
+    meanwhile()
     counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)
     savings = planner.leanest(config, longest // context, savings)
