@@ -31,6 +31,7 @@ from experiments.dose_record import KindBootstrap
 from experiments.dose_settings import read_doses
 from experiments.dose_texts import read_texts
 from experiments.power_law import CLOSER, power_law
+from experiments.real_models import NAMES
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.statistics import SEED
@@ -259,7 +260,7 @@ def draw_laws(losses: dict[str, ContextLoss], folder: Path, slug: str, number: s
         reach = [[abs(one[end] - one["value"]) for one in bounds] for end in ("low", "high")]
         axes.errorbar(part.contexts, drawn[0], yerr=reach, fmt="o", capsize=3, label="measured")
         axes.axvline(1.4 * up_to, color="0.8", zorder=0)
-        axes.set(xscale="log", title=name, xlabel="tokens before the target")
+        axes.set(xscale="log", title=NAMES.get(name, f"{name} Llama"), xlabel="tokens before the target")
         axes.set_xticks(part.contexts[::2], [f"{int(context):,}" for context in part.contexts[::2]])
         axes.minorticks_off()
     panels[0][0].set_ylabel("nats per token")
