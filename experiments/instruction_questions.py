@@ -21,6 +21,10 @@ Three arms of seed 0 were measured first: not tuned, short, and long with the lo
 that loss and, beside it, answers at full weight, as far as there is time. Expected before: F1 tells none of them apart.
 The loss on the prompt makes the right answer less likely than none does. At full weight neither score changes. An
 interval of F1 without 0, one of the first log-probability above 0, or one of the second without 0 refutes that.
+
+With one seed F1 told none apart, as expected. The first log-probability was open. The second was below 0 by the
+questions of that seed, which refutes it by the rule. Then long, with the loss on the prompt and without, got seeds 1
+and 2, with nothing changed: past the old window neither score tells them apart, as seeds differ by more.
 """
 
 import re

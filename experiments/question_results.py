@@ -185,7 +185,7 @@ def likelihood_in_words(sets: Mapping[str, InstructionResults]) -> str:
         return ""
     full = [changes[FULL][title] for title in less if title in changes[FULL]]
     level = bool(full) and all(low <= 0 <= high for _, low, high in full)
-    also = "; with answers at full weight no change was detected" * level
+    also = "; with answers at full weight no change was detected there" * level
     return f"The plain loss on the prompt makes the right answer less likely ({', '.join(less)}){also}."
 
 
