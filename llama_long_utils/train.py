@@ -12,6 +12,7 @@ let accelerate's `notebook_launcher` call a function that imports and calls `tra
 import argparse
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from llama_long_utils.commands import PYTHON, run_command
 from llama_long_utils.paths import ADAPTERS
@@ -31,6 +32,7 @@ def train() -> None:
     parser.add_argument("--steps", type=int, help="instead of the preset's training.steps, or those of the stage")
     parser.add_argument("--seed", type=int, help="instead of the preset's training.seed, or that of the stage")
     parser.add_argument("--control", action="store_true", help="keep the base's RoPE: a control without the extension")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="where a stage begins (default: the newest)")
     parser.add_argument("--report-every", type=int, default=10, metavar="STEPS", help="steps between two lines")
     parser.add_argument("--context-parallel", type=int, default=1, metavar="N", help="processes that share a sequence")
     parser.add_argument("--shard-base", action="store_true", help="each process keeps a part of the base's layers")
@@ -42,6 +44,8 @@ def train() -> None:
         if any((chosen.control, chosen.context_parallel > 1, chosen.shard_base)):
             parser.error("--control, --context-parallel and --shard-base are for the extension")
         return tune(preset, chosen)
+    if chosen.adapter:
+        parser.error("--adapter is where sft, reward, rl and dpo begin: the extension begins at the base")
     settings = with_numbers(preset.training, "training", steps=chosen.steps, seed=chosen.seed)
     scaling = preset.control_rope if chosen.control else preset.extended_rope
 
@@ -69,7 +73,8 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
         section = f"preference.{chosen.stage}"
         steps = {chosen.stage: with_numbers(getattr(numbers, chosen.stage), section, steps=chosen.steps)}
         preset = replace(preset, preference=with_numbers(numbers, "preference", seed=chosen.seed, **steps))
-        if not any((*preset.run_folder.glob("instruction/*/adapter"), *ADAPTERS.glob(f"{preset.name}-instruction"))):
+        tuned = (*preset.run_folder.glob("instruction/*/adapter"), *ADAPTERS.glob(f"{preset.name}-instruction"))
+        if not chosen.adapter and not any(tuned):
             raise ValueError(f"preset {preset.name!r} has no instruction-tuned adapter: run --stage sft first")
 
     from llama_long_utils.model.adapters import find_adapter
@@ -78,16 +83,20 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
     from llama_long_utils.training.processes import join_processes
     from llama_long_utils.training.trainer import in_words
 
+    adapter = chosen.adapter and chosen.adapter.absolute()
     if chosen.stage == "sft":
-        tuned = tune_instructions(preset, progress=chosen.report_every)
+        tuned = tune_instructions(preset, adapter=adapter, progress=chosen.report_every)
     else:
-        start = find_adapter(preset, stage="instruction")
+        start = find_adapter(preset, adapter, stage="instruction")
         tuned = tune_preferences(preset, chosen.stage, start, progress=chosen.report_every)
     if join_processes().is_main_process:
         labels = f" on {tuned.label_tokens:,} labels" if tuned.label_tokens else ""  # "rl" samples its answers
         print(f"{tuned.log[-1]['step']:,} steps{labels}, {in_words(tuned.log[-1])}: {tuned.folder}", flush=True)
-        if chosen.stage in NEXT and (chosen.steps, chosen.seed) == (None, None):
-            print(f"then: {PYTHON} -m llama_long_utils.train --preset {preset.name} --stage {NEXT[chosen.stage]}")
+        other = (chosen.steps, chosen.seed) != (None, None)  # than the next stage finds
+        begun = f" --adapter {tuned.folder if chosen.stage == 'sft' else adapter}" if other or adapter else ""
+        if chosen.stage == "sft" or (chosen.stage in NEXT and not other):
+            command = f"{PYTHON} -m llama_long_utils.train --preset {preset.name}"
+            print(f"then: {command}{begun} --stage {NEXT[chosen.stage]}")
     join_processes().destroy_process_group()
 
 

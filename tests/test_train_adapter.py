@@ -17,11 +17,13 @@ from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import read_card
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
-from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.paths import ADAPTERS, REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import BaseModel, Data
 from llama_long_utils.training.adapter import _alone, train_adapter
 from llama_long_utils.training.trainer import StepLog
+
+TUNED = str(ADAPTERS / "tiny-instruction")
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,7 @@ def test_two_processes_never_train_in_one_folder(preset):
         (["--stage", "sft", "--steps", "0"], "instruction: steps = 0"),
         (["--stage", "rl", "--steps", "0"], "preference.rl: steps = 0"),
         (["--stage", "dpo", "--seed", "-1"], "preference: seed = -1"),
+        (["--adapter", TUNED], "--adapter is where sft, reward, rl and dpo begin"),
         (["--preset", "llama2-7b", "--stage", "dpo"], "'llama2-7b' has no instruction-tuned adapter: run --stage sft"),
     ],
 )
@@ -246,7 +249,9 @@ def test_the_command_answers_within_a_second_of_computing(arguments, said):
         (["--control"], "--only 06 -p control_adapter FOLDER\n"),
         (["--stage", "sft"], "then: .venv/bin/python -m llama_long_utils.train --preset tiny --stage reward  # or rl"),
         (["--stage", "reward"], "--stage rl\n"),
-        (["--stage", "sft", "--steps", "3"], "FOLDER\n"),
+        (["--stage", "sft", "--steps", "3"], "--preset tiny --adapter FOLDER --stage reward"),
+        (["--stage", "reward", "--adapter", TUNED], f"--adapter {TUNED} --stage rl\n"),
+        (["--stage", "reward", "--steps", "3"], "FOLDER\n"),
     ],
 )
 def test_the_command_says_what_may_be_run_next(arguments, said, monkeypatch, capsys):
