@@ -12,7 +12,6 @@ let accelerate's `notebook_launcher` call a function that imports and calls `tra
 import argparse
 import os
 from dataclasses import replace
-from pathlib import Path
 
 from llama_long_utils.commands import PYTHON, run_command
 from llama_long_utils.paths import ADAPTERS
@@ -32,7 +31,7 @@ def train() -> None:
     parser.add_argument("--steps", type=int, help="instead of the preset's training.steps, or those of the stage")
     parser.add_argument("--seed", type=int, help="instead of the preset's training.seed, or that of the stage")
     parser.add_argument("--control", action="store_true", help="keep the base's RoPE: a control without the extension")
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="where a stage begins (default: the newest)")
+    parser.add_argument("--adapter", type=os.path.abspath, metavar="FOLDER", help="where a stage begins")
     parser.add_argument("--report-every", type=int, default=10, metavar="STEPS", help="steps between two lines")
     parser.add_argument("--context-parallel", type=int, default=1, metavar="N", help="processes that share a sequence")
     parser.add_argument("--shard-base", action="store_true", help="each process keeps a part of the base's layers")
@@ -83,20 +82,19 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
     from llama_long_utils.training.processes import join_processes
     from llama_long_utils.training.trainer import in_words
 
-    adapter = chosen.adapter and chosen.adapter.absolute()
     if chosen.stage == "sft":
-        tuned = tune_instructions(preset, adapter=adapter, progress=chosen.report_every)
+        tuned = tune_instructions(preset, adapter=chosen.adapter, progress=chosen.report_every)
     else:
-        start = find_adapter(preset, adapter, stage="instruction")
+        start = find_adapter(preset, chosen.adapter, stage="instruction")
         tuned = tune_preferences(preset, chosen.stage, start, progress=chosen.report_every)
     if join_processes().is_main_process:
         labels = f" on {tuned.label_tokens:,} labels" if tuned.label_tokens else ""  # "rl" samples its answers
         print(f"{tuned.log[-1]['step']:,} steps{labels}, {in_words(tuned.log[-1])}: {tuned.folder}", flush=True)
         other = (chosen.steps, chosen.seed) != (None, None)  # than the next stage finds
-        begun = f" --adapter {tuned.folder if chosen.stage == 'sft' else adapter}" if other or adapter else ""
+        start = tuned.folder if chosen.stage == "sft" else chosen.adapter
+        begun = f" --adapter {start}" if other or chosen.adapter else ""
         if chosen.stage == "sft" or (chosen.stage in NEXT and not other):
-            command = f"{PYTHON} -m llama_long_utils.train --preset {preset.name}"
-            print(f"then: {command}{begun} --stage {NEXT[chosen.stage]}")
+            print(f"then: {PYTHON} -m llama_long_utils.train --preset {preset.name}{begun} --stage", NEXT[chosen.stage])
     join_processes().destroy_process_group()
 
 

@@ -24,6 +24,7 @@ from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import BaseModel, Data
 from llama_long_utils.stages import Instruction
+from llama_long_utils.training import adapter as adapter_module
 from llama_long_utils.training.adapter import train_adapter
 from llama_long_utils.training.instruction import (
     InstructionTrainer,
@@ -317,3 +318,14 @@ def test_old_presets_without_the_section_have_its_defaults(tmp_path, monkeypatch
     assert load_preset("llama2-7b").instruction == Instruction()
     assert load_preset("tiny").instruction.steps == 16
     assert json.dumps(dataclasses.asdict(Instruction()))
+
+
+def test_other_tokens_than_the_sequences_have_are_an_error_before_anything_is_saved(preset, monkeypatch):
+    """Trap: a sampler that leaves rows out trains on less, and a loss looks as ever."""
+    whole = adapter_module.train
+    monkeypatch.setattr(
+        adapter_module, "train", lambda *given, **options: [row | {"tokens": 1} for row in whole(*given, **options)]
+    )
+    with pytest.raises(RuntimeError, match=r"1 tokens were trained on, not the [\d,]+ of the sequences"):
+        tune_instructions(preset)
+    assert not [*preset.run_folder.glob("instruction/*/adapter")]

@@ -18,7 +18,7 @@ from llama_long_utils.cache import Cache
 from llama_long_utils.data.mixture import Mixture, reading_table
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, save_adapter
-from llama_long_utils.model.base import load_base
+from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
@@ -108,13 +108,14 @@ def train_stage(
     *,
     depends_on: dict[str, Any],
     noted: dict[str, Any],
+    labels: int | None = None,
     **options: Any,
 ) -> TrainedAdapter:
     """Train what `load` gives, by the plan, in runs/PRESET/STAGE/NAME-KEY, and save it; `folder` is (STAGE, NAME).
 
     The key is made of what the weights depend on: settings, base, RoPE, LoRA and what `depends_on` adds, a digest of
-    the "data" at least. The card says what is `noted`, too. `options` are those of `trainer.train`; raises as
-    `run_or_read`.
+    the "data" at least. The card says what is `noted`, too. `options` are those of `trainer.train`. Raises as
+    `run_or_read`; RuntimeError if other than `labels` tokens were trained on, before anything is saved.
     """
     (stage, name), savings, base_sha256 = folder, plan.memory_savings, weights_sha256(locate_base(preset))
     asked = replace(settings.memory_savings, optimizer=savings.optimizer)  # what else a plan saves changes no gradient
@@ -125,6 +126,9 @@ def train_stage(
     def work() -> list[dict[str, float]]:
         model, room = load(), preset.memory_gib * USABLE - plan.device_gib
         log = train(model, sequences, settings, run, gaps_gib=room / 2, **options)
+        check_rope(model, rope)
+        if labels not in (None, log[-1]["tokens"]):
+            raise RuntimeError(f"{log[-1]['tokens']:,} tokens were trained on, not the {labels:,} of the sequences")
         own = {**asdict(settings), "lora": asdict(preset.lora), **noted, "tokens": log[-1]["tokens"], "run": run.name}
         card = AdapterCard(preset.base.source, base_sha256, rope, asdict(preset.data), own, package_versions())
         if join_processes().is_main_process:

@@ -150,5 +150,5 @@ def tune_instructions(
     depends_on |= {"trainer": trainer_class.__name__} if trainer_class is not InstructionTrainer else {}
     given = {"depends_on": depends_on, "noted": {STAGE: asdict(settings), "start": began, "arm": name}}
     build = partial(instruction_trainer, tokenizer=tokenizer, window=training.window, trainer_class=trainer_class)
-    options = {"report_every": progress, "build": build}
+    options = {"report_every": progress, "build": build, "labels": sum(one.label_tokens for one in sequences)}
     return train_stage(preset, (STAGE, name), training, plan, scaling, load, sequences, **given, **options)

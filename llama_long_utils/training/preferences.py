@@ -104,8 +104,7 @@ def plan_preference(preset: Preset, stage: str, settings: Preference) -> tuple[T
     numbers |= {"sequences_per_step": own.rows_per_step, "sequences_at_once": own.rows_at_once, "seed": settings.seed}
     training = replace(preset.training, **numbers, window=window, reach=window, pack=False, attention="sdpa")
     config, sequences = model_shape(preset.base.source), own.rows_at_once * (1 if stage == "rl" else 2)
-    options = {"sequences": sequences, "accumulated": True, "gpu": True}
-    shape = StepShape(window, preset.base.dtype, training.memory_savings, **options)
+    shape = StepShape(window, preset.base.dtype, training.memory_savings, sequences, accumulated=True, gpu=True)
     held = ledger(config, preset.lora, shape)
     others = 0.0 if stage == "reward" else held["adapters"] / GIB
     if stage == "rl":
