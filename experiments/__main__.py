@@ -88,6 +88,7 @@ def arguments() -> argparse.Namespace:
     dose.add_argument("--prepare", type=Path, metavar="FILE", help="write texts and tasks as token ids, and stop")
     dose.add_argument("--inputs", type=Path, metavar="FILE", help="what --prepare wrote, maybe on another machine")
     dose.add_argument("--stages", nargs="+", metavar="WAY:STEPS", help="in place of those in experiments/dose.toml")
+    dose.add_argument("--adapters", type=Path, nargs="+", metavar="FILE", help="of an earlier run: read these, train none")
     dose.add_argument("--no-bases", action="store_true", help="do not read the untrained arms again")
     dose.add_argument("--record-of", type=Path, nargs="+", metavar="FOLDER", help="write the record of earlier runs")
     dose.add_argument("--doll", action="store_true", help="a few steps and texts, to see that everything runs")
@@ -138,7 +139,8 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
     if asked.doll:
         doses = doll(doses, preset)
     if asked.stages:
-        doses = dataclasses.replace(doses, stages=read_stages(asked.stages, ways_of(preset)))
+        ways = ways_of(preset, doses.other_bases)
+        doses = dataclasses.replace(doses, stages=read_stages(asked.stages, ways))
     if asked.record_of:
         from experiments.dose_record import write_dose_record
 
@@ -166,6 +168,7 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
         save_inputs(inputs, asked.prepare)
         return asked.prepare
     options = {"seconds": asked.seconds, "bases": not asked.no_bases, "sixteen_bit": not asked.no_bases}
+    options["adapters"] = asked.adapters or ()
     command = " ".join(["python -m experiments", *sys.argv[1:]])
     try:
         return run_dose(preset, doses, inputs, out, **options, command=command, record=record)

@@ -23,8 +23,8 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from experiments.dose_inputs import Inputs
 from experiments.dose_questions import COLUMNS, ask
 from experiments.dose_record import BIN, write_dose_record
-from experiments.dose_settings import Doses, Way, ways_of
+from experiments.dose_settings import Doses, Way, way_of_label, ways_of
 from experiments.task_requests import answer
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.data.sequences import TrainingData
@@ -123,6 +123,7 @@ def run_dose(
     seconds: float,
     bases: bool = True,
     sixteen_bit: bool = True,
+    adapters: Sequence[Path] = (),
     command: str = "",
     record: Path | None = None,
 ) -> Path:
@@ -133,6 +134,7 @@ def run_dose(
         seconds: after which no stage is begun that is not expected to end before.
         bases: read the untrained arms too.
         sixteen_bit: read the arm of most steps with 16-bit weights too.
+        adapters: of an earlier run, "adapter-ARM-TOKENS.safetensors": read these, and train nothing.
         record: folder of the record; default: `out`.
     """
     kernels = sdpa_kernel(KERNELS, set_priority=True) if torch.cuda.is_available() else nullcontext()
@@ -140,7 +142,10 @@ def run_dose(
     with kernels:
         if bases:
             experiment.read_bases()
-        experiment.run_stages(sixteen_bit=sixteen_bit)
+        if adapters:
+            experiment.read_adapters(adapters)
+        else:
+            experiment.run_stages(sixteen_bit=sixteen_bit)
     return write_dose_record([out], record or out, preset=preset.name, provenance={"command": command})
 
 
@@ -207,8 +212,7 @@ class _Experiment:
             **{"self_quoting_share": way.quoting, "seed": way.seed},
         )
         sequences = list(TrainingData(self.inputs.training, settings, self.tokenizer))
-        lora = replace(self.preset.lora, rank=self.doses.rank, alpha=self.doses.alpha)
-        model = add_lora(load(self.preset, way.rope, four_bit=True), lora, seed=way.seed)
+        model = self.with_lora(way)
         if way.window > self.doses.tokens_at_once:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -217,6 +221,11 @@ class _Experiment:
         about = {"window": way.window, "reach": way.reach, "rope_base": way.rope.base, "quoting": way.quoting}
         self.write("arm", arm=way.label, **about, seed=way.seed, usable_tokens={"all": usable})
         return Arm(way, model, sequences, per_step, optimizer)
+
+    def with_lora(self, way: Way) -> PeftModel:
+        """The base in 4 bits with the RoPE of a way and new adapters."""
+        lora = replace(self.preset.lora, rank=self.doses.rank, alpha=self.doses.alpha)
+        return add_lora(load(self.preset, way.rope, four_bit=True), lora, seed=way.seed)
 
     def train(self, arm: Arm, first: int, rates: list[float], what: str) -> None:
         if not rates:
@@ -271,6 +280,22 @@ class _Experiment:
                 layer.weight.data = weight
         arm.restore(saved)
 
+    def read_adapters(self, files: Sequence[Path]) -> None:
+        """Read the texts with adapters that `give` left, and ask behind them."""
+        for file in files:
+            name = file.stem.removeprefix("adapter-")
+            label, _, tokens = name.rpartition("-")
+            way = way_of_label(label, ways_of(self.preset, self.doses.other_bases))
+            model = self.with_lora(way)
+            unknown = set_peft_model_state_dict(model, load_file(file)).unexpected_keys
+            if unknown:
+                raise ValueError(f"{file}: the model has no place for {unknown[0]}: is it another way's adapter?")
+            ways = ("full", "window") if way.full_context else ("window",)
+            asked = self.doses.asked[-1] if way.full_context else self.preset.base.window
+            about = {"arm": label, "tokens_trained": int(tokens), "weights": "nf4"}
+            self.read(name, model.eval(), ways, asked, **about)
+        self.write("end")
+
     def expected(self, way: Way, steps: int) -> float:
         """Seconds that so many steps and what is read after them take, by the slowest that was measured."""
         known = {name: value for name, value in self.seconds.items() if name.startswith("step ")}
@@ -292,7 +317,7 @@ class _Experiment:
 
     def run_stages(self, *, sixteen_bit: bool) -> None:
         """Train and read the stages in order, leaving out what does not fit into the time."""
-        ways, arms = ways_of(self.preset), {}
+        ways, arms = ways_of(self.preset, self.doses.other_bases), {}
         most = {key: max(steps for way, steps in self.doses.stages if way == key) for key, _ in self.doses.stages}
         largest = max(self.doses.stages, key=lambda stage: stage[1])
         for key, steps in self.doses.stages:

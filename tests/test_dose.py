@@ -72,7 +72,7 @@ def test_without_a_gpu_the_command_says_so_before_it_reads_anything(tmp_path):
 
 
 def test_at_smollm2_the_ways_and_doses_are_those_of_the_record():
-    ways = ways_of(load_preset("smollm2"))
+    ways = ways_of(load_preset("smollm2"), read_doses("smollm2").other_bases)
     table = read_table(RESULTS / "smollm2" / f"{SLUG}.json", "arms")
     recorded = {(row.arm, row.window, row.reach, row.rope_base) for row in table.itertuples()}
     assert recorded <= {(way.label, way.window, way.reach, way.rope.base) for way in ways.values()}
