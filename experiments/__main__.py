@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     dose.add_argument("--prepare", type=Path, metavar="FILE", help="write texts and tasks as token ids, and stop")
     dose.add_argument("--inputs", type=Path, metavar="FILE", help="what --prepare wrote, maybe on another machine")
     dose.add_argument("--stages", nargs="+", metavar="WAY:STEPS", help="in place of those in experiments/dose.toml")
-    dose.add_argument("--adapters", type=Path, nargs="+", metavar="FILE", help="of an earlier run: read these, train none")
+    dose.add_argument("--adapters", type=Path, nargs="+", metavar="FILE", help="of an earlier run: read, train none")
     dose.add_argument("--no-bases", action="store_true", help="do not read the untrained arms again")
     dose.add_argument("--record-of", type=Path, nargs="+", metavar="FOLDER", help="write the record of earlier runs")
     dose.add_argument("--doll", action="store_true", help="a few steps and texts, to see that everything runs")
