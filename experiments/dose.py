@@ -185,7 +185,7 @@ class _Experiment:
             self.seconds[way] = time.perf_counter() - begin
             self.write("nll", name=name, way=way, seconds=round(self.seconds[way], 2), **about)
             print(f"{self.elapsed():6.0f} s  {name} {way}: {np.nansum(sums) / np.isfinite(sums).sum() / BIN:.4f} nats")
-        if longest:
+        if longest and self.inputs.haystacks:
             begin = time.perf_counter()
             table = [row for stack in self.inputs.haystacks if stack.length <= longest for row in ask(model, stack)]
             self.seconds[f"ask {longest}"] = time.perf_counter() - begin

@@ -326,5 +326,7 @@ def _asked(rows: Rows) -> dict[str, np.ndarray]:
             found[f"asked_{row['name']}_log_probability"] = asked.log_probability.to_numpy(np.float16)
             found[f"asked_{row['name']}_alone"] = asked.alone.to_numpy(np.float16)
             found[f"asked_{row['name']}_exact"] = asked.exact.to_numpy(bool)
+    if not found:
+        return {}
     found["question_task"] = questions.kind.to_numpy(str)
     return found | {f"question_{name}": questions[name].to_numpy() for name in ("length", "text", "number", "depth")}
