@@ -157,7 +157,7 @@ class _Experiment:
         self.tokenizer = load_tokenizer(locate_base(preset))
         self.step_tokens = preset.extension.window // 2
         lengths = [text.tokens for text in inputs.texts]
-        self.write("start", window=preset.base.window, texts=lengths, heldout=inputs.about, device=device_name())
+        self.write("start", texts=lengths, heldout=inputs.about, device=device_name())
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.begun

@@ -7,6 +7,7 @@ zero, and what is left of it without the one document that speaks most for it.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,8 @@ import pandas as pd
 from scipy import stats
 
 from llama_long_utils.evaluation.statistics import SAMPLES, SEED, Bootstrap, share_interval
-from llama_long_utils.records import read_arrays, write_arrays, write_record
+from llama_long_utils.presets import load_preset
+from llama_long_utils.records import Record, read_arrays, write_arrays, write_record
 
 SLUG = "06_dose_response"
 BIN = 128  # positions whose NLL is summed up in the arrays
@@ -121,11 +123,18 @@ def write_dose_record(
 ) -> Path:
     """Write the record and its arrays from what `experiments.dose` left in the folders of one or several runs.
 
+    Args:
+        runs: a folder with a record, and no results of a run, is an earlier record that goes on: it comes first.
+
     Raises:
         ValueError: the runs did not read the same texts.
     """
-    rows, sums = [], {}
+    rows, sums, before = [], {}, None
     for run in runs:
+        if not (run / "results.jsonl").is_file():
+            before = EarlierRecord(run / f"{SLUG}.json")
+            rows, sums = before.rows() + rows, before.nats() | sums
+            continue
         rows += [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
         sums |= read_arrays(run / "nll.npz")
     start, *others = [row for row in rows if row["kind"] == "start"]
@@ -135,24 +144,28 @@ def write_dose_record(
     held_out = pd.DataFrame(start["heldout"])
     longest = max(start["texts"]) // BIN
     nats = {name: values[:, :longest] for name, values in sums.items()}
-    readings = Readings(nats, np.array(start["texts"]), held_out.kind.tolist(), start["window"])
+    readings = Readings(nats, np.array(start["texts"]), held_out.kind.tolist(), load_preset(preset).base.window)
     trained = {row["name"]: row for row in rows if row["kind"] == "nll"}
+    earlier = before.content["tables"] if before else {}
     tables = {
-        "arms": _arms(rows),
+        "arms": pd.DataFrame([*earlier.get("arms", []), *_arms(rows).to_dict("records")]),
         "nll_by_position": _nll(readings, trained),
         "full_minus_windows": _full_minus_windows(readings, trained),
         "whole_windows": _whole_windows(readings, trained),
         "gain_by_dose": _gain_by_dose(readings, trained),
         "differences": _differences(readings, trained),
-        "retrieval": _retrieval(rows),
+        "retrieval": pd.DataFrame([*earlier.get("retrieval", []), *_retrieval(rows).to_dict("records")]),
         "held_out": held_out,
     }
     done = {(row["arm"], row.get("tokens_trained")) for row in trained.values() if "arm" in row}
     left_out = [row for row in rows if row["kind"] == "left out" and (row["arm"], row["dose"]) not in done]
-    names = {"arm": "arm", "dose": "dose", "needed": "seconds_needed"}
-    tables["left_out"] = pd.DataFrame([{new: row[old] for old, new in names.items()} for row in left_out])
+    tables["left_out"] = pd.DataFrame(
+        [{"arm": row["arm"], "dose": row["dose"], "seconds_needed": row["needed"]} for row in left_out]
+    )
     tables = {name: table for name, table in tables.items() if len(table)}
-    arrays = {"nats": np.stack(list(nats.values())), "readings": np.array(list(nats)), **_losses(rows), **_asked(rows)}
+    seeds = sorted(set(tables["arms"].seed)) if "arms" in tables else []
+    arrays = {"nats": np.stack(list(nats.values())), "readings": np.array(list(nats))}
+    arrays |= (before.losses_and_questions() if before else {}) | _losses(rows) | _asked(rows)
     write_arrays(folder / f"{SLUG}.npz", arrays)
     return write_record(
         folder,
@@ -160,10 +173,38 @@ def write_dose_record(
         preset=preset,
         question="From how many trained tokens on does a longer context pay?",
         tables=tables,
-        seeds={"training": 0, "texts": 0, "bootstrap": SEED},
+        seeds={"training": seeds, "texts": 0, "bootstrap": SEED},
         seconds=sum(row["at"] for row in rows if row["kind"] == "end"),
         provenance=provenance,
     )
+
+
+class EarlierRecord(Record):
+    """A record of before, as rows of a run: what other runs on the same texts are added to."""
+
+    def nats(self) -> dict[str, np.ndarray]:
+        """What was read, as a run leaves it."""
+        return dict(zip(self.arrays["readings"].tolist(), self.arrays["nats"], strict=True))
+
+    def rows(self) -> Rows:
+        """What was read, when it ended, and what was left out."""
+        tables = self.content["tables"]
+        texts = tables["held_out"]
+        rows: Rows = [{"kind": "start", "texts": [text["tokens"] for text in texts], "heldout": texts}]
+        table, readings = tables["nll_by_position"], self.arrays["readings"].tolist()
+        each = len(table) // len(readings)  # rows: one for each bucket of a reading, readings in their order
+        for reading, about in zip(readings, table[::each], strict=True):
+            name = reading.partition("/")[0]
+            trained = {"arm": about["arm"]} if about["tokens_trained"] else {}
+            about = {key: about[key] for key in ("tokens_trained", "weights")}
+            rows.append({"kind": "nll", "name": name, **about, **trained})
+        left_out = tables.get("left_out", [])
+        rows += [{"kind": "left out", "needed": row["seconds_needed"], **row} for row in left_out]
+        return [*rows, {"kind": "end", "at": self.content["provenance"]["seconds"]}]
+
+    def losses_and_questions(self) -> dict[str, np.ndarray]:
+        """The arrays of training and of retrieval."""
+        return {name: array for name, array in self.arrays.items() if name not in ("nats", "readings")}
 
 
 def _arms(rows: Rows) -> pd.DataFrame:
@@ -226,8 +267,7 @@ def _whole_windows(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd
     end, table = int(readings.tokens.max()), []
     for reading in readings.nats:
         name, _, way = reading.partition("/")
-        dose = f"-{trained[name]['tokens_trained']}"
-        controls = [other for other in readings.nats if other.startswith("control") and f"{dose}/" in other]
+        controls = [f"{other}/window" for other in _same_dose(name, trained) if other.startswith("control")]
         for second in [f"{name}/window", *controls] if way == "full" else []:
             if second in readings.nats:
                 row = readings.difference(reading, second, end // 2, end, SEEN)
@@ -262,7 +302,7 @@ def _differences(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.D
     for name, row in trained.items():
         if not row["tokens_trained"]:
             continue
-        same_dose = [other for other in trained if other.endswith(f"-s0-{row['tokens_trained']}") and other != name]
+        same_dose = _same_dose(name, trained)
         for way in ("full", "window"):
             pairs += [(f"{name}/{way}", other) for other in (BASE, SIXTEEN_BIT)]
             pairs += [(f"{name}/{way}", f"{other}/window") for other in same_dose if other.startswith("control")]
@@ -271,6 +311,8 @@ def _differences(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.D
             pairs.append((f"{name}-16bit/{way}", f"{name}/{way}"))
             if name.startswith("full"):
                 pairs += [(f"{name}/{way}", f"{other}/{way}") for other in same_dose if other.startswith("pose")]
+            plain = re.sub(r"-(noquote|base\w+)-", "-", name)  # as it, but for quoting or RoPE base
+            pairs += [(f"{name}/{way}", f"{plain}/{way}")]
     table = []
     for first, second in dict.fromkeys(pairs):
         if first in readings.nats and second in readings.nats and first != second:
@@ -281,6 +323,13 @@ def _differences(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.D
             }
             table += [{**about, **readings.difference(first, second, *bucket)} for bucket in readings.buckets()]
     return pd.DataFrame(table)
+
+
+def _same_dose(name: str, trained: dict[str, dict[str, Any]]) -> list[str]:
+    """Other arms of an arm's seed, or of the first seed, after as many tokens, with 4-bit weights."""
+    seed, tokens = re.search(r"-s(\d+)-(\d+)", name).groups() if trained[name]["tokens_trained"] else ("", "")
+    ends = (f"-s0-{tokens}", f"-s{seed}-{tokens}")
+    return [other for other in trained if tokens and other.endswith(ends) and other != name]
 
 
 def _retrieval(rows: Rows) -> pd.DataFrame:

@@ -115,9 +115,11 @@ class DoseResults:
             own = self.rows("full_minus_windows", place).query("weights == 'nf4'")
             pairs = self.rows("differences", place)
         own = own.assign(line=own.arm.str.extract(rf"^([a-z]+)\d+k?-s{seed}$")[0])
-        full = pairs["first"].str.extract(rf"^full.*-s({seed})-(\d+)/full")
-        control = pairs.second.str.extract(r"^control.*-s\d+-(\d+)/")
-        fair = pairs[full[1] == control[0]].assign(line="fair")
+        full = pairs["first"].str.extract(rf"^full\d+k?-s({seed})-(\d+)/full")
+        control = pairs.second.str.extract(r"^control\d+k?-s(\d+)-(\d+)/")
+        fair = pairs.assign(line="fair", own=full[0] == control[0])[full[1] == control[1]]
+        # The control of an arm's own seed, or of the first.
+        fair = fair.sort_values("own", kind="stable").drop_duplicates("first", keep="last").drop(columns="own")
         return pd.concat([own[own.line.isin(WAYS)], fair]).sort_values(["line", "tokens_trained"], kind="stable")
 
     def apart(self, line: str, whole: bool = False) -> float:
