@@ -86,6 +86,9 @@ def arguments() -> argparse.Namespace:
     )
     dose.add_argument("--out", type=Path, metavar="FOLDER", help="of the results (default: runs/PRESET/dose)")
     dose.add_argument("--prepare", type=Path, metavar="FILE", help="write texts and tasks as token ids, and stop")
+    dose.add_argument(
+        "--texts", choices=["first", "second"], default="first", help="to prepare: the set of texts (default: first)"
+    )
     dose.add_argument("--inputs", type=Path, metavar="FILE", help="what --prepare wrote, maybe on another machine")
     dose.add_argument("--stages", nargs="+", metavar="WAY:STEPS", help="in place of those in experiments/dose.toml")
     dose.add_argument("--adapters", type=Path, nargs="+", metavar="FILE", help="of an earlier run: read, train none")
@@ -134,6 +137,10 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
 
     doses, out = read_doses(preset.name), asked.out or preset.run_folder / "dose"
     record = RESULTS / preset.name if asked.record else None
+    if asked.texts == "second" and (asked.doll or not asked.prepare):
+        raise ValueError(
+            "the second set of texts is for adapters that are trained already: give --prepare FILE with it"
+        )
     if asked.doll and asked.record:
         raise ValueError("a doll's numbers are no record: leave out --record or --doll")
     if asked.doll:
@@ -163,7 +170,7 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
     if asked.inputs:
         inputs = load_inputs(asked.inputs)
     else:
-        inputs = prepare(preset, doses, load_tokenizer(preset.base.source), doll=asked.doll)
+        inputs = prepare(preset, doses, load_tokenizer(preset.base.source), asked.texts, doll=asked.doll)
     if asked.prepare:
         save_inputs(inputs, asked.prepare)
         return asked.prepare

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.dose_questions import Haystack, Question, haystacks
 from experiments.dose_settings import Doses
-from experiments.dose_texts import read_texts
+from experiments.dose_texts import Which, read_texts
 from experiments.task_requests import Request, collect
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.records import read_arrays, write_arrays
@@ -31,13 +31,17 @@ class Inputs:
     requests: list[Request]
 
 
-def prepare(preset: Preset, doses: Doses, tokenizer: PreTrainedTokenizerBase, *, doll: bool = False) -> Inputs:
-    """Read and tokenize everything; `doll`: two texts and one source only."""
+def prepare(
+    preset: Preset, doses: Doses, tokenizer: PreTrainedTokenizerBase, which: Which = "first", *, doll: bool = False
+) -> Inputs:
+    """Read and tokenize everything; `doll`: two texts and one source only. The second set is texts and nothing else."""
     data, whole = preset.data, preset.extension.window // 2
     if doll:
         last = data.sources[-1]
         data = replace(data, sources=[last], held_out={last: 2})
-    training, texts, about = read_texts(data, tokenizer, doses.lengths, more=not doll)
+    training, texts, about = read_texts(data, tokenizer, doses.lengths, "own" if doll else which)
+    if which == "second":
+        return Inputs([], texts, about, [], [])
     if doses.join_documents:
         training = join_neighbours(training, whole)
     texts = texts[:2] if doll else texts

@@ -69,6 +69,8 @@ def test_without_a_gpu_the_command_says_so_before_it_reads_anything(tmp_path):
     assert done.stderr.startswith("error: there is no CUDA device here: use --device cpu")
     done = dose("--doll", "--record", "--out", str(tmp_path))
     assert done.stderr == "error: a doll's numbers are no record: leave out --record or --doll\n"
+    done = dose("--texts", "second", "--device", "cpu", "--out", str(tmp_path))
+    assert done.stderr.startswith("error: the second set of texts is for adapters that are trained already")
 
 
 def test_at_smollm2_the_ways_and_doses_are_those_of_the_record():
