@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments import __main__ as command
+from experiments import dose_settings
 from experiments.dose import Arm, load
 from experiments.dose_inputs import Inputs, join_neighbours, load_inputs, save_inputs
 from experiments.dose_questions import ROOM, Haystack, Question, ask
@@ -15,6 +17,7 @@ from experiments.dose_record import BIN, SLUG, Readings, write_dose_record
 from experiments.dose_settings import read_doses, ways_of
 from experiments.dose_texts import SHINGLE, shingles
 from experiments.task_requests import Request, answer, collect, score, write_task_record
+from llama_long_utils import presets
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import join_pieces, skip_positions
 from llama_long_utils.evaluation.benchmarks import measure
@@ -23,7 +26,7 @@ from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
-from llama_long_utils.paths import REPOSITORY, RESULTS
+from llama_long_utils.paths import PRESETS, REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_record, read_table, write_arrays
 
@@ -43,10 +46,18 @@ def dose(*options):
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def test_the_whole_experiment_runs_as_a_doll_on_a_cpu(tmp_path):
-    options = ("--device", "cpu", "--doll", "--seconds", "9999", "--out", str(tmp_path / "dose"))
-    done = dose(*options)
-    assert done.returncode == 0, done.stderr
+def test_the_whole_experiment_runs_as_a_doll_on_a_cpu(tmp_path, monkeypatch):
+    """At half of the preset's window, which all lengths follow; texts are asked behind as far as that."""
+    text = (PRESETS / "tiny.toml").read_text("utf-8")
+    assert text.count("window = 4096") == 1
+    (tmp_path / "tiny.toml").write_text(text.replace("window = 4096", "window = 2048"))
+    monkeypatch.setattr(presets, "PRESETS", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    asked_up_to = dataclasses.replace(read_doses("tiny"), asked=(256, 512, 1024))
+    monkeypatch.setattr(dose_settings, "read_doses", lambda _preset: asked_up_to)
+    options = ["--device", "cpu", "--doll", "--seconds", "9999", "--out", str(tmp_path / "dose")]
+    monkeypatch.setattr(sys, "argv", ["experiments", "dose", *options])
+    command.run(command.arguments())
     record = read_record(tmp_path / "dose" / f"{SLUG}.json")
     assert {name: set(rows[0]) for name, rows in record["tables"].items()} == {
         name: set(rows[0])
@@ -54,9 +65,9 @@ def test_the_whole_experiment_runs_as_a_doll_on_a_cpu(tmp_path):
         if name != "left_out"
     }
     trained = {(row["arm"], row["tokens"]) for row in record["tables"]["arms"]}
-    assert trained == {("full2k-s0", 4096), ("full2k-s0", 8192), ("pose128-s0", 4096), ("control512-s0", 4096)}
+    assert trained == {("full1k-s0", 2048), ("full1k-s0", 4096), ("pose128-s0", 2048), ("control512-s0", 2048)}
     assert {row["weights"] for row in record["tables"]["full_minus_windows"]} == {"nf4", "bf16"}
-    assert "control512-s0-4096/window" in {row["second"] for row in record["tables"]["differences"]}
+    assert "control512-s0-2048/window" in {row["second"] for row in record["tables"]["differences"]}
     again = dose(*options)
     assert again.returncode == 1
     assert "holds results of an earlier run: name another folder with --out" in again.stderr

@@ -111,20 +111,20 @@ def make_doll(folder):
 
 
 def peaks():
-    """Measured and predicted peak of a step of two processes that share 4,096 tokens, above what is there before."""
+    """Measured and predicted peak of a step of two processes that share 2,048 tokens, above what is there before."""
     config, plain = model_shape("tiny"), MemorySavings(0, 0, False, "adamw_torch_fused")
     model = random_llama(config, LORA, "float32", packed=True)
     share = divide(SETTINGS, 2, 2).share(join_processes().process_index)
     share_context(model, share)
     apply_memory_savings(model.train(), plain)
-    for length in (1024, 4096):
+    for length in (1024, 2048):
         before = own_memory(RESIDENT)
         forget_highest()
         ids, places = (share.of(row[None], 1) for row in (torch.arange(length) % 1000, torch.arange(length)))
         loss = next_token_nll(hidden_states(model, ids, places), causal_lm(model).get_output_embeddings(), ids)
         loss.backward()
         model.zero_grad()
-    found = ledger(config, LORA, StepShape(2048, "float32", plain, context=2))
+    found = ledger(config, LORA, StepShape(1024, "float32", plain, context=2))
     there = sum(found[name] for name in ("weights", "adapters", "optimizer"))
     return own_memory(HIGHEST) - before, (sum(found[name] for name in COMPONENTS) - there) / GIB
 
