@@ -214,7 +214,7 @@ class _Experiment:
         sequences = list(TrainingData(self.inputs.training, settings, self.tokenizer))
         model = self.with_lora(way)
         if way.window > self.doses.tokens_at_once:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         usable = sum(document.tokens for document in self.inputs.training)
