@@ -108,6 +108,16 @@ def arguments() -> argparse.Namespace:
     )
     pretraining.add_argument("--cell", nargs=3, metavar=("SIZE", "ARM", "SEED"), help="measure this one only")
     pretraining.add_argument("--finished", action="store_true", help="join the cells that are measured, and no others")
+    pretraining.add_argument("--size", help="a size that a GPU trains, with --seed, --speed or --join: 16M")
+    pretraining.add_argument("--seed", type=int, help="measure this seed's cells; several processes may run at a time")
+    pretraining.add_argument(
+        "--seconds", type=seconds, default=250.0, help="begin nothing that would end later (default: 250)"
+    )
+    pretraining.add_argument("--steps", type=int, default=0, help="of each cell (default: the most that fit)")
+    pretraining.add_argument("--card", type=share, default=0.5, help="share of the GPU that is ours (default: 0.5)")
+    pretraining.add_argument("--speed", action="store_true", help="measure steps, on a GPU that nothing else uses")
+    pretraining.add_argument("--join", type=Path, metavar="FOLDER", help="one record of what is in FOLDER/cells")
+    pretraining.add_argument("--out", type=Path, default=RESULTS / "tiny", metavar="FOLDER", help="of that record")
     bench = commands.add_parser("bench", help="measure training steps, for notebook 4 (hours; goes on if stopped)")
     bench.add_argument("--trainers", action="store_true", help="only those beside other trainers (an hour of one core)")
     gpu = commands.add_parser(
@@ -249,6 +259,18 @@ def run(asked: argparse.Namespace) -> Path | None:
         from experiments import pretraining
         from experiments.pretraining_cells import checked_cell
 
+        if asked.size:
+            from experiments import pretraining_gpu as gpu
+
+            size = gpu.checked_size(asked.size)
+            if asked.join:
+                return gpu.join(size, asked.join, asked.out)
+            if asked.speed:
+                return gpu.measure_speed(size)
+            if asked.seed is None:
+                raise ValueError("of a size that a GPU trains, name what to do: --seed, --speed or --join")
+            gpu.run_seed(size, asked.seed, asked.seconds, steps=asked.steps, share=asked.card)
+            return None
         if asked.cell:
             return pretraining.run_cell(checked_cell(*asked.cell))
         pretraining.run_all(RESULTS / "tiny", finished=asked.finished)

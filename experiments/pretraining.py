@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from experiments.pretraining_cells import (
+    AS_SPARSE,
     BEFORE,
     CONTINUED,
     EDGES,
@@ -42,6 +43,8 @@ from experiments.pretraining_cells import (
     SHORT,
     SHORT_BASE,
     SIZES,
+    SPARSE,
+    SPARSE_LENGTH,
     SWITCHES,
     TRAINED_ON,
     Cell,
@@ -52,6 +55,7 @@ from experiments.pretraining_cells import (
     short_folder,
     short_settings,
 )
+from experiments.pretraining_device import fast_products, for_reading, on_device
 from experiments.pretraining_rates import LARGER
 from experiments.pretraining_results import LARGER_SLUG, LATER, MIXED, SLUG, collect
 from llama_long_utils.data.documents import TokenizedDocument
@@ -155,14 +159,12 @@ def new_model(size: str, rope_base: float, seed: int) -> LlamaForCausalLM:
             **options,
         )
         model = LlamaForCausalLM(config)
-    decoder, bf16 = model.model, arithmetic(size) == BF16
-    decoder.forward = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(decoder.forward)
-    return model
+    return on_device(model, bf16=arithmetic(size) == BF16, compiled=shape.sequences > 1)
 
 
 def arithmetic(size: str) -> str:
     """What the products of training are computed in."""
-    return "fp32" if size == "doll" else BF16
+    return "fp32" if "doll" in size else BF16
 
 
 def begin_with(checkpoint: Path, folder: Path) -> None:
@@ -177,18 +179,21 @@ def begin_with(checkpoint: Path, folder: Path) -> None:
 def timed_training(
     model: LlamaForCausalLM, rows: list[TrainingSequence], settings: TrainingSettings, folder: Path, until: int
 ) -> tuple[list[dict[str, float]], float]:
-    """`train`'s rows up to step `until`, and the CPU's seconds per step of this call's steps.
+    """`train`'s rows up to step `until`, and seconds per step of this call's steps.
 
-    One thread trains, so that these are seconds of a machine that does nothing else.
+    One thread of a CPU trains, so that its seconds are those of a machine that does nothing else. A GPU's are seconds
+    that passed, whoever shared it.
     """
+    now = time.perf_counter if model.device.type == "cuda" else time.process_time
     before, _ = last_whole_checkpoint(folder)
     first, clock = int(before.name.split("-")[1]) if before else 0, folder / "seconds.json"
     if first == until:  # trained before
         log = train(model, rows, settings, folder) if until == settings.steps else []
         return log, json.loads(clock.read_text()) if clock.is_file() else float("nan")
-    begin = time.process_time()
-    log = train(model, rows, settings, folder, stop_after=until)
-    seconds = (time.process_time() - begin) / max(until - first, 1)
+    begin = now()
+    with fast_products(model.device):
+        log = train(model, rows, settings, folder, stop_after=until)
+    seconds = (now() - begin) / max(until - first, 1)
     write_atomically(clock, json.dumps(seconds).encode())
     return log, seconds
 
@@ -197,7 +202,8 @@ def short_part(size: str, seed: int, until: int, *, in_reach: bool = False) -> t
     """The folder of a run on short sequences that has come to step `until`, and its seconds per step."""
     settings = long_settings(size, seed)
     folder = short_folder(size, seed, until, in_reach=in_reach)
-    switches = {round(share * settings.steps) for share in SWITCHES.values()}
+    large = SIZES[size].sequences > 1  # has no switch at 95%, and a stop takes time
+    switches = {round(share * settings.steps) for share in SWITCHES.values() if not large or share < 0.95}
     earlier = [switch for switch in switches if 0 < switch < until and not in_reach]
     if earlier and not folder.exists():
         before, _ = short_part(size, seed, max(earlier))
@@ -208,6 +214,18 @@ def short_part(size: str, seed: int, until: int, *, in_reach: bool = False) -> t
         rows = list(quote_themselves(rows, settings.self_quoting_share, seed=seed))
     _, seconds = timed_training(model, rows, short_settings(settings), folder, until)
     return folder, seconds
+
+
+def own_settings(cell: Cell) -> TrainingSettings:
+    """Those of an arm from scratch; fewer steps than the others where it is to multiply as much as sparse attention."""
+    settings = long_settings(cell.size, cell.seed)
+    if cell.arm != AS_SPARSE:
+        return settings
+    shape, tokens = SIZES[cell.size], len(texts()[0])
+    weights = shape.layers * (4 + 3 * 11 / 4) * shape.hidden**2 + tokens * shape.hidden
+    sparse, full = (weights + shape.layers * shape.hidden * length for length in (SPARSE_LENGTH, LONG))
+    steps = round(settings.steps * sparse / full)
+    return replace(settings, steps=steps, warmup_steps=steps // 20, checkpoint_every=steps)
 
 
 def long_rows(settings: TrainingSettings) -> list[TrainingSequence]:
@@ -221,9 +239,10 @@ def run_cell(cell: Cell) -> Path:
     if cell.record.is_file():
         read_record(cell.record)
         return cell.record
-    settings, mix = long_settings(cell.size, cell.seed), cell.arm.removeprefix("mix-")
+    settings, mix = own_settings(cell), cell.arm.removeprefix("mix-")
     later = cell.arm == CONTINUED or mix != cell.arm  # trained on, as another run, from the end of "short"
-    switch = 0 if cell.is_mix else round(SWITCHES.get(cell.arm, 1.0) * settings.steps)
+    all_long = cell.is_mix or cell.arm in (SPARSE, AS_SPARSE)
+    switch = 0 if all_long else round(SWITCHES.get(cell.arm, 1.0) * settings.steps)
     model = new_model(cell.size, SHORT_BASE if cell.arm == "short" else LONG_BASE, cell.seed)
     folder, seconds, rows = cell.folder, {"short": 0.0, "long": 0.0}, []
     if switch:
@@ -247,6 +266,10 @@ def run_cell(cell: Cell) -> Path:
     elif later or switch < settings.steps:
         rows = long_rows(settings)
     if rows:
+        if cell.arm == SPARSE:
+            from experiments import attention as _registered  # noqa: F401
+
+            model.set_attn_implementation(SPARSE)
         log, seconds["long"] = timed_training(model, rows, settings, folder, settings.steps)
         model.set_attn_implementation("sdpa")
     tables = {"nll": measure(model, cell.size)}
@@ -254,10 +277,19 @@ def run_cell(cell: Cell) -> Path:
         from experiments.pretraining_copying import measure_copying
 
         tables |= measure_copying(model)
-    shape = SIZES[cell.size]
-    lengths = [SHORT] * switch + [int(row.position_ids.max()) + 1 for row in rows[0 if later else switch :]]
+    shape, as_trained = SIZES[cell.size], {}
+    if cell.arm == SPARSE:
+        model.set_attn_implementation(SPARSE)
+        as_trained = {"as_trained": measure(model, cell.size)}
+        model.set_attn_implementation("sdpa")
+    cut_up = switch * shape.sequences
+    lengths = [SHORT] * cut_up + [int(row.position_ids.max()) + 1 for row in rows[0 if later else cut_up :]]
+    if cell.arm == SPARSE:
+        lengths = [SPARSE_LENGTH] * len(lengths)
     cost = {**asdict(cell), "parameters": model.num_parameters(), "tokens": LONG * len(lengths)}
-    cost |= {"short_steps": switch, "long_steps": len(lengths) - switch}
+    if shape.sequences > 1:
+        cost |= {"learning_rate": settings.learning_rate}
+    cost |= {"short_steps": switch, "long_steps": len(lengths) // shape.sequences - switch}
     cost["flops"] = sum(LONG * flops_per_token(shape.layers, shape.hidden, length) for length in lengths)
     cost["flops_counted"] = sum(LONG * counted_flops(model, length) for length in lengths)
     cost["seconds"] = switch * seconds["short"] + cost["long_steps"] * seconds["long"]
@@ -268,7 +300,7 @@ def run_cell(cell: Cell) -> Path:
         cell.record.stem,
         preset=PRESET.name,
         question=QUESTION,
-        tables={**tables, "cost": pd.DataFrame([cost])},
+        tables={**tables, **as_trained, "cost": pd.DataFrame([cost])},
         seeds={"training": cell.seed, "evaluation": PRESET.evaluation.seed, "split": PRESET.data.split_seed},
         seconds=cost["seconds"],
         provenance={"command": f"python -m experiments pretraining --cell {cell.size} {cell.arm} {cell.seed}"},
@@ -282,7 +314,7 @@ def measure(model: LlamaForCausalLM, size: str) -> pd.DataFrame:
     Models from scratch read in fp32; the tiny Llama reads half as much, in bf16, which is twice as fast.
     """
     if size != TRAINED_ON:
-        del model.model.forward
+        for_reading(model)
     model.eval()
     stretches = held_out_stretches(1 if size == TRAINED_ON else STRETCHES)
     rows = []

@@ -5,6 +5,7 @@ Nothing here trains or reads a text, so that the names and settings of all cells
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from experiments.pretraining_rates import FACTORS, LARGER, RATED, SEEDS, rate_name
 from llama_long_utils.cache import digest
@@ -37,7 +38,10 @@ TRAINED_ON_MIXES = (*DECIDING_MIXES, "shredded", "long-removed", "upweighted", "
 ORDERS = (*SEEDS, 3, 4, 5)  # of the deciding mixes: three told too little (pretraining_mix.py)
 MIX_QUOTING = 0.6  # share of the documents that quote themselves, for the tiny Llama
 BEFORE = "before"  # the tiny Llama as it is, with the RoPE base raised
-ARMS = (*SWITCHES, CONTINUED, BEFORE, *(f"mix-{mix}" for mix in MIXES))
+SPARSE = "s2"  # long throughout, trained with shifted sparse attention (attention.py)
+AS_SPARSE = "long-as-s2"  # long throughout, so many steps that they multiply as much as those of "s2"
+SPARSE_LENGTH = LONG * 15 // 64  # tokens of a sequence with as many pairs as S2 has: half of the heads 1/4, half 7/32
+ARMS = (*SWITCHES, CONTINUED, BEFORE, *(f"mix-{mix}" for mix in MIXES), SPARSE, AS_SPARSE)
 EDGES = [1, 16, 64, 128, 256, 512, 1024, 2048, 4096]  # of the positions' buckets
 
 
@@ -49,7 +53,15 @@ class Size:
     layers: int
     heads: int
     learning_rate: float
-    steps: int = 400  # of 4,096 tokens
+    steps: int = 400
+    sequences: ClassVar[int] = 1  # of 4,096 tokens in a step
+
+
+@dataclass(frozen=True)
+class LargeSize(Size):
+    """A model that a GPU trains (pretraining_gpu.py)."""
+
+    sequences: int = 8
 
 
 SIZES = {
@@ -65,6 +77,15 @@ RATES = {  # of the larger size: pretraining_rates.py
     for factor in FACTORS
 }
 SIZES |= RATES
+GPU_FACTORS = (1, 0.5, 2)  # of their learning rate, which pilots compare
+ON_A_GPU = {  # sizes, and steps of their pilots
+    "16M": (LargeSize(384, 8, 6, 2e-3), 60),
+    "16M-doll": (LargeSize(64, 2, 2, 7e-3, steps=5, sequences=2), 3),
+}
+for name, (size, steps) in ON_A_GPU.items():
+    for factor in GPU_FACTORS:
+        rated = replace(size, learning_rate=factor * size.learning_rate)
+        SIZES |= {rate_name(name, factor): rated, rate_name(f"{name}-pilot", factor): replace(rated, steps=steps)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,7 @@ class Cell:
     def short_owner(self) -> "Cell | None":
         """The cell "short" whose training this one begins with: two processes must not train it at a time."""
         first = 0 if self.arm.startswith("mix-") else self.seed
-        alone = self.arm in ("long", "short", "in-reach") or self.is_mix
+        alone = self.arm in ("long", "short", "in-reach", SPARSE, AS_SPARSE) or self.is_mix
         return None if alone else Cell(self.size, "short", first)
 
 
@@ -137,7 +158,7 @@ def flops_per_token(layers: int, hidden: int, length: int) -> float:
 
 
 def long_settings(size: str, seed: int) -> TrainingSettings:
-    """A step is one sequence of 4,096 tokens."""
+    """A step is one sequence of 4,096 tokens, or of a larger model several."""
     shape = SIZES[size]
     return TrainingSettings(
         window=LONG,
@@ -145,8 +166,8 @@ def long_settings(size: str, seed: int) -> TrainingSettings:
         pack=False,
         attention="sdpa",
         steps=shape.steps,
-        sequences_per_step=1,
-        sequences_at_once=1,
+        sequences_per_step=shape.sequences,
+        sequences_at_once=shape.sequences,
         learning_rate=shape.learning_rate,
         warmup_steps=shape.steps // 20,
         weight_decay=0.1,
@@ -156,7 +177,7 @@ def long_settings(size: str, seed: int) -> TrainingSettings:
         ),
         long_document_weight=1.0,
         self_quoting_share=PRESET.training.self_quoting_share if size == TRAINED_ON else 0.0,
-        checkpoint_every=max(shape.steps // 4, 1),
+        checkpoint_every=max(shape.steps // 4, 1) if shape.sequences == 1 else shape.steps,
         seed=seed,
     )
 
@@ -168,8 +189,8 @@ def short_folder(size: str, seed: int, until: int, *, in_reach: bool = False) ->
 
 
 def short_settings(settings: TrainingSettings) -> TrainingSettings:
-    """The same tokens in each step, as eight sequences of 512."""
-    many = LONG // SHORT
+    """The same tokens in each step, as sequences of 512."""
+    many = settings.sequences_per_step * LONG // SHORT
     return replace(settings, window=SHORT, reach=SHORT, sequences_per_step=many, sequences_at_once=many)
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from experiments import pretraining_cells
 from experiments.pretraining import QUESTION, new_model, texts
 from experiments.pretraining_cells import LONG, LONG_BASE, PRESET, Cell
+from experiments.pretraining_device import for_reading
 from llama_long_utils.evaluation.perplexity import random_stretches, token_nll
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.records import write_record
@@ -47,7 +48,7 @@ def measure_cell(cell: Cell) -> Path:
     model = new_model(cell.size, LONG_BASE, cell.seed)
     checkpoint, _ = last_whole_checkpoint(cell.folder)
     model.load_state_dict(LlamaForCausalLM.from_pretrained(checkpoint).state_dict())
-    del model.model.forward  # in fp32
+    for_reading(model)
     return measure(model, f"{cell.size}-{cell.seed}", cell.size, cell.seed)
 
 

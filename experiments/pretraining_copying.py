@@ -49,10 +49,10 @@ def measure_copying(model: LlamaForCausalLM) -> dict[str, pd.DataFrame]:
     rows: dict[str, list[tuple[str, int, int, int, int, float]]] = {name: [] for name in ends}
     for (stretch,) in held_out_stretches(1):
         ids, source = with_excerpts(stretch.token_ids.astype(np.int64), generator)
-        tokens = torch.from_numpy(ids)[None]
+        tokens = torch.from_numpy(ids)[None].to(model.device)
         scores = (hidden_states(model, tokens)[0].float() @ model.lm_head.weight.T)[:-1]
-        nats = torch.nn.functional.cross_entropy(scores, tokens[0, 1:], reduction="none").numpy()
-        hits = (scores.argmax(dim=1) == tokens[0, 1:]).numpy()
+        nats = torch.nn.functional.cross_entropy(scores, tokens[0, 1:], reduction="none").cpu().numpy()
+        hits = (scores.argmax(dim=1) == tokens[0, 1:]).cpu().numpy()
         distance = continued_from(source)[1:]
         for (low, high), (name, end) in product(pairwise(DISTANCES), ends.items()):
             there = np.flatnonzero((distance >= low) & (distance < high))

@@ -1,8 +1,9 @@
 """Reading the pretraining experiment: its record from the cells, and what an arm costs and is worth beside another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ SLUG = "12_pretraining_curriculum"
 LARGER_SLUG = "12_curriculum_of_a_larger_model"
 LATER = "12_switch_of_a_copying_model"
 MIXED = "12_data_mix_of_a_copying_model"
+GPU_SLUG = "12_curriculum_on_a_gpu"
 NAMES = ["size", "arm", "seed"]
 SWITCHED = ("switch-20", "switch-40", "switch-80", "switch-95")
 
@@ -297,9 +299,21 @@ def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Sequence[Path] = ()) -> Path:
-    """Join the records of cells and of losses by context to folder/slug.json and .npz."""
+def collect(
+    records: list[Path],
+    folder: Path,
+    slug: str = SLUG,
+    *,
+    contexts: Sequence[Path] = (),
+    called: Mapping[str, str] = MappingProxyType({}),
+    more: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+) -> Path:
+    """Join the records of cells and of losses by context to folder/slug.json and .npz.
+
+    `called` gives sizes other names there; `more` are tables beside those of the cells.
+    """
     cells = pd.concat([read_table(path, "cost") for path in records], ignore_index=True)
+    cells["size"] = cells["size"].replace(dict(called))
     tables = [read_table(path, "nll") for path in records]
     have = [read_record(path)["tables"] for path in records]
     losses = [[row["loss"] for row in tables.get("loss", ())] for tables in have]
@@ -340,6 +354,7 @@ def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Se
     by_context = {}
     if contexts:
         table = pd.concat([read_table(path, "contexts") for path in contexts], ignore_index=True)
+        table["model"] = table["model"].replace(dict(called))
         sums = table.groupby(["model", "seed", "parameters", "context"], sort=False)[["nats", "tokens"]].sum()
         by_context["context_loss"] = (sums.nats / sums.tokens).rename("value").reset_index()
         evaluation = load_preset("tiny").evaluation
@@ -351,6 +366,10 @@ def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Se
     contents = [read_record(path) for path in records]
     provenance = [content["provenance"] for content in contents]
     arithmetic = "products in bf16, weights in fp32"
+    versions = {}
+    if slug == GPU_SLUG:  # which was another machine
+        versions = {"versions": provenance[0]["versions"]}
+        arithmetic = "products of the layers in bf16, of the head in TF32, weights and reading in fp32"
     if slug in (SLUG, LARGER_SLUG):
         arithmetic = "products of training in bf16, weights and reading in fp32"
     same = {name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")}
@@ -359,12 +378,13 @@ def collect(records: list[Path], folder: Path, slug: str = SLUG, *, contexts: Se
         slug,
         preset=contents[0]["preset"],
         question=contents[0]["question"],
-        tables={"cells": cells, "nll_by_position": pd.DataFrame(by_position), **by_distance, **by_context},
+        tables={"cells": cells, "nll_by_position": pd.DataFrame(by_position), **by_distance, **by_context, **more},
         seeds={"training": sorted(int(seed) for seed in cells.seed.unique())}
         | {name: provenance[0]["seeds"][name] for name in ("evaluation", "split")},
         seconds=float(cells.seconds.sum()),
         provenance={
             **same,
+            **versions,
             "command": "python -m experiments pretraining",
             "device": f"{same['device']}, {arithmetic}",
         },

@@ -1,0 +1,101 @@
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from experiments import pretraining, pretraining_cells, pretraining_context, pretraining_gpu
+from experiments.attention import s2_attention
+from experiments.pretraining_cells import AS_SPARSE, LONG, SPARSE_LENGTH, Cell
+from experiments.pretraining_gpu import PILOTS, chosen_rates, join, run_seed, set_steps
+from experiments.pretraining_results import pretraining_results
+from llama_long_utils.records import read_table, write_record
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The doll with one sequence a step, few steps and two held-out documents; records in a folder of the test."""
+    for name in [name for name in pretraining_cells.SIZES if name.startswith("16M-doll")]:
+        size = replace(pretraining_cells.SIZES[name], sequences=1, steps=3)
+        monkeypatch.setitem(pretraining_cells.SIZES, name, size)
+    monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
+    tokenizer, training, held_out = pretraining.texts()
+    for module in (pretraining, pretraining_context):
+        monkeypatch.setattr(module, "texts", lambda: (tokenizer, training, held_out[:2]))
+    return tmp_path
+
+
+def test_sparse_attention_costs_what_a_sequence_of_that_length_does():
+    """With equal scores a token's output is the mean of the values it sees: as many entries as keys."""
+    length = 64
+    zeros = torch.zeros(1, 2, length, length)
+    values = torch.eye(length).expand(1, 2, -1, -1)
+    module = nn.Module()
+    module.num_key_value_groups = 1
+    output, _ = s2_attention(module, zeros, zeros, values, None, scaling=1.0)
+    pairs = int((output > 0).sum()) / 2  # a head
+    assert (2 * pairs - length) * LONG == pytest.approx(length**2 * SPARSE_LENGTH)
+
+
+def test_full_attention_on_fewer_steps_multiplies_as_much_as_sparse_attention():
+    set_steps("16M-doll", 400)
+    try:
+        fewer = pretraining.own_settings(Cell("16M-doll", AS_SPARSE, 0))
+    finally:
+        set_steps("16M-doll", 5)
+    model = pretraining.new_model("16M-doll", 10_000.0, 0)
+    sparse, full = (pretraining.counted_flops(model, length) for length in (SPARSE_LENGTH, LONG))
+    assert fewer.steps * full == pytest.approx(400 * sparse, rel=0.005)
+    assert fewer.warmup_steps == fewer.steps // 20
+
+
+def test_each_of_long_and_short_gets_the_rate_with_its_own_lowest_loss():
+    loss = {("long", 0.5): 4.1, ("long", 1): 4.0, ("long", 2): math.nan, ("short", 0.5): 4.3, ("short", 1): 4.2}
+    loss["short", 2] = 3.9
+    rows = [{"arm": arm, "factor": factor, "loss": loss[arm, factor], "seconds": 0.1} for arm, factor in PILOTS]
+    choice = chosen_rates(pd.DataFrame(rows))
+    assert (choice["long"], choice["short"]) == (1, 2)
+    assert chosen_rates(pd.DataFrame(columns=["arm", "factor", "loss", "seconds"]))["long"] == 1
+
+
+def test_a_seed_is_measured_with_its_pilots_and_joined_and_a_second_call_changes_nothing(small, monkeypatch, capsys):
+    monkeypatch.setattr(pretraining_gpu, "PILOTS", [("long", 1), ("long", 2), ("short", 1)])
+    monkeypatch.setattr(pretraining_gpu, "ARMS", ("long", "switch-80", "s2", AS_SPARSE))
+    pretraining_gpu.measure_speed("16M-doll")
+    paths = run_seed("16M-doll", 0, 1000.0, steps=3)
+    assert len(paths) == 4
+    assert not list(small.glob("long/*")) and not list(small.glob("trials/*"))  # no weights are left
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("*") if path.is_file()}
+    assert run_seed("16M-doll", 0, 1000.0, steps=3) == paths
+    assert {path: path.stat().st_mtime_ns for path in small.rglob("*") if path.is_file()} == before
+    results = pretraining_results(join("16M-doll", small, small / "joined"))
+    cells = results.cells.set_index("arm")
+    assert set(cells["size"]) == {"16M-doll"}
+    assert list(cells.long_steps[["long", "switch-80", "s2", AS_SPARSE]]) == [3, 1, 3, 2]
+    rates = cells.learning_rate / pretraining_cells.SIZES["16M-doll"].learning_rate
+    assert rates["switch-80"] == 1 and rates["s2"] == rates["long"] in (1, 2)
+    assert cells.flops_counted["s2"] < cells.flops_counted["long"] / 2 < cells.flops_counted["switch-80"]
+    tables = {name: results.record.table(name) for name in ("pilots", "speed", "as_trained", "context_saved")}
+    assert set(tables["speed"].arm) == {"long", "s2", "long, eager"}
+    own, full = tables["as_trained"], results.arrays["nats"][list(results.cells.arm).index("s2"), 0]
+    assert own.nats.to_numpy().reshape(full.shape)[:, :6] == pytest.approx(full[:, :6], rel=1e-2)
+    assert set(tables["context_saved"].model) == {"16M-doll"}
+    run_seed("16M-doll", 1, 0.5, steps=3)
+    assert "long is left out" in capsys.readouterr().out and not list(small.glob("cells/*-1-*"))
+
+
+def test_the_most_steps_that_fit_are_taken(small):
+    rows = pd.DataFrame([{"arm": "long", "milliseconds": 30.0}])
+    path = pretraining_gpu.speed_record("16M-doll")
+    about = {"preset": "tiny", "question": "?", "seeds": {"training": 9}, "seconds": 1.0}
+    write_record(path.parent, path.stem, tables={"speed": rows}, **about)
+    assert read_table(path, "speed").milliseconds[0] == 30
+    steps = [pretraining_gpu.most_steps("16M-doll", seconds, 1.0) for seconds in (80, 200, 10_000)]
+    assert steps == [200, 400, 800]
+
+
+def test_another_size_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown size '7B': use one of"):
+        pretraining_gpu.checked_size("7B")
