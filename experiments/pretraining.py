@@ -48,6 +48,7 @@ from experiments.pretraining_cells import (
     SWITCHES,
     TRAINED_ON,
     Cell,
+    LargeSize,
     all_cells,
     flops_per_token,
     later_settings,
@@ -159,7 +160,7 @@ def new_model(size: str, rope_base: float, seed: int) -> LlamaForCausalLM:
             **options,
         )
         model = LlamaForCausalLM(config)
-    return on_device(model, bf16=arithmetic(size) == BF16, compiled=shape.sequences > 1)
+    return on_device(model, bf16=arithmetic(size) == BF16, compiled=isinstance(shape, LargeSize))
 
 
 def arithmetic(size: str) -> str:
@@ -202,7 +203,7 @@ def short_part(size: str, seed: int, until: int, *, in_reach: bool = False) -> t
     """The folder of a run on short sequences that has come to step `until`, and its seconds per step."""
     settings = long_settings(size, seed)
     folder = short_folder(size, seed, until, in_reach=in_reach)
-    large = SIZES[size].sequences > 1  # has no switch at 95%, and a stop takes time
+    large = isinstance(SIZES[size], LargeSize)  # has no switch at 95%, and a stop takes time
     switches = {round(share * settings.steps) for share in SWITCHES.values() if not large or share < 0.95}
     earlier = [switch for switch in switches if 0 < switch < until and not in_reach]
     if earlier and not folder.exists():
@@ -287,7 +288,7 @@ def run_cell(cell: Cell) -> Path:
     if cell.arm == SPARSE:
         lengths = [SPARSE_LENGTH] * len(lengths)
     cost = {**asdict(cell), "parameters": model.num_parameters(), "tokens": LONG * len(lengths)}
-    if shape.sequences > 1:
+    if isinstance(shape, LargeSize):
         cost |= {"learning_rate": settings.learning_rate}
     cost |= {"short_steps": switch, "long_steps": len(lengths) // shape.sequences - switch}
     cost["flops"] = sum(LONG * flops_per_token(shape.layers, shape.hidden, length) for length in lengths)

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 from llama_long_utils.model import loss
 from llama_long_utils.training.processes import join_processes
 
+COMPILE = True  # unless it was found to be no faster
 LABELS_AT_ONCE = 8192  # whose logits of 2,048 tokens each exist at a time on a GPU: 64 MiB; fewer are launches only
 
 
@@ -20,7 +21,7 @@ def on_device(model: LlamaForCausalLM, *, bf16: bool, compiled: bool) -> LlamaFo
     device = join_processes().device
     decoder = model.to(device).model
     decoder.forward = torch.autocast(device.type, torch.bfloat16, enabled=bf16)(decoder.forward)
-    if compiled and device.type == "cuda":
+    if compiled and COMPILE and device.type == "cuda":
         compile_layers(model)
     return model
 

@@ -50,7 +50,7 @@ import pandas as pd
 import torch
 
 from experiments import attention as _registered  # noqa: F401 ("s2")
-from experiments import pretraining_cells
+from experiments import pretraining_cells, pretraining_device
 from experiments.pretraining import QUESTION, cut_short, long_rows, new_model, own_settings, run_cell
 from experiments.pretraining_cells import (
     AS_SPARSE,
@@ -81,6 +81,7 @@ STEPS = (800, 600, 500, 400, 300, 200)
 DECIDING = 1 + 0.8 + 0.2 + 1  # runs of long sequences that long, short, switch-80 and s2 of a seed take at most
 BEGINNING = 75.0  # seconds until the pilots are read
 PATIENCE = 90.0  # seconds that a process waits for pilots of others
+EAGER = "long, eager"  # not compiled
 TIMED = 12  # steps, of which the last two thirds are measured
 
 
@@ -93,7 +94,9 @@ def run_seed(size: str, seed: int, seconds: float, *, steps: int = 0, share: flo
     Args:
         steps: of each cell; 0: the most that fit, given `share` of the card.
     """
-    began = time.monotonic()
+    began, known = time.monotonic(), speeds(size)
+    if EAGER in known:
+        pretraining_device.COMPILE = bool(known["long"] < known[EAGER])
     chosen = choose(size, lambda: steps or most_steps(size, seconds, share), began)
     set_steps(size, chosen["steps"])
     print(f"seed {seed}, after {time.monotonic() - began:.0f} s: {chosen}", flush=True)
@@ -166,9 +169,9 @@ def most_steps(size: str, seconds: float, share: float) -> int:
 
     A step on short sequences counts as one on long ones, which is slower.
     """
-    if not speed_record(size).is_file():
+    step = speeds(size).filter(["long", EAGER]).min() / 1000
+    if math.isnan(step):
         return 400
-    step = read_table(speed_record(size), "speed").set_index("arm").milliseconds["long"] / 1000
     budget = share * (seconds - BEGINNING)
     return next((steps for steps in STEPS if len(SEEDS) * steps * DECIDING * step <= budget), STEPS[-1])
 
@@ -246,7 +249,7 @@ def trained(
     size: str, arm: str, steps: int, seed: int, *, attention: str = "sdpa", compiled: bool = True
 ) -> list[dict[str, float]]:
     """`train`'s rows of a run on long or short sequences whose weights nobody keeps."""
-    settings = replace(long_settings(size, seed), steps=steps, warmup_steps=max(steps // 20, 1), checkpoint_every=steps)
+    settings = replace(long_settings(size, seed), steps=steps, warmup_steps=max(steps // 6, 1), checkpoint_every=steps)
     model, rows = new_model(size, LONG_BASE if arm == "long" else SHORT_BASE, seed), long_rows(settings)
     if arm == "short":
         rows, settings = cut_short(rows), short_settings(settings)
@@ -276,17 +279,29 @@ def speed_record(size: str) -> Path:
     return pretraining_cells.RUNS / "speed" / f"{size}.json"
 
 
+def speeds(size: str) -> pd.Series:
+    """Milliseconds of a step by arm, as measured alone; empty without the record."""
+    if not speed_record(size).is_file():
+        return pd.Series(dtype=float)
+    return read_table(speed_record(size), "speed").set_index("arm").milliseconds
+
+
 def measure_speed(size: str) -> Path:
     """Steps of full and of sparse attention, and of full attention not compiled: milliseconds, by their median.
 
     Nothing else should use the GPU, least of all while steps run; what is compiled first is kept for later processes.
     """
     begun, rows = time.perf_counter(), []
-    for arm, attention, compiled in (("long", "sdpa", True), (SPARSE, SPARSE, True), ("long, eager", "sdpa", False)):
-        log = trained(size, "long", TIMED, PILOT_SEED, attention=attention, compiled=compiled)
-        row = {"arm": arm, "milliseconds": 1000 * step_seconds(log), "tokens": log[-1]["tokens"] / TIMED}
-        fastest = max(row["tokens_per_second"] for row in log)
-        row |= {"fastest": 1000 * row["tokens"] / fastest, "peak_gib": max(row["peak_gib"] for row in log)}
+    for arm, attention, compiled in (("long", "sdpa", True), (SPARSE, SPARSE, True), (EAGER, "sdpa", False)):
+        row = {"arm": arm, "milliseconds": math.nan, "tokens": math.nan, "fastest": math.nan, "peak_gib": math.nan}
+        try:
+            log = trained(size, "long", TIMED, PILOT_SEED, attention=attention, compiled=compiled)
+        except Exception as error:  # of a compiler: the others are still measured
+            print(f"{arm}: {error}", flush=True)
+        else:
+            row |= {"milliseconds": 1000 * step_seconds(log), "tokens": log[-1]["tokens"] / TIMED}
+            row["fastest"] = 1000 * row["tokens"] / max(one["tokens_per_second"] for one in log)
+            row["peak_gib"] = max(one["peak_gib"] for one in log)
         rows.append(row)
         print(row, flush=True)
     return recorded(speed_record(size), "speed", rows, PILOT_SEED, time.perf_counter() - begun)
