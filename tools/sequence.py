@@ -51,7 +51,7 @@ SEQUENCE = [
         "Perplexity by position",
         "Does the extended model use what lies far back?",
         needs_adapter=True,
-        record_with={"stretches_per_document": None},
+        record_with={"all_documents": True},
     ),
     Notebook(
         "07_long_range_retrieval",
