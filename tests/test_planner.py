@@ -122,11 +122,11 @@ def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
 
 
 def test_savings_come_in_the_order_of_what_they_cost():
-    tiled = replace(NOTHING, recomputed_layers=4, tile=tile_for(4096))
+    tiled = replace(NOTHING, recomputed_layers=4, tile=tile_for(2048))
     lean = replace(tiled, offload_checkpoints=True, optimizer="paged_adamw_8bit")
     ladder = [NOTHING, tiled, replace(tiled, offload_checkpoints=True), lean]
-    rooms = [predict(SMALL, LORA, StepShape(4096, "float32", savings)).device_gib / USABLE for savings in ladder]
-    chosen = [plan(SMALL, LORA, StepShape(4096, "float32", NOTHING), room * 1.0001) for room in rooms]
+    rooms = [predict(SMALL, LORA, StepShape(2048, "float32", savings)).device_gib / USABLE for savings in ladder]
+    chosen = [plan(SMALL, LORA, StepShape(2048, "float32", NOTHING), room * 1.0001) for room in rooms]
     assert chosen[0].memory_savings == NOTHING
     ranks = [(found.memory_savings.offload_checkpoints, "8bit" in found.memory_savings.optimizer) for found in chosen]
     assert ranks == sorted(ranks)
