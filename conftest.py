@@ -1,5 +1,7 @@
 """What nbval leaves out when it compares stored outputs with new ones, and which files come first."""
 
+import gc
+
 import pytest
 
 
@@ -13,6 +15,11 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 LONGEST = ["test_stages", "06_perplexity_by_position", "05_finetune_qlora", "07_long_range_retrieval", "test_race"]
 LONGEST += ["test_ledger", "test_processes", "10_preference_tuning", "test_plan", "test_preferences"]
 LONGEST += ["test_pretraining", "test_dose"]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage: to look through it takes half a second, and each training asks for it."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

