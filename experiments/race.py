@@ -220,6 +220,13 @@ def collect(preset: Preset, arms: Sequence[Arm], base_sha256: str, folder: Path)
     )
 
 
+def at_both_ends(preset: Preset) -> Preset:
+    """The same, asked for first sentences of the shortest and the longest texts only: a quick look."""
+    lengths = preset.retrieval.lengths
+    ends = dataclasses.replace(preset.retrieval, lengths=sorted({lengths[0], lengths[-1]}))
+    return dataclasses.replace(preset, retrieval=ends)
+
+
 def race_record(preset: Preset, live: Arm) -> Path:
     """The record of a preset's race, or, if it was not run, of the arm `live` and the paper's four, untrained.
 
