@@ -22,7 +22,7 @@ from llama_long_utils.evaluation.statistics import SAMPLES, SEED, Bootstrap, sha
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, read_arrays, write_arrays, write_record
 
-SLUG = "06_dose_response"
+SLUG, SECOND_SLUG = "06_dose_response", "06_dose_second_texts"
 BIN = 128  # positions whose NLL is summed up in the arrays
 SEEN = 0.875  # share of a window's length
 BASE, SIXTEEN_BIT, RAISED, YARN = "base-nf4/window", "base/window", "raised-nf4/full", "yarn-nf4/full"
@@ -66,6 +66,18 @@ class Readings:
     tokens: np.ndarray
     kinds: list[str]
     window: int
+
+    @classmethod
+    def of(cls, record: Record, preset: str) -> "Readings":
+        """Those of a record."""
+        texts, arrays = record.table("held_out"), record.arrays
+        nats = dict(zip(arrays["readings"].tolist(), arrays["nats"], strict=True))
+        return cls(nats, texts.tokens.to_numpy(), texts.kind.tolist(), load_preset(preset).base.window)
+
+    def joined(self, other: "Readings") -> "Readings":
+        """The texts of both, as far as both have a reading."""
+        nats = {name: np.concatenate([self.nats[name], other.nats[name]]) for name in self.nats if name in other.nats}
+        return Readings(nats, np.concatenate([self.tokens, other.tokens]), self.kinds + other.kinds, self.window)
 
     def buckets(self, above: int = 0) -> list[tuple[int, int]]:
         """(first position, end) of the buckets that begin at `above` or later: parts of the old window and beyond."""
@@ -119,7 +131,7 @@ class Readings:
 
 
 def write_dose_record(
-    runs: Sequence[Path], folder: Path, *, preset: str, provenance: dict[str, Any] | None = None
+    runs: Sequence[Path], folder: Path, *, preset: str, slug: str = SLUG, provenance: dict[str, Any] | None = None
 ) -> Path:
     """Write the record and its arrays from what `experiments.dose` left in the folders of one or several runs.
 
@@ -132,7 +144,7 @@ def write_dose_record(
     rows, sums, before = [], {}, None
     for run in runs:
         if not (run / "results.jsonl").is_file():
-            before = EarlierRecord(run / f"{SLUG}.json")
+            before = EarlierRecord(run / f"{slug}.json")
             rows, sums = before.rows() + rows, before.nats() | sums
             continue
         rows += [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
@@ -166,10 +178,10 @@ def write_dose_record(
     seeds = sorted(set(tables["arms"].seed)) if "arms" in tables else []
     arrays = {"nats": np.stack(list(nats.values())), "readings": np.array(list(nats))}
     arrays |= (before.losses_and_questions() if before else {}) | _losses(rows) | _asked(rows)
-    write_arrays(folder / f"{SLUG}.npz", arrays)
+    write_arrays(folder / f"{slug}.npz", arrays)
     return write_record(
         folder,
-        SLUG,
+        slug,
         preset=preset,
         question="From how many trained tokens on does a longer context pay?",
         tables=tables,
@@ -297,16 +309,16 @@ def _gain_by_dose(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.
 
 
 def _differences(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Each trained arm against the bases, against the control and the other arms of its dose, and 16 bits against 4."""
+    """Each arm against the control and others of its dose, 16 bits against 4; the first seed against the bases."""
     pairs = [(SIXTEEN_BIT, BASE), (RAISED, BASE), (YARN, BASE)]
     for name, row in trained.items():
         if not row["tokens_trained"]:
             continue
         same_dose = _same_dose(name, trained)
         for way in ("full", "window"):
-            pairs += [(f"{name}/{way}", other) for other in (BASE, SIXTEEN_BIT)]
+            pairs += [(f"{name}/{way}", other) for other in (BASE, SIXTEEN_BIT) if "-s0-" in name]
             pairs += [(f"{name}/{way}", f"{other}/window") for other in same_dose if other.startswith("control")]
-        pairs += [(f"{name}/full", other) for other in (RAISED, YARN)]
+        pairs += [(f"{name}/full", other) for other in (RAISED, YARN) if "-s0-" in name]
         for way in ("full", "window"):
             pairs.append((f"{name}-16bit/{way}", f"{name}/{way}"))
             if name.startswith("full"):
@@ -326,10 +338,10 @@ def _differences(readings: Readings, trained: dict[str, dict[str, Any]]) -> pd.D
 
 
 def _same_dose(name: str, trained: dict[str, dict[str, Any]]) -> list[str]:
-    """Other arms of an arm's seed, or of the first seed, after as many tokens, with 4-bit weights."""
+    """Arms with 4-bit weights after as many tokens: those of an arm's seed or of the first, and every control."""
     seed, tokens = re.search(r"-s(\d+)-(\d+)", name).groups() if trained[name]["tokens_trained"] else ("", "")
-    ends = (f"-s0-{tokens}", f"-s{seed}-{tokens}")
-    return [other for other in trained if tokens and other.endswith(ends) and other != name]
+    same = re.compile(rf"(.*-s(0|{seed})|control.*)-{tokens}")
+    return [other for other in trained if tokens and same.fullmatch(other) and other != name]
 
 
 def _retrieval(rows: Rows) -> pd.DataFrame:

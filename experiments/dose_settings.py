@@ -12,6 +12,9 @@ SmolLM2's largest dose was one run, on 23 texts. Expected of what is added, writ
   0.02 nat of the preset's 1,000,000, though untrained they differ by 0.05 to 0.2. Refuted if the interval excludes it.
 - Without self-quoting, 1 million tokens: ordinary text changes by less than 0.01 nat; copies from 16,384 tokens of text
   are found less often, beyond the intervals of both.
+
+What was expected of whole sequences, of the second set of texts and of PoSE holds (notebook 13). The last two were left
+out: the time was up.
 """
 
 import tomllib

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from experiments.dose_record import SECOND_SLUG, SEEN, Readings
 from llama_long_utils.evaluation.statistics import FEWEST
 from llama_long_utils.figures import BLACK, BLUE, RED, TEAL, intervals, plt, save_figure
 from llama_long_utils.notebooks import measured
@@ -17,6 +18,7 @@ from llama_long_utils.records import Record, recorded
 NAMES = {"smollm2": "SmolLM2-135M", "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B"}
 WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short, no skips"}
 LINES = WAYS | {"fair": "whole sequences, minus the control's windows"}
+ENDS = ((min, "low"), (max, "high"))
 FORMS = {"full": ("s-", BLUE), "pose": ("^-", TEAL), "short": ("o-", RED), "fair": ("D--", BLACK)}
 ARMS = {"base": "base", "raised": "base, RoPE base raised", "yarn": "base, YaRN", "control": "control"}
 ARMS |= {"pose": "PoSE", "full": "whole sequences"}
@@ -117,9 +119,10 @@ class DoseResults:
         own = own.assign(line=own.arm.str.extract(rf"^([a-z]+)\d+k?-s{seed}$")[0])
         full = pairs["first"].str.extract(rf"^full\d+k?-s({seed})-(\d+)/full")
         control = pairs.second.str.extract(r"^control\d+k?-s(\d+)-(\d+)/")
-        fair = pairs.assign(line="fair", own=full[0] == control[0])[full[1] == control[1]]
-        # The control of an arm's own seed, or of the first.
-        fair = fair.sort_values("own", kind="stable").drop_duplicates("first", keep="last").drop(columns="own")
+        # The control of an arm's own seed, else of the first seed, else another.
+        rank = 2 * (full[0] == control[0]) + (control[0] == "0")
+        fair = pairs.assign(line="fair", rank=rank)[full[1] == control[1]].sort_values("rank", kind="stable")
+        fair = fair.drop_duplicates("first", keep="last").drop(columns="rank").sort_index()
         return pd.concat([own[own.line.isin(WAYS)], fair]).sort_values(["line", "tokens_trained"], kind="stable")
 
     def apart(self, line: str, whole: bool = False) -> float:
@@ -177,6 +180,57 @@ class DoseResults:
         names = asked.arm + np.where(asked.tokens_trained > 0, "-" + asked.tokens_trained.astype(str), "")
         asked = asked.assign(arm=names.map(arms), right=(asked.exact * asked.questions).round().astype(int))
         return asked.dropna(subset="arm").sort_values(["length", "arm", "fifth_of_depth"])
+
+
+@dataclass(frozen=True)
+class OtherTexts:
+    """The first seed's whole sequences at the largest dose, on two sets of texts. No choice was made on the second.
+
+    The control is the one that read both, of another seed.
+    """
+
+    sets: dict[str, Readings]
+    full: str
+    control: str
+
+    def compare(self) -> pd.DataFrame:
+        """Columns quantity, texts (the name of a set), and those of `Readings.difference`."""
+        old, new = next(iter(self.sets.values())).window, max(one.tokens.max() for one in self.sets.values())
+        own, control = f"{self.full}/window", f"{self.control}/window"
+        pairs = [("far out, minus its own windows", own, (new // 2, new), 0.0)]
+        pairs += [("far out, minus its own nearly full windows", own, (new // 2, new), SEEN)]
+        pairs += [("far out, minus the control's windows", control, (new // 2, new), 0.0)]
+        pairs += [("far out, minus the control's nearly full windows", control, (new // 2, new), SEEN)]
+        pairs += [("inside the old window, minus the control", control, (0, old), 0.0)]
+        rows = []
+        for quantity, second, place, seen in pairs:
+            for texts, readings in self.sets.items():
+                found = readings.difference(f"{self.full}/full", second, *place, seen)
+                found["low"], found["high"] = (f(found[end], found[f"kinds_{end}"]) for f, end in ENDS)
+                rows.append({"quantity": quantity, "texts": texts, **found})
+        return pd.DataFrame(rows)
+
+    def table(self) -> pd.DataFrame:
+        """The same as text, a column for each set."""
+        found = self.compare()
+        found["cell"] = [
+            f"{measured(row.nats, row.low, row.high, digits=3)}, {row.below_zero} of {row.documents} texts"
+            for row in found.itertuples()
+        ]
+        table = found.pivot_table("cell", "quantity", "texts", aggfunc="first", sort=False)
+        named = {name: f"{name}: {len(one.kinds)} texts, {len({*one.kinds})} kinds" for name, one in self.sets.items()}
+        return table.rename(columns=named).rename_axis(None, axis=1).rename_axis("full context").reset_index()
+
+
+def read_other_texts(results: DoseResults) -> OtherTexts | None:
+    """Both sets of texts of a preset, and them together; None if it has no second one."""
+    other = recorded(results.preset, SECOND_SLUG)
+    if other is None:
+        return None
+    first, second = (Readings.of(record, results.preset) for record in (results.record, other))
+    control = next(name for name in second.nats if name.startswith("control")).partition("/")[0]
+    sets = {"first set": first, "second set": second, "both": first.joined(second)}
+    return OtherTexts(sets, results.largest("full"), control)
 
 
 def read_dose_results(presets: list[str]) -> dict[str, DoseResults]:

@@ -61,7 +61,7 @@ def test_intervals_are_the_wider_of_two_and_a_lead_exceeds_what_seeds_lie_apart(
     several = results.worth(r"\d+").query("line == 'full' and tokens_trained == 1048576")
     assert len(several) == 3
     assert results.apart("full") == pytest.approx(np.ptp(several.nats))
-    assert results.apart("pose") == 0
+    assert results.apart("short") == 0
     last = results.worth().query("line == 'full'").iloc[-1]
     assert results.ahead(last, "full")
     assert not results.ahead(last.replace(last.nats, -results.apart("full") / 2), "full")

@@ -255,6 +255,12 @@ COLUMNS["smollm2/10_preference_tuning"] = {
     "shown": {"question", "prompt", "answer", "dpo", "rl", "sft", "gold_dpo", "gold_rl", "gold_sft"},
 }
 
+COLUMNS["06_dose_second_texts"] = {
+    name: COLUMNS["06_dose_response"][name]
+    for name in ("nll_by_position", "full_minus_windows", "whole_windows", "differences")
+}
+COLUMNS["06_dose_second_texts"]["held_out"] = COLUMNS["06_dose_response"]["held_out"] | {"share_in_other_texts"}
+
 # One dose of each arm: nothing to compare a dose with.
 COLUMNS["qwen2.5-coder-1.5b/06_dose_response"] = {
     name: columns for name, columns in COLUMNS["06_dose_response"].items() if name != "gain_by_dose"
@@ -305,6 +311,22 @@ def test_the_dose_record_follows_from_its_arrays():
     assert row.below_zero == (change < 0).sum()
     assert row.low < row.nats < row.high < 0
     assert np.abs(nats[f"{name}/full"] - nats[f"{name}/window"])[:, :64].max() < 0.5  # the same first window, in bf16
+
+
+def test_the_second_set_of_texts_shares_nothing_with_the_first_and_follows_from_its_arrays():
+    path = RESULTS / "smollm2" / "06_dose_second_texts.json"
+    texts, first = read_table(path, "held_out"), read_table(RESULTS / "smollm2" / "06_dose_response.json", "held_out")
+    assert len(texts) + len(first) >= 45
+    assert not {*texts.kind} & {*first.kind}
+    assert texts[["share_in_training", "share_in_other_texts"]].max(axis=None) < 0.05
+    assert (texts.tokens >= 32_768).sum() >= 20
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        nats = dict(zip(arrays["readings"].tolist(), arrays["nats"].astype(float), strict=True))
+    change = nats["full16k-s0-10485760/full"] - nats["full16k-s0-10485760/window"]
+    change = change[:, 128:].sum(axis=1)[texts.tokens >= 32_768] / 16_384
+    row = read_table(path, "full_minus_windows").set_index(["position_low", "position_high"]).loc[(16_384, 32_768)]
+    assert row.nats == pytest.approx(change.mean(), abs=1e-6)
+    assert row.below_zero == (change < 0).sum()
 
 
 def test_every_peak_on_a_gpu_is_within_3_percent_of_the_predicted_one_and_under_its_cap():

@@ -29,7 +29,7 @@ def test_every_claim_has_one_line_with_a_source_and_a_verdict(lines):
 
 
 def comparison(nats, bounds, seeds=()):
-    return Comparison((nats, *bounds), 3, seeds, 1)
+    return Comparison((nats, *bounds), 3, seeds, 1, max(seeds, default=0.0) - min(seeds, default=0.0))
 
 
 def test_a_lead_smaller_than_seeds_lie_apart_is_none():
@@ -213,10 +213,10 @@ def test_a_data_mix_is_judged_by_nll_and_by_copying(lines, monkeypatch):
         assert scoreboard._with_mixes_of_a_copying_model(line).verdict.startswith(verdict)
 
 
-def test_headlines_have_a_column_for_each_model_with_a_record_and_one_seed_is_called_one_seed():
+def test_headlines_have_a_column_for_each_model_with_a_record_and_as_many_seeds_are_told_as_were_run():
     rows = [line.split(" | ") for line in headlines().splitlines() if line.startswith("| ")]
     assert {len(row) for row in rows} == {1 + len(read_dose_results(list(scoreboard.MODELS)))}
-    assert all("one seed" in cell for cell in rows[1][1:])
+    assert [cell.strip(" |").rpartition(", ")[2] for cell in rows[1][1:]] == ["one seed", "2 seeds"]
 
 
 def test_the_scoreboard_waits_for_no_library_that_loads_models():

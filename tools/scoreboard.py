@@ -37,7 +37,7 @@ from experiments.pretraining_results import (
 )
 from experiments.pretraining_results import SLUG as CURRICULUM
 from experiments.race_results import RaceResults, race_results, wider_interval
-from experiments.real_models import DoseResults, attention_share, read_dose_results
+from experiments.real_models import DoseResults, OtherTexts, attention_share, read_dose_results, read_other_texts
 from llama_long_utils.evaluation.statistics import FEWEST
 from llama_long_utils.notebooks import NO_DIFFERENCE, measured
 from llama_long_utils.presets import load_preset
@@ -109,16 +109,16 @@ positions, **YaRN** squeezes slow rotations only, **xPos** lets scores fade with
 VERDICTS = """\
 **What full context is worth to real models in 4 bits**, in nats per token. Below zero is better. Brackets: the \
 outer ends of two 95% intervals, one over texts, one over kinds of text. *Behind*: both intervals lie above zero. \
-*Ahead*: both lie below zero, and the lead is larger than the distance between seeds, where several were trained. We \
+*Ahead*: both lie below zero, and the lead is larger than the largest distance between seeds. We \
 ask more of good news than of bad, but three seeds tell their distance only roughly. *No difference detected*: \
 neither of these, which does not mean that both are equal."""
 CAVEATS = """\
 **Caveats.** Our windows slide by half their length, so a token has on average three quarters of the old window \
-before it. A denser slide would be a stronger opponent, and full context would gain less (notebook 13). Seeds 1 and \
-2 of SmolLM2, and its control after the most tokens, were trained slightly differently (notebook 13); all seeds are \
-compared with one control. SmolLM2's far half lies beyond the sequences that it was trained on, Qwen's does not. A \
-third of the training sequences quote themselves, in every model compared. The bases have probably read these texts \
-in pretraining."""
+before it. A denser slide would be a stronger opponent, and full context would gain less (notebook 13). Seed 0 \
+of SmolLM2, but for its largest control, was trained by an earlier form of the script (notebook 13); a seed is held \
+against its own control where there is one. SmolLM2's far half lies beyond the sequences that it was trained \
+on, Qwen's does not. A third of the training sequences quote themselves, in every model compared. The bases have \
+probably read these texts in pretraining."""
 
 
 def scoreboard() -> dict[str, Line]:
@@ -176,22 +176,19 @@ class Comparison:
         tokens: it was trained on.
         seeds: the same difference of every seed at the largest dose that several were run at; empty without.
         seed_tokens: that dose.
+        spread: how far seeds lie apart at most, over all doses that several were run at, in nats; 0 without.
     """
 
     found: Interval
     tokens: int
     seeds: tuple[float, ...]
     seed_tokens: int
+    spread: float
 
     @property
     def gains(self) -> bool:
         """Below zero by its interval, and by more than seeds lie apart."""
         return self.found[2] < 0 and -self.found[0] > self.spread
-
-    @property
-    def spread(self) -> float:
-        """How far the seeds lie apart, in nats; 0 if there is one."""
-        return max(self.seeds) - min(self.seeds) if self.seeds else 0.0
 
     def __str__(self) -> str:
         return f"**{self.says}** {measured(*self.found, digits=3)}"
@@ -200,6 +197,11 @@ class Comparison:
     def says(self) -> str:
         """In words."""
         return "ahead" if self.gains else "behind" if self.found[1] > 0 else NO_DIFFERENCE
+
+    @property
+    def runs(self) -> str:
+        """How many seeds were run at the largest dose, in words."""
+        return f"{len(self.seeds)} seeds" if self.seed_tokens == self.tokens else "one seed"
 
     @property
     def by_seed(self) -> str:
@@ -221,7 +223,8 @@ def compared(results: DoseResults, line: str, place: str = "far", *, whole: bool
     several = rows.groupby("tokens_trained").filter(lambda dose: len(dose) > 1)
     tokens = int(several.tokens_trained.max()) if len(several) else 0
     seeds = tuple(several[several.tokens_trained == tokens].nats)
-    return Comparison((last.nats, last.low, last.high), int(last.tokens_trained), seeds, tokens)
+    spread = several.groupby("tokens_trained").nats.agg(np.ptp).max() if len(several) else 0.0
+    return Comparison((last.nats, last.low, last.high), int(last.tokens_trained), seeds, tokens, float(spread))
 
 
 def _difference(race: RaceResults, first: str, second: str, low: int, high: int) -> Interval:
@@ -683,17 +686,36 @@ def in_brief() -> str:
         name = MODELS[results.preset]
         own, far, inside = (compared(results, *line) for line in (("full",), ("fair",), ("fair", "inside")))
         own_nats, far_nats, inside_nats = (measured(*one.found, digits=3) for one in (own, far, inside))
-        useful = "In this run far context became useful" if own.gains else "Far context was not shown to become useful"
+        useful = "Far context became useful" if own.gains else "Far context was not shown to become useful"
         lines += [
-            f"**{name}**, after {own.tokens / 1e6:.1f} million tokens of whole long sequences, one run:\n",
+            f"**{name}**, after {own.tokens / 1e6:.1f} million tokens of whole long sequences, {own.runs}:\n",
             f"- {useful}: full context reads {own_nats} nat per token against windows of the same model.",
             f"- Far out, against a control trained on as many tokens: {far.says}, {far_nats} nat.",
-            f"- Inside the old window, against that control: {inside.says}, {inside_nats} nat.\n",
+            f"- Inside the old window, against that control: {inside.says}, {inside_nats} nat.",
         ]
+        if again := read_other_texts(results):
+            lines += _on_other_texts(again)
+        lines[-1] += "\n"
     verdicts = [line.verdict.partition(":")[0] for line in scoreboard().values()]
     counts = ", ".join(f"{verdicts.count(one)} *{one}*" for one in dict.fromkeys(sorted(verdicts)))
     lines.append(f"**The paper's {len(verdicts)} claims**, at the sizes that we could train: {counts}.")
     return "\n".join(lines)
+
+
+def _on_other_texts(again: OtherTexts) -> list[str]:
+    """Lines of a list: the same model on texts that no choice had seen, and on all."""
+    found = again.compare().set_index(["quantity", "texts"])
+
+    def told(quantity: str, texts: str) -> str:
+        return measured(*found.loc[(quantity, texts), ["nats", "low", "high"]], digits=3)
+
+    own, control = "far out, minus its own windows", "far out, minus the control's windows"
+    new, every = found.loc[(own, "second set")], found.loc[(own, "both")]
+    return [
+        f"- {new.documents:.0f} other texts of {new.kinds:.0f} kinds, read after every choice was made: "
+        f"{told(own, 'second set')} nat against windows of the same model. With the first texts, "
+        f"{every.documents:.0f} in all, it is {told(control, 'both')} nat against a control's windows."
+    ]
 
 
 def headlines() -> str:
@@ -727,7 +749,7 @@ def _of_doses(results: DoseResults) -> dict[str, str]:
     length = int(arms.window[results.largest("full").rpartition("-")[0]].max())
     return {
         "": f"{MODELS[results.preset]}, {old:,} to {new:,} tokens" + (f", read to {read:,}" if read < new else ""),
-        "trained on whole sequences": f"{own.tokens / 1e6:.1f} million tokens in sequences of {length:,}, one seed",
+        "trained on whole sequences": f"{own.tokens / 1e6:.1f} million tokens in sequences of {length:,}, {own.runs}",
         "far out": f"positions {read // 2:,} to {read:,}",
         "far out, full context minus the same model's windows": str(own),
         "own windows, where they are nearly full": str(compared(results, "full", whole=True)),
