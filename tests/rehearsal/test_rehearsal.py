@@ -59,7 +59,8 @@ REHEARSALS = {
         "llama2-7b",
         "meta-llama/Llama-2-7b-hf",
         "[data]\nheld_out = { pg19 = 1 }\n[evaluation]\ncopied_documents = 1\n"
-        "[retrieval]\ndocuments = 1\nlengths = [1024, 8192, 32_768]",
+        "tokens = 16_384\nfar_tokens = 32_768\n"
+        "[retrieval]\ndocuments = 1\nlengths = [1024, 32_768]",
         ("model-00001*", "data-train-0.parquet"),
         book_characters=400_000,
         rope_base=500_000,
