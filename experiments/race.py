@@ -220,11 +220,11 @@ def collect(preset: Preset, arms: Sequence[Arm], base_sha256: str, folder: Path)
     )
 
 
-def at_both_ends(preset: Preset) -> Preset:
-    """The same, asked for first sentences of the shortest and the longest texts only: a quick look."""
-    lengths = preset.retrieval.lengths
-    ends = dataclasses.replace(preset.retrieval, lengths=sorted({lengths[0], lengths[-1]}))
-    return dataclasses.replace(preset, retrieval=ends)
+def in_short(preset: Preset) -> Preset:
+    """The same, asked for first sentences at two lengths only, the shortest and the first past the old window."""
+    lengths, old = preset.retrieval.lengths, preset.base.window
+    some = sorted({lengths[0], next((length for length in lengths if length > old), lengths[0])})
+    return dataclasses.replace(preset, retrieval=dataclasses.replace(preset.retrieval, lengths=some))
 
 
 def race_record(preset: Preset, live: Arm) -> Path:
