@@ -17,15 +17,16 @@ def answer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
     shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 512}
     Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True).save_pretrained(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "CACHE", tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
 
-        def run(capsys, *words):
+    def run(capsys, *words):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ledger, "CACHE", cache)
             patch.setattr(sys, "argv", ["plan", str(folder), *words])
             plan.main()
-            return capsys.readouterr().out
+        return capsys.readouterr().out
 
-        yield run
+    return run
 
 
 def test_the_plan_fits_and_so_does_the_longest_window(answer, capsys):
