@@ -12,9 +12,9 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 
 # Those that take most time, in this order: begun last, one of them would keep one process at work and the other idle.
-LONGEST = ["test_stages", "06_perplexity_by_position", "05_finetune_qlora", "07_long_range_retrieval", "test_race"]
-LONGEST += ["test_ledger", "test_processes", "10_preference_tuning", "test_plan", "test_preferences"]
-LONGEST += ["test_pretraining", "test_dose"]
+LONGEST = ["test_stages", "05_finetune_qlora", "06_perplexity_by_position", "10_preference_tuning"]
+LONGEST += ["07_long_range_retrieval", "09_instruction_tuning", "test_ledger", "11_ablations"]
+LONGEST += ["12_pretraining_curriculum", "test_processes", "test_pretraining", "08_benchmark_deltas", "test_race"]
 
 
 def pytest_collection_finish() -> None:
