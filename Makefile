@@ -52,7 +52,8 @@ install: $(READY)
 .venv/.browser .venv/.workflow: .venv/.%: $(READY)
 	-$(PIP) ".[test,$*]" && touch $@
 
-extras: .venv/.browser .venv/.workflow
+extras: $(READY)
+	-$(PIP) ".[test,browser,workflow]" && touch .venv/.browser .venv/.workflow
 
 run: $(READY)
 	$(BIN)/python -m tools.run --preset $(PRESET) --workers $(WORKERS)
