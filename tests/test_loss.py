@@ -245,7 +245,9 @@ def one_process(rank, port, results):
 
 
 def test_two_processes_have_the_gradients_of_one_on_the_whole_batch(tmp_path, free_port):
-    multiprocessing.spawn(one_process, (free_port, tmp_path / "gradients.pt"), nprocs=2)
+    multiprocessing.set_forkserver_preload(["llama_long_utils.model.adapters", "peft.tuners.lora"])  # once for both
+    given = free_port, tmp_path / "gradients.pt"
+    multiprocessing.start_processes(one_process, given, nprocs=2, start_method="forkserver")
     ids, labels = batch()
     model = lora_model()
     model(ids, labels=labels).loss.backward()  # transformers' own loss
