@@ -391,6 +391,25 @@ def _single(record: Record, row: tuple) -> np.ndarray:
     return after - before if len(after) < FEWEST else np.array([])
 
 
+def beside_trainer(table: pd.DataFrame, memory: str) -> pd.DataFrame:
+    """Speed and memory of steps over those of the Trainer at the same context, medians over rounds.
+
+    Args:
+        table: columns context, contender, tokens_per_second and `memory`; a contender's name says its plan.
+    """
+    medians = table.groupby(["context", "contender"], sort=False)[["tokens_per_second", memory]].median()
+    ratios = medians.div(medians.xs("Trainer + PEFT", level="contender"), level="context").dropna()
+    ratios = ratios.drop("Trainer + PEFT", level="contender")
+    return ratios.set_axis(["speed", "memory"], axis=1).rename_axis(["context", "step"]).reset_index()
+
+
+def steps_by_plan(record: Record) -> pd.DataFrame:
+    """Steps of Llama 2 7B on a GPU; ours have their plan for a name."""
+    steps = record.table("steps").query("model == 'Llama 2 7B'")
+    plans = steps.plan.replace({r".*host.*": "lean", " layers| tokens": ""}, regex=True)
+    return steps.assign(contender=plans.where(steps.contender == "ours", steps.contender))
+
+
 def attention_share(steps: pd.DataFrame, context: int) -> float:
     """Attention's share of a training step's time at a context, from steps of one model at several contexts.
 

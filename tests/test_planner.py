@@ -13,14 +13,16 @@ from conftest import LORA
 from experiments.roofline import MovedBytes, Rates, step_seconds
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import hidden_states
-from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
+from llama_long_utils.records import read_table
 from llama_long_utils.settings import MemorySavings
 from llama_long_utils.training import ledger as ledger_module
 from llama_long_utils.training.ledger import StepShape, ledger
 from llama_long_utils.training.memory_savings import apply_memory_savings
 from llama_long_utils.training.planner import (
     GIB,
+    TILED,
     USABLE,
     model_shape,
     plan,
@@ -109,7 +111,7 @@ def test_the_planner_recomputes_nothing_if_it_need_not():
     assert plan(SHALLOW, LORA, StepShape(1024, "float32", NOTHING), 40.0).memory_savings == NOTHING
 
 
-def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
+def test_with_less_memory_the_plan_needs_more_time_and_still_fits():
     shape = StepShape(1024, "float32", NOTHING)
     most, least = (predict(SHALLOW, LORA, shape, recomputed).device_gib for recomputed in (0, 2))
     rooms = [most * 1.01, (most + least) / 2, least * 1.01]
@@ -117,8 +119,15 @@ def test_with_less_memory_the_plan_needs_more_operations_and_still_fits():
     for room, chosen in zip(rooms, plans, strict=True):
         assert chosen.device_gib <= room
     assert plans[0].memory_savings == NOTHING
-    flops = [chosen.flops for chosen in plans]
-    assert flops[0] < flops[1] <= flops[2]
+    seconds = [chosen.flops * (TILED if chosen.memory_savings.tile else 1) for chosen in plans]
+    assert seconds[0] < seconds[1] <= seconds[2]
+
+
+def test_tiles_cost_the_time_that_was_measured_on_a_gpu():
+    steps = read_table(RESULTS / "gpu" / "04_one_gpu_budget.json", "steps")
+    steps = steps[(steps.model == "Llama 2 7B") & (steps.context == 32_768)].set_index("plan").share_of_bf16_peak
+    tiled = steps["29 layers recomputed, tiles of 2,048 tokens"]
+    assert round(steps["10 layers recomputed"] / tiled, 2) == TILED
 
 
 def test_savings_come_in_the_order_of_what_they_cost():

@@ -261,6 +261,10 @@ COLUMNS["06_dose_second_texts"] = {
 }
 COLUMNS["06_dose_second_texts"]["held_out"] = COLUMNS["06_dose_response"]["held_out"] | {"share_in_other_texts"}
 
+COLUMNS["gpu/04_trainers"] = {
+    name: columns for name, columns in COLUMNS["gpu/04_one_gpu_budget"].items() if name != "longest"
+}
+
 # One dose of each arm: nothing to compare a dose with.
 COLUMNS["qwen2.5-coder-1.5b/06_dose_response"] = {
     name: columns for name, columns in COLUMNS["06_dose_response"].items() if name != "gain_by_dose"
@@ -338,6 +342,8 @@ def test_every_peak_on_a_gpu_is_within_3_percent_of_the_predicted_one_and_under_
     capped = ours[ours.cap_gib.notna()]
     assert len(capped) == 5
     assert (capped.reserved_gib < capped.cap_gib).all()
+    again = read_table(RESULTS / "gpu" / "04_trainers.json", "steps").query("contender == 'ours'")
+    assert ((again.predicted_gib / again.allocated_gib - 1).abs() < 0.015).all()
 
 
 def test_round_trip(tmp_path):
