@@ -118,6 +118,7 @@ def arguments() -> argparse.Namespace:
     pretraining.add_argument("--speed", action="store_true", help="measure steps, on a GPU that nothing else uses")
     pretraining.add_argument("--join", type=Path, metavar="FOLDER", help="one record of what is in FOLDER/cells")
     pretraining.add_argument("--out", type=Path, default=RESULTS / "tiny", metavar="FOLDER", help="of that record")
+    pretraining.add_argument("--commit", default="", help="of the code that measured, if git was not there, for --join")
     bench = commands.add_parser("bench", help="measure training steps, for notebook 4 (hours; goes on if stopped)")
     bench.add_argument("--trainers", action="store_true", help="only those beside other trainers (an hour of one core)")
     gpu = commands.add_parser(
@@ -264,7 +265,7 @@ def run(asked: argparse.Namespace) -> Path | None:
 
             size = gpu.checked_size(asked.size)
             if asked.join:
-                return gpu.join(size, asked.join, asked.out)
+                return gpu.join(size, asked.join, asked.out, asked.commit)
             if asked.speed:
                 return gpu.measure_speed(size)
             if asked.seed is None:

@@ -43,6 +43,7 @@ STYLES = {  # label, colour and marker of every arm
     "short": ("short throughout, in windows", GREY, "o"),
     "in-reach": ("switch at 80%, quotes in reach", GREEN, "<"),
     "continued": ("short, then a second run", RED, "X"),
+    "s2": ("S2, long, read whole", GREEN, "*"),
 }
 
 
@@ -88,15 +89,14 @@ def savings() -> pd.DataFrame:
 
 
 def worth_of_context(results: PretrainingResults, size: str, arms: list[str]) -> pd.DataFrame:
-    """What full context gives each arm against windows of 512, in nats: arm, position, value, low, high, each.
+    """What full context gives each arm in the far half against windows of 512: arm, position, value, low, high, each.
 
-    At position "far, minus long": what it gives in the far half, minus what it gives to "long"; above zero is less.
+    At position "far, minus long": that, minus what it gives to "long"; above zero is less.
     """
     rows, far = [], PLACES["far"]
-    for name in arms:
-        for low, high in ((512, 1024), (1024, 2048), far):
-            gain = results.difference(size, (name, "full"), (name, "window"), low, high)
-            rows.append({"arm": name, "position": f"{low:,} to {high:,}", **gain})
+    for name in (arm for arm in arms if results.seeds(size, arm)):
+        gain = results.difference(size, (name, "full"), (name, "window"), *far)
+        rows.append({"arm": name, "position": f"{far[0]:,} to {far[1]:,}", **gain})
         if name != "long":
             rows.append({"arm": name, "position": "far, minus long", **results.less_from_context(size, name, *far)})
     return pd.DataFrame(rows)
@@ -108,20 +108,20 @@ def row_verdict(row: pd.Series) -> str:
 
 
 def quality_table(curriculum: pd.DataFrame) -> pd.DataFrame:
-    """What each arm costs beside "long", and its NLL minus that of "long", as text."""
-    names = {"flops": "operations", "flops_counted": "as multiplied", "seconds": "seconds", "tokens": "tokens"}
-    names["text"] = "NLL minus long"
+    """What each arm costs as a share of what "long" does, and its NLL minus that of "long", as text."""
+    names = {"flops": "operations", "flops_counted": "as multiplied", "seconds": "seconds", "text": "NLL minus long"}
+    curriculum = curriculum[curriculum.arm != "long"]
     few = curriculum.seeds < FEWEST_SEEDS
     shown = curriculum.assign(text=in_words(curriculum, 3))
     shown.loc[few, "text"] = [f"{', '.join(f'{one:+.3f}' for one in each)}, too few seeds" for each in shown.each[few]]
     about = [name for name in ("size", "arm") if name in shown]
-    return shown[[*about, *names, "seeds"]].rename(columns=names)
+    return shown[[*about, *names]].rename(columns=names)
 
 
-def judged_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
+def judged_switches(parts: dict[str, PretrainingResults], alone: str) -> pd.DataFrame:
     """The switch at 80% minus long throughout: a row for each of `parts`, then the first with each other together.
 
-    Columns value, low, high, seeds, and as text.
+    But for `alone`, which nobody planned to judge with others. Columns value, low, high, seeds, and as text.
 
     "saved at equal quality" are the least and the most operations that a switch saves, by `saved_at_equal_quality`.
     The training loss is that of the last 20 short steps, minus that of long throughout on the same tokens.
@@ -133,9 +133,9 @@ def judged_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
         nats, tokens = results.nats(size, "long", 1, 4096)
         found["NLL of long"] = float(np.mean([one.sum() for one in nats.values()]) / tokens.sum())
         found["training loss before the switch"] = results.spike(size, "switch-80")[:, :20].mean()
-        found["saved at equal quality"] = f"{least:.0%} to {most:.0%}" if most else "none shown"
+        found["saved at equal quality"] = f"{least:.0%}{f' to {most:.0%}' * (most > least)}" if most else "none shown"
         rows.append({"from scratch": size, **found})
-    first, *others = parts
+    first, *others = (size for size in parts if size != alone)
     for other in others:
         found = over_sizes([(parts[size], size) for size in (first, other)], "switch-80")
         rows.append({"from scratch": f"{first} and {other}", **found, "saved at equal quality": "-"})
@@ -143,7 +143,6 @@ def judged_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
         alone = "one seed, " if row["seeds"] == 1 else ""
         row["switch at 80%"] = alone + verdict(row["value"], row["low"], row["high"], "better", "worse")
         row["each seed"] = ", ".join(f"{value:+.3f}" for value in row.pop("each"))
-        row[f"is a loss of {EQUAL} nat excluded?"] = "yes" if row["high"] < EQUAL else "no"
     return pd.DataFrame(rows)
 
 
@@ -281,40 +280,49 @@ def draw_switch(
 def draw_quality(
     tables: dict[str, pd.DataFrame], published: dict[str, Any], folder: Path, slug: str, number: str
 ) -> None:
-    """NLL minus the long arm's against operations for each size, and the paper's Tables 10 and 11 beside them."""
-    figure, panels = plt.subplots(1, len(tables) + 1, figsize=(12, 4.6), width_ratios=(*[3] * len(tables), 2.6))
-    said = []
-    for panel, (size, table) in zip(panels, tables.items(), strict=False):
-        for row in table.itertuples():
+    """NLL minus the long arm's against operations for each size, and the paper's Tables 10 and 11 beside them.
+
+    A size "SIZE, of ..." is drawn into the panel of SIZE, hollow.
+    """
+    figure, panels = plt.subplots(2, 2, figsize=(8.5, 7.4))
+    *ours, theirs = panels.flat
+    sizes, said = [size for size in tables if "," not in size], []
+    for size, table in tables.items():
+        (name, _, other), panel = size.partition(", "), ours[sizes.index(size.partition(",")[0])]
+        for row in (table[table.arm != "long"] if other else table).itertuples():
             label, colour, marker = STYLES[row.arm]
-            place = row.flops + 0.015 * (row.arm == "continued")  # which costs what a switch does
+            place = row.flops + (0.03 if other else 0.015 * (row.arm == "continued"))  # beside what costs as much
             if row.seeds >= FEWEST_SEEDS:
-                panel.vlines(place, row.low, row.high, color=colour)
-            panel.scatter(place, row.value, color=colour, marker=marker, s=44, label=label, zorder=3)
+                panel.vlines(place, row.low, row.high, color=colour, linewidth=1.2 if other else 2)
+            label += other.removeprefix("switch at ") and f", {other.removeprefix('switch at ')}"
+            panel.scatter(place, row.value, c="white" if other else colour, edgecolors=colour, marker=marker, s=60,
+                          label=label, zorder=3)  # fmt: skip
             panel.scatter([place] * len(row.each), row.each, facecolors="none", edgecolors=colour, s=16)
-            said.append(f"{size}, {label}: {row.flops:.0%} of the operations, {row.value:+.3f}")
-        panel.set_title(f"ours, {size}".replace(", switch", ",\nswitch"))
-        panel.sharey(panels[0])
-        panel.tick_params(labelleft=panel is panels[0])
-    panels[0].set_ylabel("NLL minus long throughout (nats)")
+            said.append(f"{name}, {label}: {row.flops:.0%} of the operations, {row.value:+.3f}")
+        panel.set_title(f"ours, {name}")
+        panel.sharey(ours[0])
+    for panel in ours[::2]:
+        panel.set_ylabel("NLL minus long's (nats)")
     flops, perplexity = np.array(published["table_10"]["flops"]), published["table_11"]
-    theirs = np.log(pd.DataFrame(perplexity["rows"], columns=perplexity["columns"]))
-    for name, marker, colour in zip(theirs, "osD", (GREEN, PURPLE, AMBER), strict=True):
-        panels[-1].plot(flops / flops[0], theirs[name] - theirs[name][0], marker=marker, color=colour, label=name)
-    panels[-1].set_title("the paper's, 7B")
-    for panel in panels:
+    nats = np.log(pd.DataFrame(perplexity["rows"], columns=perplexity["columns"]))
+    for name, marker, colour in zip(nats, "osD", (GREEN, PURPLE, AMBER), strict=True):
+        theirs.plot(flops / flops[0], nats[name] - nats[name][0], marker=marker, color=colour, label=name)
+    theirs.set_title("the paper's, 7B: a finer scale")
+    theirs.legend(loc="lower left")
+    for panel in panels.flat:
         panel.axhline(0, color="0.35", linewidth=1)
-        panel.set(xlabel="operations, share of long's", xlim=(0, 1.05), xticks=(0, 0.5, 1))
-    late = {size: table.set_index("arm").loc["switch-80"] for size, table in tables.items()}
-    read = "; ".join(f"{size}: {row_verdict(row)}" for size, row in late.items())
-    fullest = max(panels[:-1], key=lambda panel: len(panel.get_legend_handles_labels()[0]))
-    figure.legend(*fullest.get_legend_handles_labels(), ncols=4, loc="outside lower left")
-    panels[-1].legend(loc="lower left")
-    caption = "Is a late switch as good at fewer operations? The switch at 80%, beside long throughout, by size. "
-    caption += f"{read}. Recorded by us; hollow: seeds, bars: 95% intervals over seeds and documents, or over seeds "
-    caption += f"alone where that is wider, none of fewer than {FEWEST_SEEDS} seeds. The cross is shifted to the "
-    caption += "right: it costs what a switch does. Right: "
-    caption += "Tables 10 and 11, published without intervals, on a scale of its own."
+        panel.set(xlim=(0, 1.05), xticks=(0, 0.5, 1))
+    for panel in panels[1]:
+        panel.set_xlabel("operations, share of long's")
+    labels = {text: mark for panel in ours for mark, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels, ncols=3, loc="outside lower center")
+    late = {size: row_verdict(table.set_index("arm").loc["switch-80"]) for size, table in tables.items()}
+    read = "; ".join(f"{size}: {word}" for size, word in late.items())
+    caption = "Is a late switch as good at fewer operations? The switch at 80% beside long throughout, by size. "
+    caption += f"{read}. "
+    caption += "Recorded by us. Hollow circles: seeds; bars: 95% intervals over seeds and documents, or over seeds "
+    caption += "alone where that is wider. Two marks are shifted to the right of what costs as much. "
+    caption += "Tables 10 and 11 are published without intervals."
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
 
 
@@ -351,11 +359,25 @@ def draw_positions(results: PretrainingResults, size: str, window: int, folder: 
     save_figure(figure, folder, slug, number, caption, alt)
 
 
-def law_table(*parts: PretrainingResults) -> pd.DataFrame:
-    """The law of loss against context for each model and seed, with intervals, as text."""
-    laws = pd.concat([results.record.table("power_law") for results in parts], ignore_index=True)
-    bounds = {"β": ("beta", 2), "saved by context": ("saved", 3)}
-    for name, (column, digits) in bounds.items():
-        columns = laws[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
-        laws[name] = [measured(*row, digits=digits, sign=False) for row in columns]
-    return laws[["model", "seed", "parameters", "β", "gamma", "rmse", "saved by context"]]
+def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug: str, number: str) -> None:
+    """What the longest context saves, and the exponent of the law, of each model and seed against its parameters."""
+    laws = pd.concat([part.record.table("power_law") for part in parts], ignore_index=True).sort_values("parameters")
+    figure, panels = plt.subplots(1, 2, figsize=(8.5, 4))
+    columns = {"saved": "saved by 4,064 tokens (nats)", "beta": "exponent β of the law"}
+    for panel, (column, label) in zip(panels, columns.items(), strict=True):
+        for (model, part), colour in zip(laws.groupby("model", sort=False), (BLUE, TEAL, GREY, PURPLE), strict=False):
+            place = part.parameters * 1.12 ** (part.seed - len(part) // 2)
+            reach = part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]
+            panel.errorbar(place, part[column], yerr=reach, fmt="D" if "llama" in model else "o", color=colour)
+        panel.set(xscale="log", xlabel="parameters", ylabel=label, ylim=(0, None))
+        panel.set_xticks([4e5, 9e5, 4.6e6, 1.6e7], ["0.4M", "0.9M", "4.6M", "16M"])
+        panel.minorticks_off()
+    models = laws.groupby("model", sort=False)
+    saved, beta = ("; ".join(f"{model} {one:.2f}" for model, one in models[name].mean().items()) for name in columns)
+    lows, highs = models.beta_low.min(), models.beta_high.max()
+    grows = "is seen" if lows.iloc[-1] > highs.iloc[0] else "is not seen"
+    caption = f"Does context help a larger model more? What it saves, in nats: {saved}. That β grows {grows}: {beta}. "
+    caption += "Recorded by us; a mark for each seed, bars: 95% intervals over documents. Diamond: the tiny Llama, "
+    caption += "trained otherwise. 16M read eight times the tokens of 0.4M and 0.9M, so it is not size alone."
+    misfit = "; ".join(f"{row.model}, seed {row.seed}: {row.rmse:.3f}" for row in laws.itertuples())
+    save_figure(figure, folder, slug, number, caption, f"The law's misfit in nats, by model: {misfit}.")

@@ -108,7 +108,7 @@ class PretrainingResults:
         are also "copied", `copying` from beyond 1,024 tokens, and "copied_less", what it is minus that of "long".
         """
         rows = []
-        for arm in ("long", *SWITCHED, "in-reach", "short", "continued"):
+        for arm in ("long", *SWITCHED, "in-reach", "short", "continued", "s2"):
             if not self.seeds(size, "long", arm):
                 continue
             way = "window" if arm == "short" else "full"
@@ -307,10 +307,11 @@ def collect(
     contexts: Sequence[Path] = (),
     called: Mapping[str, str] = MappingProxyType({}),
     more: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+    about: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Join the records of cells and of losses by context to folder/slug.json and .npz.
 
-    `called` gives sizes other names there; `more` are tables beside those of the cells.
+    `called` gives sizes other names there; `more` are tables beside those of the cells, `about` is more provenance.
     """
     cells = pd.concat([read_table(path, "cost") for path in records], ignore_index=True)
     cells["size"] = cells["size"].replace(dict(called))
@@ -387,5 +388,6 @@ def collect(
             **versions,
             "command": "python -m experiments pretraining",
             "device": f"{same['device']}, {arithmetic}",
+            **about,
         },
     )

@@ -1,16 +1,19 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from experiments import pretraining, pretraining_cells, pretraining_context, pretraining_gpu
+from experiments import pretraining_gpu_results as judging
 from experiments.attention import s2_attention
 from experiments.pretraining_cells import AS_SPARSE, LONG, SPARSE_LENGTH, Cell
 from experiments.pretraining_gpu import PILOTS, chosen_rates, join, run_seed, set_steps
-from experiments.pretraining_results import pretraining_results
+from experiments.pretraining_gpu_results import HOLDS, NOT_ASKED, OPEN, OTHER_WAY, REFUTED
+from experiments.pretraining_results import larger_results, pretraining_results
 from llama_long_utils.records import read_table, write_record
 
 
@@ -71,7 +74,8 @@ def test_a_seed_is_measured_with_its_pilots_and_joined_and_a_second_call_changes
     before = {path: path.stat().st_mtime_ns for path in small.rglob("*") if path.is_file()}
     assert run_seed("16M-doll", 0, 1000.0, steps=3) == paths
     assert {path: path.stat().st_mtime_ns for path in small.rglob("*") if path.is_file()} == before
-    results = pretraining_results(join("16M-doll", small, small / "joined"))
+    results = pretraining_results(join("16M-doll", small, small / "joined", "1234567"))
+    assert results.record.content["provenance"]["commit"].startswith("1234567, named by hand")
     cells = results.cells.set_index("arm")
     assert set(cells["size"]) == {"16M-doll"}
     assert list(cells.long_steps[["long", "switch-80", "s2", AS_SPARSE]]) == [3, 1, 3, 1]
@@ -83,6 +87,7 @@ def test_a_seed_is_measured_with_its_pilots_and_joined_and_a_second_call_changes
     own, full = tables["as_trained"], results.arrays["nats"][list(results.cells.arm).index("s2"), 0]
     assert own.nats.to_numpy().reshape(full.shape)[:, :6] == pytest.approx(full[:, :6], rel=1e-2)
     assert set(tables["context_saved"].model) == {"16M-doll"}
+    assert results.record.table("choice").steps[0] == 3
     run_seed("16M-doll", 1, 0.5, steps=3)
     assert "long is left out" in capsys.readouterr().out and not list(small.glob("cells/*-1-*"))
 
@@ -100,3 +105,38 @@ def test_the_most_steps_that_fit_are_taken(small):
 def test_another_size_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown size '7B': use one of"):
         pretraining_gpu.checked_size("7B")
+
+
+def test_the_record_of_16m_follows_from_what_is_in_it():
+    results = judging.gpu_results()
+    tables = {name: results.record.table(name) for name in ("pilots", "choice", "contexts", "context_saved")}
+    chosen = chosen_rates(tables["pilots"])
+    assert {name: tables["choice"].iloc[0][name] for name in chosen} == pytest.approx(chosen)
+    saved = tables["contexts"].pivot_table("nats", ["seed", "document"], "context")
+    recorded = tables["context_saved"].set_index(["seed", "document"]).nats
+    assert (saved.iloc[:, 0] - saved.iloc[:, -1]).sub(recorded).abs().max() < 1e-3
+    own = results.record.table("as_trained")
+    means = own.groupby("seed").nats.sum() / own.groupby("seed").tokens.sum()
+    long = [results.mean_nll(row) for row in results.cells.index[results.cells.arm == "long"]]
+    assert judging.as_trained(results)["each"] == pytest.approx(list(means - long), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "switch", "worse"),
+    [(0.1, 0.2, REFUTED, HOLDS), (-0.1, 0.1, HOLDS, OPEN), (-0.2, -0.1, OTHER_WAY, REFUTED)],
+)
+def test_an_expectation_is_judged_by_its_interval(low, high, switch, worse):
+    found = {"low": low, "high": high}
+    assert (judging.judge_switch(found), judging.worse_if_above(found)) == (switch, worse)
+
+
+def test_what_was_expected_of_a_worse_switch_is_asked_only_if_it_is_worse():
+    """The recorded switch is better; one that loses as much as that at 0.9M refutes what was expected of it."""
+    results, wide = judging.gpu_results(), larger_results()
+    assert list(judging.judged_expectations(results, wide).judged[:3]) == [OTHER_WAY, NOT_ASKED, NOT_ASKED]
+    rows = {arm: np.flatnonzero(results.cells.arm == arm) for arm in ("long", "switch-80")}
+    nats = results.arrays["nats"].copy()
+    nats[rows["switch-80"]] = nats[rows["long"]] + 0.3 * results.arrays["tokens"]
+    worse = judging.judged_expectations(replace(results, arrays={**results.arrays, "nats": nats}), wide)
+    assert list(worse.judged[:3]) == [REFUTED, REFUTED, OPEN]
+    assert worse.found[2] == "no such arm"

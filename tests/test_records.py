@@ -225,6 +225,15 @@ COLUMNS = {
     },
 }
 COLUMNS["12_curriculum_of_a_larger_model"] = COLUMNS["12_pretraining_curriculum"]
+COLUMNS["12_curriculum_on_a_gpu"] = {
+    **COLUMNS["12_pretraining_curriculum"],
+    "cells": COLUMNS["12_pretraining_curriculum"]["cells"] | {"learning_rate"},
+    "pilots": {"arm", "factor", "learning_rate", "steps", "loss", "seconds"},
+    "choice": {"long", "short", "steps", "long_seconds", "short_seconds"},
+    "speed": {"arm", "milliseconds", "tokens", "fastest", "peak_gib"},
+    "contexts": {"seed", "document", "context", "nats", "tokens"},
+    "as_trained": {"seed", "document", "position_low", "position_high", "nats", "tokens"},
+}
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments.real_models import read_dose_results
@@ -170,28 +171,42 @@ def test_models_or_ways_must_all_say_so(signs, judged):
     assert scoreboard._judged(*((sign, sign - 0.5, sign + 0.5) for sign in signs)) == judged
 
 
+def scratch(**nats):
+    """The switch at 80% minus long throughout at each size: value, with an interval of a thousandth on both sides."""
+    sizes = dict(zip((scoreboard.FROM_SCRATCH, scoreboard.LARGER, scoreboard.GPU_SIZE), nats.values(), strict=True))
+    table = pd.DataFrame({"value": sizes, "flops": 0.5, "seeds": 3})
+    return dict(table.assign(low=table.value - 0.001, high=table.value + 0.001).iterrows())
+
+
+ONE_RATE = {"long": 1, "short": 1, "highest": 2}
+
+
 def test_copying_lost_near_as_well_as_far_is_no_loss_of_far_context_alone(lines, monkeypatch):
     """The recorded switch loses both; one that copies as "long" does is told from it, near or everywhere."""
     results, line = scoreboard.copying_results(), lines["C9"]
-    assert "near and far" in line.why
-    assert "with quotes in reach the loss far back is not told from none, that near is" in line.verdict
-    assert "13 long steps" in line.why
-    *_, (size, scratch) = scoreboard.larger_sizes().items()  # from scratch the two are made equal
-    alike = scratch.arrays["nats"].copy()
-    long, late = (scratch.cells.index[scratch.cells.arm == arm] for arm in ("long", "switch-80"))
-    alike[late] = alike[long]
-    alike = dataclasses.replace(scratch, arrays={**scratch.arrays, "nats": alike})
-    monkeypatch.setattr(scoreboard, "larger_sizes", lambda: {"": scratch, size: alike})
+    assert "near and far" in line.why and "13 of 64 steps long" in line.scale
     rows = {arm: results.cells.index[results.cells.arm == arm] for arm in ("long", "switch-80")}
-    for name, near in (("copied_hits", slice(1, 2)), ("copied_hits", slice(None)), ("nats", slice(None))):
-        array = results.arrays[name].copy()
+    for near in (slice(1, 2), slice(None)):
+        array = results.arrays["copied_hits"].copy()
         array[rows["switch-80"], ..., near] = array[rows["long"], ..., near]
-        results = dataclasses.replace(results, arrays={**results.arrays, name: array})
+        results = dataclasses.replace(results, arrays={**results.arrays, "copied_hits": array})
         monkeypatch.setattr(scoreboard, "copying_results", lambda changed=results: changed)
-        judged = scoreboard._with_a_copying_model(line)
+        judged = scoreboard._with_a_copying_model(line, scratch(a=0, b=0, c=0), ONE_RATE)
         assert "near and far" not in judged.why
         assert ("copies less" in judged.why) == (near == slice(1, 2))
     assert judged.verdict.startswith(scoreboard.AGREES)
+    worse = scoreboard._with_a_copying_model(line, scratch(a=0.1, b=0.1, c=0.1), ONE_RATE)
+    assert worse.verdict.startswith(scoreboard.DISAGREES)
+
+
+def test_sizes_that_contradict_each_other_leave_a_late_switch_undecided(lines):
+    line = lines["C9"]
+    worse = scoreboard._with_a_copying_model(line, scratch(a=0.02, b=0.1, c=0.1), ONE_RATE)
+    assert worse.verdict.startswith(scoreboard.DISAGREES)
+    both = scoreboard._with_a_copying_model(line, scratch(a=0.02, b=0.1, c=-0.1), {"long": 2, "short": 1, "highest": 2})
+    assert both.verdict.startswith(scoreboard.UNDECIDED)
+    assert "better at 16M, worse at 0.4M and 0.9M" in both.why
+    assert "at 16M long throughout has 2 times the rate, the highest tried" in both.verdict
 
 
 def test_a_data_mix_is_judged_by_nll_and_by_copying(lines, monkeypatch):

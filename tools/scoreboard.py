@@ -21,7 +21,8 @@ from experiments.instruction_results import (
     instruction_results,
 )
 from experiments.power_law import CLOSER
-from experiments.pretraining_rates import RATED, larger_sizes
+from experiments.pretraining_gpu_results import GPU_SIZE, as_trained, gpu_results, rate_factors
+from experiments.pretraining_rates import larger_sizes
 from experiments.pretraining_results import (
     CONTENT,
     EQUAL,
@@ -32,7 +33,6 @@ from experiments.pretraining_results import (
     copying_results,
     heavier,
     mixed_results,
-    over_sizes,
     pretraining_results,
 )
 from experiments.pretraining_results import SLUG as CURRICULUM
@@ -61,7 +61,6 @@ GLANCE = ["verdict", "why", "on"]  # columns of the short scoreboard
 BENCHMARKS, POSITIONS, BY_CONTEXT = "08_benchmark_deltas", "06_perplexity_by_position", "06_loss_by_context"
 FORETOLD = 0.02  # nat, by which a law may miss the loss behind the longest context
 BOUNDS = ["value", "low", "high"]
-RATES = 1 + len(RATED["switch-80"])  # learning rates that the switch at 80% was tried at, the recorded one too
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -410,13 +409,17 @@ def _model_size(laws: dict[str, Any]) -> Line:
     ours = f"β {', '.join(f'{row.value:.2f} of {row.model}' for row in each.itertuples())}; "
     ours += "; ".join(f"{row.model} {measured(row.value, row.low, row.high)}" for row in steps.itertuples())
     ours += ", on the same targets behind the same contexts"
-    alike = larger_sizes()[LARGER].context_saves_more(LARGER, FROM_SCRATCH, pretraining_results())
-    ours += f"; trained alike from scratch, {LARGER} saves {_nats(pd.Series(alike))} nat more by its context than "
-    ours += FROM_SCRATCH
+    largest, wide = gpu_results(), larger_sizes()[LARGER]
+    more = largest.context_saves_more(GPU_SIZE, LARGER, wide)
+    own = [part.record.table("power_law").groupby("model").beta.mean()[size] for part, size in
+           ((wide, LARGER), (largest, GPU_SIZE))]  # fmt: skip
+    times = largest.cost(GPU_SIZE, "long", "tokens") / wide.cost(LARGER, "long", "tokens")
+    ours += f"; from scratch {GPU_SIZE}, on {times:.0f} times the tokens, saves {_nats(pd.Series(more))} nat more by "
+    ours += f"its context than {LARGER}, β {own[1]:.2f} and {own[0]:.2f}"
     judged = AGREES if steps.low.min() > 0 else DISAGREES if steps.high.max() < 0 else UNDECIDED
     texts = record.table("contexts").groupby("document").kind.first()
     names = ", ".join(READ_BY_CONTEXT[name] for name in each.model)
-    scale = f"{names}; {len(texts)} texts of {texts.nunique()} kinds, one seed"
+    scale = f"{names}; {len(texts)} texts of {texts.nunique()} kinds, one seed; from scratch {more['seeds']} seeds"
     why = "β is known too badly, and the models differ in data and tokenizer, too"
     return Line(claim, paper, ours, scale, f"{judged}: {why}" if judged == UNDECIDED else judged)
 
@@ -509,10 +512,6 @@ def _with_mixes_of_a_copying_model(line: Line) -> Line:
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
 
 
-def _from_scratch(seeds: int) -> str:
-    return f"Llama of {FROM_SCRATCH} parameters from scratch, {seeds} seed{'s' if seeds > 1 else ''}"
-
-
 def _nats(row: Any) -> str:
     return measured(row.value, row.low, row.high, digits=3)
 
@@ -526,14 +525,13 @@ def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     claim = "Pretraining short first, then long, costs less at equal quality"
     if recorded("tiny", CURRICULUM) is None:
         return Line(claim, paper)
-    late = _late_switch(pretraining_results(), FROM_SCRATCH)
-    ours = f"switch at 80% of the tokens: {1 - late.flops:.0%} fewer operations by the paper's count, "
-    ours += f"{1 - late.flops_counted:.0%} by what is multiplied; against long throughout, from scratch, NLL "
-    wide, own = (_late_switch(part, size) for size, part in larger_sizes().items())
-    ours += f"{_nats(late)} nat, at {LARGER} {_nats(wide)} nat, the switch at the best of {RATES} learning rates "
-    ours += f"{_nats(own)} nat"
-    scale = f"{_from_scratch(late.seeds)}; {LARGER}, {wide.seeds} seeds"
-    return _with_a_copying_model(Line(claim, paper, ours, scale))
+    (size, wide), largest = list(larger_sizes().items())[-1], gpu_results()
+    scratch = {
+        FROM_SCRATCH: _late_switch(pretraining_results(), FROM_SCRATCH),
+        LARGER: _late_switch(wide, size),
+        GPU_SIZE: _late_switch(largest, GPU_SIZE),
+    }
+    return _with_a_copying_model(Line(claim, paper), scratch, rate_factors(largest))
 
 
 def _late_switch(results: PretrainingResults, size: str) -> Any:
@@ -541,47 +539,46 @@ def _late_switch(results: PretrainingResults, size: str) -> Any:
     return results.curriculum(size).set_index("arm").loc["switch-80"]
 
 
-def _with_a_copying_model(line: Line) -> Line:
-    """The line of short-then-long pretraining, judged by the model that has far context to lose.
+def _with_a_copying_model(line: Line, scratch: dict[str, Any], rates: dict[str, float]) -> Line:
+    """The line of short-then-long pretraining: by sizes from scratch, and by the model that has far context to lose.
 
-    The sizes from scratch stand beside it: their own test, of both together, was written down before the second size.
+    Args:
+        scratch: the switch at 80% beside long throughout, by size.
+        rates: of the last size, `rate_factors`.
     """
     results = copying_results()
-    late, (_, (size, scratch)) = _late_switch(results, TRAINED_ON), larger_sizes().items()
-    own = _late_switch(scratch, size)
+    late = _late_switch(results, TRAINED_ON)
     less, near = late.copied_less, results.copying(TRAINED_ON, "switch-80", "long", 1, 256)
-    points = measured(*(100 * less[name] for name in ("value", "low", "high")), digits=1)
-    ours = f"{line.ours}; in the tiny Llama, which copies, copied from over 1,024 tokens back {points} points"
-    in_reach, reached_near = (results.copying(TRAINED_ON, "in-reach", "long", *far) for far in ((), (1, 256)))
-    reached = measured(*(100 * in_reach[name] for name in ("value", "low", "high")), digits=1)
-    ours += f", where its short sequences quote only what stands in them {reached}"
-    steps = f"{late.long_steps:.0f} of {late.short_steps + late.long_steps:.0f} steps long"
-    scale = f"{line.scale}; {MODELS['tiny']}, trained on, {late.seeds} orders of the texts (seeds), {steps}"
-    copies_less = f"copies less than long throughout, {'near and far' if near['high'] < 0 else 'far back'}"
-    sizes = (pretraining_results(), FROM_SCRATCH), (scratch, size)
-    both = pd.Series(over_sizes(sizes, "switch-80"))
-    reads = [_reads(one) for one in (*(_late_switch(*one) for one in sizes), both)]
-    alone = f"from scratch, where far context is worth next to nothing, {reads[0]} at {FROM_SCRATCH}, {reads[1]} at "
-    alone += f"{LARGER} at the best of {RATES} learning rates, {reads[2]} over both sizes together ({_nats(both)} nat)"
-    judges = (copies_less, less["high"] < 0), ("reads worse", late.low > 0)
-    worse = [what for what, bad in judges if bad]
-    if worse:
-        why = f"at this scale a switch at 80% {' and '.join(worse)}, in a model that copies, "
-        why += f"after {late.long_steps:.0f} long steps; the cause is open"
-        parted = "" if in_reach["high"] < 0 else ", and with quotes in reach the loss far back is not told from none"
-        parted += ", that near is" if parted and reached_near["high"] < 0 else ""
-        judged = f"{DISAGREES}: {why}{parted}; so few steps speak of tokens, not of shares; {alone}"
-    elif max(late.high, own.high) <= EQUAL and less["low"] > -MARGIN:
-        judged = f"{AGREES}: {(why := 'in a model that copies')}; from scratch, far context is worth too little to tell"
+    points = measured(*(100 * less[name] for name in BOUNDS), digits=1)
+    reads = "; ".join(f"{size} {_nats(one)} nat" for size, one in scratch.items())
+    ours = f"switch at 80% minus long throughout, from scratch: {reads}, at {scratch[GPU_SIZE].flops:.0%} of the "
+    ours += f"operations; in the tiny Llama, which copies, {points} points copied from over 1,024 tokens back"
+    scale = f"Llamas of {', '.join(scratch)} from scratch, {late.seeds} seeds each; {MODELS['tiny']}, trained "
+    scale += f"on, {late.seeds} seeds, {late.long_steps:.0f} of {late.short_steps + late.long_steps:.0f} steps long"
+    found = {word: [size for size, one in scratch.items() if _reads(one) == word] for word in ("better", "worse")}
+    whys = [f"{word} at {' and '.join(sizes)}" for word, sizes in found.items() if sizes]
+    whys = [f"from scratch it reads {', '.join(whys)}"] if whys else []
+    copies = f"in a model that copies it {'copies less, near and far' if near['high'] < 0 else 'copies less far back'}"
+    lost = less["high"] < 0
+    why = "; ".join([*whys, *([copies] if lost else [])])
+    against, equal = bool(lost or found["worse"]), [size for size, one in scratch.items() if one.high < EQUAL]
+    if against:
+        judged = f"{UNDECIDED if equal else DISAGREES}: {why}"
+    elif len(equal) == len(scratch) and less["low"] > -MARGIN:
+        judged = f"{AGREES}: {(why := 'from scratch, and in a model that copies')}"
     else:
-        why = f"{NO_DIFFERENCE}, but a loss of {EQUAL} nat or of {100 * MARGIN:.0f} points is not excluded"
+        why = f"a loss of {EQUAL} nat or of {100 * MARGIN:.0f} points is not excluded everywhere"
         judged = f"{UNDECIDED}: {why}"
+    judged += "; far context is worth little from scratch"
+    if GPU_SIZE in equal and rates["long"] > rates["short"]:
+        edge = ", the highest tried" if rates["long"] == rates["highest"] else ""
+        judged += f"; at {GPU_SIZE} long throughout has {rates['long'] / rates['short']:.0f} times the rate{edge}"
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
 
 
 def _reads(difference: Any) -> str:
     """What an interval of NLL, minus another arm's, says."""
-    return "it reads worse" if difference.low > 0 else "it reads better" if difference.high < 0 else NO_DIFFERENCE
+    return "worse" if difference.low > 0 else "better" if difference.high < 0 else NO_DIFFERENCE
 
 
 def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
@@ -668,14 +665,20 @@ def _full_attention(attention: dict[str, Any]) -> Line:
     ours = ours.sort_values("tokens_per_second").groupby("context").tail(1)  # the faster of two plans
     shares = [attention_share(part, crossing["7B"]) for part in (theirs, ours)]
     judged = AGREES if max(shares) < 0.5 else DISAGREES if min(shares) > 0.5 else UNDECIDED
+    results = gpu_results()
+    sparse = pd.Series(results.difference(GPU_SIZE, ("s2", "full"), ("long", "full")))
+    why = "in time; whether sparse attention would do is open: it was compared at equal tokens only"
     return Line(
         "Below 6 h tokens (h: the model's width) attention is not most of the cost",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
         f"at {crossing['7B']:,} tokens attention takes {shares[0]:.0%} of a training step's time with Trainer "
-        f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4)",
-        f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval",
-        f"{judged}: in time; that sparse attention is therefore unnecessary was not tested: none was run",
-        "in time; that sparse attention is therefore unnecessary was not tested",
+        f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4); "
+        f"trained sparse (S2) at {GPU_SIZE}, NLL {_nats(sparse)} nat, read as trained "
+        f"{_nats(pd.Series(as_trained(results)))} nat",
+        f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval; "
+        f"{GPU_SIZE} from scratch, {sparse.seeds} seeds, 4,096 tokens, above 6 h there",
+        f"{judged}: {why}",
+        why,
     )
 
 
