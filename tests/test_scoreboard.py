@@ -205,7 +205,7 @@ def test_sizes_that_contradict_each_other_leave_a_late_switch_undecided(lines):
     assert worse.verdict.startswith(scoreboard.DISAGREES)
     both = scoreboard._with_a_copying_model(line, scratch(a=0.02, b=0.1, c=-0.1), {"long": 2, "short": 1, "highest": 2})
     assert both.verdict.startswith(scoreboard.UNDECIDED)
-    assert "better at 16M, worse at 0.4M and 0.9M" in both.why
+    assert "better at 16M (rates differ), worse at 0.4M and 0.9M" in both.why
     assert "at 16M long throughout has 2 times the rate, the highest tried" in both.verdict
 
 

@@ -553,10 +553,12 @@ def _with_a_copying_model(line: Line, scratch: dict[str, Any], rates: dict[str, 
     reads = "; ".join(f"{size} {_nats(one)} nat" for size, one in scratch.items())
     ours = f"switch at 80% minus long throughout, from scratch: {reads}, at {scratch[GPU_SIZE].flops:.0%} of the "
     ours += f"operations; in the tiny Llama, which copies, {points} points copied from over 1,024 tokens back"
-    scale = f"Llamas of {', '.join(scratch)} from scratch, {late.seeds} seeds each; {MODELS['tiny']}, trained "
-    scale += f"on, {late.seeds} seeds, {late.long_steps:.0f} of {late.short_steps + late.long_steps:.0f} steps long"
+    steps = f"{late.long_steps:.0f} of {late.short_steps + late.long_steps:.0f} steps long"
+    scale = f"Llamas of {', '.join(scratch)} from scratch, {scratch[GPU_SIZE].seeds} seeds each; {MODELS['tiny']}, "
+    scale += f"trained on, {late.seeds} orders of the texts, {steps}"
     found = {word: [size for size, one in scratch.items() if _reads(one) == word] for word in ("better", "worse")}
-    whys = [f"{word} at {' and '.join(sizes)}" for word, sizes in found.items() if sizes]
+    names = {GPU_SIZE: f"{GPU_SIZE} (rates differ)"} if rates["long"] != rates["short"] else {}
+    whys = [f"{word} at {' and '.join(names.get(one, one) for one in sizes)}" for word, sizes in found.items() if sizes]
     whys = [f"from scratch it reads {', '.join(whys)}"] if whys else []
     copies = f"in a model that copies it {'copies less, near and far' if near['high'] < 0 else 'copies less far back'}"
     lost = less["high"] < 0
