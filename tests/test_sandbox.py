@@ -46,7 +46,7 @@ class World:
             self.listeners[2].bind(f"\0{self.folder}")
             self.listeners[2].listen()
         self.victim = subprocess.Popen(["sleep", "60"], env={"SECRET": self.secret}, start_new_session=True)
-        self.before = self.files()
+        self.before, self.priority = self.files(), os.getpriority(os.PRIO_PROCESS, self.victim.pid)
 
     def __enter__(self) -> "World":
         return self
@@ -81,7 +81,7 @@ class World:
                 found.add("network")
             except BlockingIOError:
                 pass
-        if self.victim.poll() is not None or os.getpriority(os.PRIO_PROCESS, self.victim.pid) != 0:
+        if self.victim.poll() is not None or os.getpriority(os.PRIO_PROCESS, self.victim.pid) != self.priority:
             found.add("process")
         return found
 
