@@ -13,8 +13,8 @@ SmolLM2's largest dose was one run, on 23 texts. Expected of what is added, writ
 - Without self-quoting, 1 million tokens: ordinary text changes by less than 0.01 nat; copies from 16,384 tokens of text
   are found less often, beyond the intervals of both.
 
-What was expected of whole sequences, of the second set of texts and of PoSE holds (notebook 13). The last two were left
-out: the time was up.
+What was expected of whole sequences, of the second set of texts and of PoSE holds (table full_minus_windows of both
+records). The last two were left out: the time was up.
 """
 
 import tomllib

@@ -186,12 +186,13 @@ class DoseResults:
 class OtherTexts:
     """The first seed's whole sequences at the largest dose, on two sets of texts. No choice was made on the second.
 
-    The control is the one that read both, of another seed.
+    The control is the one that read both, of another seed: the first seed's was not kept.
     """
 
     sets: dict[str, Readings]
     full: str
     control: str
+    repeats: np.ndarray  # how much of itself each text of the second set holds twice
 
     def compare(self) -> pd.DataFrame:
         """Columns quantity, texts (the name of a set), and those of `Readings.difference`."""
@@ -199,9 +200,10 @@ class OtherTexts:
         own, control = f"{self.full}/window", f"{self.control}/window"
         pairs = [("far out, minus its own windows", own, (new // 2, new), 0.0)]
         pairs += [("far out, minus its own nearly full windows", own, (new // 2, new), SEEN)]
-        pairs += [("far out, minus the control's windows", control, (new // 2, new), 0.0)]
-        pairs += [("far out, minus the control's nearly full windows", control, (new // 2, new), SEEN)]
-        pairs += [("inside the old window, minus the control", control, (0, old), 0.0)]
+        other = "minus another seed's control in"
+        pairs += [(f"far out, {other} windows", control, (new // 2, new), 0.0)]
+        pairs += [(f"far out, {other} nearly full windows", control, (new // 2, new), SEEN)]
+        pairs += [(f"inside the old window, {other} windows", control, (0, old), 0.0)]
         rows = []
         for quantity, second, place, seen in pairs:
             for texts, readings in self.sets.items():
@@ -209,6 +211,18 @@ class OtherTexts:
                 found["low"], found["high"] = (f(found[end], found[f"kinds_{end}"]) for f, end in ENDS)
                 rows.append({"quantity": quantity, "texts": texts, **found})
         return pd.DataFrame(rows)
+
+    def by_repetition(self, limit: float = 0.1) -> str:
+        """What full context is worth in the texts of the second set that repeat themselves, and in the others."""
+        readings = self.sets["second set"]
+        far = readings.tokens.max() // 2, readings.tokens.max()
+        (nats, places), (own, _) = (readings.bucket(f"{self.full}/{way}", *far) for way in ("full", "window"))
+        often = self.repeats[places] >= limit
+        change = nats - own
+        return (
+            f"Second set, far out, minus its own windows: {often.sum()} texts that repeat at least {limit:.0%} of "
+            f"themselves read {change[often].mean():+.3f} nat, the other {(~often).sum()} {change[~often].mean():+.3f}."
+        )
 
     def table(self) -> pd.DataFrame:
         """The same as text, a column for each set."""
@@ -230,7 +244,7 @@ def read_other_texts(results: DoseResults) -> OtherTexts | None:
     first, second = (Readings.of(record, results.preset) for record in (results.record, other))
     control = next(name for name in second.nats if name.startswith("control")).partition("/")[0]
     sets = {"first set": first, "second set": second, "both": first.joined(second)}
-    return OtherTexts(sets, results.largest("full"), control)
+    return OtherTexts(sets, results.largest("full"), control, other.table("held_out").repeats_itself.to_numpy())
 
 
 def read_dose_results(presets: list[str]) -> dict[str, DoseResults]:
@@ -400,7 +414,8 @@ def beside_trainer(table: pd.DataFrame, memory: str) -> pd.DataFrame:
     medians = table.groupby(["context", "contender"], sort=False)[["tokens_per_second", memory]].median()
     ratios = medians.div(medians.xs("Trainer + PEFT", level="contender"), level="context").dropna()
     ratios = ratios.drop("Trainer + PEFT", level="contender")
-    return ratios.set_axis(["speed", "memory"], axis=1).rename_axis(["context", "step"]).reset_index()
+    ratios = ratios.set_axis(["speed", "memory"], axis=1).rename_axis(["context", "step"]).reset_index()
+    return ratios.sort_values("context", kind="stable")
 
 
 def steps_by_plan(record: Record) -> pd.DataFrame:

@@ -123,6 +123,13 @@ def test_with_less_memory_the_plan_needs_more_time_and_still_fits():
     assert seconds[0] < seconds[1] <= seconds[2]
 
 
+def test_whole_layers_are_recomputed_rather_than_tiles_taken_where_that_is_quicker(monkeypatch):
+    shape, seven = StepShape(32_768, "bfloat16", NOTHING, gpu=True), model_shape("Llama 2 7B")
+    assert plan(seven, LORA, shape, 24.0).memory_savings.tile == 0
+    monkeypatch.setattr("llama_long_utils.training.planner.TILED", 1.0)
+    assert plan(seven, LORA, shape, 24.0).memory_savings.tile > 0
+
+
 def test_tiles_cost_the_time_that_was_measured_on_a_gpu():
     steps = read_table(RESULTS / "gpu" / "04_one_gpu_budget.json", "steps")
     steps = steps[(steps.model == "Llama 2 7B") & (steps.context == 32_768)].set_index("plan").share_of_bf16_peak

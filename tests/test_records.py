@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.real_models import read_dose_results, read_other_texts
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.records import read_published, read_record, read_table, write_record
 from tools.store import results, store_record
@@ -340,6 +341,16 @@ def test_the_second_set_of_texts_shares_nothing_with_the_first_and_follows_from_
     row = read_table(path, "full_minus_windows").set_index(["position_low", "position_high"]).loc[(16_384, 32_768)]
     assert row.nats == pytest.approx(change.mean(), abs=1e-6)
     assert row.below_zero == (change < 0).sum()
+    both = []
+    for slug in ("06_dose_response", "06_dose_second_texts"):  # against the control that read both sets
+        with np.load(path.with_name(f"{slug}.npz"), allow_pickle=False) as arrays:
+            nats = dict(zip(arrays["readings"].tolist(), arrays["nats"].astype(float), strict=True))
+        change = nats["full16k-s0-10485760/full"] - nats["control8k-s1-10485760/window"]
+        both += [row for row in change[:, 128:].sum(axis=1) / 16_384 if np.isfinite(row)]
+    found = read_other_texts(read_dose_results(["smollm2"])["smollm2"]).compare().set_index(["quantity", "texts"])
+    row = found.loc[("far out, minus another seed's control in windows", "both")]
+    assert (row.documents, row.below_zero) == (len(both), (np.array(both) < 0).sum())
+    assert row.nats == pytest.approx(np.mean(both), abs=1e-6)
 
 
 def test_every_peak_on_a_gpu_is_within_3_percent_of_the_predicted_one_and_under_its_cap():

@@ -108,7 +108,8 @@ positions, **YaRN** squeezes slow rotations only, **xPos** lets scores fade with
 VERDICTS = """\
 **What full context is worth to real models in 4 bits**, in nats per token. Below zero is better. Brackets: the \
 outer ends of two 95% intervals, one over texts, one over kinds of text. *Behind*: both intervals lie above zero. \
-*Ahead*: both lie below zero, and the lead is larger than the largest distance between seeds. We \
+*Ahead*: both lie below zero, and the lead is larger than the largest distance between seeds at any dose, where \
+several were trained. We \
 ask more of good news than of bad, but three seeds tell their distance only roughly. *No difference detected*: \
 neither of these, which does not mean that both are equal."""
 CAVEATS = """\
@@ -173,16 +174,17 @@ class Comparison:
     Attributes:
         found: value and bounds, in nats per token, of the first seed.
         tokens: it was trained on.
-        seeds: the same difference of every seed at the largest dose that several were run at; empty without.
-        seed_tokens: that dose.
-        spread: how far seeds lie apart at most, over all doses that several were run at, in nats; 0 without.
+        seeds: the same difference of every seed, by dose (tokens), where several were run.
     """
 
     found: Interval
     tokens: int
-    seeds: tuple[float, ...]
-    seed_tokens: int
-    spread: float
+    seeds: dict[int, tuple[float, ...]]
+
+    @property
+    def spread(self) -> float:
+        """How far seeds lie apart at most, at any dose, in nats; 0 if there is one."""
+        return max((max(values) - min(values) for values in self.seeds.values()), default=0.0)
 
     @property
     def gains(self) -> bool:
@@ -200,14 +202,14 @@ class Comparison:
     @property
     def runs(self) -> str:
         """How many seeds were run at the largest dose, in words."""
-        return f"{len(self.seeds)} seeds" if self.seed_tokens == self.tokens else "one seed"
+        count = len(self.seeds.get(self.tokens, ()))
+        return f"{count} seeds (numbers and brackets: the first)" if count else "one seed"
 
     @property
     def by_seed(self) -> str:
         """The same difference of every seed, for a table."""
-        if not self.seeds:
-            return "one seed"
-        return f"{', '.join(f'{value:+.3f}' for value in self.seeds)} at {self.seed_tokens / 1e6:.1f} million tokens"
+        doses = (f"{', '.join(map('{:+.3f}'.format, some))} at {dose / 1e6:.1f}M" for dose, some in self.seeds.items())
+        return "; ".join(doses) or "one seed"
 
 
 def compared(results: DoseResults, line: str, place: str = "far", *, whole: bool = False) -> Comparison | None:
@@ -220,10 +222,8 @@ def compared(results: DoseResults, line: str, place: str = "far", *, whole: bool
     rows = rows.assign(seed=arms.str.extract(r"-s(\d+)")[0].astype(int)).sort_values(["tokens_trained", "seed"])
     last = rows[rows.seed == 0].iloc[-1]
     several = rows.groupby("tokens_trained").filter(lambda dose: len(dose) > 1)
-    tokens = int(several.tokens_trained.max()) if len(several) else 0
-    seeds = tuple(several[several.tokens_trained == tokens].nats)
-    spread = several.groupby("tokens_trained").nats.agg(np.ptp).max() if len(several) else 0.0
-    return Comparison((last.nats, last.low, last.high), int(last.tokens_trained), seeds, tokens, float(spread))
+    seeds = {int(dose): tuple(part.nats) for dose, part in several.groupby("tokens_trained")}
+    return Comparison((last.nats, last.low, last.high), int(last.tokens_trained), seeds)
 
 
 def _difference(race: RaceResults, first: str, second: str, low: int, high: int) -> Interval:
@@ -699,7 +699,7 @@ def in_brief() -> str:
             f"- Inside the old window, against that control: {inside.says}, {inside_nats} nat.",
         ]
         if again := read_other_texts(results):
-            lines += _on_other_texts(again)
+            lines += _on_other_texts(again, far.spread)
         lines[-1] += "\n"
     verdicts = [line.verdict.partition(":")[0] for line in scoreboard().values()]
     counts = ", ".join(f"{verdicts.count(one)} *{one}*" for one in dict.fromkeys(sorted(verdicts)))
@@ -707,19 +707,21 @@ def in_brief() -> str:
     return "\n".join(lines)
 
 
-def _on_other_texts(again: OtherTexts) -> list[str]:
-    """Lines of a list: the same model on texts that no choice had seen, and on all."""
+def _on_other_texts(again: OtherTexts, spread: float) -> list[str]:
+    """Lines of a list: the same weights on texts that no choice had seen; `spread` as `Comparison` has it."""
     found = again.compare().set_index(["quantity", "texts"])
-
-    def told(quantity: str, texts: str) -> str:
-        return measured(*found.loc[(quantity, texts), ["nats", "low", "high"]], digits=3)
-
-    own, control = "far out, minus its own windows", "far out, minus the control's windows"
-    new, every = found.loc[(own, "second set")], found.loc[(own, "both")]
+    own, control = "far out, minus its own windows", "far out, minus another seed's control in windows"
+    new, old_and_new = (found.loc[(control, texts)] for texts in ("second set", "both"))
+    gains = new.high < 0 and -new.nats > spread
+    told = [
+        measured(*row[["nats", "low", "high"]], digits=3) for row in (found.loc[(own, "second set")], new, old_and_new)
+    ]
     return [
-        f"- {new.documents:.0f} other texts of {new.kinds:.0f} kinds, read after every choice was made: "
-        f"{told(own, 'second set')} nat against windows of the same model. With the first texts, "
-        f"{every.documents:.0f} in all, it is {told(control, 'both')} nat against a control's windows."
+        f"- {new.documents:.0f} other texts of {new.kinds:.0f} kinds, read after every choice was made, with the first "
+        f"seed's weights: {told[0]} nat against its own windows. Against another seed's control in windows: "
+        f"{'ahead' if gains else 'behind' if new.low > 0 else NO_DIFFERENCE}, {told[1]}; with the first texts, "
+        f"{old_and_new.documents:.0f} in all, {told[2]}, which is "
+        f"{'more' if -old_and_new.nats > spread else 'less'} than seeds lie apart."
     ]
 
 
