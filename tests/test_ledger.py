@@ -134,7 +134,7 @@ def test_three_layers_at_two_short_lengths_give_the_peak_of_any_step(memory_savi
     assert derived[HOST] == pytest.approx(host, rel=1e-6)
 
 
-@pytest.mark.parametrize(("hidden", "tiles"), [(1024, 0), (2048, 0), (4096, 32)])
+@pytest.mark.parametrize(("hidden", "tiles"), [(1024, 0), (2048, 16), (4096, 32)])
 def test_models_as_wide_as_a_run_is_long_have_a_peak_too(hidden, tiles):
     """Offloading knows a hidden state by its shape, (batch, length, hidden): a run must not be that long."""
     wide = LlamaConfig(**{**config(4).to_dict(), "hidden_size": hidden, "head_dim": hidden // 8})

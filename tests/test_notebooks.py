@@ -192,6 +192,8 @@ def test_papermill_takes_a_parameter_and_refuses_a_misspelt_one_from_both_folder
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(path), str(tmp_path / "out.ipynb")]
     done = subprocess.run([*command, "-p", "preset", "tiny"], cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    taken = {"parameters": {"preset": "tiny"}, "cwd": REPOSITORY, "progress_bar": False}
+    papermill.execute_notebook(path, tmp_path / "out.ipynb", **taken)
     for folder in (REPOSITORY, FOLDER):
         options = {"parameters": {"presett": "tiny"}, "cwd": folder, "progress_bar": False}
         with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'presett'"):

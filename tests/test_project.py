@@ -51,8 +51,9 @@ def test_ruff_is_clean():
 
 def test_repository_is_small_and_holds_no_pickle():
     files = tracked()
-    # Today 56: adapters 35 (the 1.5B model's has 18, SmolLM2's of rank 16 has 9), the tiny model 8, records 8.
-    assert sum(path.stat().st_size for path in files) <= 58 * 2**20
+    # Today 56: adapters 35 (the 1.5B model's has 18, SmolLM2's of rank 16 has 9), the tiny model 8, records 8. Their
+    # arrays are packed by LZMA, which `numpy.load` reads: an eighth less than what it writes itself.
+    assert sum(path.stat().st_size for path in files) <= 56 * 2**20
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}]
 
 
