@@ -1,5 +1,6 @@
 """The figures and tables of notebook 12."""
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.pretraining import counted_flops, new_model
-from experiments.pretraining_cells import LONG, RATES, SHORT, SIZES, TRAINED_ON, flops_per_token
+from experiments.pretraining_cells import LONG, SHORT, SIZES, flops_per_token
 from experiments.pretraining_results import (
     EQUAL,
     FEWEST_SEEDS,
@@ -78,7 +79,7 @@ def savings() -> pd.DataFrame:
     """For each size the share of attention, and what a switch after 80% of the tokens saves by two counts."""
     rows = []
     for name, shape in SIZES.items():
-        if name not in ("doll", TRAINED_ON, *RATES):
+        if re.fullmatch(r"[\d.]+M", name):  # no doll, pilot or other rate
             lengths, model = (SHORT, LONG), new_model(name, 10_000.0, 0)
             paper = [flops_per_token(shape.layers, shape.hidden, length) for length in lengths]
             own = [counted_flops(model, length) for length in lengths]

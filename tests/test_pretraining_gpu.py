@@ -11,6 +11,7 @@ from experiments import pretraining, pretraining_cells, pretraining_context, pre
 from experiments import pretraining_gpu_results as judging
 from experiments.attention import s2_attention
 from experiments.pretraining_cells import AS_SPARSE, LONG, SPARSE_LENGTH, Cell
+from experiments.pretraining_figures import savings
 from experiments.pretraining_gpu import PILOTS, chosen_rates, join, run_seed, set_steps
 from experiments.pretraining_gpu_results import HOLDS, NOT_ASKED, OPEN, OTHER_WAY, REFUTED
 from experiments.pretraining_results import larger_results, pretraining_results
@@ -100,6 +101,10 @@ def test_the_most_steps_that_fit_are_taken(small):
     assert read_table(path, "speed").milliseconds[0] == 30
     steps = [pretraining_gpu.most_steps("16M-doll", seconds, 1.0) for seconds in (80, 200, 10_000)]
     assert steps == [200, 400, 800]
+
+
+def test_what_a_switch_saves_is_told_once_for_each_size():
+    assert list(savings().model) == ["0.4M", "0.9M", "4M", "16M"]
 
 
 def test_another_size_is_refused_by_name():
