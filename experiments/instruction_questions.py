@@ -25,6 +25,10 @@ interval of F1 without 0, one of the first log-probability above 0, or one of th
 With one seed F1 told none apart, as expected. The first log-probability was open. The second was below 0 by the
 questions of that seed, which refutes it by the rule. Then long, with the loss on the prompt and without, got seeds 1
 and 2, with nothing changed: past the old window neither score tells them apart, as seeds differ by more.
+
+Short questions and answers at full weight get seeds 1 and 2 last. Expected before: with three seeds, past the old window
+neither score tells either of them from long with the loss on the prompt, or full weight from none. An interval without 0
+refutes that.
 """
 
 import re
