@@ -26,9 +26,9 @@ With one seed F1 told none apart, as expected. The first log-probability was ope
 questions of that seed, which refutes it by the rule. Then long, with the loss on the prompt and without, got seeds 1
 and 2, with nothing changed: past the old window neither score tells them apart, as seeds differ by more.
 
-Short questions and answers at full weight get seeds 1 and 2 last. Expected before: with three seeds, past the old window
-neither score tells either of them from long with the loss on the prompt, or full weight from none. An interval without 0
-refutes that.
+Short questions and answers at full weight get seeds 1 and 2 last. Expected before: with three seeds, past the old
+window neither score tells either of them from long with the loss on the prompt, or full weight from none. An interval
+without 0 refutes that.
 """
 
 import re
