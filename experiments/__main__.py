@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from llama_long_utils.commands import run_command
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Preset
@@ -291,12 +292,12 @@ def run(asked: argparse.Namespace) -> Path | None:
     return None
 
 
-if __name__ == "__main__":
-    try:
-        record = run(arguments())
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
+def main() -> None:
+    """The command line: runs it and says where the record is."""
+    record = run(arguments())
     if record:
         print(record)
+
+
+if __name__ == "__main__":
+    run_command(main, "interrupted: the same command goes on from here")
