@@ -109,6 +109,7 @@ def arguments() -> argparse.Namespace:
     )
     pretraining.add_argument("--cell", nargs=3, metavar=("SIZE", "ARM", "SEED"), help="measure this one only")
     pretraining.add_argument("--finished", action="store_true", help="join the cells that are measured, and no others")
+    pretraining.add_argument("--sparse", action="store_true", help="sparse attention at equal cost, nothing else")
     pretraining.add_argument("--size", help="a size that a GPU trains, with --seed, --speed or --join: 16M")
     pretraining.add_argument("--seed", type=int, help="measure this seed's cells; several processes may run at a time")
     pretraining.add_argument(
@@ -275,6 +276,10 @@ def run(asked: argparse.Namespace) -> Path | None:
             return None
         if asked.cell:
             return pretraining.run_cell(checked_cell(*asked.cell))
+        if asked.sparse:
+            from experiments.pretraining_sparse import run_sparse
+
+            return run_sparse(RESULTS / "tiny")
         pretraining.run_all(RESULTS / "tiny", finished=asked.finished)
     if asked.command == "bench":
         from experiments import bench

@@ -90,9 +90,9 @@ from experiments.pretraining_cells import (
 from experiments.pretraining_context import context_record, measure_cell
 from experiments.pretraining_device import fast_products
 from experiments.pretraining_rates import SEEDS, rate_name
-from experiments.pretraining_results import GPU_SLUG, collect
+from experiments.pretraining_results import GPU_SLUG, collect, read_as_trained
 from llama_long_utils.paths import write_atomically
-from llama_long_utils.records import read_record, read_table, write_record
+from llama_long_utils.records import read_table, write_record
 from llama_long_utils.training.trainer import train
 
 PILOT_SEED = 9
@@ -372,12 +372,8 @@ def join(size: str, runs: Path, folder: Path, commit: str = "") -> Path:
         more["pilots"] = pd.concat([read_table(path, "pilots") for path in pilots], ignore_index=True)
     if (speed := runs / "speed" / f"{size}.json").is_file():
         more["speed"] = read_table(speed, "speed")
-    trained_with = [path for path in cells if "as_trained" in read_record(path)["tables"]]
-    if trained_with:
-        parts = [
-            read_table(path, "as_trained").query("way == 'full'").assign(seed=found[path].seed) for path in trained_with
-        ]
-        more["as_trained"] = pd.concat(parts, ignore_index=True).drop(columns="way")
+    if len(table := read_as_trained(cells)):
+        more["as_trained"] = table
     about = {"command": f"python -m experiments pretraining --size {size} --seed SEED, then --join"}
     if commit:
         about["commit"] = f"{commit}, named by hand: the code ran where git was not"

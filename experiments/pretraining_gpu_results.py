@@ -29,7 +29,7 @@ def as_trained(results: PretrainingResults, size: str = GPU_SIZE) -> dict[str, A
     long, tokens = results.nats(size, "long", 1, 4096)
     nats = results.record.table("as_trained").pivot_table("nats", "seed", "document", aggfunc="sum")
     nats = nats[list(results.arrays["documents"])]
-    return results._interval(nats.to_numpy() - [long[seed] for seed in nats.index], tokens)
+    return results.interval(nats.to_numpy() - [long[seed] for seed in nats.index], tokens)
 
 
 def rate_factors(results: PretrainingResults) -> dict[str, float]:
@@ -43,9 +43,14 @@ def worse_if_above(found: dict[str, Any]) -> str:
     return HOLDS if found["low"] > 0 else REFUTED if found["high"] < EQUAL else OPEN
 
 
-def judge_switch(late: dict[str, Any]) -> str:
-    """How "no difference of the switch at 80% from long throughout is detected" comes out."""
-    return REFUTED if late["low"] > 0 else OTHER_WAY if late["high"] < 0 else HOLDS
+def judge_above(found: dict[str, Any]) -> str:
+    """How "it is above zero, beyond the interval" comes out."""
+    return HOLDS if found["low"] > 0 else REFUTED if found["high"] < 0 else OPEN
+
+
+def judge_no_difference(found: dict[str, Any]) -> str:
+    """How "no difference from long throughout is detected" comes out."""
+    return REFUTED if found["low"] > 0 else OTHER_WAY if found["high"] < 0 else HOLDS
 
 
 def judged_expectations(results: PretrainingResults, wide: PretrainingResults, size: str = GPU_SIZE) -> pd.DataFrame:
@@ -60,12 +65,12 @@ def judged_expectations(results: PretrainingResults, wide: PretrainingResults, s
     half = HOLDS if left["high"] < 0 else REFUTED if left["low"] >= 0 else OPEN
     if results.seeds(size, "s2", "long-as-s2"):
         gain = results.difference(size, ("s2", "full"), ("long-as-s2", "full"))
-        found, judged = in_nats(gain), HOLDS if gain["low"] > 0 else REFUTED if gain["high"] < 0 else OPEN
+        found, judged = in_nats(gain), judge_above(gain)
     early = "the switch is not worse"
     if worse:
         early = "no such arm"
     rows = [
-        ("no difference of the switch at 80% is detected", in_nats(late), judge_switch(late)),
+        ("no difference of the switch at 80% is detected", in_nats(late), judge_no_difference(late)),
         (
             f"if it is worse, it loses less than half of what it loses at {LARGER}",
             in_nats(left) if worse else early,
@@ -77,7 +82,7 @@ def judged_expectations(results: PretrainingResults, wide: PretrainingResults, s
         (
             f"4,064 tokens of context save more than at {LARGER}",
             in_nats(more),
-            HOLDS if more["low"] > 0 else REFUTED if more["high"] < 0 else OPEN,
+            judge_above(more),
         ),
     ]
     return pd.DataFrame(rows, columns=["expected", "found", "judged"])

@@ -126,7 +126,7 @@ def beyond_half(*arms: tuple[PretrainingResults, str, str]) -> list[float]:
     (first, tokens), (second, _) = (
         results._change(size, (arm, "full"), ("long", "full"), 1, 4096, seeds) for results, size, arm in arms
     )
-    left = arms[0][0]._interval(first - second / 2, tokens)
+    left = arms[0][0].interval(first - second / 2, tokens)
     return [left[name] for name in ("value", "low", "high")]
 
 

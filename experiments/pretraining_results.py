@@ -59,7 +59,7 @@ class PretrainingResults:
         self, size: str, first: tuple[str, str], second: tuple[str, str], low: int = 1, high: int = 4096
     ) -> dict[str, Any]:
         """NLL of one (arm, way) minus another's, paired by seed and document: value, low, high, each seed, seeds."""
-        return self._interval(*self._change(size, first, second, low, high))
+        return self.interval(*self._change(size, first, second, low, high))
 
     def less_from_context(self, size: str, arm: str, low: int, high: int, base: str = "long") -> dict[str, Any]:
         """What full context saves `base` against windows minus what it saves `arm`, as in `difference`.
@@ -68,7 +68,7 @@ class PretrainingResults:
         """
         seeds = self.seeds(size, arm, base)
         gains = [self._change(size, (one, "full"), (one, "window"), low, high, seeds) for one in (arm, base)]
-        return self._interval(gains[0][0] - gains[1][0], gains[0][1])
+        return self.interval(gains[0][0] - gains[1][0], gains[0][1])
 
     def _change(
         self, size: str, first: tuple[str, str], second: tuple[str, str], low: int, high: int, seeds: Sequence[int] = ()
@@ -77,7 +77,8 @@ class PretrainingResults:
         (one, tokens), (other, _) = (self.nats(size, arm, low, high, way) for arm, way in (first, second))
         return np.array([one[seed] - other[seed] for seed in seeds or self.seeds(size, first[0], second[0])]), tokens
 
-    def _interval(self, change: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    def interval(self, change: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+        """A change in nats, (seeds, documents), per token: value, low, high, each seed, seeds."""
         each = change.sum(axis=1) / tokens.sum()
         return {**wider_interval(change, tokens, self.bootstrap), "each": list(each), "seeds": len(each)}
 
@@ -95,7 +96,7 @@ class PretrainingResults:
         hits = self.arrays[f"{within}_hits"][..., buckets].sum(axis=-1)
         rows = self.cells[self.cells["size"] == size].reset_index().set_index(["arm", "seed"])["index"]
         change = np.array([hits[rows[arm, seed]] - (hits[rows[base, seed]] if base else 0) for seed in seeds])
-        return self._interval(change, self.arrays[f"{within}_tokens"][:, buckets].sum(axis=1))
+        return self.interval(change, self.arrays[f"{within}_tokens"][:, buckets].sum(axis=1))
 
     def cost(self, size: str, arm: str, column: str = "flops") -> float:
         """Mean over seeds of a column of `cells`."""
@@ -191,7 +192,7 @@ class PretrainingResults:
         if len(first) > 1 < len(second):
             first, second = first.align(second, "inner", axis="index")
         tokens = named[1].groupby("document").tokens.first()
-        return self._interval(first.to_numpy() - second.to_numpy(), tokens.to_numpy())
+        return self.interval(first.to_numpy() - second.to_numpy(), tokens.to_numpy())
 
     def mixes(self, size: str) -> pd.DataFrame:
         """A row for each data mix and place, near or far: NLL minus that of "mix-original"."""
@@ -248,7 +249,7 @@ def over_sizes(parts: Sequence[tuple[PretrainingResults, str]], arm: str, base: 
     """
     changes = [results._change(size, (arm, "full"), (base, "full"), 1, 4096) for results, size in parts]
     results, _ = parts[0]
-    return results._interval(np.concatenate([change for change, _ in changes]), changes[0][1])
+    return results.interval(np.concatenate([change for change, _ in changes]), changes[0][1])
 
 
 def copying_results() -> PretrainingResults:
@@ -297,6 +298,16 @@ def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
         row["saved_low"], row["saved_high"] = np.percentile(gains, [2.5, 97.5])
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def read_as_trained(cells: Sequence[Path]) -> pd.DataFrame:
+    """What cells of sparse attention read with the attention they were trained with, and their seeds."""
+    parts = [
+        read_table(path, "as_trained").query("way == 'full'").assign(seed=read_table(path, "cost").seed.item())
+        for path in cells
+        if "as_trained" in read_record(path)["tables"]
+    ]
+    return pd.concat(parts, ignore_index=True).drop(columns="way") if parts else pd.DataFrame()
 
 
 def collect(

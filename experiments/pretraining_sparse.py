@@ -16,3 +16,68 @@ operations full attention, which then reads about a third of the tokens, is wors
 beyond the interval: at so few tokens more of them count most. Refuted if it is better beyond the interval. At equal
 seconds the same, judged in the same way. All else is open.
 """
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.pretraining import run_cell
+from experiments.pretraining_cells import AS_SPARSE, SPARSE, Cell
+from experiments.pretraining_gpu_results import (
+    as_trained,
+    in_nats,
+    judge_above,
+    judge_no_difference,
+    worse_if_above,
+)
+from experiments.pretraining_rates import LARGER, SEEDS
+from experiments.pretraining_results import PretrainingResults, collect, pretraining_results, read_as_trained
+from llama_long_utils.paths import RESULTS
+
+SLUG = "12_sparse_attention"
+ARMS = (SPARSE, AS_SPARSE, "long")
+
+
+def run_sparse(folder: Path) -> Path:
+    """Measure the cells that have no record yet, and join them in `folder`."""
+    cells = [run_cell(Cell(LARGER, arm, seed)) for seed in SEEDS for arm in ARMS]
+    about = {"command": "python -m experiments pretraining --sparse"}
+    return collect(cells, folder, SLUG, more={"as_trained": read_as_trained(cells)}, about=about)
+
+
+def sparse_results() -> PretrainingResults:
+    """The cells from their committed record."""
+    return pretraining_results(RESULTS / "tiny" / f"{SLUG}.json")
+
+
+def equal_seconds(results: PretrainingResults) -> tuple[float, dict[str, Any]]:
+    """Steps of full attention that take as long as all of S2's, and its NLL after them minus S2's, as `difference`.
+
+    Interpolated, seed by seed and document by document, between the two lengths that full attention was trained for.
+    """
+    seconds, steps = ({arm: results.cost(LARGER, arm, column) for arm in ARMS} for column in ("seconds", "long_steps"))
+    equal = steps["long"] * seconds[SPARSE] / seconds["long"]
+    share = np.log(equal / steps[AS_SPARSE]) / np.log(steps["long"] / steps[AS_SPARSE])  # 0: of the shorter, 1: longer
+    nats = {arm: results.nats(LARGER, arm, 1, 4096)[0] for arm in ARMS}
+    tokens = results.nats(LARGER, "long", 1, 4096)[1]
+    full = [share * nats["long"][seed] + (1 - share) * nats[AS_SPARSE][seed] for seed in nats["long"]]
+    return equal, results.interval(np.array(full) - [nats[SPARSE][seed] for seed in nats["long"]], tokens)
+
+
+def judged_sparse(results: PretrainingResults) -> pd.DataFrame:
+    """A row for each expectation above: expected, found (in nats), judged."""
+    whole = results.difference(LARGER, (SPARSE, "full"), ("long", "full"))
+    own = as_trained(results, LARGER)
+    work = results.difference(LARGER, (AS_SPARSE, "full"), (SPARSE, "full"))
+    equal, time = equal_seconds(results)
+    few = results.cost(LARGER, AS_SPARSE, "long_steps")
+    rows = [
+        ("S2, read with full attention, is worse at equal tokens", whole, worse_if_above(whole)),
+        ("S2, read with its own attention: no difference is detected", own, judge_no_difference(own)),
+        (f"full attention is worse at S2's operations, in {few:.0f} steps", work, judge_above(work)),
+        (f"full attention is worse in S2's seconds, in about {equal:.0f} steps", time, judge_above(time)),
+    ]
+    columns = ["expected", "found", "judged"]
+    return pd.DataFrame([(what, in_nats(found), judged) for what, found, judged in rows], columns=columns)

@@ -132,7 +132,7 @@ def test_the_record_of_16m_follows_from_what_is_in_it():
 )
 def test_an_expectation_is_judged_by_its_interval(low, high, switch, worse):
     found = {"low": low, "high": high}
-    assert (judging.judge_switch(found), judging.worse_if_above(found)) == (switch, worse)
+    assert (judging.judge_no_difference(found), judging.worse_if_above(found)) == (switch, worse)
 
 
 def test_what_was_expected_of_a_worse_switch_is_asked_only_if_it_is_worse():

@@ -1,0 +1,43 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import pretraining, pretraining_cells, pretraining_sparse
+from experiments.pretraining_cells import AS_SPARSE, LONG, SPARSE, Size
+from experiments.pretraining_results import NAMES, PretrainingResults, pretraining_results
+from experiments.pretraining_sparse import LARGER, equal_seconds, run_sparse
+from llama_long_utils.evaluation.statistics import Bootstrap
+
+
+def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretraining_cells.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=8))
+    monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
+    monkeypatch.setattr(pretraining_sparse, "LARGER", "doll")
+    monkeypatch.setattr(pretraining_sparse, "SEEDS", (0,))
+    tokenizer, training, held_out = pretraining.texts()
+    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
+    record = run_sparse(tmp_path / "joined")
+    results = pretraining_results(record)
+    cells = results.cells.set_index("arm")
+    assert set(cells.index) == {SPARSE, AS_SPARSE, "long"}
+    assert cells.tokens[SPARSE] == cells.tokens["long"] == 8 * LONG > cells.tokens[AS_SPARSE]
+    assert cells.flops_counted[AS_SPARSE] == pytest.approx(cells.flops_counted[SPARSE], rel=0.1)  # whole steps
+    assert set(results.record.table("as_trained").seed) == {0}
+    monkeypatch.setattr(pretraining, "train", None)
+    run_sparse(tmp_path / "joined")
+
+
+def test_at_equal_seconds_full_attention_is_read_between_its_two_lengths():
+    """NLL falls by 0.1 nat with each doubling of steps: 100 steps to 400, S2 takes half of the seconds of 400."""
+    arms = {"long": (400, 4.0, 4.8), AS_SPARSE: (100, 1.0, 5.0), SPARSE: (400, 2.0, 4.85)}
+    rows = [(LARGER, arm, seed) for arm in arms for seed in range(3)]
+    cells = pd.DataFrame(rows, columns=NAMES)
+    cells["long_steps"], cells["seconds"] = (
+        cells.arm.map({arm: row[at] for arm, row in arms.items()}) for at in (0, 1)
+    )
+    nats = 100 * np.repeat(cells.arm.map({arm: row[2] for arm, row in arms.items()}).to_numpy(), 12)
+    arrays = {"nats": nats.reshape(9, 1, 12, 1), "tokens": np.full((12, 1), 100)}
+    arrays |= {"edges": np.array([1, 4096]), "ways": np.array(["full"])}
+    steps, found = equal_seconds(PretrainingResults(cells, arrays, Bootstrap(12, 500, 0)))
+    assert steps == pytest.approx(200)
+    assert found["each"] == pytest.approx([4.9 - 4.85] * 3)
