@@ -1,8 +1,26 @@
-"""What nbval leaves out when it compares stored outputs with new ones, and which files come first."""
+"""What nbval leaves out when it compares outputs, whose kernels it uses, and which files come first."""
 
 import gc
 
 import pytest
+from nbval import kernel
+
+from tests.kernels import forked, start_server
+
+SERVER = pytest.StashKey()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before xdist starts its workers, which find the server in their environment."""
+    if config.option.nbval and not hasattr(config, "workerinput"):
+        config.stash[SERVER] = start_server()
+    kernel.start_new_kernel = forked()(kernel.start_new_kernel)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The server ends when its standard input does."""
+    if SERVER in config.stash:
+        config.stash[SERVER].communicate()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

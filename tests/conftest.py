@@ -1,4 +1,7 @@
-"""A random Llama of a few thousand weights, on disk like a real one."""
+"""A random Llama of a few thousand weights, on disk like a real one.
+
+torch and transformers are imported where they are used: the process that hands out the tests does without them.
+"""
 
 import ast
 import dataclasses
@@ -8,16 +11,17 @@ from functools import cache
 from itertools import islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_long_utils.data import sources
-from llama_long_utils.data.packing import join_pieces, packed_pieces
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Lora, Preset, Scaling
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 sources._load_corpus = cache(sources._load_corpus)  # half a second for each of a hundred tests
 
@@ -36,12 +40,17 @@ RAISED = Scaling("abf", 5e5, head_dim=32, original_window=64, window=512)
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory) -> Path:
+    import torch
+
     folder = tmp_path_factory.mktemp("base")
     new_llama(seed=0).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
-def new_llama(seed: int, **changes) -> LlamaForCausalLM:
+def new_llama(seed: int, **changes) -> "LlamaForCausalLM":
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(
@@ -58,6 +67,8 @@ def new_llama(seed: int, **changes) -> LlamaForCausalLM:
 
 def training_sequences(documents, window: int, count: int, *, padding_id: int, bos_id=None, **options) -> list:
     """`count` sequences of documents that are passed over as often as needed: `packed_pieces`, joined."""
+    from llama_long_utils.data.packing import join_pieces, packed_pieces
+
     packed = islice(packed_pieces(repeat(documents), window, **options), count)
     return [join_pieces(pieces, window, padding_id, bos_id) for pieces in packed]
 

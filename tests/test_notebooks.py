@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 from llama_long_utils.notebooks import check, finding
 from llama_long_utils.paths import REPOSITORY
+from tests.kernels import forked
 from tools.readme import write_generated
 from tools.sequence import FOLDER, SEQUENCE, delivered
 
@@ -173,7 +174,9 @@ for chosen in control.children[:3]:
 print(drawn, "settings drawn")
 """
     notebook.cells = [nbformat.v4.new_code_cell(elsewhere), *notebook.cells, nbformat.v4.new_code_cell(moving)]
-    NotebookClient(notebook).execute(env={**os.environ, "JPY_SESSION_NAME": "02_rope_scaling.ipynb"}, cwd=FOLDER)
+    environment = {**os.environ, "JPY_SESSION_NAME": "02_rope_scaling.ipynb"}
+    with forked():
+        NotebookClient(notebook).execute(env=environment, cwd=str(FOLDER))
     settings = stdout(notebook.cells[-1]).split()
     assert int(settings[0]) >= 15
 
@@ -193,11 +196,12 @@ def test_papermill_takes_a_parameter_and_refuses_a_misspelt_one_from_both_folder
     done = subprocess.run([*command, "-p", "preset", "tiny"], cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     taken = {"parameters": {"preset": "tiny"}, "cwd": REPOSITORY, "progress_bar": False}
-    papermill.execute_notebook(path, tmp_path / "out.ipynb", **taken)
-    for folder in (REPOSITORY, FOLDER):
-        options = {"parameters": {"presett": "tiny"}, "cwd": folder, "progress_bar": False}
-        with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'presett'"):
-            papermill.execute_notebook(path, tmp_path / "out.ipynb", **options)
+    with forked():
+        papermill.execute_notebook(path, tmp_path / "out.ipynb", **taken)
+        for folder in (REPOSITORY, FOLDER):
+            options = {"parameters": {"presett": "tiny"}, "cwd": folder, "progress_bar": False}
+            with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'presett'"):
+                papermill.execute_notebook(path, tmp_path / "out.ipynb", **options)
 
 
 def nbval(path):

@@ -30,6 +30,7 @@ from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_table, write_record
 from llama_long_utils.settings import METHODS
+from tests.kernels import forked
 
 EQUAL_SECONDS = "-equal-seconds"
 
@@ -306,6 +307,7 @@ def test_the_notebook_runs_for_a_preset_whose_race_was_not_run(tmp_path):
     notebook.cells = [nbformat.v4.new_code_cell(elsewhere), *notebook.cells]
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source = parameters.source.replace('"tiny"', '"mine"')
-    NotebookClient(notebook).execute(cwd=REPOSITORY / "notebooks")
+    with forked():
+        NotebookClient(notebook).execute(cwd=str(REPOSITORY / "notebooks"))
     results = race_results(load_preset("tiny"), tmp_path / "runs" / "mine" / "records" / "11_ablations.json")
     assert list(results.arms.method) == ["none", "pi", "abf", "xpos_abf"]

@@ -1,0 +1,120 @@
+"""Kernels for nbval that are forks of one process: what takes long to import is imported once, not for each notebook.
+
+A kernel spends five CPU seconds on torch and transformers. Nothing of this repository is imported before a fork, nor
+Matplotlib, which looks around when it is. Kernels of papermill, of `tools.run` and of JupyterLab, which other tests
+start, begin as they do for everybody.
+"""
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jupyter_client.provisioning import local_provisioner
+
+LIBRARIES = ["ipykernel.kernelapp", "ipywidgets", "pandas", "scipy.stats", "torch", "transformers.modeling_utils"]
+LIBRARIES += ["transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "datasets", "transformers.trainer"]
+ADDRESS = "LLAMA_LONG_KERNELS"  # in the environment: the server's socket
+
+
+class Fork:
+    """A kernel, with what jupyter_client asks of a process; its connection to us is closed when it ends."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command: list[str], *, env: dict[str, str], cwd: Any = ".", **_streams: Any) -> None:
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(os.environ[ADDRESS])
+        self.connection.sendall(json.dumps([command, os.path.abspath(cwd), env]).encode() + b"\n")
+        self.pid = int(self.connection.makefile().readline())
+
+    def poll(self) -> int | None:
+        return 0 if select.select([self.connection], [], [], 0)[0] else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not select.select([self.connection], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("kernel", timeout or 0)
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start_server() -> subprocess.Popen:
+    """A process of which kernels are forked; it ends when its standard input does."""
+    folder = tempfile.mkdtemp(prefix="kernels-")
+    os.environ[ADDRESS] = str(Path(folder, "socket"))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.environ[ADDRESS])
+        listener.listen()  # from now on kernels can be asked for, and wait
+        command = [sys.executable, __file__, str(listener.fileno())]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """Kernels that are started meanwhile come from the server, if there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if ADDRESS in os.environ:
+            patch.setattr(local_provisioner, "launch_kernel", Fork)
+        yield
+
+
+def become_a_kernel(connection: socket.socket) -> None:
+    """Go on as if this process had been started by the command that is asked for."""
+    command, folder, environment = json.loads(connection.makefile().readline())
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
+    os.chdir(folder)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    sys.argv = command[command.index("ipykernel_launcher") :]
+    connection.sendall(f"{os.getpid()}\n".encode())
+    importlib.import_module("ipykernel.kernelapp").launch_new_instance()
+
+
+def wait_for_ended_kernels() -> None:
+    """What they have computed is counted as this process'."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def serve(listener: socket.socket) -> None:
+    """Fork a kernel for each connection, until standard input ends."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    gc.freeze()
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            become_a_kernel(connection)
+            return
+        connection.close()
+        wait_for_ended_kernels()
+    wait_for_ended_kernels()
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder, which is on no kernel's path
+    serve(socket.socket(fileno=int(sys.argv[1])))
