@@ -180,6 +180,7 @@ RESIDENT = """
 import os, platform, sys
 from pathlib import Path
 import torch
+from transformers import LlamaForCausalLM
 sys.path.insert(0, "tests")
 from conftest import new_llama
 from llama_long_utils.model.loss import hidden_states
