@@ -58,12 +58,11 @@ def live_against_record(live: Record, record: Record) -> tuple[float, float]:
 
 
 def show_by_measure(table: pd.DataFrame, rows: str, *, sign: bool = True) -> None:
-    """Show a table of the race in two, NLL and ROUGE-L, with a line for each value of `rows` and a column a measure."""
-    for kind, digits in (("NLL", 3), ("ROUGE", 0)):
-        part = table[table.measure.str.startswith(kind)]
-        numbers = part[["value", "low", "high"]].itertuples(index=False, name=None)
-        part = part.assign(text=[measured(*row, digits=digits, sign=sign) for row in numbers])
-        show_table(part.pivot_table("text", rows, "measure", aggfunc="first", sort=False).reset_index())
+    """Show a table of the race with a line for each value of `rows` and a column for each measure."""
+    numbers = table[["value", "low", "high", "measure"]].itertuples(index=False, name=None)
+    told = [measured(*row, digits=3 if name.startswith("NLL") else 0, sign=sign) for *row, name in numbers]
+    wide = table.assign(text=told).pivot_table("text", rows, "measure", aggfunc="first", sort=False)
+    show_table(wide.reset_index())
 
 
 def _attention_groups(settings: TrainingSettings) -> Iterator[tuple[slice, float]]:
