@@ -143,20 +143,21 @@ def judged_switches(parts: dict[str, PretrainingResults], alone: str) -> pd.Data
     for row in rows:
         alone = "one seed, " if row["seeds"] == 1 else ""
         row["switch at 80%"] = alone + verdict(row["value"], row["low"], row["high"], "better", "worse")
-        row["each seed"] = ", ".join(f"{value:+.3f}" for value in row.pop("each"))
+        each = row.pop("each")  # two sizes together have the seeds of both rows above
+        row["each seed"] = "-" if " and " in row["from scratch"] else ", ".join(f"{value:+.3f}" for value in each)
     return pd.DataFrame(rows)
 
 
 def behind_before(results: PretrainingResults, size: str, arm: str) -> str:
-    """How far an arm's training loss is above long throughout's before it switches and after it, for each seed."""
+    """How far an arm's training loss is above long throughout's before it switches and after it, from seed to seed."""
     around, last = results.spike(size, arm), int(results.cost(size, arm, "short_steps"))
     behind, after = around[:, :20].mean(axis=1), around[:, 60:80].mean(axis=1)
-    each, later = (", ".join(f"{gap:+.2f}" for gap in gaps) for gaps in (behind, after))
+    each, later = (f"{gaps.min():+.2f} to {gaps.max():+.2f}" for gaps in (behind, after))
     before = " So it is behind before its sequences become long." if (behind > 0).all() else ""
     return (
-        f"{size}, {STYLES[arm][0]}: in steps {last - 19} to {last}, its last short ones, its training loss minus that "
-        f"of long throughout on the same tokens is {each} nat, seed by seed.{before} In steps {last + 41} to "
-        f"{last + 60}, which are long in both, it is {later} nat."
+        f"- {size}, {STYLES[arm][0]}: in its last 20 short steps its training loss minus that of long throughout, on "
+        f"the same tokens, is {each} nat, by seed.{before} In steps {last + 41} to {last + 60}, long in both, "
+        f"it is {later}."
     )
 
 
@@ -235,10 +236,10 @@ def draw_copying(results: PretrainingResults, size: str, window: int, folder: Pa
     axes.set(ylabel="continued correctly (% of tokens)", ylim=(0, 100))
     figure.legend(loc="outside lower center", ncols=3)
     far = {name: results.copying(size, name)["value"] for name in ("long", "switch-80")}
-    caption = "Does a model still copy after a late switch? From over 1,024 tokens back long throughout continues "
-    caption += f"{far['long']:.0%} correctly, the switch at 80% {far['switch-80']:.0%}. {size}, trained on, recorded "
-    caption += "by us, in held-out texts that quote themselves. Hollow: orders of the texts; lines: their means. All "
-    caption += "arms read the whole text. First tokens of excerpts are left out."
+    caption = f"**From over 1,024 tokens back long throughout continues {far['long']:.0%} of quotes correctly, the "
+    caption += f"switch at 80% {far['switch-80']:.0%}.** All arms read the whole text.\n\n*{size}, trained on, "
+    caption += "recorded by us; held-out texts that quote themselves, without the first tokens of excerpts. Hollow: "
+    caption += "orders of the texts; lines: their means.*"
     save_figure(figure, folder, slug, number, caption, f"From near to far: {'; '.join(said)}.")
 
 
@@ -269,9 +270,9 @@ def draw_switch(
     panels[1].set_ylabel("difference in loss (nats)")
     figure.legend(loc="outside lower right", ncols=4)
     found = jumps(results, size)
-    caption = f"The loss jumps, beyond the interval, at {' and '.join(found.arm[found.low > 0]) or 'no switch'}. Left: "
-    caption += "training loss of the live run. Right: recorded by us, means over seeds and five steps. Dotted: where "
-    caption += "long sequences begin."
+    caption = f"**The loss jumps, beyond the interval, at {' and '.join(found.arm[found.low > 0]) or 'no switch'}.** "
+    caption += "Dotted: where long sequences begin.\n\n*Left: training loss of the live run. Right: recorded by us, "
+    caption += "means over seeds and five steps.*"
     alt = (
         "Left, a falling loss with its switch marked. Right, loss minus the long arm's around each switch, four curves."
     )
@@ -319,11 +320,10 @@ def draw_quality(
     figure.legend(labels.values(), labels, ncols=3, loc="outside lower center")
     late = {size: row_verdict(table.set_index("arm").loc["switch-80"]) for size, table in tables.items()}
     read = "; ".join(f"{size}: {word}" for size, word in late.items())
-    caption = "Is a late switch as good at fewer operations? The switch at 80% beside long throughout, by size. "
-    caption += f"{read}. "
-    caption += "Recorded by us. Hollow circles: seeds; bars: 95% intervals over seeds and documents, or over seeds "
-    caption += "alone where that is wider. Two marks are shifted to the right of what costs as much. "
-    caption += "Tables 10 and 11 are published without intervals."
+    caption = f"**The switch at 80% beside long throughout, by size. {read}.** Below the line is better, to the left "
+    caption += "cheaper.\n\n*Recorded by us. Circles: seeds; bars: 95% over seeds and documents, or over seeds alone "
+    caption += "where that is wider. Two marks are shifted to the right of what costs as much. The paper's Tables 10 "
+    caption += "and 11 have no intervals.*"
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
 
 
@@ -351,11 +351,12 @@ def draw_positions(results: PretrainingResults, size: str, window: int, folder: 
     figure.supylabel("NLL minus long throughout (nats)", fontsize=11)
     read = {word: "; ".join(arms) or "no arm anywhere" for word, arms in apart.items()}
     intervals, often = len(names) * (len(edges) - 1), int(edges[-1]) // window
-    caption = f"Where does an arm read apart from long throughout? {size}. Better, beyond the interval, at "
-    caption += f"positions of: {read['better']}. Worse: {read['worse']}. Recorded by us; bands: 95% intervals as in "
-    caption += "Figure 12.2, each of one range of positions. One in twenty such intervals misses by chance, and here "
-    caption += f"are {intervals}, without correction. Short steps train the first {window} positions {often} times as "
-    caption += "often as long ones: a possible reason for what is better there."
+    caption = f"**Where {size} reads better than long throughout, beyond the interval: {read['better']}. Worse: "
+    caption += f"{read['worse']}.** Short steps train the first {window} positions {often} times as often as long "
+    caption += (
+        "ones: a possible reason.\n\n*Recorded by us; bands: 95% as in Figure 12.2, each of a range of positions. "
+    )
+    caption += f"One in twenty misses by chance, and here are {intervals}.*"
     alt = "A panel for each arm, over positions 1 to 4,096; zero is the arm that is long throughout."
     save_figure(figure, folder, slug, number, caption, alt)
 
@@ -377,8 +378,9 @@ def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug
     saved, beta = ("; ".join(f"{model} {one:.2f}" for model, one in models[name].mean().items()) for name in columns)
     lows, highs = models.beta_low.min(), models.beta_high.max()
     grows = "is seen" if lows.iloc[-1] > highs.iloc[0] else "is not seen"
-    caption = f"Does context help a larger model more? What it saves, in nats: {saved}. That β grows {grows}: {beta}. "
-    caption += "Recorded by us; a mark for each seed, bars: 95% intervals over documents. Diamond: the tiny Llama, "
-    caption += "trained otherwise. 16M read eight times the tokens of 0.4M and 0.9M, so it is not size alone."
+    caption = f"**What context saves, and the exponent β, by parameters. That β grows {grows}.** 16M read eight times "
+    caption += "the tokens of 0.4M and 0.9M, so it is not size alone.\n\n*Recorded by us; a mark for each seed, bars: "
+    caption += "95% over documents. Diamond: the tiny Llama, trained otherwise.*"
     misfit = "; ".join(f"{row.model}, seed {row.seed}: {row.rmse:.3f}" for row in laws.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"The law's misfit in nats, by model: {misfit}.")
+    alt = f"Saved, in nats: {saved}. β: {beta}. The law's misfit in nats: {misfit}."
+    save_figure(figure, folder, slug, number, caption, alt)

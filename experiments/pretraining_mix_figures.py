@@ -40,10 +40,10 @@ def draw_mixes(mixes: pd.DataFrame, size: str, folder: Path, slug: str, number: 
         panel.set_xlabel("NLL minus the original mix's (nats)")
     parts = mixes[mixes.place == "far"]
     far = parts.set_index("mix").value
-    caption = f"What moves far NLL? Content, lengths unchanged (`better`): {far['better']:+.3f} nat; length alone "
-    caption += f"(`shredded`): {far['shredded']:+.3f}. {size}, one short checkpoint trained on, recorded by us. Left "
-    caption += "of the line is better; hollow: orders of the texts, bars: 95% intervals as in Figure 12.2. The lower "
-    caption += "panel has a wider scale."
+    caption = f"**Content, lengths unchanged (`better`), moves far NLL by {far['better']:+.3f} nat, length alone "
+    caption += f"(`shredded`) by {far['shredded']:+.3f}.** Left of the line is better; the lower panel has a wider "
+    caption += f"scale.\n\n*{size}, one short checkpoint trained on, recorded by us; hollow: orders of the texts, "
+    caption += "bars: 95% as in Figure 12.2.*"
     alt = "; ".join(f"{row.mix} {row.value:+.3f}" for row in parts.itertuples())
     save_figure(figure, folder, slug, number, caption, f"NLL minus the original mix's, far: {alt}.")
 
@@ -51,7 +51,7 @@ def draw_mixes(mixes: pd.DataFrame, size: str, folder: Path, slug: str, number: 
 def effects_table(results: PretrainingResults, size: str) -> pd.DataFrame:
     """What content and length do to far NLL, from scratch, as text."""
     effects = results.content_and_length(size)
-    shown = effects.assign(text=in_words(effects, 4)).rename(columns={"text": "far NLL (nats)", "seeds": "orders"})
+    shown = effects.assign(text=in_words(effects, 3)).rename(columns={"text": "far NLL (nats)", "seeds": "orders"})
     return shown[["what is changed", "first minus second", "far NLL (nats)", "orders"]]
 
 
@@ -136,13 +136,13 @@ def draw_content_or_length(effects: pd.DataFrame, size: str, folder: Path, slug:
         panel.get_legend().remove()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     changed = effects[effects.place == "far"].set_index(["change", "measure"]).value
-    said = [
-        f"{one}: {changed[one, 'copying']:+.1f} points, {changed[one, 'NLL']:+.3f} nat" for one in (LENGTH, CONTENT)
-    ]
-    caption = f"What moves far copying and far NLL? {'; '.join(said)}. Data mixes read by {size}, recorded by us; "
-    caption += "hollow: orders of the texts, bars: 95% intervals as in Figure 12.2. Far: positions from 2,048 on, or "
-    caption += "copied from over 1,024 tokens back. Near: positions below 512, or copied from up to 512 tokens back "
-    caption += "within the first 1,024. Another domain, whose NLL is off this scale, is in the table."
+    said = [f"{changed[one, 'copying']:+.1f} points with {one}" for one in (LENGTH, CONTENT)]
+    caption = f"**Far copying changes by {', by '.join(said)}.** Far: positions from 2,048 on, or copied from over "
+    caption += "1,024 tokens back. Near: positions below 512, or copied from up to 512 tokens back within the first "
+    caption += (
+        f"1,024.\n\n*Data mixes read by {size}, recorded by us; hollow: orders of the texts, bars: 95% as in Figure "
+    )
+    caption += "12.2. Another domain, whose NLL is off this scale, is in the table.*"
     far = drawn[drawn.place == "far"]
     alt = "; ".join(f"{row.change}, {row.measure} {row.value:+.2f}" for row in far.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Far: {alt}.")
