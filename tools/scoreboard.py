@@ -142,11 +142,12 @@ def scoreboard() -> dict[str, Line]:
 
 
 def scoreboard_table(*, numbers: bool = True) -> str:
-    """The scoreboard in Markdown, with what was found or, for a glance, without."""
+    """The scoreboard in Markdown, with what was found (a line for each part of it) or, for a glance, without."""
     rows = [["", "the paper's claim", *(["it found", "we found", "on", "verdict"] if numbers else GLANCE)]]
     for name, line in scoreboard().items():
         judged, colon, reason = line.verdict.partition(":")
         found = [line.paper, line.ours, line.scale, f"**{judged}**{colon}{reason}"]
+        found = [text.replace("; ", "<br>") for text in found]
         rows.append([name, line.claim, *(found if numbers else [f"**{judged}**", line.reason, line.scale])])
     return _markdown(rows)
 
@@ -372,17 +373,9 @@ def _power_law(published: dict[str, Any]) -> Line:
     far = predictions[predictions.context == predictions.context.max()].set_index("law")
     told, line = (tuple(far.loc[name, ["value", "low", "high"]]) for name in ("power law", "line in log c"))
     up_to, longest = far.fitted_up_to.iloc[0], far.context.iloc[0]
-    ours = f"fitted up to {up_to:,} tokens and asked for {longest:,}, predicted minus measured: the law "
-    ours += (
-        f"{_nats(pd.Series(told, BOUNDS))} nat, a line in log c {_nats(pd.Series(line, BOUNDS))}; the law is nearer "
-    )
-    ours += f"than the line by {_nats(-far.loc[CLOSER, ['value', 'high', 'low']].set_axis(BOUNDS))} nat"
-    for name in MODELS:
-        other = recorded(name, BY_CONTEXT) if name != "smollm2" else None  # which judges: the longest contexts
-        if other is not None:
-            last = other.table("predictions").set_index("law").loc[[CLOSER]].iloc[-1]
-            nearer = _nats(-last[["value", "high", "low"]].set_axis(BOUNDS))
-            ours += f"; at {READ_BY_CONTEXT[name]}, asked for {int(last.context):,} tokens, by {nearer}"
+    ours = f"fitted up to {up_to:,} tokens and asked for {longest:,}, predicted minus measured in nats; the law "
+    ours += f"{_nats(pd.Series(told, BOUNDS))}; a line in log c {_nats(pd.Series(line, BOUNDS))}; the law is nearer "
+    ours += f"by {_nats(-far.loc[CLOSER, ['value', 'high', 'low']].set_axis(BOUNDS))}; other models: notebook 13"
     if max(map(abs, told[1:])) < FORETOLD:
         judged = AGREES
     elif min(map(abs, told[1:])) > FORETOLD and told[1] * told[2] > 0:
@@ -406,16 +399,13 @@ def _model_size(laws: dict[str, Any]) -> Line:
     if record is None or len(betas := record.table("betas")) == 1:
         return Line(claim, paper)
     steps, each = (betas[betas.model.str.contains(" minus ") == whether] for whether in (True, False))
-    ours = f"β {', '.join(f'{row.value:.2f} of {row.model}' for row in each.itertuples())}; "
+    ours = "β on the same targets behind the same contexts; "
     ours += "; ".join(f"{row.model} {measured(row.value, row.low, row.high)}" for row in steps.itertuples())
-    ours += ", on the same targets behind the same contexts"
     largest, wide = gpu_results(), larger_sizes()[LARGER]
     more = largest.context_saves_more(GPU_SIZE, LARGER, wide)
-    own = [part.record.table("power_law").groupby("model").beta.mean()[size] for part, size in
-           ((wide, LARGER), (largest, GPU_SIZE))]  # fmt: skip
     times = largest.cost(GPU_SIZE, "long", "tokens") / wide.cost(LARGER, "long", "tokens")
     ours += f"; from scratch {GPU_SIZE}, on {times:.0f} times the tokens, saves {_nats(pd.Series(more))} nat more by "
-    ours += f"its context than {LARGER}, β {own[1]:.2f} and {own[0]:.2f}"
+    ours += f"its context than {LARGER}"
     judged = AGREES if steps.low.min() > 0 else DISAGREES if steps.high.max() < 0 else UNDECIDED
     texts = record.table("contexts").groupby("document").kind.first()
     names = ", ".join(READ_BY_CONTEXT[name] for name in each.model)
@@ -598,16 +588,15 @@ def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
         return [loss, long]
     points = partial(measured, digits=1)
     asked = f"exact answers to quotations, {results.past[0]:,} to {results.past[-1]:,} tokens:"
-    exact, words = (results.difference(*PAIRS[LOSS], one) for one in ("exact", "words"))
+    exact = results.difference(*PAIRS[LOSS])
     full, alone, plain, read = (results.difference(*PAIRS[name]) for name in (FULL, DILUTION, PLAIN, LONG))
-    nats, kept = (results.far_nll(*PAIRS[name]) for name in (LOSS, FULL))
+    kept = results.far_nll(*PAIRS[FULL])
     scale = f"{MODELS['tiny']}, {len(results.seeds('long'))} seeds"
     real = instruction_results(load_preset("smollm2"))
     on_squad = {name: real.difference(*PAIRS[name], "f1") for name in (FULL, PLAIN, LONG)} if real else {}
 
-    ours = f"{asked} {points(*exact)} points; right words, whatever follows: {points(*words)}; "
-    ours += f"NLL of held-out text far out {measured(*nats)} nat. With answers at their weight without it: "
-    ours += f"{points(*full)} points, {measured(*kept)} nat; that dilution of answers alone: {points(*alone)} points"
+    ours = f"{asked} {points(*exact)} points; with answers at their weight without it {points(*full)}, and far NLL "
+    ours += f"{measured(*kept)} nat; by that dilution of answers alone {points(*alone)}"
     judged = _judged(full, *([on_squad[FULL]] if real else []))
     why = f"where answers keep their weight, {_told(full)} at tiny"
     reason = f"{why}{', and the model reads better' if kept[2] < 0 else ''}"
