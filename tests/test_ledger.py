@@ -128,8 +128,8 @@ def run_whole(config, shape):
 )
 def test_three_layers_at_two_short_lengths_give_the_peak_of_any_step(memory_savings, other):
     shape = replace(SHAPE, length=4096, memory_savings=memory_savings, **other)
-    derived = ledger(config(5), LORA, shape)
-    whole, host = run_whole(config(5), shape)
+    derived = ledger(config(4), LORA, shape)
+    whole, host = run_whole(config(4), shape)
     assert sum(whole.values()) == pytest.approx(sum(derived[name] for name in COMPONENTS), rel=1e-3)
     assert derived[HOST] == pytest.approx(host, rel=1e-6)
 
@@ -199,7 +199,7 @@ def test_steps_on_a_gpu_need_what_was_measured_there_less_the_gradient_that_the_
         lean = leanest(model_shape(model), row.context, PLAIN)
         shape = StepShape(row.context, "bfloat16", lean, gpu=True)
         kept = 2 * row.context * model_shape(model).hidden_size
-        now, before = (predict(model_shape(model), lora, replace(shape, gpu=gpu)).device_gib for gpu in (True, False))
+        now = predict(model_shape(model), lora, shape).device_gib
         assert now + kept / GIB == pytest.approx(row.allocated_gib, rel=0.03)
         assert now + kept / GIB == pytest.approx(row.predicted_gib, rel=0.005)
-        assert before <= now
+    assert predict(model_shape(model), lora, replace(shape, gpu=False)).device_gib <= now  # of the last one

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,7 @@ def folder_state(path: Path) -> list[tuple[str, int, int]]:
     return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
+@cache  # most files are as they were for the notebook before: half a second for each
 def _without_comments(source: str) -> str:
     return ast.unparse(ast.parse(source))
 
