@@ -178,28 +178,16 @@ def near(value: float, limit: float) -> str:
     return f"{value:.{4 if f'{value:.3f}' == f'{limit:.3f}' else 3}f}"
 
 
-def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float, origin: str) -> None:
+def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float) -> None:
     """What the controls tell apart, and the arms on new seeds: tables, and findings that hold or do not."""
-    say(f"""The arms of the figure in numbers, {origin}; means over seeds. *Begin right*: greedy answers, and their
-        change from the instruction-tuned model's. *KL*: nats an answer. *Cost*: nats a token of long documents, unread
-        ones for new seeds. *At most*: the highest end of a seed's interval.""")
-    rows = in_figure(table)
-    columns = {
-        "arm": rows.index,
-        "begin right": [f"{share:.2f}" for share in rows.words_right],
-        "change": [in_brackets(row, "change", "_change", sign=True) for _, row in rows.iterrows()],
-        "KL": ["-" if pd.isna(kl) else f"{kl:.1f}" for kl in rows.kl],
-        "cost": rows.cost.to_numpy(),
-        "at most": [near(high, limit) for high in rows.at_most],
-    }
-    show_table(pd.DataFrame(columns), digits=3)
+    say(tradeoff_in_words(table, limit))
     for arm, above in (("rl", False), ("tight rl", False), ("rl on gold", True)):
         change, more = table.loc[arm, ["change", "low_change", "high_change"]], "more" if above else "fewer"
         shown(f"{arm}: {more} greedy answers begin right than before", change, above=above, digits=2)
     finding("imitation: preferred less often than dpo, intervals apart", table.high["imitation"] < table.low["dpo"])
-    for arm in (arm for arm in CONTROLS if arm in table.index):
-        claim = f"{arm}: the study's documents cost at most {limit:g} nat, every interval of the study's seeds"
-        finding(claim, table.at_most[arm] <= limit)
+    asked = [arm for arm in CONTROLS if arm in table.index]
+    kept = [arm for arm in asked if table.at_most[arm] <= limit]
+    print(f"of {len(asked)} controls, within {limit:g} nat on the study's seeds: {', '.join(kept) or 'none'}")
     say_new_seeds(fresh, limit)
 
 
@@ -226,25 +214,19 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
         name, won = arm.removesuffix(NEW), "preferred" if new.low > 0.5 else NO_DIFFERENCE
         before = ""
         if name in table.index:  # its settings were chosen on one seed of the study
-            kept = "yes" if table.at_most[name] <= limit else "no"
-            before = f"on the study's seeds, one of which chose it, {kept}; "
-        passed = "yes" if new.at_most <= limit else "no"
+            kept = "was" if table.at_most[name] <= limit else "was not"
+            before = f" On the study's seeds, one of which chose it, it {kept} within."
+        passed = "within" if new.at_most <= limit else "not within"
         above = [sum(high > limit for high in ends) for ends in (new.ends, new.ends_study)]
-        tests.append(f"""- **{name}: {won}. Every seed's interval within {limit:g} nat: {before}on {len(new.ends)} new
-  seeds {passed}** ({above[0]} above on unread documents, {above[1]} on the study's; the highest end is
-  {near(new.at_most, limit)}). Against the cut answers: {in_brackets(new, "preferred_cut", "_cut")}.""")
-    kept = ", ".join(arms_within(table, limit, again=False)) or "none"
-    gold, text, dpo, imitation = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo", "imitation"))
+        tests.append(f"""- **{name}, tested on {len(new.ends)} new seeds: {won}, and {passed} {limit:g} nat** in every
+  seed's interval. Above it are {above[0]} on unread documents and {above[1]} on the study's.{before}""")
+    gold, text, dpo = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo"))
     return f"""- **Words fell with the learnt reward, not with gold.** With gold as the reward {gold.words_right:.0%}
-  of greedy answers begin right, a change of {in_brackets(gold, "change", "_change", sign=True)}. With the learnt reward
-  and a leash ten times as tight it is {table.words_right["tight rl"]:.0%}.
-- The cost in long context is nearly as high without the learnt reward. RL on gold costs {gold.cost:.3f} nat a token,
-  RL on the learnt reward {table.cost["rl"]:.3f}.
-- **With a text beside the pairs the cost is lower, and so is the change.** DPO then costs {text.cost:.3f} nat, not
-  {dpo.cost:.3f}. It is preferred {in_brackets(text, "preferred")} in place of {in_brackets(dpo, "preferred")}.
-  Imitation of the chosen answers costs {imitation.cost:.3f} and is preferred {in_brackets(imitation, "preferred")}.
-- Of the arms that were not tested again, within {limit:g} nat, every seed's interval, and preferred, interval above
-  1/2: {kept}.
+  of greedy answers begin right.
+- **The cost in long context is nearly as high without the learnt reward**: {gold.cost:.3f} nat a token, with it
+  {table.cost["rl"]:.3f}.
+- **With a text beside the pairs DPO costs less**: {text.cost:.3f} nat, not {dpo.cost:.3f}. It is preferred
+  {in_brackets(text, "preferred")} in place of {in_brackets(dpo, "preferred")}.
 """ + "\n".join(tests)
 
 
@@ -255,21 +237,20 @@ def say_new_seeds(fresh: Record | None, limit: float) -> None:
         return
     tried, paid = (part[part.seed.isna()].set_index("arm") for part in map(fresh.table, ("choice_wins", "choice_nll")))
     numbers = tried.join(paid[["nll"]].assign(most=fresh.table("choice_nll").groupby("arm").high.max()))
-    columns = {"preferred": [in_brackets(row, "preferred") for _, row in tried.iterrows()]}
-    columns["preferred, cut"] = [in_brackets(row, "preferred_cut", "_cut") for _, row in tried.iterrows()]
+    columns = {"preferred": [in_brackets(row, "preferred") for _, row in tried.iterrows()], "cost": numbers.nll}
+    columns["at most"] = [near(high, limit) for high in numbers.most]
     said = f"preset {fresh.content['preset']}, {fresh.origin}; 95%, the wider over questions (documents) or over seeds"
-    say(f"DPO with a text beside the pairs, tried on the study's own seeds, {said}. Costs are as above:")
-    columns |= {"cost": numbers.nll, "at most": [near(high, limit) for high in numbers.most]}
+    say(f"""**Tried on the study's own seeds**: DPO with a text beside the pairs, {said}. *At most*: the highest end of
+        a seed's interval. Of those that cost nothing, the one that wins most was chosen:""")
     show_table(pd.DataFrame({"arm": tried.index, **columns}), digits=3)
     won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
     columns, arms = {}, list(won.arm.unique())
     for arm in arms:
         sampled = won[(won.arm == arm) & (won.decoding == "sampled")].set_index("seed")
-        means = answers[answers.test == arm].groupby(["decoding", "arm"])
+        ended = answers[(answers.test == arm) & (answers.decoding == "sampled")].groupby("arm").ended.mean()
         whole, each = sampled[sampled.index.isna()].iloc[0], sampled[sampled.index.notna()]
-        length, ended, right = (means[name].mean() for name in ("length", "ended", "words_right"))
         rows = {
-            "seeds": ", ".join(f"{seed:.0f}" for seed in each.index),
+            "seeds": len(each),
             "sampled answers, preferred": in_brackets(whole, "preferred"),
             "the same, seed by seed": f"{each.preferred.min():.2f} to {each.preferred.max():.2f}",
             "against the untrained answer, cut": in_brackets(whole, "preferred_cut", "_cut"),
@@ -278,11 +259,9 @@ def say_new_seeds(fresh: Record | None, limit: float) -> None:
             all_seeds, seeds = (part[(part.arm == arm) & chosen] for chosen in (part.seed.isna(), part.seed.notna()))
             rows[f"cost, {documents} documents"] = measured(*all_seeds.iloc[0][["nll", "low", "high"]], digits=3)
             rows[f"intervals within {limit:g}, {documents}"] = f"{(seeds.high <= limit).sum()} of {len(seeds)} seeds"
-        rows["tokens of a sampled answer"] = f"{length['sampled', 'sft']:.1f} to {length['sampled', arm]:.1f}"
-        rows["sampled answers that end"] = f"{ended['sampled', 'sft']:.0%} to {ended['sampled', arm]:.0%}"
-        rows["greedy answers that begin right"] = f"{right['greedy', 'sft']:.0%} to {right['greedy', arm]:.0%}"
+        rows["sampled answers that end, before and after"] = f"{ended['sft']:.0%}, {ended[arm]:.0%}"
         columns[arm] = rows
-    say(f"**On new seeds**, {whole.questions} new questions, {said}. The last three rows: before and after.")
+    say(f"**On new seeds**, {whole.questions} new questions, {said}:")
     show_table(pd.DataFrame(columns).rename_axis(index="").reset_index())
     for arm in arms:
         most = read[read.unread & (read.arm == arm) & read.seed.notna()].high.max()
@@ -292,8 +271,8 @@ def say_new_seeds(fresh: Record | None, limit: float) -> None:
             ("the instruction-tuned model", "its answer cut to the same length"), shares, strict=True
         ):
             shown(f"{arm}{NEW}: preferred to {rival}", share, than=0.5, digits=2, sign=False)
-        costly = f"{arm}{NEW}: unread documents cost at most {limit:g} nat, every seed's interval"
-        finding(f"{costly}; the highest ends at {most:.4f}", most <= limit)
+        costly = f"{arm}{NEW}: every seed's interval on unread documents within {limit:g} nat"
+        finding(f"{costly} (at most {most:.4f})", most <= limit)
 
 
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
@@ -326,12 +305,11 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
     message = "What is won, and what it costs."
     if rank > 0.8:
         message = "Mostly, arms that win more cost more in long text."
-    caption = f"""**{message}** Over {len(trained)} trainings of different settings the rank correlation is {rank:.2f}.
-{tradeoff_in_words(table, limit)}
+    caption = f"""**{message}** Dotted: {limit:g} nat; filled costs: every seed's interval ends below it. Green: with a
+text beside the pairs. "{min(KEPT):g}": that share of the change.
 
-*The cheapest first, {origin}. Dotted: {limit:g} nat; filled costs: every seed's interval ends below it. Green: with a
-text beside the pairs. "{min(KEPT):g}": that share of the change. 95%: shares, the wider over questions or seeds; costs,
-over documents or seeds.*"""
+*The cheapest first, {origin}. Rank correlation of {len(trained)} settings: {rank:.2f}. 95%: shares, the wider over
+questions or seeds; costs, over documents or seeds.*"""
     said = [
         f"{row.arm}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats, at most "
         f"{near(row.at_most, limit)}"
@@ -358,16 +336,16 @@ def tradeoff_in_words(table: pd.DataFrame, limit: float) -> str:
         above = sum(high > limit for high in new.ends_study)
         study = f"; {above} of {len(new.ends)} seeds above on the study's documents" if above else ""
         told.append(f"{arm} ({near(new.at_most, limit)}{study})")
-    said = f"Within {limit:g} nat on new seeds and unread documents, and preferred, in a test written down before: "
+    said = f"- Preferred and within {limit:g} nat, in a test written down before, on new seeds and unread documents: "
     said += f"{'; '.join(told) or 'none'}."
     again = [arm for arm in table.index if f"{arm}{NEW}" in table.index and table.at_most[arm] <= limit]
     if failed := [arm for arm in again if arm not in passed]:
-        said += f" {' and '.join(failed)}: within it on the study's seeds, not when tested again."
+        said += f"\n- {' and '.join(failed)}: within it on the study's seeds, not when tested again."
     if others:
-        said += f" On the study's seeds only: {'; '.join(others)}."
+        said += f"\n- On the study's seeds only: {'; '.join(others)}."
     fair = [arm for arm in passed if table.low_cut[f"{arm}{NEW}"] > 0.5]
     fair += [arm for arm in others if table.low_cut[arm] > 0.5]
-    return f"{said}\nPreferred also against answers cut to the same length: {'; '.join(fair) or 'none of these'}."
+    return f"{said}\n- Preferred also against answers cut to the same length: {'; '.join(fair) or 'none of these'}."
 
 
 def raters_in_words(raters: pd.DataFrame, ends: pd.DataFrame, beta: float) -> str:

@@ -10,7 +10,7 @@ from llama_long_utils.figures import save_figure
 from llama_long_utils.notebooks import finding, measured, say, show_table, shown
 from llama_long_utils.records import Record
 
-ENDS = ["gold", "words_right", "exact", "proxy_scaled", "kl", "length", "ended"]
+ENDS = ["gold", "words_right", "ended"]
 WATCHED = ("proxy", "gold", "words_right")
 STEPS = {
     "preferred": ("preferred to the start", "wins and half of the ties"),
@@ -38,30 +38,28 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
     seeds, questions = sorted(table.seed.unique()), wins.questions.iloc[0]
     said = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {questions} held-out questions"
     origin = f"SmolLM2-135M-Instruct, {record.origin}; {said}"
-    say(f"At the end of training, {origin}. KL is in nats an answer, of sampled ones:")
     last = table[table.step == table.groupby("arm").step.transform("max")]
-    ends = last[last.arm.isin(["sft", "sft, stopped", *LOOKS])].groupby(["decoding", "arm"], sort=False)[ENDS].mean()
-    show_table(ends.reset_index())
+    ends = last[last.arm.isin(["sft", "sft, stopped", *LOOKS])].groupby(["arm", "decoding"], sort=False)[ENDS].mean()
+    whole = wins[wins.seed.isna() & wins.arm.isin([*LOOKS, "sft, stopped"])].set_index(["arm", "decoding"])
+    for name, end in (("preferred", ""), ("preferred, cut", "_cut")):
+        ends[name] = pd.Series({key: in_brackets(row, f"preferred{end}", end) for key, row in whole.iterrows()})
+    say(f"""At the end of training, {origin}. *Preferred*: by gold, to the start's answer, and to it cut as the arm's,
+        with 95% over questions or seeds:""")
+    show_table(ends.rename(columns={"words_right": "right words"}).fillna("-").reset_index())
     agreed, total = int((rated.right * rated.held_out).round().sum()), int(rated.held_out.sum())
     rank = rated.filter(like="rank_").mean()
     say(f"""The reward model agrees with {agreed} of {total} comparisons that it was not trained on
         ({measured(agreed / total, *share_interval(agreed, total), sign=False)}). Over the start's sampled answers its
-        rank correlation with gold is {rank.rank_gold:.2f}, with having ended {rank.rank_ended:.2f}, with right words
-        {rank.rank_words:.2f}, with length {rank.rank_length:.2f}, each a mean over seeds.""")
-    whole = wins[wins.seed.isna() & wins.arm.isin([*LOOKS, "sft, stopped"])]
-    say("Judged by gold, with 95% over questions or seeds; \"cut\": against the start's own answer, cut as the arm's:")
-    columns = {"arm": whole.arm, "decoding": whole.decoding}
-    columns["preferred"] = [in_brackets(row, "preferred") for _, row in whole.iterrows()]
-    columns["preferred, cut"] = [in_brackets(row, "preferred_cut", "_cut") for _, row in whole.iterrows()]
-    show_table(pd.DataFrame(columns))
+        rank correlation with having ended is {rank.rank_ended:.2f}, with right words {rank.rank_words:.2f}.""")
     tokens, documents = int(each.position_high.max()), costs.documents.iloc[0]
     say(f"""Seed by seed, against the start. The cost is in nats a token of {documents} held-out stretches of {tokens:,}
         tokens. 95%: of a seed over questions (documents), of all seeds the wider of that or over seeds.""")
     show_table(seed_by_seed(record, table))
-    for row in whole[whole.arm.isin(LOOKS) & (whole.decoding == "sampled")].itertuples():
-        named, options = f"{row.arm}, {row.decoding}: preferred to the start", {"than": 0.5, "digits": 2, "sign": False}
-        shown(named, (row.preferred, row.low, row.high), **options)
-        shown(f"{named}'s answer, cut", (row.preferred_cut, row.low_cut, row.high_cut), **options)
+    for arm in (arm for arm in LOOKS if (arm, "sampled") in whole.index):
+        row, named = whole.loc[arm, "sampled"], f"{arm}, sampled: preferred to the start"
+        for rival, end in (("", ""), ("'s answer, cut", "_cut")):
+            share = row[[f"preferred{end}", f"low{end}", f"high{end}"]]
+            shown(named + rival, share, than=0.5, digits=2, sign=False)
     for arm in (arm for arm in LOOKS if arm in set(table.arm)):
         since = changes[(changes.arm == arm) & (changes.decoding == "greedy") & (changes.since == "sft")]
         words = since.set_index("measure").loc["words_right", ["difference", "low", "high"]]
@@ -71,13 +69,12 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
             part.groupby("step")[[*WATCHED]].mean() for part in (sampled, *(one for _, one in sampled.groupby("seed")))
         ]
         over, *found = [gamed(curve.iloc[0], curve.iloc[-1]) for curve in curves]
-        claim = f"{arm}: late in training the proxy of sampled answers rises, gold or right words fall, on average"
-        finding(f"{claim} (by seed: in {sum(found)} of {len(found)})", over)
+        claim = f"{arm}, sampled: late in training the proxy rises and gold or right words fall, on average"
+        finding(f"{claim} (in {sum(found)} of {len(found)} seeds)", over)
         own = wins[(wins.arm == arm) & (wins.decoding == "sampled") & wins.seed.notna()]
         finding(f"{arm}, sampled: preferred more often than not in every seed", own.preferred.min() > 0.5)
-        within, paid = f"{arm}: long stretches cost at most {limit:g} nat", costs.set_index("arm").loc[arm]
-        shown(within, paid[["nll", "low", "high"]], than=limit, above=False, digits=3)
-        finding(f"{within}, every seed's interval", each.high[each.arm == arm].max() <= limit)
+        within = f"{arm}: long stretches cost at most {limit:g} nat, every seed's interval"
+        finding(within, each.high[each.arm == arm].max() <= limit)
     draw_steps(record, table, folder, slug, number, origin)
     say_stages(record.table("stages"))
 
