@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.dose_record import SECOND_SLUG, SEEN, Readings
 from llama_long_utils.evaluation.statistics import FEWEST
-from llama_long_utils.figures import BLACK, BLUE, RED, TEAL, intervals, plt, save_figure
+from llama_long_utils.figures import BLACK, BLUE, GREY, PINK, RED, TEAL, intervals, plt, save_figure
 from llama_long_utils.notebooks import measured
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, recorded
@@ -23,7 +23,7 @@ FORMS = {"full": ("s-", BLUE), "pose": ("^-", TEAL), "short": ("o-", RED), "fair
 ARMS = {"base": "base", "raised": "base, RoPE base raised", "yarn": "base, YaRN", "control": "control"}
 ARMS |= {"pose": "PoSE", "full": "whole sequences"}
 PLACES = {
-    "inside": {"label": "inside the old window", "color": RED, "marker": "o"},
+    "inside": {"label": "inside the old window", "color": GREY, "marker": "o"},
     "far": {"label": "in the far half of the texts", "color": BLUE, "marker": "s"},
 }
 SHARES = {"mmlu": "accuracy", "hellaswag": "accuracy_per_character", "truthfulqa_mc1": "accuracy_per_character"}
@@ -136,23 +136,18 @@ class DoseResults:
         return (rows.high < 0) & (-rows.nats > self.apart(line, whole))
 
     def doses_that_pay(self) -> pd.DataFrame:
-        """In words for a table: from which dose on each line of `worth` is `ahead`, its largest dose, other seeds."""
-        rows, every, whole = [], self.worth(r"\d+"), self.worth(whole=True).groupby("line").tail(1).set_index("line")
+        """In words for a table: from which dose on each line of `worth` is `ahead`, and what the largest dose reads."""
+        rows, whole = [], self.worth(whole=True).groupby("line").tail(1).set_index("line")
         for line, part in self.worth().groupby("line"):
             last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min() / 1e6
-            runs = every[every.line == line].groupby("tokens_trained").nats.agg(list)
-            runs = runs[runs.map(len) > 1]
-            row = {"trained on": LINES[line]}
-            row |= {"pays from": f"{pays:.1f}M tokens" if pays > 0 else "no dose"}
-            row |= {"largest dose": f"{last.tokens_trained / 1e6:.1f}M"}
+            row = {"trained on": f"{LINES[line]}, {last.tokens_trained / 1e6:.1f}M tokens"}
+            row |= {"pays from": f"{pays:.1f}M" if pays > 0 else "no dose"}
             row |= {"far half": measured(last.nats, last.low, last.high, digits=3)}
             row |= {"nearly full windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
             row |= {"texts that gain": f"{last.below_zero} of {last.documents}"}
             row |= {"without the strongest": f"{last.without_one:+.3f}"}
-            seeds = (
-                f"{', '.join(map('{:+.3f}'.format, values))} at {tokens / 1e6:.1f}M" for tokens, values in runs.items()
-            )
-            rows.append({"model": self.preset, **row, "seeds": "; ".join(seeds) or "one"})
+            apart = self.apart(line)
+            rows.append({"model": self.preset, **row, "seeds apart": f"{apart:.3f}" if apart else "one seed"})
         return pd.DataFrame(rows)
 
     def gains_of_texts(self) -> pd.DataFrame:
@@ -353,7 +348,7 @@ def draw_statements(asked: pd.DataFrame, folder: Path, slug: str, number: str, c
 
 def draw_tasks(shares: pd.DataFrame, costs: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
     """Both tables of `read_tasks`, a panel each; hollow: single questions where they are few."""
-    marks = zip(shares.model.unique(), (BLUE, RED), "so", strict=False)
+    marks = zip(shares.model.unique(), (BLACK, PINK), "so", strict=False)
     form = {"colour": "model", "value": "difference", "zero": 0}
     form["styles"] = {
         name: {"label": NAMES.get(name, name), "color": colour, "marker": marker} for name, colour, marker in marks
