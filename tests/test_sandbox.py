@@ -15,6 +15,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -438,34 +439,45 @@ assert f(4) == 2"""
     assert not run_program("def f(x): return 2", tests, "f").passed
 
 
+ENDINGS = {
+    "def f(): return 5": "AssertionError",
+    "def f(): return 1 / 0": "ZeroDivisionError",
+    "def f(:": "SyntaxError",
+    "import numpy": "ModuleNotFoundError",
+    "def f(): return input()": "EOFError",
+    "def f(): return f()": "RecursionError",
+    "def f(): return [0] * 10**9": "MemoryError",
+    "def f(): open('/tmp/x', 'wb').write(bytes(10**9))": "MemoryError",
+    "def f():\n    import threading\n    threading.Thread(target=print).start()": "RuntimeError",
+    "import sys\nsys.exit(0)": "SystemExit",
+    "import os\nos._exit(0)": "ended before it answered",
+    "def f():\n    while True: pass": "ended before it answered: SIGKILL|timed out",
+    "while True: pass": "ended before it answered: SIGKILL|timed out",
+    "import time\ntime.sleep(60)": "timed out",
+    "import signal\nsignal.pause()": "timed out",
+    "class passed(Exception): pass\nraise passed": "passed",
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    """On each program, and the seconds until then: four at a time, as some are waited for."""
+
+    def timed(program):
+        started = time.monotonic()
+        return run_program(program, "assert f() == 4", "f", cpu_seconds=1), time.monotonic() - started
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(ENDINGS, pool.map(timed, ENDINGS), strict=True))
+
+
 @needs_bubblewrap
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        ("def f(): return 5", "AssertionError"),
-        ("def f(): return 1 / 0", "ZeroDivisionError"),
-        ("def f(:", "SyntaxError"),
-        ("import numpy", "ModuleNotFoundError"),
-        ("def f(): return input()", "EOFError"),
-        ("def f(): return f()", "RecursionError"),
-        ("def f(): return [0] * 10**9", "MemoryError"),
-        ("def f(): open('/tmp/x', 'wb').write(bytes(10**9))", "MemoryError"),
-        ("def f():\n    import threading\n    threading.Thread(target=print).start()", "RuntimeError"),
-        ("import sys\nsys.exit(0)", "SystemExit"),
-        ("import os\nos._exit(0)", "ended before it answered"),
-        ("def f():\n    while True: pass", "ended before it answered: SIGKILL|timed out"),
-        ("while True: pass", "ended before it answered: SIGKILL|timed out"),
-        ("import time\ntime.sleep(60)", "timed out"),
-        ("import signal\nsignal.pause()", "timed out"),
-        ("class passed(Exception): pass\nraise passed", "passed"),
-    ],
-)
-def test_a_verdict_says_what_ended_the_program(program, reason):
-    started = time.monotonic()
-    verdict = run_program(program, "assert f() == 4", "f", cpu_seconds=1)
+@pytest.mark.parametrize(("program", "reason"), ENDINGS.items())
+def test_a_verdict_says_what_ended_the_program(verdicts, program, reason):
+    verdict, seconds = verdicts[program]
     assert not verdict.passed
     assert verdict.reason in reason.split("|")
-    assert time.monotonic() - started < 8
+    assert seconds < 8
 
 
 @needs_bubblewrap
