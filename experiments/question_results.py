@@ -38,20 +38,21 @@ def question_results(preset: Preset) -> dict[str, InstructionResults]:
 
 
 def question_tables(sets: Mapping[str, InstructionResults]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(scores of the arms, differences between arms) by what was asked: text for a reader, a column for each length."""
+    """(F1 of the arms by length, differences between arms inside the old window) by what was asked: text for a reader.
+
+    Differences past the old window are drawn: `draw_on_questions`.
+    """
     scores, changes = [], []
     for title, results in sets.items():
-        columns = {
-            f"{name}, {length:,}": (measure, length) for measure, name in SCORES.items() for length in results.lengths
-        }
         for arm in results.arms:
             row = {"asked": title, "arm": LOOKS[arm][0]}
-            for column, (measure, length) in columns.items():
-                values = results.scores(arm, [length], measure)
-                row[column] = measured(*results.mean(values), digits=_digits(measure), sign=False)
+            for length in results.lengths:
+                values = results.scores(arm, [length], "f1")
+                row[f"F1 behind {length:,} tokens"] = measured(*results.mean(values), digits=1, sign=False)
             scores.append({**row, "seeds": len(values)})
+        inside = [length for length in results.lengths if length not in results.past]
         for name, pair in results.pairs.items():
-            told = {column: results.told(*pair, measure, [length]) for column, (measure, length) in columns.items()}
+            told = {text: results.told(*pair, measure, inside) for measure, text in SCORES.items()}
             changes.append({"asked": title, "difference": name, **told})
     return pd.DataFrame(scores), pd.DataFrame(changes)
 
@@ -69,10 +70,6 @@ def counts(sets: Mapping[str, InstructionResults]) -> str:
         for at in results.lengths
     )
     return f"Of questions for each seed {', '.join(parts)}. At most {most:.1f} percent of answers match exactly."
-
-
-def _digits(measure: str) -> int:
-    return 2 if measure == "log_probability" else 1
 
 
 def trainings(results: InstructionResults) -> pd.DataFrame:
@@ -162,7 +159,7 @@ def draw_on_questions(sets: Mapping[str, InstructionResults], folder: Path, slug
     message = f"{likelihood_in_words(sets)} {f1_in_words(sets)}".strip() or "Differences between arms."
     past = ", ".join(f"{length:,}" for length in sorted({at for one in sets.values() for at in one.past}))
     made = ", ".join(dict.fromkeys(results.record.origin for results in sets.values()))
-    caption = f"""**{message}** Questions behind {past} tokens, past the old window; the tables have those inside it.
+    caption = f"""**{message}** Questions behind {past} tokens, past the old window. Those inside it: table below.
 
 *SmolLM2-135M-Instruct, {made}; 95%, the wider over questions and seeds or over seeds. Arms of one seed: over
 questions.*"""
