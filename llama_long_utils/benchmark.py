@@ -1,8 +1,4 @@
-"""Measures short and long tasks before and after an extension. A stopped run continues where it was.
-
-python -m llama_long_utils.benchmark --preset smollm2 --record                                             (hours)
-python -m llama_long_utils.benchmark --preset smollm2 --tasks hub:mmlu ruler --lengths 4096 8192     (with the hub)
-"""
+"""Measures short and long tasks before and after an extension. A stopped run continues where it was."""
 
 import argparse
 import sys
@@ -11,25 +7,30 @@ import time
 from llama_long_utils.commands import run_command
 from llama_long_utils.evaluation.task_files import check_names
 from llama_long_utils.paths import RESULTS
+from llama_long_utils.plan import at_least
 from llama_long_utils.presets import load_preset
+from llama_long_utils.settings import ARMS
 
 DEFAULT = ["hellaswag", "truthfulqa_mc1", "gsm8k", "humaneval", "squad", "hotpotqa", "mmlu"]
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.benchmark", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.benchmark", description=__doc__)
+    count = at_least(int, 1)
     parser.add_argument("--preset", required=True, help="a file in presets/")
     parser.add_argument("--tasks", nargs="+", default=DEFAULT, help="in data/tasks, or of lm-evaluation-harness")
-    parser.add_argument("--arms", nargs="+", default=["base", "extended"], help="the first is before")
-    parser.add_argument("--items", type=int, help="of each task (default: all of a short one)")
-    parser.add_argument("--long-count", type=int, default=50, help="of a long task, per length (50)")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of long prompts (default: the preset's)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["base", "extended"], help="the first is before")
+    parser.add_argument("--items", type=count, help="of each task (default: all of a short one)")
+    parser.add_argument("--long-count", type=count, default=50, help="of a long task, per length (50)")
+    parser.add_argument("--lengths", nargs="+", type=count, default=[], help="of long prompts (default: the preset's)")
     parser.add_argument("--adapter", default="", help="its folder (default: the newest of the preset)")
     parser.add_argument("--allow-execution", action="store_true", help="run written programs without bubblewrap")
     parser.add_argument("--record", action="store_true", help="write to data/results, not to runs/PRESET/records")
     options = vars(parser.parse_args())
     name, tasks, record = (options.pop(key) for key in ("preset", "tasks", "record"))
+    if len(set(options["arms"])) < max(2, len(options["arms"])):
+        parser.error(f"--arms {' '.join(options['arms'])}: name two or more that differ, the first is before")
     started = time.perf_counter()
     preset = load_preset(name)
     check_names(tasks)

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from llama_long_utils.paths import CACHE
+
 PYTHON = ".venv/bin/python"  # as README has it, for what a command names to be run next
 INTERRUPTED, CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 
@@ -26,5 +28,8 @@ def run_command(main: Callable[[], object], interrupted: str = "interrupted") ->
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)  # if the first process failed, too, torchrun ends this one now: one says what was wrong
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+        file = getattr(error, "filename", None)
+        elsewhere = "; LLAMA_LONG_CACHE=FOLDER puts the cache elsewhere" * str(file).startswith(str(CACHE))
+        said = f"{file}: {error.strerror}{elsewhere}" if file and error.strerror else str(error)
+        raise SystemExit(f"error: {' '.join(said.split())}") from None
     raise SystemExit(0)

@@ -32,7 +32,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="of the preset (default: the model's name and the window)")
     parser.add_argument("--texts", metavar="FOLDER", help="your .txt and .jsonl files (default: data sets on the hub)")
     asked = parser.parse_args()
-    asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}").lstrip("-.")
+    asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}").strip("-.")
+    if not asked.name or asked.texts == "":
+        parser.error("--texts is empty: name a folder of texts" if asked.name else "give --name a letter or a digit")
     if (PRESETS / f"{asked.name}.toml").exists():
         parser.error(f"presets/{asked.name}.toml is there and is not overwritten: use another --name, or remove it")
     check_sources([asked.texts] if asked.texts else [], {})
@@ -40,18 +42,12 @@ def arguments() -> argparse.Namespace:
     if folder.is_dir():
         with contextlib.suppress(OSError, AttributeError, TypeError, json.JSONDecodeError):  # said better later
             config = json.loads((folder / "config.json").read_bytes())
-            sliding = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-            check_base(asked.window, config.get("max_position_embeddings"), sliding)
+            if config.get("use_sliding_window", True) and (sliding := config.get("sliding_window")):
+                raise ValueError(f"the base attends to the last {sliding:,} tokens only (sliding_window): use another")
+            check_window(asked.window, config.get("max_position_embeddings"))
     elif why := why_unknown(asked.base, packaged):
         parser.error(f"{why} a folder, owner/name on the hub, or one of {packaged}")
     return asked
-
-
-def check_base(window: int, old: int | None, sliding: int | None) -> None:
-    """ValueError if the base attends to a sliding window, or its own is as long as the one asked for."""
-    if sliding:
-        raise ValueError(f"the base attends to the last {sliding:,} tokens only (sliding_window): use one without")
-    check_window(window, old)
 
 
 def toml(value: Any) -> str:
@@ -65,11 +61,12 @@ def toml(value: Any) -> str:
 def own_texts(texts: str, window: int) -> dict[str, Any]:
     """[data] and the tokens to train on of texts of one's own; ValueError if they are too short or too few."""
     name = Path(texts).name or texts
-    sizes = sorted((len(one.text.encode()), len(one.text)) for one in load_documents(texts))
+    different = {" ".join(one.text.split()): one.text for one in load_documents(texts)}.values()
+    sizes = sorted((len(text.encode()), len(text)) for text in different)
     if len(sizes) < 2 or sizes[-2][0] + 3 < window:  # a token is a byte at least
         raise ValueError(
-            f"two of the {len(sizes)} texts in {texts} must fill {window:,} tokens (about {CHARACTERS * window:,.0f} "
-            "characters), one to train on and one to test: add longer ones, or lower --window"
+            f"two of the {len(sizes)} texts in {texts}, copies left out, must fill {window:,} tokens (about "
+            f"{CHARACTERS * window:,.0f} characters), one to train on, one to test: add longer ones, or lower --window"
         )
     shortest = min(int(CHARACTERS * window), *(count for _, count in sizes[-2:]))
     long = sum(count >= shortest for _, count in sizes)
@@ -115,11 +112,11 @@ def write() -> None:
 
     config = model_config(asked.base)
     base = pretrained_numbers(config)
-    check_base(asked.window, base["window"], getattr(config, "sliding_window", None))
+    check_window(asked.window, base["window"])
     text, file = fill(asked, config, base), PRESETS / f"{asked.name}.toml"
-    with file.open("x", encoding="utf-8") as stream:
-        stream.write(text)
+    file.touch(exist_ok=False)
     try:
+        file.write_text(text, encoding="utf-8")
         base_config(preset := load_preset(asked.name))
     except BaseException:
         file.unlink()

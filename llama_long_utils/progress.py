@@ -28,11 +28,7 @@ def in_kernel() -> bool:
 
 
 def headless() -> bool:
-    """Whether nobody watches the cells.
-
-    papermill, nbval and nbconvert start kernels through jupyter_client, and these belong to no session. Those of a
-    Jupyter server do; VS Code and other front ends start theirs by themselves.
-    """
+    """Whether nobody watches the cells: kernels that papermill, nbval and nbconvert start belong to no session."""
     of_no_session = "JPY_PARENT_PID" in os.environ and "JPY_SESSION_NAME" not in os.environ
     return not in_kernel() or of_no_session or FILE in os.environ
 

@@ -14,6 +14,13 @@ from llama_long_utils.stages import STRICT, Instruction, Preference, Seed, Share
 
 Questions = Annotated[int, Field(ge=2, le=1000)]  # chance is what an answer scores against another question's
 RopeBase = Annotated[float, Field(gt=1)]
+ARMS = {
+    "base": "the base as pretrained",
+    "rope_base_only": "the extension's RoPE, not trained",
+    "yarn": "YaRN at the pretrained RoPE base, not trained",
+    "extended": "the extension's RoPE with the adapter trained for it",
+    "rope_unchanged": "the control: the pretrained RoPE with an adapter trained over the new window",
+}
 
 
 @dataclass(frozen=True, config=STRICT)

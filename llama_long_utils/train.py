@@ -98,10 +98,5 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
     join_processes().destroy_process_group()
 
 
-def main() -> None:
-    """The command line."""
-    run_command(train, "stopped: the same command continues from the last checkpoint")
-
-
 if __name__ == "__main__":
-    main()
+    run_command(train, "stopped: the same command continues from the last checkpoint")

@@ -515,13 +515,23 @@ def test_tasks_of_the_harness_are_known_by_name_and_hub_marks_a_namesake():
         check_names(["hub:rulr"])
 
 
-def test_the_command_refuses_before_it_imports_anything_heavy():
-    heavy = "import sys; sys.argv[1:] = ['--preset', 'tinny']; import runpy\n"
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "tinny"], "error: unknown preset 'tinny'"),
+        (["--preset", "tiny", "--arms", "base", "extendd"], "argument --arms: invalid choice: 'extendd'"),
+        (["--preset", "tiny", "--arms", "base"], "--arms base: name two or more that differ, the first is before"),
+        (["--preset", "tiny", "--arms", "base", "base"], "--arms base base: name two or more that differ"),
+        (["--preset", "tiny", "--lengths", "0"], "argument --lengths: 0 must be a number of 1 or more"),
+    ],
+)
+def test_the_command_refuses_before_it_imports_anything_heavy(words, said):
+    heavy = f"import sys; sys.argv[1:] = {words}; import runpy\n"
     heavy += "try: runpy.run_module('llama_long_utils.benchmark', run_name='__main__')\n"
     heavy += "except SystemExit as error: print(error, sorted({'torch', 'lm_eval', 'pandas'} & set(sys.modules)))"
-    output = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=REPOSITORY).stdout
-    assert output.startswith("error: unknown preset 'tinny'")
-    assert output.strip().endswith("[]")
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=REPOSITORY)
+    assert said in done.stdout + done.stderr
+    assert done.stdout.strip().endswith("[]")
 
 
 def test_tables_refuse_a_missing_arm_and_other_items():

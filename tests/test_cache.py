@@ -4,7 +4,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from llama_long_utils import commands
 from llama_long_utils.cache import Cache, digest
+from llama_long_utils.paths import write_atomically
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,15 @@ def test_a_key_tells_arrays_apart_by_dtype_shape_and_content():
     assert digest(one) == digest(np.arange(12, dtype=np.int32)[:6])
     with pytest.raises(ValueError, match="not JSON compliant"):
         digest({"rate": float("nan")})
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(commands, "CACHE", cache)
+    cache.write_text("a file where the folder should be")
+    cache.with_name("other").write_text("another")
+    elsewhere = "; LLAMA_LONG_CACHE=FOLDER puts the cache elsewhere"
+    for file, end in ((cache / "models" / "one", elsewhere), (cache.with_name("other") / "one", "")):
+        with pytest.raises(SystemExit) as ended:
+            commands.run_command(lambda file=file: write_atomically(file, b""))
+        assert str(ended.value) == f"error: {file.parent}: {'Not a directory' if end else 'File exists'}{end}"

@@ -213,6 +213,8 @@ def test_a_rope_that_changes_with_the_length_leaves_no_file(written, tmp_path, m
         ({}, ["--window", "128", "--memory", "1", "--texts", "/no/texts"], "unknown document source '/no/texts': the"),
         ({"sliding_window": 32}, ["--window", "128", "--memory", "1"], "attends to the last 32 tokens only"),
         ({}, ["--window", "8192", "--memory", "1", "--name", "tiny"], "presets/tiny.toml is there and is not overw"),
+        ({}, ["--window", "128", "--memory", "1", "--name", "///"], "give --name a letter or a digit"),
+        ({}, ["--window", "128", "--memory", "1", "--texts", ""], "--texts is empty: name a folder of texts"),
         ({}, ["--window", "8192", "--memory", "nan"], "nan must be a number of 0.1 or more"),
     ],
 )
@@ -240,7 +242,7 @@ def test_it_holds_out_eight_texts_where_twice_as_many_remain_and_else_says_where
     words = ["--base", tmp_path / "base", "--window", 128, "--memory", 1, "--texts", texts, "--name"]
     for count, held_out in ((20, 5), (24, 8)):
         for number in range(3, count):
-            shutil.copy(texts / "0.txt", texts / f"{number}.txt")
+            (texts / f"{number}.txt").write_text(f"Number {number}. " + (texts / "0.txt").read_text())
         command(monkeypatch, *words, f"of-{count}")
         assert load_preset(f"of-{count}").data.held_out == {"my texts.v2": held_out}
         said = capsys.readouterr().out

@@ -230,8 +230,10 @@ def test_two_processes_never_train_in_one_folder(preset):
     ],
 )
 def test_the_command_answers_within_a_second_of_computing(arguments, said):
-    code = f"import sys, time, resource; sys.argv[1:] = {arguments!r}; from llama_long_utils.train import main\n"
-    code += "try:\n    main()\nfinally:\n    print('seconds', sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))\n"
+    code = f"import sys, time, resource; sys.argv[1:] = {arguments!r}\n"
+    code += "from llama_long_utils.train import run_command, train\n"
+    code += "try:\n    run_command(train)\nfinally:\n"
+    code += "    print('seconds', sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))\n"
     code += "    print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert said in done.stdout + done.stderr

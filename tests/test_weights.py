@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from conftest import new_llama, small_preset
 from experiments.tiny_llama import train_tokenizer
 from llama_long_utils.data import packages
+from llama_long_utils.data.documents import Document, tokenize_documents
 from llama_long_utils.model import weights
 from llama_long_utils.model.weights import (
     _packaged,
@@ -27,6 +28,7 @@ from llama_long_utils.model.weights import (
     weights_sha256,
 )
 from llama_long_utils.presets import load_preset
+from llama_long_utils.training.planner import model_shape
 
 
 @pytest.fixture
@@ -175,6 +177,30 @@ def test_base_that_sees_a_sliding_window_only_is_refused(broken):
     change_config(broken, model_type="mistral", sliding_window=32)
     with pytest.raises(ValueError, match=r"attends to the last 32 tokens only \(sliding_window\)"):
         locate_base(small_preset(broken))
+    with pytest.raises(ValueError, match=r"attends to the last 32 tokens only \(sliding_window\)"):
+        model_shape(str(broken))  # which the planner reads: it does not promise what training refuses
+
+
+def test_a_tokenizer_without_bos_begins_texts_as_the_configuration_says(tmp_path):
+    """Qwen's tokenizers have none; what cannot be used is said before a text is read."""
+    file = tmp_path / "config.json"
+    bare = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer([]).backend_tokenizer)
+    for words, numbers, begins in (
+        ({"eos_token": "</s>"}, {"bos_token_id": 0}, "<s>"),
+        ({"eos_token": "</s>"}, {"bos_token_id": None}, "</s>"),
+        ({"eos_token": "</s>", "bos_token": "<s>"}, {"bos_token_id": 5}, "<s>"),
+    ):
+        PreTrainedTokenizerFast(tokenizer_object=bare.backend_tokenizer, **words).save_pretrained(tmp_path)
+        file.write_text(json.dumps({"model_type": "qwen2", "vocab_size": len(bare), **numbers}))
+        tokenizer = load_tokenizer(tmp_path)
+        assert (tokenizer.bos_token, tokenizer.eos_token) == (begins, "</s>")
+        ids = tokenize_documents([Document("mine", "one", "to be")], tokenizer)[0].token_ids
+        assert (ids[0], ids[-1]) == (tokenizer.convert_tokens_to_ids(begins), tokenizer.eos_token_id)
+        assert tokenizer.decode(ids[1:-1]) == "to be"
+    bare.save_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match="names no eos_token, which ends a text"):
+        load_tokenizer(tmp_path)
 
 
 def test_config_and_tokenizer_need_no_weights(base_folder, tmp_path):

@@ -88,29 +88,30 @@ def whole(name: str) -> str:
 def split_documents(
     documents: list[Document], held_out: Mapping[str, int], *, minimum_characters: int, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """(training documents, held-out documents), in the order given; ValueError if too few are long enough.
+    """(training documents, no copies of held-out ones; held-out ones), in their order; ValueError if too few are long.
 
     Args:
         held_out: how many documents of each source to hold out, for example {"sotu": 18}.
         minimum_characters: only documents at least this long can be held out.
         seed: candidates are taken in the order of `draw`, which a new document hardly changes.
     """
+    texts = {(one.source, one.name): " ".join(one.text.split()) for one in documents}
     chosen: set[tuple[str, str]] = set()
     for source, count in held_out.items():
         lengths = [len(document.text) for document in documents if document.source == source]
-        candidates = [d for d in documents if d.source == source and len(d.text) >= minimum_characters]
+        long = [d for d in documents if d.source == source and len(d.text) >= minimum_characters]
+        candidates = {texts[d.source, d.name]: d for d in reversed(long)}.values()
         if len(candidates) < count:
             shorter = f", or minimum_characters to {sorted(lengths)[-count]}" if len(lengths) > count else ""
             raise ValueError(
                 f"cannot hold out {count} documents of {source!r} with at least {minimum_characters:,} characters: "
-                f"{len(candidates)} of its {len(lengths)} are that long (the longest has {max(lengths, default=0):,}); "
-                f"lower held_out{shorter}"
+                f"{len(candidates)} of its {len(lengths)}, copies left out, are that long (the longest has "
+                f"{max(lengths, default=0):,}); lower held_out{shorter}"
             )
         chosen |= {(d.source, d.name) for d in sorted(candidates, key=lambda d: draw(seed, d.source, d.name))[:count]}
-    texts = {(source, whole(name)) for source, name in chosen}
-    training = [d for d in documents if (d.source, whole(d.name)) not in texts]
+    tested = {texts[one] for one in chosen}
+    wholes = {(source, whole(name)) for (source, name), text in texts.items() if text in tested}
+    training = [d for d in documents if (d.source, whole(d.name)) not in wholes]
     if not training:
-        raise ValueError(
-            f"all {len(documents)} documents are held out, none is left to train on: add documents or lower held_out"
-        )
+        raise ValueError(f"of {len(documents)} documents none is left to train on: lower held_out, or add other texts")
     return training, [d for d in documents if (d.source, d.name) in chosen]

@@ -73,7 +73,8 @@ class Mixture:
                     "longer documents or ask for fewer tokens"
                 )
         self.chosen = {(document.source, document.name) for document in sides[1]}
-        self.texts_held_out = {(source, whole(name)) for source, name in self.chosen}
+        trained_on = {(document.source, whole(document.name)) for document in sides[0]}
+        self.texts_held_out = {(one.source, whole(one.name)) for one in texts} - trained_on  # their copies, too
         self.rules = rules_of(tokenizer)
         self.tokens = {one.name: TokenizedSource(one, surveys[one.name][1], self.rules, cache) for one in self.sources}
 

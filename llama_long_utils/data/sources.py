@@ -55,8 +55,6 @@ CORPORA = {
 }
 STANDARD_LIBRARY = "python-stdlib"
 LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  # tables, texts, tests
-
-
 FEW = 2**28  # bytes that are read at once in a quarter of a second
 LONGEST = 2**21  # bytes of a text that is tokenized in one piece: a longer file is several documents
 

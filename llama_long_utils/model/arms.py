@@ -12,15 +12,8 @@ from transformers import PreTrainedModel
 from llama_long_utils.model.adapters import find_adapter, load_adapter
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.weights import locate_base, weights_sha256
-from llama_long_utils.settings import Preset, Scaling
+from llama_long_utils.settings import ARMS, Preset, Scaling
 
-ARMS = {
-    "base": "the base as pretrained",
-    "rope_base_only": "the extension's RoPE, not trained",
-    "yarn": "YaRN at the pretrained RoPE base, not trained",
-    "extended": "the extension's RoPE with the adapter trained for it",
-    "rope_unchanged": "the control: the pretrained RoPE with an adapter trained over the new window",
-}
 ADAPTED = ("extended", "rope_unchanged")
 
 

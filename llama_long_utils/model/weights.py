@@ -84,7 +84,13 @@ def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     folder = _located(str(source), TOKENIZER)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): {_mend(folder)}")
-    return AutoTokenizer.from_pretrained(folder, **LOCAL)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder, **LOCAL), folder / "config.json"
+    if not tokenizer.eos_token:
+        raise ValueError(f"{folder}: its tokenizer names no eos_token, which ends a text: add it to its config")
+    if not tokenizer.bos_token:  # Qwen's, whose config.json has one
+        bos = _read_object(config).get("bos_token_id") if config.is_file() else None
+        tokenizer.bos_token = tokenizer.eos_token if bos is None else tokenizer.convert_ids_to_tokens(bos)
+    return tokenizer
 
 
 def locate_base(preset: Preset) -> Path:
@@ -96,11 +102,6 @@ def locate_base(preset: Preset) -> Path:
 def base_config(preset: Preset) -> PreTrainedConfig:
     """As `model_config` of a preset's base; ValueError unless it is as the preset describes it."""
     config = model_config(preset.base.source)
-    if getattr(config, "sliding_window", None):
-        raise ValueError(
-            f"{preset.base.source} attends to the last {config.sliding_window:,} tokens only (sliding_window), which "
-            "no RoPE extends: use a base without"
-        )
     found = pretrained_numbers(config)
     wrong = [f"{name} = {json.dumps(value)}" for name, value in found.items() if getattr(preset.base, name) != value]
     if wrong:
@@ -156,9 +157,12 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if "quantization_config" in content:
         raise ValueError(f"{folder} is quantized already: use the 16-bit model that it was made of")
     try:
-        return AutoConfig.from_pretrained(folder, **LOCAL)
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
     except Exception as error:  # transformers checks each entry and raises many kinds of errors
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
+    if sliding := getattr(config, "sliding_window", None):
+        raise ValueError(f"{folder} attends to the last {sliding:,} tokens only (sliding_window): use another base")
+    return config
 
 
 def _read_object(file: Path) -> dict[str, Any]:
