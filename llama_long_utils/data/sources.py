@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama_long_utils.cache import digest
+from llama_long_utils.commands import run_command
 from llama_long_utils.data.documents import Document
 from llama_long_utils.data.packages import Package, read_files
 from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, write_atomically
@@ -282,5 +283,5 @@ def _text(value: object, place: str) -> str:
 
 
 if __name__ == "__main__":
-    for corpus_name in CORPORA:
-        print(f"{corpus_name}: {len(load_documents(corpus_name)):,} documents in the cache", flush=True)
+    said = (f"{name}: {len(load_documents(name)):,} documents in the cache" for name in CORPORA)
+    run_command(lambda: print(*said, sep="\n"))
