@@ -99,4 +99,4 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(train, "stopped: the same command continues from the last checkpoint")
+    run_command(train, "stopped: the same command continues from the last checkpoint, if there is one yet")
