@@ -5,7 +5,7 @@ import gc
 import pytest
 from nbval import kernel
 
-from tests.kernels import forked, start_server
+from tests.kernels import forked, start_server, stop_server
 
 SERVER = pytest.StashKey()
 
@@ -18,9 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """The server ends when its standard input does."""
+    """When the workers have ended."""
     if SERVER in config.stash:
-        config.stash[SERVER].communicate()
+        stop_server(config.stash[SERVER])
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

@@ -10,11 +10,13 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,6 +73,12 @@ def start_server() -> subprocess.Popen:
         return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=environment)
 
 
+def stop_server(server: subprocess.Popen) -> None:
+    """Its standard input ends, and with that it does."""
+    server.communicate()
+    shutil.rmtree(Path(os.environ.pop(ADDRESS)).parent)
+
+
 @contextmanager
 def forked() -> Iterator[None]:
     """Kernels that are started meanwhile come from the server, if there is one."""
@@ -92,7 +100,14 @@ def become_a_kernel(connection: socket.socket) -> None:
         os.dup2(nothing, stream)
     sys.argv = command[command.index("ipykernel_launcher") :]
     connection.sendall(f"{os.getpid()}\n".encode())
+    threading.Thread(target=end_with, args=[connection], daemon=True).start()
     importlib.import_module("ipykernel.kernelapp").launch_new_instance()
+
+
+def end_with(connection: socket.socket) -> None:
+    """A killed process of tests leaves no kernel behind: nothing is sent, so that this waits until it has ended."""
+    connection.recv(1)
+    os._exit(1)
 
 
 def wait_for_ended_kernels() -> None:
