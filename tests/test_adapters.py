@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -15,6 +16,7 @@ from experiments.tiny_llama import train_tokenizer
 from llama_long_utils.model import adapters
 from llama_long_utils.model.adapters import (
     CARD,
+    AdaptedLinear,
     AdapterCard,
     add_lora,
     find_adapter,
@@ -89,6 +91,28 @@ def test_embeddings_train_only_if_untied(base_folder):
     assert hidden_states(model, IDS).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="untied embeddings"):
         add_lora(new_llama(0, tie_word_embeddings=True), dataclasses.replace(LORA, train_embeddings=True), seed=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapted_layers_compute_what_pefts_own_do(base_folder, dtype):
+    """In fp32 to the last bit, as a scale of 2 rounds nothing; in bf16 a sum is rounded once, not twice."""
+    model = add_lora(load_base(base_folder, RAISED, dtype=dtype), dataclasses.replace(LORA, rank=4, alpha=8), seed=0)
+    layers = [module for module in model.modules() if type(module) is AdaptedLinear]
+    assert len(layers) == 14
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    found = []
+    for kind in (AdaptedLinear, Linear4bit):
+        for layer in layers:
+            layer.__class__ = kind
+        model.zero_grad()
+        backward(model)
+        with torch.no_grad():
+            hidden = {"hidden": hidden_states(model, IDS)}
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad} | hidden)
+    for name, value in found[1].items():
+        same = torch.equal(found[0][name], value)
+        assert same if dtype == "float32" else (found[0][name] - value).norm() < 0.03 * value.norm(), name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

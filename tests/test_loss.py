@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import LORA, new_llama
+from llama_long_utils.model import loss
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll, patch_loss
 
@@ -100,6 +101,17 @@ def test_in_bf16_the_sum_stays_fp32_and_near_the_exact_one():
     assert found.item() == pytest.approx(exact.item(), rel=1e-4)
     gradient = torch.autograd.grad(found, low)[0].float()
     assert (gradient - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_in_bf16_a_cpu_takes_the_softmax_of_a_few_rows_after_the_other_with_the_same_bits(monkeypatch):
+    hidden, head, labels = problem(length=600)
+    head, found = head.bfloat16().requires_grad_(False), []
+    for rows in (1000, 7):
+        monkeypatch.setattr(loss, "CACHED", rows * VOCABULARY)
+        low = hidden.detach().bfloat16().requires_grad_()
+        nll = next_token_nll(low, head, labels, reduction="none")
+        found.append((nll, *torch.autograd.grad(nll.sum(), low)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_second_backward_pass_is_refused():

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from llama_long_utils.cache import digest
@@ -25,7 +27,7 @@ from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_
 from llama_long_utils.paths import ADAPTERS, REPOSITORY, whole_folder
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
 
-CARD = "adapter_card.json"
+CARD, README = "adapter_card.json", Path(__file__).with_name("adapter_readme.md.in")
 OWN_ARM = "quotations"  # what a card says that is no experiment's
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]  # ends of names: "norm" means q_norm and k_norm, too
 # Entries of adapter_config.json that change nothing that the adapter computes.
@@ -69,6 +71,18 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
     return _wrap(model, config)
 
 
+class AdaptedLinear(Linear4bit):
+    """On a CPU the same sum in fewer passes over memory: PEFT copies the base's result, scales LoRA's and adds both."""
+
+    def forward(self, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if self.disable_adapters or hidden.is_cuda or isinstance(hidden, FakeTensor):  # which count memory as on a GPU
+            return super().forward(hidden, *arguments, **options)
+        (name,), result = self.active_adapters, self.base_layer(hidden.flatten(0, -2))
+        low = (self.lora_A[name](hidden) * self.scaling[name]).flatten(0, -2)
+        result.addmm_(low, self.lora_B[name].weight.T.to(low.dtype))
+        return result.unflatten(0, hidden.shape[:-1])
+
+
 def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     adapted = get_peft_model(model, config)
     for module in adapted.modules():
@@ -76,6 +90,8 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             # bf16 runs under autocast, which casts LoRA's matrices. PEFT looks for CUDA's autocast only and would
             # turn each input to fp32 on a CPU.
             module.cast_input_dtype_enabled = False
+            if type(module) is Linear4bit:
+                module.__class__ = AdaptedLinear
     keep_copies_fp32(adapted)
     return adapted
 
@@ -106,17 +122,8 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
         card = replace(card, weights_sha256=weights_sha256(scratch), config_digest=_config_digest(scratch))
         (scratch / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
         rope, longest = card.rope.parameters(), card.rope.max_position_embeddings
-        (scratch / "README.md").write_text(
-            f"---\nlibrary_name: peft\nbase_model: {card.base}\n---\n"
-            f"# LoRA adapter: window {card.rope.window:,} tokens\n\n"
-            f"Trained on the NF4 base with RoPE scaled: {card.rope}. PEFT does not store that. Merge the adapter with\n"
-            "`python -m tools.merge`, or load it with `llama_long_utils.model.adapters.load_adapter`, which refuses a\n"
-            "base with other RoPE settings. With PEFT alone (not xPos) the base must get them first:\n\n"
-            f"    kwargs = dict(rope_parameters={rope}, max_position_embeddings={longest})\n"
-            "    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, **kwargs), FOLDER)\n\n"
-            f"Where it comes from: `{CARD}`.\n",
-            encoding="utf-8",
-        )
+        text = README.read_text("utf-8").format(card=card, name=CARD, rope=rope, longest=longest)
+        (scratch / "README.md").write_text(text, encoding="utf-8")
 
 
 def _config_digest(folder: Path) -> str:

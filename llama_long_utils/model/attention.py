@@ -147,6 +147,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: 
 
 
 TILE = 128  # tokens of queries whose weights exist at once
+FUTURE = torch.ones(TILE, TILE, dtype=torch.bool).triu(1)[:, None]  # where a query (dim 0) must not see a key (dim 2)
 LEAST = 512  # tokens of a document, below which many small products take longer
 
 
@@ -169,7 +170,7 @@ class _CausalOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        before, future = key.shape[2] - length, _future()
+        before = key.shape[2] - length
         output = torch.empty(len(key[0]), length * groups, query.shape[3], dtype=query.dtype)
         logsumexp = torch.empty(len(key[0]), length * groups)
         for i, queries in enumerate((query * scale)[0].split(groups)):
@@ -180,18 +181,15 @@ class _CausalOnCPU(torch.autograd.Function):
                 rows, seen = slice(begin * groups, end * groups), before + end
                 scores = left[rows] @ right[:, :seen]
                 own = scores.view(end - begin, groups, seen)[:, :, before + begin :]
-                own.masked_fill_(future[: end - begin, :, : end - begin], -torch.inf)
+                own.masked_fill_(FUTURE[: end - begin, :, : end - begin], -torch.inf)
                 largest = left[rows, -1] = scores.amax(1)
                 weights = torch.mm(left[rows], right[:, :seen], out=scores).exp_()
-                own.masked_fill_(future[: end - begin, :, : end - begin], 0)
+                own.masked_fill_(FUTURE[: end - begin, :, : end - begin], 0)
                 total = weights.sum(1, dtype=torch.float32)
                 output[i, rows] = ((weights @ value[0, i, :seen]).float() / total[:, None]).to(query.dtype)
                 logsumexp[i, rows] = total.log() + largest
-        shape = {"dim": 1, "sizes": (length, groups)}
-        output, logsumexp = (
-            part.unflatten(**shape).transpose(1, 2).flatten(0, 1)[None] for part in (output, logsumexp)
-        )
-        ctx.scale = scale
+        heads = (part.unflatten(1, (length, groups)).transpose(1, 2) for part in (output, logsumexp))
+        (output, logsumexp), ctx.scale = (part.flatten(0, 1)[None] for part in heads), scale
         ctx.save_for_backward(query, key, value, output, logsumexp)
         return output
 
@@ -199,9 +197,7 @@ class _CausalOnCPU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, logsumexp = ctx.saved_tensors
         groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        before = key.shape[2] - length
-        future = _future()
-        delta = (grad.float() * output.float()).sum(-1)
+        before, delta = key.shape[2] - length, (grad.float() * output.float()).sum(-1)
         heads = [part[0].split(groups) for part in (query * ctx.scale, grad, logsumexp, delta)]
         grad_query = torch.empty(len(key[0]), length * groups, query.shape[3], dtype=query.dtype)
         grad_key, grad_value = torch.zeros(2, *key.shape[1:]).unbind()
@@ -214,18 +210,13 @@ class _CausalOnCPU(torch.autograd.Function):
                 rows, seen = slice(begin * groups, end * groups), before + end
                 weights = (left[0][rows] @ right[0][:, :seen]).exp_()
                 own = weights.view(end - begin, groups, seen)[:, :, before + begin :]
-                own.masked_fill_(future[: end - begin, :, : end - begin], 0)
+                own.masked_fill_(FUTURE[: end - begin, :, : end - begin], 0)
                 grad_value[i, :seen] += weights.T @ grads[rows]
                 weights *= left[1][rows] @ right[1][:, :seen]
                 grad_query[i, rows] = (weights @ key[0, i, :seen]).mul_(ctx.scale)
                 grad_key[i, :seen] += weights.T @ queries[rows]
         grad_query = grad_query.unflatten(1, (length, groups)).transpose(1, 2).flatten(0, 1)
         return grad_query[None], grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None
-
-
-def _future() -> Tensor:
-    """True where a tile's query (dim 0) must not see one of its keys (dim 2)."""
-    return torch.ones(TILE, TILE, dtype=torch.bool).triu(1)[:, None]
 
 
 def _token_after_token(heads: Tensor) -> Tensor:

@@ -143,9 +143,9 @@ def labelled_nll(hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, *,
     # The ledger's fake tensors have no data to tell by, so there all labels count.
     fake = isinstance(labels, FakeTensor)
     cached = head.weight.dtype == torch.bfloat16 and not fake and not labels.is_cuda  # in fp32 CHUNK is faster
-    chunk = chunk or (min(CHUNK, max(64, CACHED // len(head.weight))) if cached else CHUNK)
+    chunk, block = chunk or CHUNK, max(1, CACHED // len(head.weight)) if cached else chunk or CHUNK
     counted = torch.arange(len(labels)) if fake else (labels != IGNORED_LABEL).nonzero()[:, 0]
-    nll = _ChunkedNLL.apply(flat, head.weight, labels, counted, chunk, torch.is_grad_enabled())
+    nll = _ChunkedNLL.apply(flat, head.weight, labels, counted, chunk, block, torch.is_grad_enabled())
     return nll.reshape(hidden.shape[:2])
 
 
@@ -166,6 +166,7 @@ class _ChunkedNLL(torch.autograd.Function):
         labels: torch.Tensor,
         counted: torch.Tensor,
         chunk: int,
+        block: int,
         with_gradient: bool,
     ) -> torch.Tensor:
         ctx.chunk, at_once = chunk, with_gradient and hidden.requires_grad and not weight.requires_grad
@@ -174,22 +175,25 @@ class _ChunkedNLL(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, labels, counted)
         nll = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
         for rows in counted.split(chunk):
-            logits = (hidden[rows] @ weight.T).float()
-            logits -= logits.amax(dim=1, keepdim=True)
-            of_label = logits.gather(1, labels[rows, None])
-            total = logits.exp_().sum(dim=1, keepdim=True)
-            nll[rows] = (total.log() - of_label)[:, 0]
+            product = hidden[rows] @ weight.T
+            for part, own in zip(product.split(block), rows.split(block), strict=True):
+                logits = part.float()
+                logits -= logits.amax(dim=1, keepdim=True)
+                of_label = logits.gather(1, labels[own, None])
+                total = logits.exp_().sum(dim=1, keepdim=True)
+                nll[own] = (total.log() - of_label)[:, 0]
+                if at_once:
+                    logits /= total  # now the probabilities, and then the gradient with respect to the logits
+                    part.copy_(logits.scatter_add_(1, labels[own, None], torch.full_like(of_label, -1.0)))
             if at_once:
-                logits /= total  # now the probabilities, and then the gradient with respect to the logits
-                logits.scatter_add_(1, labels[rows, None], torch.full_like(of_label, -1.0))
-                ctx.grad_hidden[rows] = logits.to(weight.dtype) @ weight
+                ctx.grad_hidden[rows] = product @ weight
         return nll
 
     @staticmethod
     def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.grad_hidden is not None:
             made, ctx.grad_hidden = ctx.grad_hidden, None  # scaled in place, so once only
-            return made.mul_(grad_nll[:, None]), *[None] * 5
+            return made.mul_(grad_nll[:, None]), *[None] * 6
         if not ctx.saved_tensors:
             raise RuntimeError("the chunked loss has one backward pass: compute it again for another")
         hidden, weight, labels, counted = ctx.saved_tensors
@@ -202,4 +206,4 @@ class _ChunkedNLL(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ weight
             grad_weight += (grad_logits.T @ hidden[rows]).float()
-        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 4
+        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 5

@@ -58,8 +58,7 @@ class StorageTracker(TorchDispatchMode):
 
     def __init__(self, gpu: bool = False) -> None:
         super().__init__()
-        self.gpu = gpu
-        self.component = "weights"
+        self.gpu, self.component = gpu, "weights"
         self.now: Counter[str] = Counter()
         self.segments: dict[str, list[tuple[int, ...]]] = {}
         self._current: list[tuple[int, ...]] = []

@@ -159,8 +159,7 @@ class HostCopy:
     """A tensor's copy in a buffer."""
 
     def __init__(self, tensor: torch.Tensor, buffers: HostBuffers) -> None:
-        buffer = buffers.take(tensor.nbytes)
-        self.device = tensor.device
+        buffer, self.device = buffers.take(tensor.nbytes), tensor.device
         self.host = buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
         weakref.finalize(self, buffers.free[tensor.nbytes].append, buffer)
 

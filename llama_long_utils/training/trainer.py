@@ -96,8 +96,7 @@ def train(
     began_before = folder.exists()
     with state.main_process_first():  # it takes broken ones away
         checkpoint, passed_over = last_whole_checkpoint(folder)
-    step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    what = "training"
+    step, what = int(checkpoint.name.split("-")[1]) if checkpoint else 0, "training"
     if began_before and step < settings.steps:
         what += f", which was interrupted after step {step:,}" + "".join(f"; {broken}" for broken in passed_over)
         why = "" if step else f": it left no checkpoint (there is one every {settings.checkpoint_every})"
@@ -129,11 +128,9 @@ def train(
         max_grad_norm=settings.gradient_clipping,
         train_sampling_strategy="sequential",
         logging_steps=1,
-        logging_nan_inf_filter=False,
         save_steps=settings.checkpoint_every,
         save_total_limit=2,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
+        **dict.fromkeys(("logging_nan_inf_filter", "remove_unused_columns", "dataloader_pin_memory"), False),
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -179,8 +176,7 @@ class StepLog(TrainerCallback):
 
     def __init__(self, labels: Labels, settings: TrainingSettings, report_every: int, stop_after: int) -> None:
         self.labels, self.settings, self.report_every, self.stop_after = labels, settings, report_every, stop_after
-        self.checked = False
-        self.started = time.perf_counter()
+        self.checked, self.started = False, time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
 
     def on_pre_optimizer_step(self, *_: Any, model: PreTrainedModel | PeftModel, **_options: Any) -> None:
