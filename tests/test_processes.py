@@ -256,13 +256,13 @@ def work(folder):
 
     adapter(Path(folder), "runs-notebook")
 
-notebook_launcher(work, (sys.argv[1],), num_processes=2)
+notebook_launcher(work, (sys.argv[1],), num_processes=2, use_port=sys.argv[2])
 """
 
 
-def test_a_notebook_starts_two_processes(folder, alone):
+def test_a_notebook_starts_two_processes(folder, alone, free_port):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command, tests = [sys.executable, "-c", NOTEBOOK, str(folder)], REPOSITORY / "tests"
+    command, tests = [sys.executable, "-c", NOTEBOOK, str(folder), str(free_port)], REPOSITORY / "tests"
     done = subprocess.run(command, env=environment, cwd=tests, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = folder.glob("runs-notebook/training/*/adapter")
