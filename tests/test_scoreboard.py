@@ -84,7 +84,8 @@ def test_pi_is_undecided_as_long_as_it_has_not_recovered_inside_the_old_window(l
 
 
 def test_that_nothing_is_gained_is_agreed_only_if_a_gain_is_excluded():
-    bounds = {(0.003, 0.039): "DISAGREES", (-0.1, 0.1): "UNDECIDED", (-0.005, 0.005): "AGREES", (-3, -1): "AGREES"}
+    bounds = {(-0.1, 0.1): "UNDECIDED", (-0.005, 0.005): "AGREES", (-3, -1): "AGREES", (0.02, 0.04): "DISAGREES"}
+    bounds |= {(0.003, 0.039): "UNDECIDED", (0.001, 0.009): "AGREES"}  # a gain, maybe below the margin; surely below it
     for interval, judged in bounds.items():
         assert scoreboard._gains_nothing(*interval, scoreboard.EQUAL) == getattr(scoreboard, judged)
 
@@ -204,9 +205,10 @@ def test_sizes_that_contradict_each_other_leave_a_late_switch_undecided(lines):
     line = lines["C9"]
     worse = scoreboard._with_a_copying_model(line, scratch(a=0.02, b=0.1, c=0.1), ONE_RATE)
     assert worse.verdict.startswith(scoreboard.DISAGREES)
-    both = scoreboard._with_a_copying_model(line, scratch(a=0.02, b=0.1, c=-0.1), {"long": 2, "short": 1, "highest": 2})
+    rates = {"long": 2, "short": 1, "highest": 2}
+    both = scoreboard._with_a_copying_model(line, scratch(a=0.02, b=0.1, c=-0.1), rates, own_rates=True)
     assert both.verdict.startswith(scoreboard.UNDECIDED)
-    assert "better at 16M (rates differ), worse at 0.4M and 0.9M" in both.why
+    assert "better at 16M, worse at 0.4M and 0.9M (arms at rates of their own)" in both.why
     assert "at 16M long throughout has 2 times the rate, the highest tried" in both.verdict
 
 

@@ -159,13 +159,13 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def statements_found(results: DoseResults, arm: str, length: int) -> str:
-    """How many planted statements an arm found at a length."""
+    """How many planted statements an arm found at a length, and other seeds of it as many tokens."""
     table = results.record.table("retrieval").query("task == 'key' and length == @length")
     names = table.arm + np.where(table.tokens_trained > 0, "-" + table.tokens_trained.astype(str), "")
-    part = table[names == arm]
-    if part.empty:
-        return "not asked"
-    return f"{round((part.exact * part.questions).sum())} of {part.questions.sum()}"
+    seed = names.str.extract(r"-s(\d+)-")[0].fillna("0")
+    parts = table[names.str.replace(r"-s\d+-", "-s0-", regex=True) == arm].groupby(seed)
+    found = [f"{round((part.exact * part.questions).sum())} of {part.questions.sum()}" for _, part in parts]
+    return "; another seed ".join(found) or "not asked"
 
 
 @dataclass(frozen=True)
@@ -325,9 +325,10 @@ def _retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
     held = _wider(race, far - KEPT * near, np.ones(near.shape[1]))
     judged = AGREES if held[1] >= 0 and behind[2] < 0 else DISAGREES if held[2] < 0 or behind[1] > 0 else UNDECIDED
     if _not_recovered(race, preset):
-        fell = "" if held[2] >= 0 else "ABF itself falls, "
-        fell += f"from {scores[0]:.0f} to {scores[1]:.0f}, after a short training; " if fell else ""
-        judged = f"{UNDECIDED}: {fell}{NOT_RECOVERED}"
+        judged = f"{UNDECIDED}: {NOT_RECOVERED}"
+        if held[2] < 0:
+            judged = f"{DISAGREES} that ABF keeps it; {UNDECIDED} beside PI: ABF falls from {scores[0]:.0f} to "
+            judged += f"{scores[1]:.0f} after a short training; {NOT_RECOVERED}"
     at = [figure["rouge_l"][name][-1] for name in ("abf", "pi")]
     return Line(
         "ABF keeps first-sentence retrieval where PI falls",
@@ -347,6 +348,10 @@ def _xpos(race: RaceResults, table: dict[str, Any], figure: dict[str, Any]) -> L
     at = [figure["rouge_l"][name][-1] for name in ("xpos_abf", "abf")]
     verdicts = [_gains_nothing(-nats[2], -nats[1], EQUAL), _gains_nothing(*retrieved[1:], 100 * MARGIN)]
     same = verdicts[0] == verdicts[1]
+    whys = {
+        "it harms retrieval": retrieved[2] < 0,
+        f"a gain of {EQUAL} nat is neither shown nor excluded": verdicts[0] == UNDECIDED,
+    }
     return Line(
         "xPos on top of ABF gains nothing",
         f"{books[0]:.3f} against {books[1]:.3f} on books (Table 5); {at[0]:.0f} against {at[1]:.0f} ROUGE-L at "
@@ -354,13 +359,13 @@ def _xpos(race: RaceResults, table: dict[str, Any], figure: dict[str, Any]) -> L
         f"xPos minus ABF {measured(*nats, digits=3)} nat, {points} ROUGE-L at {length:,} tokens",
         _race_scale(race),
         verdicts[0] if same else f"{verdicts[1]} in retrieval; {verdicts[0]} in perplexity",
-        "it lowers the loss and harms retrieval" if nats[2] < 0 and retrieved[2] < 0 else "",
+        "; ".join(why for why, true in whys.items() if true),
     )
 
 
 def _gains_nothing(low: float, high: float, margin: float) -> str:
-    """Agrees only if a gain of the margin is excluded: none detected is not none."""
-    return DISAGREES if low > 0 else AGREES if high < margin else UNDECIDED
+    """By the interval of a gain: agrees if it lies below the margin, disagrees if it lies above."""
+    return DISAGREES if low > margin else AGREES if high < margin else UNDECIDED
 
 
 def _power_law(published: dict[str, Any]) -> Line:
@@ -427,11 +432,8 @@ def _short_tasks(table: dict[str, Any]) -> Line:
         return Line(claim, paper)
     mmlu = accuracy.loc["base -> extended"]
     ours = [f"4-bit MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({_points(mmlu, 2)} points)"]
-    lost = False
     if "base_16_bit -> extended" in accuracy.index:
-        full_precision = accuracy.loc["base_16_bit -> extended"]
-        lost = full_precision.high < 0
-        ours.append(f"against the 16-bit base {_points(full_precision, 2)} points")
+        ours.append(f"against the 16-bit base {_points(accuracy.loc['base_16_bit -> extended'], 2)} points")
     short = deltas[(deltas.length == 0) & (deltas["items"] >= FEWEST) & (deltas.pair == "base -> extended")]
     dearer = short[(short.metric == "answer_nll") & (short.low > 0)]
     ours += [f"answers of {row.task} {measured(row.difference, row.low, row.high)} nat" for row in dearer.itertuples()]
@@ -442,18 +444,16 @@ def _short_tasks(table: dict[str, Any]) -> Line:
         judged = f"{UNDECIDED}: the base answers at chance"
     elif mmlu.high < 0:
         judged = f"{DISAGREES}: on MMLU"
-    elif lost:
-        judged = f"{UNDECIDED}: MMLU rises from the 4-bit base, falls from the 16-bit one; no control was asked; "
-        judged += "other tasks have too few items"
     elif mmlu.low > -MARGIN:
-        judged = f"{AGREES}: on MMLU; other tasks have too few items"
+        judged = f"{UNDECIDED}: MMLU {'rises' if mmlu.low > 0 else 'does not fall'} from the same 4-bit base, but no "
+        judged += "control was asked; other tasks have too few items"
     else:
         judged = f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
     for results in read_dose_results([name]).values():
-        inside = compared(results, "fair", "inside").found
-        ours.append(f"text inside the old window {measured(*inside)} nat against a control trained as long")
-        if inside[1] > 0:
-            judged += "; text inside the old window costs more"
+        inside, before = compared(results, "fair", "inside").found, results.four_bits().query("place == 'inside'")
+        before = before.set_index("quantity").loc["extended minus NF4 base", ["nats", "low", "high"]]
+        ours.append(f"text inside the old window {measured(*before, digits=3)} nat against the same 4-bit base")
+        ours.append(f"{measured(*inside, digits=3)} against a control trained as long")
     return Line(claim, paper, "; ".join(ours), f"{MODELS[name]}, one seed", judged)
 
 
@@ -509,9 +509,10 @@ def _nats(row: Any) -> str:
 def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     saved = 1 - flops["flops"][-1] / flops["flops"][0]
     books = [perplexity["rows"][row][perplexity["columns"].index("books")] for row in (-1, 0)]
-    qasper = flops["long_tasks"]["Qasper"]
+    qasper, quality = (flops["long_tasks"][task] for task in ("Qasper", "QuALITY"))
     paper = f"{saved:.0%} fewer operations, {books[0]} against {books[1]} perplexity on books, "
-    paper += f"but {qasper[-1]} against {qasper[0]} F1 on Qasper (Tables 10, 11)"
+    paper += f"but {qasper[-1]} against {qasper[0]} on Qasper, {quality[-1]} against {quality[0]} on QuALITY "
+    paper += "(Tables 10, 11)"
     claim = "Pretraining short first, then long, costs less at equal quality"
     if recorded("tiny", CURRICULUM) is None:
         return Line(claim, paper)
@@ -521,7 +522,10 @@ def _short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
         LARGER: _late_switch(wide, size),
         GPU_SIZE: _late_switch(largest, GPU_SIZE),
     }
-    return _with_a_copying_model(Line(claim, paper), scratch, rate_factors(largest))
+    rates = rate_factors(largest)
+    return _with_a_copying_model(
+        Line(claim, paper), scratch, rates, own_rates=size != LARGER and bool(rates["long"] != rates["short"])
+    )
 
 
 def _late_switch(results: PretrainingResults, size: str) -> Any:
@@ -529,12 +533,15 @@ def _late_switch(results: PretrainingResults, size: str) -> Any:
     return results.curriculum(size).set_index("arm").loc["switch-80"]
 
 
-def _with_a_copying_model(line: Line, scratch: dict[str, Any], rates: dict[str, float]) -> Line:
+def _with_a_copying_model(
+    line: Line, scratch: dict[str, Any], rates: dict[str, float], *, own_rates: bool = False
+) -> Line:
     """The line of short-then-long pretraining: by sizes from scratch, and by the model that has far context to lose.
 
     Args:
         scratch: the switch at 80% beside long throughout, by size.
         rates: of the last size, `rate_factors`.
+        own_rates: whether the arms of all sizes but the first were trained at different rates.
     """
     results = copying_results()
     late = _late_switch(results, TRAINED_ON)
@@ -547,9 +554,9 @@ def _with_a_copying_model(line: Line, scratch: dict[str, Any], rates: dict[str, 
     scale = f"Llamas of {', '.join(scratch)} from scratch, {scratch[GPU_SIZE].seeds} seeds each; {MODELS['tiny']}, "
     scale += f"trained on, {late.seeds} orders of the texts, {steps}"
     found = {word: [size for size, one in scratch.items() if _reads(one) == word] for word in ("better", "worse")}
-    names = {GPU_SIZE: f"{GPU_SIZE} (rates differ)"} if rates["long"] != rates["short"] else {}
-    whys = [f"{word} at {' and '.join(names.get(one, one) for one in sizes)}" for word, sizes in found.items() if sizes]
-    whys = [f"from scratch it reads {', '.join(whys)}"] if whys else []
+    whys = [f"{word} at {' and '.join(sizes)}" for word, sizes in found.items() if sizes]
+    rated = " (arms at rates of their own)" if own_rates else ""
+    whys = [f"from scratch it reads {', '.join(whys)}{rated}"] if whys else []
     copies = f"in a model that copies it {'copies less, near and far' if near['high'] < 0 else 'copies less far back'}"
     lost = less["high"] < 0
     why = "; ".join([*whys, *([copies] if lost else [])])
@@ -598,10 +605,11 @@ def _instruction_tuning(table: dict[str, Any]) -> list[Line]:
     ours = f"{asked} {points(*exact)} points; with answers at their weight without it {points(*full)}, and far NLL "
     ours += f"{measured(*kept)} nat; by that dilution of answers alone {points(*alone)}"
     judged = _judged(full, *([on_squad[FULL]] if real else []))
-    why = f"where answers keep their weight, {_told(full)} at tiny"
+    why = f"with answers at full weight, a control that was added afterwards, {_told(full)} at tiny"
     reason = f"{why}{', and the model reads better' if kept[2] < 0 else ''}"
     if exact[2] < 0:
-        reason += "; diluting them it costs exact ones"
+        why = f"done as in the paper it costs exact answers at tiny; {why}"
+        reason += "; done as in the paper, where it dilutes answers, it costs exact ones"
         reason += ", and so does dilution alone" if alone[2] < 0 else ""
     reason += "; compared at one learning rate"
     loss = replace(loss, ours=ours, scale=scale, verdict=f"{judged}: {reason}", why=why)
@@ -658,7 +666,7 @@ def _full_attention(attention: dict[str, Any]) -> Line:
     judged = AGREES if max(shares) < 0.5 else DISAGREES if min(shares) > 0.5 else UNDECIDED
     results = gpu_results()
     sparse = pd.Series(results.difference(GPU_SIZE, ("s2", "full"), ("long", "full")))
-    why = "in time; whether sparse attention would do is open: it was compared at equal tokens only"
+    why = "in time, of a 4-bit step; whether sparse attention would do is open: it was compared at equal tokens only"
     return Line(
         "Below 6 h tokens (h: the model's width) attention is not most of the cost",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
@@ -683,7 +691,8 @@ def in_brief() -> str:
         useful = "Far context became useful" if own.gains else "Far context was not shown to become useful"
         lines += [
             f"**{name}**, after {own.tokens / 1e6:.1f} million tokens of whole long sequences, {own.runs}:\n",
-            f"- {useful}: full context reads {own_nats} nat per token against windows of the same model.",
+            f"- {useful}: full context reads {own_nats} nat per token against windows of the same model. "
+            f"{_part_of_it(results)}",
             f"- Far out, against a control trained on as many tokens: {far.says}, {far_nats} nat.",
             f"- Inside the old window, against that control: {inside.says}, {inside_nats} nat.",
         ]
@@ -694,6 +703,16 @@ def in_brief() -> str:
     counts = ", ".join(f"{verdicts.count(one)} *{one}*" for one in dict.fromkeys(sorted(verdicts)))
     lines.append(f"**The paper's {len(verdicts)} claims**, at the sizes that we could train: {counts}.")
     return "\n".join(lines)
+
+
+def _part_of_it(results: DoseResults) -> str:
+    """The gain over own windows where these are nearly full, and in texts that hardly repeat themselves."""
+    full, texts, limit = compared(results, "full", whole=True), results.gains_of_texts(), 0.1
+    plain = texts[texts.repeats_itself < limit].nats
+    return (
+        f"Where those windows are nearly full, it is {measured(*full.found, digits=3)}. In the {len(plain)} of "
+        f"{len(texts)} texts that repeat less than {limit:.0%} of themselves, it is {plain.mean():+.3f} on average."
+    )
 
 
 def _on_other_texts(again: OtherTexts, spread: float) -> list[str]:
@@ -710,7 +729,7 @@ def _on_other_texts(again: OtherTexts, spread: float) -> list[str]:
         f"seed's weights: {told[0]} nat against its own windows. Against another seed's control in windows: "
         f"{'ahead' if gains else 'behind' if new.low > 0 else NO_DIFFERENCE}, {told[1]}; with the first texts, "
         f"{old_and_new.documents:.0f} in all, {told[2]}, which is "
-        f"{'more' if -old_and_new.nats > spread else 'less'} than seeds lie apart."
+        f"{'more' if -old_and_new.nats > spread else 'less'} than the largest distance between seeds, at any dose."
     ]
 
 
