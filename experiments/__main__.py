@@ -110,6 +110,7 @@ def arguments() -> argparse.Namespace:
     )
     pretraining.add_argument("--cell", nargs=3, metavar=("SIZE", "ARM", "SEED"), help="measure this one only")
     pretraining.add_argument("--finished", action="store_true", help="join the cells that are measured, and no others")
+    pretraining.add_argument("--add", action="store_true", help="add finished cells of 0.9M to its record")
     pretraining.add_argument("--sparse", action="store_true", help="sparse attention at equal cost, nothing else")
     pretraining.add_argument("--size", help="a size that a GPU trains, with --seed, --speed or --join: 16M")
     pretraining.add_argument("--seed", type=int, help="measure this seed's cells; several processes may run at a time")
@@ -286,7 +287,7 @@ def run(asked: argparse.Namespace) -> Path | None:
             from experiments.pretraining_sparse import run_sparse
 
             return run_sparse(RESULTS / "tiny")
-        pretraining.run_all(RESULTS / "tiny", finished=asked.finished)
+        pretraining.run_all(RESULTS / "tiny", finished=asked.finished, add=asked.add)
     if asked.command == "bench":
         from experiments import bench
 

@@ -48,7 +48,6 @@ from experiments.pretraining_cells import (
     SWITCHES,
     TRAINED_ON,
     Cell,
-    LargeSize,
     all_cells,
     flops_per_token,
     later_settings,
@@ -58,7 +57,7 @@ from experiments.pretraining_cells import (
 )
 from experiments.pretraining_device import fast_products, for_reading, on_device
 from experiments.pretraining_rates import LARGER
-from experiments.pretraining_results import LARGER_SLUG, LATER, MIXED, SLUG, collect
+from experiments.pretraining_results import LARGER_SLUG, LATER, MIXED, SLUG, add_cells, collect
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.data.packing import TrainingSequence, join_pieces
@@ -82,16 +81,23 @@ QUESTION = "When should pretraining sequences become long?"
 STRETCHES = 2  # of each held-out document, at most
 
 
-def run_all(folder: Path, *, finished: bool) -> None:
-    """Measure every cell that has no record yet, unless only `finished` ones are asked for; join them in `folder`."""
+def run_all(folder: Path, *, finished: bool, add: bool = False) -> None:
+    """Measure every cell that has no record yet, unless only `finished` ones are asked for; join them in `folder`.
+
+    `add`: the record of the larger size keeps its cells, and gets those that are finished.
+    """
     from experiments.pretraining_context import measured_contexts
 
-    cells = [cell for cell in all_cells() if not finished or cell.record.is_file()]
+    cells = [cell for cell in all_cells() if not (finished or add) or cell.record.is_file()]
     for number, cell in enumerate(cells, start=1):
         run_cell(cell)
         print(f"[{number}/{len(cells)}] {cell.size} {cell.arm}, seed {cell.seed}", flush=True)
     if not cells:
-        raise ValueError("no cell is measured yet: leave out --finished, or measure one with --cell")
+        raise ValueError("no cell is measured yet: leave out --finished and --add, or measure one with --cell")
+    if add:
+        larger = [cell.record for cell in cells if cell.size in (LARGER, *RATES)]
+        print(add_cells(folder / f"{LARGER_SLUG}.json", larger))
+        return
     for size, slug in ((FROM_SCRATCH, SLUG), (LARGER, LARGER_SLUG)):
         if some := [cell for cell in cells if cell.size in (size, *(RATES if size == LARGER else ()))]:
             contexts = [cell for cell in some if cell.arm == "long" and cell.size == size]
@@ -160,7 +166,7 @@ def new_model(size: str, rope_base: float, seed: int) -> LlamaForCausalLM:
             **options,
         )
         model = LlamaForCausalLM(config)
-    return on_device(model, bf16=arithmetic(size) == BF16, compiled=isinstance(shape, LargeSize))
+    return on_device(model, bf16=arithmetic(size) == BF16, compiled=shape.on_a_gpu)
 
 
 def arithmetic(size: str) -> str:
@@ -203,7 +209,7 @@ def short_part(size: str, seed: int, until: int, *, in_reach: bool = False) -> t
     """The folder of a run on short sequences that has come to step `until`, and its seconds per step."""
     settings = long_settings(size, seed)
     folder = short_folder(size, seed, until, in_reach=in_reach)
-    large = isinstance(SIZES[size], LargeSize)  # has no switch at 95%, and a stop takes time
+    large = SIZES[size].on_a_gpu  # has no switch at 95%, and a stop takes time
     switches = {round(share * settings.steps) for share in SWITCHES.values() if not large or share < 0.95}
     earlier = [switch for switch in switches if 0 < switch < until and not in_reach]
     if earlier and not folder.exists():
@@ -288,7 +294,7 @@ def run_cell(cell: Cell) -> Path:
     if cell.arm == SPARSE:
         lengths = [SPARSE_LENGTH] * len(lengths)
     cost = {**asdict(cell), "parameters": model.num_parameters(), "tokens": LONG * len(lengths)}
-    if isinstance(shape, LargeSize):
+    if shape.on_a_gpu:
         cost |= {"learning_rate": settings.learning_rate}
     cost |= {"short_steps": switch, "long_steps": len(lengths) // shape.sequences - switch}
     cost["flops"] = sum(LONG * flops_per_token(shape.layers, shape.hidden, length) for length in lengths)

@@ -55,6 +55,7 @@ class Size:
     learning_rate: float
     steps: int = 400
     sequences: ClassVar[int] = 1  # of 4,096 tokens in a step
+    on_a_gpu: ClassVar[bool] = False  # trained on one
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class LargeSize(Size):
     """A model that a GPU trains (pretraining_gpu.py)."""
 
     sequences: int = 8
+    on_a_gpu: ClassVar[bool] = True
 
 
 SIZES = {

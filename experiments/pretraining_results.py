@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -402,3 +403,33 @@ def collect(
             **about,
         },
     )
+
+
+def add_cells(record: Path, cells: Sequence[Path]) -> Path:
+    """Add cells that were measured later to a record of curricula; those that it has stay as they are."""
+    before = pretraining_results(record)
+    there = set(before.cells[NAMES].itertuples(index=False, name=None))
+    cells = [path for path in cells if tuple(read_table(path, "cost")[NAMES].iloc[0]) not in there]
+    if not cells:
+        return record
+    with TemporaryDirectory() as scratch:
+        later = pretraining_results(collect(cells, Path(scratch), record.stem))
+        assert before.record and later.record  # read from files
+        new, content, arrays = later.record.content["provenance"], before.record.content, dict(before.arrays)
+        tables = {name: before.record.table(name) for name in content["tables"]}
+        for name in ("cells", "nll_by_position"):
+            tables[name] = pd.concat([tables[name], later.record.table(name)], ignore_index=True)
+        steps = max(results.arrays["loss"].shape[1] for results in (before, later))
+        for name in ("nats", "loss"):
+            both = [results.arrays[name] for results in (before, later)]
+            if name == "loss":
+                both = [np.pad(one, ((0, 0), (0, steps - one.shape[1])), constant_values=np.nan) for one in both]
+            arrays[name] = np.concatenate(both)
+    provenance = dict(content["provenance"])
+    for name in ("commit", "date", "device"):
+        provenance[name] = ", ".join(dict.fromkeys([provenance[name], new[name]]))
+    provenance["seconds"] = round(provenance["seconds"] + new["seconds"], 1)
+    write_arrays(record.with_suffix(".npz"), arrays)
+    about = {name: content[name] for name in ("preset", "question")}
+    rest = {"tables": tables, "seeds": provenance["seeds"], "seconds": provenance["seconds"]}
+    return write_record(record.parent, record.stem, **about, **rest, provenance=provenance)

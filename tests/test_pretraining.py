@@ -31,6 +31,7 @@ from experiments.pretraining_results import (
     LENGTH,
     NAMES,
     PretrainingResults,
+    add_cells,
     collect,
     heavier,
     over_sizes,
@@ -338,3 +339,20 @@ def test_what_is_for_a_gpu_s_size_does_not_start_hours_of_another_training(words
         command.arguments()
     wanted = "-1 must be a number of 1 or more" if "-1" in words else "are for a size that a GPU trains: add --size 16M"
     assert wanted in capsys.readouterr().err
+
+
+def test_cells_are_added_to_a_record_which_keeps_its_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretraining_cells.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=6))
+    monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path / "runs")
+    tokenizer, training, held_out = pretraining.texts()
+    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
+    first, second = (pretraining.run_cell(Cell("doll", arm, 0)) for arm in ("short", "long"))
+    record = collect([first], tmp_path)
+    before = json.loads(record.read_text())
+    whole = pretraining_results(collect([first, second], tmp_path / "whole"))
+    added = pretraining_results(add_cells(record, [first, second]))
+    assert added.record.content["tables"] == whole.record.content["tables"]
+    assert added.record.content["tables"]["cells"][:1] == before["tables"]["cells"]
+    assert all(np.array_equal(added.arrays[name], array) for name, array in whole.arrays.items())
+    content = record.read_bytes()
+    assert add_cells(record, [second]) == record and record.read_bytes() == content
