@@ -74,6 +74,9 @@ finer once more, by seed 0 as before, at 0.6 and 0.85 for the switch, at 0.7 and
 follow at a rate that trains better than all others. Expected: long throughout stays at the recorded rate, and at the
 switch's best rate at most half is left of what it loses at half the rate. Refuted if more than half is left, beyond the
 interval.
+
+Of seed 0 the switch trains best at 0.85 of the rate, by less than 0.0001 nat before 0.7. So seeds 1 and 2 follow there,
+by the rule, and 0.7 stands beside it.
 """
 
 from dataclasses import replace
@@ -93,7 +96,7 @@ IN_WORDS = {
 LAST = 40  # steps whose training loss chooses a rate
 LARGER, SEEDS = "0.9M", (0, 1, 2)
 RATED = {  # factors of the recorded rate, and seeds that were trained at them
-    "switch-80": {2: (0,), 0.85: (0,), 0.7: SEEDS, 0.6: (0,), 0.5: SEEDS, 0.25: (0,)},
+    "switch-80": {2: (0,), 0.85: SEEDS, 0.7: SEEDS, 0.6: (0,), 0.5: SEEDS, 0.25: (0,)},
     "long": {2: (0,), 1.4: (0,), 0.7: (0,), 0.5: (0,)},
 }
 FACTORS = sorted({factor for tried in RATED.values() for factor in tried})
@@ -119,12 +122,13 @@ def own_rate(results: PretrainingResults, size: str, arm: str = "switch-80") -> 
     return next(factor for factor in (1, *FACTORS) if rate_name(size, factor) == best)
 
 
-def at_own_rate(results: PretrainingResults, size: str) -> PretrainingResults:
+def at_own_rate(results: PretrainingResults, size: str, factor: float = 0) -> PretrainingResults:
     """Long throughout at the recorded rate, switches at the chosen one: their size is "SIZE, switch at half the rate".
 
-    Its runs of long throughout are those of the size itself.
+    Its runs of long throughout are those of the size itself. `factor`: of the recorded rate, not the chosen one.
     """
-    arm, name, factor = results.cells.arm, results.cells["size"], own_rate(results, size)
+    factor = factor or own_rate(results, size)
+    arm, name = results.cells.arm, results.cells["size"]
     ours = ((arm == "long") & (name == size)) | (arm.str.startswith("switch") & (name == rate_name(size, factor)))
     return replace(results, cells=results.cells[ours].assign(size=f"{size}, switch at {IN_WORDS[factor]}"))
 
@@ -192,6 +196,11 @@ def judge_larger(results: PretrainingResults, size: str) -> None:
     judge("at the rate chosen for it, it is still worse", "switch-80", "long", at=own)
     left = beyond_half((own, name, "switch-80"), (results, size, "switch-80"))
     shown("less than half of that difference is left", left, above=False, digits=3)
+    halved = at_own_rate(results, size, 0.5)
+    if own_rate(results, size) != 0.5:
+        first, second = ((one, one.cells["size"].iloc[0], "switch-80") for one in (own, halved))
+        left = beyond_half(first, second)
+        shown("at most half is left of what it loses at half the rate", left, above=False, digits=3)
     judge(f"{size}, all at one rate: a switch at 40% is better than one at 80%", "switch-40", "switch-80", worse=False)
     losses = list(losses_at_the_end(results, size, "long").values())
     best = own_rate(results, size, "long") == 1 and min(losses) not in (losses[0], losses[-1])
