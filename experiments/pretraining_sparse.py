@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.pretraining import run_cell
 from experiments.pretraining_cells import AS_SPARSE, SPARSE, Cell
 from experiments.pretraining_gpu_results import (
     as_trained,
@@ -42,6 +41,8 @@ ARMS = (SPARSE, AS_SPARSE, "long")
 
 def run_sparse(folder: Path) -> Path:
     """Measure the cells that have no record yet, and join them in `folder`."""
+    from experiments.pretraining import run_cell  # imports torch, which readers of the record need not
+
     cells = [run_cell(Cell(LARGER, arm, seed)) for seed in SEEDS for arm in ARMS]
     about = {"command": "python -m experiments pretraining --sparse"}
     return collect(cells, folder, SLUG, more={"as_trained": read_as_trained(cells)}, about=about)
@@ -50,6 +51,11 @@ def run_sparse(folder: Path) -> Path:
 def sparse_results() -> PretrainingResults:
     """The cells from their committed record."""
     return pretraining_results(RESULTS / "tiny" / f"{SLUG}.json")
+
+
+def equal_operations(results: PretrainingResults) -> dict[str, Any]:
+    """NLL of full attention minus S2's, both read with full attention, at as many operations, as `difference`."""
+    return results.difference(LARGER, (AS_SPARSE, "full"), (SPARSE, "full"))
 
 
 def equal_seconds(results: PretrainingResults) -> tuple[float, dict[str, Any]]:
@@ -69,8 +75,7 @@ def equal_seconds(results: PretrainingResults) -> tuple[float, dict[str, Any]]:
 def judged_sparse(results: PretrainingResults) -> pd.DataFrame:
     """A row for each expectation above: expected, found (in nats), judged."""
     whole = results.difference(LARGER, (SPARSE, "full"), ("long", "full"))
-    own = as_trained(results, LARGER)
-    work = results.difference(LARGER, (AS_SPARSE, "full"), (SPARSE, "full"))
+    own, work = as_trained(results, LARGER), equal_operations(results)
     equal, time = equal_seconds(results)
     few = results.cost(LARGER, AS_SPARSE, "long_steps")
     rows = [

@@ -36,6 +36,7 @@ from experiments.pretraining_results import (
     pretraining_results,
 )
 from experiments.pretraining_results import SLUG as CURRICULUM
+from experiments.pretraining_sparse import equal_operations, equal_seconds, sparse_results
 from experiments.race_results import RaceResults, race_results, wider_interval
 from experiments.real_models import DoseResults, OtherTexts, attention_share, read_dose_results, read_other_texts
 from llama_long_utils.evaluation.statistics import FEWEST
@@ -666,16 +667,20 @@ def _full_attention(attention: dict[str, Any]) -> Line:
     judged = AGREES if max(shares) < 0.5 else DISAGREES if min(shares) > 0.5 else UNDECIDED
     results = gpu_results()
     sparse = pd.Series(results.difference(GPU_SIZE, ("s2", "full"), ("long", "full")))
-    why = "in time, of a 4-bit step; whether sparse attention would do is open: it was compared at equal tokens only"
+    small = sparse_results()
+    work, time = (pd.Series(one) for one in (equal_operations(small), equal_seconds(small)[1]))
+    why = f"in time, of a 4-bit step; far above 6 h, full attention beside sparse: at equal operations {_reads(work)}, "
+    why += f"in equal seconds {_reads(time)}"
     return Line(
         "Below 6 h tokens (h: the model's width) attention is not most of the cost",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
         f"at {crossing['7B']:,} tokens attention takes {shares[0]:.0%} of a training step's time with Trainer "
         f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4); "
         f"trained sparse (S2) at {GPU_SIZE}, NLL {_nats(sparse)} nat, read as trained "
-        f"{_nats(pd.Series(as_trained(results)))} nat",
+        f"{_nats(pd.Series(as_trained(results)))} nat; at {LARGER}, full attention minus S2 {_nats(work)} nat at equal "
+        f"operations, {_nats(time)} in equal seconds",
         f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval; "
-        f"{GPU_SIZE} from scratch, {sparse.seeds} seeds, 4,096 tokens, above 6 h there",
+        f"{GPU_SIZE} and {LARGER} from scratch, {sparse.seeds} seeds each, 4,096 tokens, above 6 h there",
         f"{judged}: {why}",
         why,
     )
