@@ -87,9 +87,12 @@ from experiments.pretraining_results import FEWEST_SEEDS, PretrainingResults, la
 from llama_long_utils.notebooks import finding, shown
 
 IN_WORDS = {
-    1: "the recorded rate",
     2: "twice the rate",
+    1.4: "1.4 times the rate",
+    1: "the recorded rate",
+    0.85: "0.85 of the rate",
     0.7: "0.7 of the rate",
+    0.6: "0.6 of the rate",
     0.5: "half the rate",
     0.25: "a quarter of the rate",
 }
