@@ -24,10 +24,15 @@ def gpu_results() -> PretrainingResults:
     return results
 
 
-def as_trained(results: PretrainingResults, size: str = GPU_SIZE) -> dict[str, Any]:
-    """NLL of sparse attention, read with the attention it was trained with, minus long throughout, as `difference`."""
+def as_trained(results: PretrainingResults, size: str = GPU_SIZE, trained_at: str = "") -> dict[str, Any]:
+    """NLL of sparse attention, read with the attention it was trained with, minus long throughout, as `difference`.
+
+    `trained_at`: the size's name at the rate of sparse attention, in a record that has several.
+    """
     long, tokens = results.nats(size, "long", 1, 4096)
-    nats = results.record.table("as_trained").pivot_table("nats", "seed", "document", aggfunc="sum")
+    table = results.record.table("as_trained")
+    table = table[table["size"] == trained_at] if trained_at else table
+    nats = table.pivot_table("nats", "seed", "document", aggfunc="sum")
     nats = nats[list(results.arrays["documents"])]
     return results.interval(nats.to_numpy() - [long[seed] for seed in nats.index], tokens)
 

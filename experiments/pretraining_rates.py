@@ -77,6 +77,11 @@ interval.
 
 Of seed 0 the switch trains best at 0.85 of the rate, by less than 0.0001 nat before 0.7. So seeds 1 and 2 follow there,
 by the rule, and 0.7 stands beside it.
+
+At 0.7 the switch reads 0.08 nat better than at half the rate: more than expected, so the grid was too coarse indeed. At
+its own rate it is still worse than long throughout, as expected, by 0.09 nat with three seeds, 0.07 at 0.7 of the rate.
+Whether more than half of the loss at half the rate is left is open. Long throughout keeps the recorded rate, and its
+runs of seeds 0 to 2, trained again, gave the recorded losses to the last digit.
 """
 
 from dataclasses import replace
@@ -207,7 +212,7 @@ def judge_larger(results: PretrainingResults, size: str) -> None:
     judge(f"{size}, all at one rate: a switch at 40% is better than one at 80%", "switch-40", "switch-80", worse=False)
     losses = list(losses_at_the_end(results, size, "long").values())
     best = own_rate(results, size, "long") == 1 and min(losses) not in (losses[0], losses[-1])
-    finding("long throughout trains best at the recorded rate, worse at twice and at half of it", best)
+    finding("long throughout trains best at the recorded rate, worse at every other", best)
     if results.seeds(size, "switch-20", "long"):
         judge(f"{size}, all at one rate: the switch at 20% is worse", "switch-20", "long")
         judge("it is better than the switch at 40%", "switch-20", "switch-40", worse=False)

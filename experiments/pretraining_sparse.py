@@ -22,6 +22,7 @@ written when this was known, both are trained again at 0.7 of the rate, all seed
 its own. Expected, judged as above: seeds lie less than 0.1 nat apart, and what was expected before holds.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,41 @@ from experiments.pretraining_gpu_results import (
     judge_no_difference,
     worse_if_above,
 )
-from experiments.pretraining_rates import LARGER, SEEDS
+from experiments.pretraining_rates import IN_WORDS, LARGER, SEEDS, rate_name
 from experiments.pretraining_results import PretrainingResults, collect, pretraining_results, read_as_trained
 from llama_long_utils.paths import RESULTS
 
 SLUG = "12_sparse_attention"
 ARMS = (SPARSE, AS_SPARSE, "long")
+LOWER = 0.7  # of the recorded rate, for the first two arms
+
+
+def sparse_cells() -> list[Cell]:
+    """All cells, seed by seed."""
+    lower = rate_name(LARGER, LOWER)
+    pairs = [*((LARGER, arm) for arm in ARMS), *((lower, arm) for arm in ARMS[:2])]
+    return [Cell(size, arm, seed) for seed in SEEDS for size, arm in pairs]
 
 
 def run_sparse(folder: Path) -> Path:
     """Measure the cells that have no record yet, and join them in `folder`."""
     from experiments.pretraining import run_cell  # imports torch, which readers of the record need not
 
-    cells = [run_cell(Cell(LARGER, arm, seed)) for seed in SEEDS for arm in ARMS]
+    records = {cell: run_cell(cell) for cell in sparse_cells()}
+    sizes = dict.fromkeys(cell.size for cell in records)
+    own = [
+        read_as_trained([path for cell, path in records.items() if cell.size == size]).assign(size=size)
+        for size in sizes
+    ]
     about = {"command": "python -m experiments pretraining --sparse"}
-    return collect(cells, folder, SLUG, more={"as_trained": read_as_trained(cells)}, about=about)
+    return collect(list(records.values()), folder, SLUG, more={"as_trained": pd.concat(own)}, about=about)
 
 
-def sparse_results() -> PretrainingResults:
-    """The cells from their committed record."""
-    return pretraining_results(RESULTS / "tiny" / f"{SLUG}.json")
+def sparse_results(factor: float = LOWER) -> PretrainingResults:
+    """The committed record, with S2 and "long-as-s2" at a factor of the recorded rate; all have the size `LARGER`."""
+    results = pretraining_results(RESULTS / "tiny" / f"{SLUG}.json")
+    ours = (results.cells.arm == "long") | (results.cells["size"] == rate_name(LARGER, factor))
+    return replace(results, cells=results.cells[ours].assign(size=LARGER))
 
 
 def equal_operations(results: PretrainingResults) -> dict[str, Any]:
@@ -77,17 +93,21 @@ def equal_seconds(results: PretrainingResults) -> tuple[float, dict[str, Any]]:
     return equal, results.interval(np.array(full) - [nats[SPARSE][seed] for seed in nats["long"]], tokens)
 
 
-def judged_sparse(results: PretrainingResults) -> pd.DataFrame:
-    """A row for each expectation above: expected, found (in nats), judged."""
-    whole = results.difference(LARGER, (SPARSE, "full"), ("long", "full"))
-    own, work = as_trained(results, LARGER), equal_operations(results)
-    equal, time = equal_seconds(results)
-    few = results.cost(LARGER, AS_SPARSE, "long_steps")
-    rows = [
-        ("S2, read with full attention, is worse at equal tokens", whole, worse_if_above(whole)),
-        ("S2, read with its own attention: no difference is detected", own, judge_no_difference(own)),
-        (f"full attention is worse at S2's operations, in {few:.0f} steps", work, judge_above(work)),
-        (f"full attention is worse in S2's seconds, in about {equal:.0f} steps", time, judge_above(time)),
-    ]
-    columns = ["expected", "found", "judged"]
-    return pd.DataFrame([(what, in_nats(found), judged) for what, found, judged in rows], columns=columns)
+def judged_sparse() -> pd.DataFrame:
+    """A row for each expectation above: what was found at both rates, in nats, and judged."""
+    table = pd.DataFrame()
+    for factor in (1, LOWER):
+        results = sparse_results(factor)
+        whole = results.difference(LARGER, (SPARSE, "full"), ("long", "full"))
+        own, work = as_trained(results, LARGER, rate_name(LARGER, factor)), equal_operations(results)
+        equal, time = equal_seconds(results)
+        few = results.cost(LARGER, AS_SPARSE, "long_steps")
+        rows = {
+            "S2 is worse at equal tokens": (whole, worse_if_above(whole)),
+            "S2, read with its own attention: no difference is detected": (own, judge_no_difference(own)),
+            f"full attention is worse at S2's operations, in {few:.0f} steps": (work, judge_above(work)),
+            f"full attention is worse in S2's seconds, in about {equal:.0f} steps": (time, judge_above(time)),
+        }
+        table["expected"] = list(rows)
+        table[f"S2 at {IN_WORDS[factor]}"] = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
+    return table

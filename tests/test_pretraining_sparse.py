@@ -10,7 +10,8 @@ from llama_long_utils.evaluation.statistics import Bootstrap
 
 
 def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_path, monkeypatch):
-    monkeypatch.setitem(pretraining_cells.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=8))
+    for name in ("doll", "doll-x0.7"):
+        monkeypatch.setitem(pretraining_cells.SIZES, name, Size(64, 2, 2, 7e-3, steps=8))
     monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
     monkeypatch.setattr(pretraining_sparse, "LARGER", "doll")
     monkeypatch.setattr(pretraining_sparse, "SEEDS", (0,))
@@ -18,11 +19,13 @@ def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
     record = run_sparse(tmp_path / "joined")
     results = pretraining_results(record)
-    cells = results.cells.set_index("arm")
+    assert list(results.cells["size"]) == ["doll"] * 3 + ["doll-x0.7"] * 2
+    cells = results.cells[:3].set_index("arm")
     assert set(cells.index) == {SPARSE, AS_SPARSE, "long"}
     assert cells.tokens[SPARSE] == cells.tokens["long"] == 8 * LONG > cells.tokens[AS_SPARSE]
     assert cells.flops_counted[AS_SPARSE] == pytest.approx(cells.flops_counted[SPARSE], rel=0.1)  # whole steps
-    assert set(results.record.table("as_trained").seed) == {0}
+    own = results.record.table("as_trained")
+    assert set(zip(own["size"], own.seed, strict=True)) == {("doll", 0), ("doll-x0.7", 0)}
     monkeypatch.setattr(pretraining, "train", None)
     run_sparse(tmp_path / "joined")
 
