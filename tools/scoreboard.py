@@ -669,8 +669,10 @@ def _full_attention(attention: dict[str, Any]) -> Line:
     sparse = pd.Series(results.difference(GPU_SIZE, ("s2", "full"), ("long", "full")))
     small = sparse_results()
     work, time = (pd.Series(one) for one in (equal_operations(small), equal_seconds(small)[1]))
-    why = f"in time, of a 4-bit step; far above 6 h, full attention beside sparse: at equal operations {_reads(work)}, "
-    why += f"in equal seconds {_reads(time)}"
+    better = {"worse": "sparse attention reads better", "better": "full attention reads better"}
+    told = [better.get(_reads(one), f"{NO_DIFFERENCE} between full and sparse attention") for one in (work, time)]
+    why = f"in time, of a 4-bit step; far above 6 h {told[0]} at equal operations"
+    why += " and in equal seconds" if told[0] == told[1] else f", {told[1]} in equal seconds"
     return Line(
         "Below 6 h tokens (h: the model's width) attention is not most of the cost",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
