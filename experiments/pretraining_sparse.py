@@ -22,7 +22,7 @@ written when this was known, both are trained again at 0.7 of the rate, all seed
 its own. Expected, judged as above: seeds lie less than 0.1 nat apart, and what was expected before holds.
 
 At 0.7 of the rate seeds of S2 lie 0.12 nat apart, those of "long-as-s2" 0.04. At equal operations and in equal seconds
-full attention is worse, as expected; at equal tokens S2 is worse by no more than the interval excludes, so that is open.
+full attention is worse, as expected. At equal tokens S2's loss is open: its interval just holds zero.
 """
 
 from dataclasses import replace
