@@ -373,7 +373,7 @@ def join(size: str, runs: Path, folder: Path, commit: str = "") -> Path:
     if (speed := runs / "speed" / f"{size}.json").is_file():
         more["speed"] = read_table(speed, "speed")
     if len(table := read_as_trained(cells)):
-        more["as_trained"] = table
+        more["as_trained"] = table.assign(size=table["size"].replace(names))
     about = {"command": f"python -m experiments pretraining --size {size} --seed SEED, then --join"}
     if commit:
         about["commit"] = f"{commit}, named by hand: the code ran where git was not"

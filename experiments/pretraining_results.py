@@ -302,13 +302,17 @@ def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
 
 
 def read_as_trained(cells: Sequence[Path]) -> pd.DataFrame:
-    """What cells of sparse attention read with the attention they were trained with, and their seeds."""
+    """What cells of sparse attention read with the attention they were trained with: nats and tokens by document."""
     parts = [
-        read_table(path, "as_trained").query("way == 'full'").assign(seed=read_table(path, "cost").seed.item())
+        read_table(path, "as_trained")
+        .query("way == 'full'")
+        .assign(**read_table(path, "cost")[["size", "seed"]].iloc[0])
         for path in cells
         if "as_trained" in read_record(path)["tables"]
     ]
-    return pd.concat(parts, ignore_index=True).drop(columns="way") if parts else pd.DataFrame()
+    if not parts:
+        return pd.DataFrame()
+    return pd.concat(parts).groupby(["size", "seed", "document"], sort=False)[["nats", "tokens"]].sum().reset_index()
 
 
 def collect(

@@ -60,14 +60,9 @@ def run_sparse(folder: Path) -> Path:
     """Measure the cells that have no record yet, and join them in `folder`."""
     from experiments.pretraining import run_cell  # imports torch, which readers of the record need not
 
-    records = {cell: run_cell(cell) for cell in sparse_cells()}
-    sizes = dict.fromkeys(cell.size for cell in records)
-    own = [
-        read_as_trained([path for cell, path in records.items() if cell.size == size]).assign(size=size)
-        for size in sizes
-    ]
+    cells = [run_cell(cell) for cell in sparse_cells()]
     about = {"command": "python -m experiments pretraining --sparse"}
-    return collect(list(records.values()), folder, SLUG, more={"as_trained": pd.concat(own)}, about=about)
+    return collect(cells, folder, SLUG, more={"as_trained": read_as_trained(cells)}, about=about)
 
 
 def sparse_results(factor: float = LOWER) -> PretrainingResults:

@@ -233,11 +233,11 @@ COLUMNS["12_curriculum_on_a_gpu"] = {
     "choice": {"long", "short", "steps", "long_seconds", "short_seconds"},
     "speed": {"arm", "milliseconds", "tokens", "fastest", "peak_gib"},
     "contexts": {"seed", "document", "context", "nats", "tokens"},
-    "as_trained": {"seed", "document", "position_low", "position_high", "nats", "tokens"},
+    "as_trained": {"size", "seed", "document", "nats", "tokens"},
 }
 COLUMNS["12_sparse_attention"] = {
     **{name: COLUMNS["12_pretraining_curriculum"][name] for name in ("cells", "nll_by_position")},
-    "as_trained": COLUMNS["12_curriculum_on_a_gpu"]["as_trained"] | {"size"},
+    "as_trained": COLUMNS["12_curriculum_on_a_gpu"]["as_trained"],
 }
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
 
