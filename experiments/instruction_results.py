@@ -338,6 +338,8 @@ def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str
     """NLL of held-out documents minus that before tuning, inside the old window and far out; the cheapest first."""
     window, reach = results.preset.base.window, results.preset.evaluation.tokens
     places = {"inside the old window": (window // 2, window), "far half": (reach // 2, reach)}
+    marks = zip(places, (GREY, BLUE), "os", strict=True)  # as everywhere
+    looks = {place: {"label": place, "color": colour, "marker": marker} for place, colour, marker in marks}
     rows = []
     for arm in (arm for arm in results.arms if arm not in ("untuned", "chat base")):
         for place, (low, high) in places.items():
@@ -346,7 +348,7 @@ def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str
     table = pd.DataFrame(rows, columns=["row", "place", "value", "low", "high"])
     figure, axes = plt.subplots(figsize=(9, 4.8))
     cheapest = table[table.place == "far half"].sort_values("value").row
-    intervals(axes, table, row="row", colour="place", zero=0, styles=two_styles(places), names=cheapest)
+    intervals(axes, table, row="row", colour="place", zero=0, styles=looks, names=cheapest)
     axes.legend(loc="upper right")
     axes.set(xlabel="NLL minus that before tuning (nats per token)")
     message = "NLL of held-out documents minus that before tuning."
