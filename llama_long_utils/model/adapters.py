@@ -90,7 +90,7 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             # bf16 runs under autocast, which casts LoRA's matrices. PEFT looks for CUDA's autocast only and would
             # turn each input to fp32 on a CPU.
             module.cast_input_dtype_enabled = False
-            if type(module) is Linear4bit:
+            if type(module) is Linear4bit and not (config.lora_dropout or config.lora_bias or config.use_dora):
                 module.__class__ = AdaptedLinear
     keep_copies_fp32(adapted)
     return adapted
