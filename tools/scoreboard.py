@@ -148,7 +148,7 @@ def scoreboard_table(*, numbers: bool = True) -> str:
     for name, line in scoreboard().items():
         judged, colon, reason = line.verdict.partition(":")
         found = [line.paper, line.ours, line.scale, f"**{judged}**{colon}{reason}"]
-        found = [text.replace("; ", "<br>") for text in found]
+        found = [text.replace("; ", ";<br>") for text in found]
         rows.append([name, line.claim, *(found if numbers else [f"**{judged}**", line.reason, line.scale])])
     return _markdown(rows)
 
