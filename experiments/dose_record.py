@@ -121,7 +121,11 @@ class Readings:
         """Mean of paired differences, one of each document, and what a sceptic asks next."""
         low, high = self.interval(values, documents)
         by_kind = pd.Series(values).groupby([self.kinds[document] for document in documents]).mean()
-        kinds_low, kinds_high = stats.t.interval(0.95, len(by_kind) - 1, by_kind.mean(), stats.sem(by_kind))
+        kinds_low, kinds_high = (
+            stats.t.interval(0.95, len(by_kind) - 1, by_kind.mean(), stats.sem(by_kind))
+            if len(by_kind) > 1
+            else (np.nan, np.nan)  # one kind tells nothing of kinds
+        )
         most = np.argmax(values * np.sign(values.mean()))
         return {
             **{"nats": values.mean(), "low": low, "high": high, "kinds_low": kinds_low, "kinds_high": kinds_high},

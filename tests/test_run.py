@@ -279,6 +279,7 @@ ANSWERS = {
     "tools.run --preset tinny": "did you mean 'tiny'",
     "tools.run --preset broken": "broken.toml is not valid TOML",
     "tools.run --only 77": "no notebook '77'",
+    "tools.run --only=": "no notebook ''",
     "tools.run --only 01 -p presett x": "did you mean 'preset'",
     "llama_long_utils.plan --help": "--window",
     "llama_long_utils.plan nothing --window 1 --memory 1": "unknown model 'nothing'",

@@ -307,7 +307,7 @@ def arguments() -> argparse.Namespace:
     """What was asked for; heavy modules are imported only after this."""
     parser = argparse.ArgumentParser(prog="python -m tools.run", description=__doc__)
     parser.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
-    parser.add_argument("--only", metavar="NN", default="", help="run one notebook: its number or name")
+    parser.add_argument("--only", metavar="NN", help="run one notebook: its number or name")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--again", action="store_true", help="run notebooks anew that finished before")
     parser.add_argument("--store", action="store_true", help="store outputs, figures and records in the repository")
@@ -315,9 +315,10 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.workers < 1 or (asked.workers > 1 and asked.store):
         parser.error(f"--workers {asked.workers}: give at least 1, and only 1 with --store")
-    wanted = asked.only.zfill(2) if asked.only.isdecimal() else asked.only
+    wanted = asked.only or ""
+    wanted = wanted.zfill(2) if wanted.isdecimal() else wanted
     asked.chosen = [notebook for notebook in delivered() if notebook.slug.startswith(wanted)]
-    if not asked.chosen:
+    if not asked.chosen or asked.only == "":
         parser.error(f"no notebook {asked.only!r}: there are {[notebook.slug for notebook in delivered()]}")
     if asked.store and (asked.only or asked.p or asked.preset != parser.get_default("preset")):
         parser.error("--store stores a run of all notebooks at their defaults: leave out --only, --preset and -p")
