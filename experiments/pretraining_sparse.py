@@ -104,8 +104,9 @@ def judged_sparse() -> pd.DataFrame:
             "S2 is worse at equal tokens": (whole, worse_if_above(whole)),
             "S2, read with its own attention: no difference is detected": (own, judge_no_difference(own)),
             f"full attention is worse at S2's operations, in {few:.0f} steps": (work, judge_above(work)),
-            f"full attention is worse in S2's seconds, in about {equal:.0f} steps": (time, judge_above(time)),
+            "full attention is worse in S2's seconds": (time, judge_above(time)),
         }
         table["expected"] = list(rows)
-        table[f"S2 at {IN_WORDS[factor]}"] = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
+        told = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
+        table[f"S2 at {IN_WORDS[factor]}"] = [*told[:-1], f"{told[-1]}, about {equal:.0f} steps"]
     return table
