@@ -9,7 +9,7 @@ import pytest
 
 from experiments.real_models import read_dose_results
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.records import read_published, recorded
+from llama_long_utils.records import Record, read_published, recorded
 from tools import scoreboard
 from tools.scoreboard import Comparison, compared, headlines
 
@@ -96,6 +96,24 @@ def test_a_base_at_chance_decides_nothing_about_short_tasks(lines):
     assert mmlu.before < scoreboard.CHANCE["mmlu"]
     if scoreboard.MODELS["smollm2"] in lines["C7"].scale:
         assert lines["C7"].verdict.startswith(scoreboard.UNDECIDED)
+
+
+@pytest.mark.parametrize(
+    ("low", "control", "judged"),
+    [(-0.01, True, "AGREES"), (-0.01, False, "UNDECIDED"), (-0.03, True, "UNDECIDED"), (-0.2, True, "DISAGREES")],
+)
+def test_short_tasks_agree_only_beside_a_control_and_without_a_loss_of_the_margin(low, control, judged, monkeypatch):
+    asked = ("qwen2.5-coder-1.5b", scoreboard.BENCHMARKS)
+    changed = Record(recorded(*asked).path)
+    deltas = changed.table("deltas")
+    rows = (deltas.task == "mmlu") & (deltas.metric == "accuracy") & (deltas.pair == "base -> extended")
+    deltas.loc[rows, ["low", "high"]] = low, low + 0.1
+    if control:
+        deltas = pd.concat([deltas, deltas[rows].assign(pair="base -> rope_unchanged")])
+    changed.content["tables"]["deltas"] = deltas.to_dict("records")
+    monkeypatch.setattr(scoreboard, "recorded", lambda *names: changed if names == asked else recorded(*names))
+    line = scoreboard._short_tasks(scoreboard.read_published("llama2_long_benchmarks")["table_1"])
+    assert line.verdict.startswith(getattr(scoreboard, judged))
 
 
 def test_a_loss_on_the_prompt_that_halves_the_weight_of_answers_decides_nothing_by_losing_some(lines):

@@ -36,7 +36,7 @@ from experiments.pretraining_results import (
     pretraining_results,
 )
 from experiments.pretraining_results import SLUG as CURRICULUM
-from experiments.pretraining_sparse import equal_operations, equal_seconds, sparse_results
+from experiments.pretraining_sparse import LOWER, equal_operations, equal_seconds, sparse_results
 from experiments.race_results import RaceResults, race_results, wider_interval
 from experiments.real_models import DoseResults, OtherTexts, attention_share, read_dose_results, read_other_texts
 from llama_long_utils.evaluation.statistics import FEWEST
@@ -445,6 +445,8 @@ def _short_tasks(table: dict[str, Any]) -> Line:
         judged = f"{UNDECIDED}: the base answers at chance"
     elif mmlu.high < 0:
         judged = f"{DISAGREES}: on MMLU"
+    elif mmlu.low > -MARGIN and "base -> rope_unchanged" in accuracy.index:
+        judged = f"{AGREES}: on MMLU, beside a control; other tasks have too few items"
     elif mmlu.low > -MARGIN:
         judged = f"{UNDECIDED}: MMLU {'rises' if mmlu.low > 0 else 'does not fall'} from the same 4-bit base, but no "
         judged += "control was asked; other tasks have too few items"
@@ -680,7 +682,7 @@ def _full_attention(attention: dict[str, Any]) -> Line:
         f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4); "
         f"trained sparse (S2) at {GPU_SIZE}, NLL {_nats(sparse)} nat, read as trained "
         f"{_nats(pd.Series(as_trained(results)))} nat; at {LARGER}, full attention minus S2 {_nats(work)} nat at equal "
-        f"operations, {_nats(time)} in equal seconds",
+        f"operations, {_nats(time)} in equal seconds (S2 at {LOWER} of the rate, asked as both are open at the whole)",
         f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval; "
         f"{GPU_SIZE} and {LARGER} from scratch, {sparse.seeds} seeds each, 4,096 tokens, above 6 h there",
         f"{judged}: {why}",
