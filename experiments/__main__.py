@@ -112,6 +112,7 @@ def arguments() -> argparse.Namespace:
     pretraining.add_argument("--finished", action="store_true", help="join the cells that are measured, and no others")
     pretraining.add_argument("--add", action="store_true", help="add finished cells of 0.9M to its record")
     pretraining.add_argument("--sparse", action="store_true", help="sparse attention at equal cost, nothing else")
+    pretraining.add_argument("--sparse-on-short", action="store_true", help="the same, trained on 512 tokens")
     pretraining.add_argument("--size", help="a size that a GPU trains, with --seed, --speed or --join: 16M")
     pretraining.add_argument("--seed", type=int, help="measure this seed's cells; several processes may run at a time")
     pretraining.add_argument(
@@ -283,10 +284,10 @@ def run(asked: argparse.Namespace) -> Path | None:
             return None
         if asked.cell:
             return pretraining.run_cell(checked_cell(*asked.cell))
-        if asked.sparse:
+        if asked.sparse or asked.sparse_on_short:
             from experiments.pretraining_sparse import run_sparse
 
-            return run_sparse(RESULTS / "tiny")
+            return run_sparse(RESULTS / "tiny", short=asked.sparse_on_short)
         pretraining.run_all(RESULTS / "tiny", finished=asked.finished, add=asked.add)
     if asked.command == "bench":
         from experiments import bench

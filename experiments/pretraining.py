@@ -41,10 +41,13 @@ from experiments.pretraining_cells import (
     PRESET,
     RATES,
     SHORT,
+    SHORT_AS_SPARSE,
     SHORT_BASE,
+    SHORT_SPARSE,
     SIZES,
     SPARSE,
-    SPARSE_LENGTH,
+    SPARSE_ARMS,
+    SPARSE_SHARE,
     SWITCHES,
     TRAINED_ON,
     Cell,
@@ -226,11 +229,11 @@ def short_part(size: str, seed: int, until: int, *, in_reach: bool = False) -> t
 def own_settings(cell: Cell) -> TrainingSettings:
     """Those of an arm from scratch; fewer steps than the others where it is to multiply as much as sparse attention."""
     settings = long_settings(cell.size, cell.seed)
-    if cell.arm != AS_SPARSE:
+    if cell.arm not in (AS_SPARSE, SHORT_AS_SPARSE):
         return settings
-    shape, tokens = SIZES[cell.size], len(texts()[0])
+    shape, tokens, length = SIZES[cell.size], len(texts()[0]), SHORT if cell.arm == SHORT_AS_SPARSE else LONG
     weights = shape.layers * (4 + 3 * 11 / 4) * shape.hidden**2 + tokens * shape.hidden
-    sparse, full = (weights + shape.layers * shape.hidden * length for length in (SPARSE_LENGTH, LONG))
+    full, sparse = (weights + shape.layers * shape.hidden * length * share for share in (1, SPARSE_SHARE))
     steps = round(settings.steps * sparse / full)
     return replace(settings, steps=steps, warmup_steps=steps // 20, checkpoint_every=steps)
 
@@ -248,9 +251,10 @@ def run_cell(cell: Cell) -> Path:
         return cell.record
     settings, mix = own_settings(cell), cell.arm.removeprefix("mix-")
     later = cell.arm == CONTINUED or mix != cell.arm  # trained on, as another run, from the end of "short"
-    all_long = cell.is_mix or cell.arm in (SPARSE, AS_SPARSE)
-    switch = 0 if all_long else round(SWITCHES.get(cell.arm, 1.0) * settings.steps)
-    model = new_model(cell.size, SHORT_BASE if cell.arm == "short" else LONG_BASE, cell.seed)
+    all_short, sparse = cell.arm in ("short", SHORT_SPARSE, SHORT_AS_SPARSE), cell.arm in (SPARSE, SHORT_SPARSE)
+    one_part = cell.is_mix or cell.arm in SPARSE_ARMS
+    switch = 0 if one_part else round(SWITCHES.get(cell.arm, 1.0) * settings.steps)
+    model = new_model(cell.size, SHORT_BASE if all_short else LONG_BASE, cell.seed)
     folder, seconds, rows = cell.folder, {"short": 0.0, "long": 0.0}, []
     if switch:
         first = 0 if mix != cell.arm else cell.seed
@@ -272,12 +276,15 @@ def run_cell(cell: Cell) -> Path:
         rows = mix_rows(mix, settings)
     elif later or switch < settings.steps:
         rows = long_rows(settings)
+    if rows and all_short:
+        rows, settings, switch = cut_short(rows), short_settings(settings), settings.steps
     if rows:
-        if cell.arm == SPARSE:
+        if sparse:
             from experiments import attention as _registered  # noqa: F401
 
             model.set_attn_implementation(SPARSE)
-        log, seconds["long"] = timed_training(model, rows, settings, folder, settings.steps)
+        part = "short" if all_short else "long"
+        log, seconds[part] = timed_training(model, rows, settings, folder, settings.steps)
         model.set_attn_implementation("sdpa")
     tables = {"nll": measure(model, cell.size)}
     if cell.size == TRAINED_ON:
@@ -285,14 +292,16 @@ def run_cell(cell: Cell) -> Path:
 
         tables |= measure_copying(model)
     shape, as_trained = SIZES[cell.size], {}
-    if cell.arm == SPARSE:
+    if sparse:
         model.set_attn_implementation(SPARSE)
         as_trained = {"as_trained": measure(model, cell.size)}
         model.set_attn_implementation("sdpa")
     cut_up = switch * shape.sequences
-    lengths = [SHORT] * cut_up + [int(row.position_ids.max()) + 1 for row in rows[0 if later else cut_up :]]
-    if cell.arm == SPARSE:
-        lengths = [SPARSE_LENGTH] * len(lengths)
+    lengths = [float(SHORT)] * cut_up
+    if not all_short:
+        lengths += [int(row.position_ids.max()) + 1 for row in rows[0 if later else cut_up :]]
+    if sparse:
+        lengths = [SPARSE_SHARE * length for length in lengths]
     cost = {**asdict(cell), "parameters": model.num_parameters(), "tokens": LONG * len(lengths)}
     if shape.on_a_gpu:
         cost |= {"learning_rate": settings.learning_rate}

@@ -40,8 +40,10 @@ MIX_QUOTING = 0.6  # share of the documents that quote themselves, for the tiny 
 BEFORE = "before"  # the tiny Llama as it is, with the RoPE base raised
 SPARSE = "s2"  # long throughout, trained with shifted sparse attention (attention.py)
 AS_SPARSE = "long-as-s2"  # long throughout, so many steps that they multiply as much as those of "s2"
-SPARSE_LENGTH = LONG * 15 // 64  # tokens of a sequence with as many pairs as S2 has: half of the heads 1/4, half 7/32
-ARMS = (*SWITCHES, CONTINUED, BEFORE, *(f"mix-{mix}" for mix in MIXES), SPARSE, AS_SPARSE)
+SHORT_SPARSE, SHORT_AS_SPARSE = "short-s2", "short-as-s2"  # the same two, of 512 tokens throughout
+SPARSE_ARMS = (SPARSE, AS_SPARSE, SHORT_SPARSE, SHORT_AS_SPARSE)
+SPARSE_SHARE = 15 / 64  # of full attention's pairs that S2 has: half of the heads 1/4, half 7/32
+ARMS = (*SWITCHES, CONTINUED, BEFORE, *(f"mix-{mix}" for mix in MIXES), *SPARSE_ARMS)
 EDGES = [1, 16, 64, 128, 256, 512, 1024, 2048, 4096]  # of the positions' buckets
 
 
@@ -118,7 +120,7 @@ class Cell:
     def short_owner(self) -> "Cell | None":
         """The cell "short" whose training this one begins with: two processes must not train it at a time."""
         first = 0 if self.arm.startswith("mix-") else self.seed
-        alone = self.arm in ("long", "short", "in-reach", SPARSE, AS_SPARSE) or self.is_mix
+        alone = self.arm in ("long", "short", "in-reach", *SPARSE_ARMS) or self.is_mix
         return None if alone else Cell(self.size, "short", first)
 
 

@@ -301,15 +301,13 @@ def power_laws(table: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def read_as_trained(cells: Sequence[Path]) -> pd.DataFrame:
+def read_as_trained(cells: Sequence[Path], way: str = "full") -> pd.DataFrame:
     """What cells of sparse attention read with the attention they were trained with: nats and tokens by document."""
-    parts = [
-        read_table(path, "as_trained")
-        .query("way == 'full'")
-        .assign(**read_table(path, "cost")[["size", "seed"]].iloc[0])
-        for path in cells
-        if "as_trained" in read_record(path)["tables"]
-    ]
+    parts = []
+    for path in cells:
+        if "as_trained" in read_record(path)["tables"]:
+            table, cost = read_table(path, "as_trained"), read_table(path, "cost")
+            parts.append(table[table.way == way].assign(**cost[["size", "seed"]].iloc[0]))
     if not parts:
         return pd.DataFrame()
     return pd.concat(parts).groupby(["size", "seed", "document"], sort=False)[["nats", "tokens"]].sum().reset_index()

@@ -10,7 +10,7 @@ from torch import nn
 from experiments import pretraining, pretraining_cells, pretraining_context, pretraining_gpu
 from experiments import pretraining_gpu_results as judging
 from experiments.attention import s2_attention
-from experiments.pretraining_cells import AS_SPARSE, LONG, SPARSE_LENGTH, Cell
+from experiments.pretraining_cells import AS_SPARSE, LONG, SPARSE_SHARE, Cell
 from experiments.pretraining_figures import savings
 from experiments.pretraining_gpu import PILOTS, chosen_rates, join, run_seed, set_steps
 from experiments.pretraining_gpu_results import HOLDS, NOT_ASKED, OPEN, OTHER_WAY, REFUTED
@@ -40,7 +40,7 @@ def test_sparse_attention_costs_what_a_sequence_of_that_length_does():
     module.num_key_value_groups = 1
     output, _ = s2_attention(module, zeros, zeros, values, None, scaling=1.0)
     pairs = int((output > 0).sum()) / 2  # a head
-    assert (2 * pairs - length) * LONG == pytest.approx(length**2 * SPARSE_LENGTH)
+    assert (2 * pairs - length) * LONG == pytest.approx(length**2 * SPARSE_SHARE * LONG)
 
 
 def test_full_attention_on_fewer_steps_multiplies_as_much_as_sparse_attention():
@@ -50,7 +50,7 @@ def test_full_attention_on_fewer_steps_multiplies_as_much_as_sparse_attention():
     finally:
         set_steps("16M-doll", 5)
     model = pretraining.new_model("16M-doll", 10_000.0, 0)
-    sparse, full = (pretraining.counted_flops(model, length) for length in (SPARSE_LENGTH, LONG))
+    sparse, full = (pretraining.counted_flops(model, length) for length in (SPARSE_SHARE * LONG, LONG))
     assert fewer.steps * full == pytest.approx(400 * sparse, rel=0.005)
     assert fewer.warmup_steps == fewer.steps // 20
 
