@@ -8,7 +8,8 @@ import nbformat
 
 from llama_long_utils.paths import REPOSITORY, RESULTS, write_atomically
 from llama_long_utils.presets import load_preset, preset_names
-from tools.scoreboard import WORDS, headlines, in_brief, scoreboard_table
+from tools.headlines import WORDS, headlines, in_brief
+from tools.scoreboard import scoreboard_table
 from tools.sequence import delivered, index, links
 from tools.store import write_notebook
 

@@ -1,0 +1,1 @@
+"""How each verdict of the claims scoreboard is reached."""

@@ -1,0 +1,164 @@
+"""C1 to C4: plain RoPE, PI, ABF and xPos, by the race of notebook 11 and notebook 6's record of a real model."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.pretraining_results import EQUAL
+from experiments.race_results import RaceResults, wider_interval
+from llama_long_utils.notebooks import measured
+from llama_long_utils.presets import load_preset
+from llama_long_utils.records import recorded
+from llama_long_utils.settings import Preset
+from tools.claims.line import AGREES, DISAGREES, MARGIN, MODELS, UNDECIDED, Interval, Line
+
+POSITIONS = "06_perplexity_by_position"
+RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
+NOT_RECOVERED = "after training PI still reads worse than the base inside the old window"
+KEPT = 0.8  # share of the score at the shortest length that is called kept at the longest
+
+
+def past_the_window(race: RaceResults, figure: dict[str, Any]) -> Line:
+    """C1: an untrained real model in each kind of text, and the tiny one trained, by first-sentence retrieval."""
+    old, new = load_preset("smollm2").base.window, 16_384
+    untrained = _by_kinds("smollm2", "base", "sliding_window", old, new)
+    by_kind = untrained.groupby(level=0).mean()
+    length = race_lengths(load_preset("tiny"))[-2]
+    trained = _retrieved(race, "none", "abf", length)
+    scores = [figure["rouge_l"][name][figure["length"].index(new)] for name in ("none", "abf")]
+    fails = by_kind.min() > 0 and trained[2] < 0
+    return Line(
+        "Plain RoPE fails past its window",
+        f"{scores[0]:.0f} against ABF's {scores[1]:.0f} ROUGE-L at {new:,} tokens, both trained (Figure 5b)",
+        f"untrained, {old:,} to {new:,}: {measured(untrained.mean())} nat against its own windows, at least "
+        f"{measured(by_kind.min())} in each kind of text; trained, {length:,} tokens: {measured(*trained, digits=0)} "
+        "ROUGE-L against ABF",
+        f"{MODELS['smollm2']}, {len(untrained)} documents of {len(by_kind)} kinds; {_race_scale(race)}",
+        AGREES if fails else DISAGREES if by_kind.max() < 0 or trained[1] > 0 else f"{UNDECIDED}: by kind or interval",
+        "untrained it fails in every kind of text; trained it retrieves less than ABF" if fails else "",
+    )
+
+
+def perplexity(race: RaceResults, table: dict[str, Any]) -> Line:
+    """C2: undecided unless PI has recovered inside the old window; then by the intervals of both differences."""
+    preset = load_preset("tiny")
+    low, high = preset.base.window, preset.extension.window
+    first, second = _difference(race, "abf", "pi", low, high), _difference(race, "pi", "none", low, high)
+    books = [table["rows"][name][table["columns"].index("books")] for name in ("abf", "pi", "none")]
+    lost = _not_recovered(race, preset)
+    if lost:
+        judged = f"{UNDECIDED}: {NOT_RECOVERED} ({measured(*lost)} nat)"
+    elif first[2] <= EQUAL and second[2] < 0:
+        judged = AGREES
+    else:
+        judged = DISAGREES if first[1] > 0 or second[1] > 0 else f"{UNDECIDED}: the intervals are too wide"
+    return Line(
+        "ABF ≤ PI < plain RoPE in perplexity",
+        f"{books[0]:.3f}, {books[1]:.3f}, {books[2]:.3f} on books (Table 5)",
+        f"{low:,} to {high:,}: ABF minus PI {measured(*first)} nat, PI minus plain {measured(*second)} nat",
+        _race_scale(race),
+        judged,
+        NOT_RECOVERED if lost else "",
+    )
+
+
+def retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
+    """C3: ABF must keep `KEPT` of its score at the longest length, and PI must lie below it."""
+    preset = load_preset("tiny")
+    shortest, longest = race_lengths(preset)[0], race_lengths(preset)[-1]
+    scores = [race.mean(*race.rouge_l("abf", "full-length", length))["value"] for length in (shortest, longest)]
+    pi = race.mean(*race.rouge_l("pi", "full-length", shortest))["value"]
+    ours = f"ABF {scores[0]:.0f} at {shortest:,} tokens, {scores[1]:.0f} at {longest:,}; PI {pi:.0f} at {shortest:,}"
+    behind = _retrieved(race, "pi", "abf", race_lengths(preset)[-2])
+    ours += f"; PI minus ABF at {race_lengths(preset)[-2]:,} tokens: {measured(*behind, digits=0)}"
+    near, far = (race.rouge_l("abf", "full-length", length)[0] for length in (shortest, longest))
+    held = _wider(race, far - KEPT * near, np.ones(near.shape[1]))
+    judged = AGREES if held[1] >= 0 and behind[2] < 0 else DISAGREES if held[2] < 0 or behind[1] > 0 else UNDECIDED
+    if _not_recovered(race, preset):
+        judged = f"{UNDECIDED}: {NOT_RECOVERED}"
+        if held[2] < 0:
+            judged = f"{DISAGREES} that ABF keeps it; {UNDECIDED} beside PI: ABF falls from {scores[0]:.0f} to "
+            judged += f"{scores[1]:.0f} after a short training; {NOT_RECOVERED}"
+    at = [figure["rouge_l"][name][-1] for name in ("abf", "pi")]
+    return Line(
+        "ABF keeps first-sentence retrieval where PI falls",
+        f"{at[0]:.0f} against {at[1]:.0f} ROUGE-L at {figure['length'][-1]:,} tokens (Figure 5b, digitised)",
+        ours,
+        _race_scale(race),
+        judged,
+    )
+
+
+def xpos(race: RaceResults, table: dict[str, Any], figure: dict[str, Any]) -> Line:
+    """C4: nothing is gained if the interval excludes a gain of the margin, in perplexity and in retrieval."""
+    preset = load_preset("tiny")
+    low, high, length = preset.base.window, preset.extension.window, race_lengths(preset)[-2]
+    nats, retrieved = _difference(race, "xpos_abf", "abf", low, high), _retrieved(race, "xpos_abf", "abf", length)
+    points = measured(*retrieved, digits=0)
+    books = [table["rows"][name][table["columns"].index("books")] for name in ("xpos_abf", "abf")]
+    at = [figure["rouge_l"][name][-1] for name in ("xpos_abf", "abf")]
+    verdicts = [gains_nothing(-nats[2], -nats[1], EQUAL), gains_nothing(*retrieved[1:], 100 * MARGIN)]
+    same = verdicts[0] == verdicts[1]
+    whys = {
+        "it harms retrieval": retrieved[2] < 0,
+        f"a gain of {EQUAL} nat is neither shown nor excluded": verdicts[0] == UNDECIDED,
+    }
+    return Line(
+        "xPos on top of ABF gains nothing",
+        f"{books[0]:.3f} against {books[1]:.3f} on books (Table 5); {at[0]:.0f} against {at[1]:.0f} ROUGE-L at "
+        f"{figure['length'][-1]:,} tokens (Figure 5b)",
+        f"xPos minus ABF {measured(*nats, digits=3)} nat, {points} ROUGE-L at {length:,} tokens",
+        _race_scale(race),
+        verdicts[0] if same else f"{verdicts[1]} in retrieval; {verdicts[0]} in perplexity",
+        "; ".join(why for why, true in whys.items() if true),
+    )
+
+
+def gains_nothing(low: float, high: float, margin: float) -> str:
+    """By the interval of a gain: agrees if it lies below the margin, disagrees if it lies above."""
+    return DISAGREES if low > margin else AGREES if high < margin else UNDECIDED
+
+
+def _not_recovered(race: RaceResults, preset: Preset) -> Interval | None:
+    """PI after training minus the untrained base inside the old window, if PI has not recovered from its change."""
+    low, high = preset.base.window // 2, preset.base.window
+    (trained, tokens), (base, _) = (
+        race.nll(name, way, low, high) for name, way in (("pi", "full-length"), ("none", "zero-shot"))
+    )
+    loss = _wider(race, trained - base, tokens)
+    return loss if loss[0] > RECOVERED else None
+
+
+def race_lengths(preset: Preset) -> list[int]:
+    """Lengths at which the race asks for first sentences."""
+    return preset.retrieval.lengths
+
+
+def _difference(race: RaceResults, first: str, second: str, low: int, high: int) -> Interval:
+    """NLL of one trained method minus another's, in nats, over documents and seeds."""
+    (one, tokens), (other, _) = (race.nll(name, "full-length", low, high) for name in (first, second))
+    return _wider(race, one - other, tokens)
+
+
+def _retrieved(race: RaceResults, first: str, second: str, length: int) -> Interval:
+    """ROUGE-L of one trained method minus another's in first-sentence retrieval."""
+    (one, ones), (other, _) = (race.rouge_l(name, "full-length", length) for name in (first, second))
+    return _wider(race, one - other, ones)
+
+
+def _wider(race: RaceResults, change: np.ndarray, weights: np.ndarray) -> Interval:
+    found = wider_interval(change, weights, race.bootstrap)
+    return found["value"], found["low"], found["high"]
+
+
+def _race_scale(race: RaceResults) -> str:
+    return f"{MODELS['tiny']}, {race.arms[race.arms.training == 'full-length'].seed.nunique()} seeds"
+
+
+def _by_kinds(preset: str, first: str, second: str, low: int, high: int) -> pd.Series:
+    """NLL of one arm of notebook 6 minus another's, in nats, a row for each document, named by its kind of text."""
+    arrays = recorded(preset, POSITIONS).arrays
+    places = slice(low - 1, high - 1)
+    change = arrays[f"nll_{first}"][:, places].astype(float) - arrays[f"nll_{second}"][:, places]
+    return pd.Series(change.mean(axis=1), [name.split("/")[0] for name in arrays["documents"]])
