@@ -31,7 +31,6 @@ from llama_long_utils.figures import (
     TEAL,
     plt,
     save_figure,
-    token_axis,
 )
 from llama_long_utils.notebooks import NO_DIFFERENCE, measured, verdict
 
@@ -59,20 +58,17 @@ def in_points(change: dict[str, Any]) -> str:
 
 
 def jumps(results: PretrainingResults, size: str, arms: Sequence[str] = SWITCHED) -> pd.DataFrame:
-    """Training loss minus the long arm's, in nats: before each switch, at it, soon after; then the jump between.
+    """How training loss minus the long arm's jumps at each switch, in nats: the first 2 long steps minus 20 before.
 
-    Columns value, low and high are the jump, with Student's interval of the seeds' means; "jump" has them as text.
+    Columns arm, value, low and high, with Student's interval of the seeds' means.
     """
     rows = []
     for name in arms:
         around = results.spike(size, name)
-        means = {"20 steps before": around[:, :20], "first 2 long steps": around[:, 20:22]}
-        means[f"long steps 11 to {min(around.shape[1] - 20, 20)}"] = around[:, 30:40]
-        rows.append({"arm": STYLES[name][0]} | {when: part.mean() for when, part in means.items()})
         each = around[:, 20:22].mean(axis=1) - around[:, :20].mean(axis=1)
-        half = student_reach(each)
-        rows[-1] |= {"value": each.mean(), "low": each.mean() - half, "high": each.mean() + half, "seeds": len(each)}
-    return (found := pd.DataFrame(rows)).assign(jump=in_words(found, 3))
+        half, value = student_reach(each), each.mean()
+        rows.append({"arm": STYLES[name][0], "value": value, "low": value - half, "high": value + half})
+    return pd.DataFrame(rows)
 
 
 def savings() -> pd.DataFrame:
@@ -108,57 +104,28 @@ def row_verdict(row: pd.Series) -> str:
     return "better" if row.high < 0 else "worse" if row.low > 0 else NO_DIFFERENCE
 
 
-def quality_table(curriculum: pd.DataFrame) -> pd.DataFrame:
-    """What each arm costs as a share of what "long" does, and its NLL minus that of "long", as text."""
-    names = {"flops": "operations", "flops_counted": "as multiplied", "seconds": "seconds", "text": "NLL minus long"}
-    curriculum = curriculum[curriculum.arm != "long"]
-    few = curriculum.seeds < FEWEST_SEEDS
-    shown = curriculum.assign(text=in_words(curriculum, 3))
-    shown.loc[few, "text"] = [f"{', '.join(f'{one:+.3f}' for one in each)}, too few seeds" for each in shown.each[few]]
-    about = [name for name in ("size", "arm") if name in shown]
-    return shown[[*about, *names]].rename(columns=names)
-
-
 def judged_switches(parts: dict[str, PretrainingResults], alone: str) -> pd.DataFrame:
-    """The switch at 80% minus long throughout: a row for each of `parts`, then the first with each other together.
+    """The switch at 80% minus long throughout: a row for each of `parts`, then the first two together, as was planned.
 
-    But for `alone`, which nobody planned to judge with others. Columns value, low, high, seeds, and as text.
-
-    "saved at equal quality" are the least and the most operations that a switch saves, by `saved_at_equal_quality`.
-    The training loss is that of the last 20 short steps, minus that of long throughout on the same tokens.
+    But for `alone`, which nobody planned to judge with others. Columns value, low, high, and for a reader: what the
+    switch costs, as a share of long throughout, and "saved at equal quality", the least and the most operations that a
+    switch saves, by `saved_at_equal_quality`.
     """
     rows = []
     for size, results in parts.items():
         least, most = results.saved_at_equal_quality(size)
-        found = results.difference(size, ("switch-80", "full"), ("long", "full"))
-        nats, tokens = results.nats(size, "long", 1, 4096)
-        found["NLL of long"] = float(np.mean([one.sum() for one in nats.values()]) / tokens.sum())
-        found["training loss before the switch"] = results.spike(size, "switch-80")[:, :20].mean()
-        found["saved at equal quality"] = f"{least:.0%}{f' to {most:.0%}' * (most > least)}" if most else "none shown"
-        rows.append({"from scratch": size, **found})
-    first, *others = (size for size in parts if size != alone)
-    for other in others:
-        found = over_sizes([(parts[size], size) for size in (first, other)], "switch-80")
-        rows.append({"from scratch": f"{first} and {other}", **found, "saved at equal quality": "-"})
+        row = {"from scratch": size, **results.difference(size, ("switch-80", "full"), ("long", "full"))}
+        row["operations"] = f"{results.cost(size, 'switch-80') / results.cost(size, 'long'):.0%}"
+        row["saved at equal quality"] = f"{least:.0%}{f' to {most:.0%}' * (most > least)}" if most else "none shown"
+        rows.append(row)
+    first, second, *_ = (size for size in parts if size != alone)
+    both = over_sizes([(parts[size], size) for size in (first, second)], "switch-80")
+    unknown = {"operations": "-", "saved at equal quality": "-"}
+    rows.append({"from scratch": f"{first} and {second}", **both, **unknown})
     for row in rows:
-        alone = "one seed, " if row["seeds"] == 1 else ""
-        row["switch at 80%"] = alone + verdict(row["value"], row["low"], row["high"], "better", "worse")
-        each = row.pop("each")  # two sizes together have the seeds of both rows above
-        row["each seed"] = "-" if " and " in row["from scratch"] else ", ".join(f"{value:+.3f}" for value in each)
-    return pd.DataFrame(rows)
-
-
-def behind_before(results: PretrainingResults, size: str, arm: str) -> str:
-    """How far an arm's training loss is above long throughout's before it switches and after it, from seed to seed."""
-    around, last = results.spike(size, arm), int(results.cost(size, arm, "short_steps"))
-    behind, after = around[:, :20].mean(axis=1), around[:, 60:80].mean(axis=1)
-    each, later = (f"{gaps.min():+.2f} to {gaps.max():+.2f}" for gaps in (behind, after))
-    before = " So it is behind before its sequences become long." if (behind > 0).all() else ""
-    return (
-        f"- {size}, {STYLES[arm][0]}: in its last 20 short steps its training loss minus that of long throughout, on "
-        f"the same tokens, is {each} nat, by seed.{before} In steps {last + 41} to {last + 60}, long in both, "
-        f"it is {later}."
-    )
+        one_seed = "one seed, " if row["seeds"] == 1 else ""
+        row["switch at 80%"] = one_seed + verdict(row["value"], row["low"], row["high"], "better", "worse")
+    return pd.DataFrame(rows).drop(columns=["each", "seeds"])
 
 
 def when_long(curricula: dict[str, pd.DataFrame], copied_less: pd.Series) -> str:
@@ -209,9 +176,9 @@ def when_long(curricula: dict[str, pd.DataFrame], copied_less: pd.Series) -> str
 def copying_table(results: PretrainingResults, size: str) -> pd.DataFrame:
     """A row for each arm of a model that copies, as text: what it costs, and what it is worth beside "long"."""
     rows = results.curriculum(size)
-    shown = {"arm": rows.arm, "operations": rows.flops, "as multiplied": rows.flops_counted, "seconds": rows.seconds}
-    shown |= {"NLL minus long (nats)": in_words(rows, 3), "copied": [f"{share:.1%}" for share in rows.copied]}
-    return pd.DataFrame(shown | {"copied, minus long (points)": rows.copied_less.map(in_points), "orders": rows.seeds})
+    shown = {"arm": [STYLES[arm][0] for arm in rows.arm], "operations": [f"{share:.0%}" for share in rows.flops]}
+    shown |= {"NLL minus long (nats)": in_words(rows, 3), "copied": [f"{share:.0%}" for share in rows.copied]}
+    return pd.DataFrame(shown | {"copied, minus long (points)": rows.copied_less.map(in_points)})
 
 
 def draw_copying(results: PretrainingResults, size: str, window: int, folder: Path, slug: str, number: str) -> None:
@@ -325,40 +292,6 @@ def draw_quality(
     caption += "where that is wider. Two marks are shifted to the right of what costs as much. The paper's Tables 10 "
     caption += "and 11 have no intervals.*"
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
-
-
-def draw_positions(results: PretrainingResults, size: str, window: int, folder: Path, slug: str, number: str) -> None:
-    """NLL by position minus that of the long arm, a panel for each arm; "short" is read in windows."""
-    edges = results.arrays["edges"]
-    names = [one for one in STYLES if one != "long" and results.seeds(size, one, "long")]
-    figure, panels = plt.subplots(-(-len(names) // 3), 3, figsize=(10, 5), sharex=True, sharey=True)
-    apart: dict[str, list[str]] = {"better": [], "worse": []}
-    for axes, name in zip(panels.flat, names, strict=False):
-        places = pairwise(edges)
-        pair = (name, "window" if name == "short" else "full"), ("long", "full")
-        line = pd.DataFrame(results.difference(size, *pair, int(low), int(high)) for low, high in places)
-        centre, (label, colour, marker) = np.sqrt(edges[:-1] * edges[1:]), STYLES[name]
-        axes.plot(centre, line.value, color=colour, marker=marker, markersize=5)
-        axes.fill_between(centre, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-        for word, far in (("better", line.high < 0), ("worse", line.low > 0)):
-            if far.any():
-                apart[word].append(f"{label} ({edges[:-1][far][0]:,} to {edges[1:][far][-1]:,})")
-        axes.set_title(label)
-        axes.axhline(0, color="0.35", linewidth=1)
-        axes.axvline(window, color="0.4", linestyle=":", linewidth=1.2)
-        token_axis(axes, [2**k for k in range(2, 13, 2)], "")
-    figure.supxlabel("position in the text (tokens); dotted: where short sequences end", fontsize=11)
-    figure.supylabel("NLL minus long throughout (nats)", fontsize=11)
-    read = {word: "; ".join(arms) or "no arm anywhere" for word, arms in apart.items()}
-    intervals, often = len(names) * (len(edges) - 1), int(edges[-1]) // window
-    caption = f"**Where {size} reads better than long throughout, beyond the interval: {read['better']}. Worse: "
-    caption += f"{read['worse']}.** Short steps train the first {window} positions {often} times as often as long "
-    caption += (
-        "ones: a possible reason.\n\n*Recorded by us; bands: 95% as in Figure 12.2, each of a range of positions. "
-    )
-    caption += f"One in twenty misses by chance, and here are {intervals}.*"
-    alt = "A panel for each arm, over positions 1 to 4,096; zero is the arm that is long throughout."
-    save_figure(figure, folder, slug, number, caption, alt)
 
 
 def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug: str, number: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.pretraining_rates import LARGER, beyond_half
-from experiments.pretraining_results import EQUAL, GPU_SLUG, PLACES, PretrainingResults, pretraining_results
+from experiments.pretraining_results import EQUAL, GPU_SLUG, PretrainingResults, pretraining_results
 from experiments.race_results import student_reach
 from llama_long_utils.notebooks import measured
 from llama_long_utils.paths import RESULTS
@@ -99,9 +99,6 @@ def read_besides(results: PretrainingResults, size: str = GPU_SIZE) -> pd.DataFr
     early, late = training_lead(results, 0, EARLY, size), training_lead(results, 300, 320, size)
     rows = {
         "S2 read with its own attention, minus long throughout": as_trained(results, size),
-        "how much less context gives the switch in the far half": results.less_from_context(
-            size, "switch-80", *PLACES["far"]
-        ),
         "short throughout, in windows, minus long throughout": results.difference(size, short, long),
         "the switch at 80% minus short throughout, in windows": results.difference(size, switch, short),
         f"training loss, short steps minus long ones, steps 1 to {EARLY}": early,

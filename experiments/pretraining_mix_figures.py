@@ -24,30 +24,6 @@ from llama_long_utils.figures import BLUE, GREY, intervals, plt, save_figure
 from llama_long_utils.notebooks import finding, measured
 
 
-def draw_mixes(mixes: pd.DataFrame, size: str, folder: Path, slug: str, number: str) -> None:
-    """NLL of every data mix minus the original one's, near and far."""
-    near, far = PLACES["near"], PLACES["far"]
-    styles = {
-        "near": {"label": f"near: positions below {near[1]:,}", "color": GREY, "marker": "o"},
-        "far": {"label": f"far: positions from {far[0]:,} on", "color": BLUE, "marker": "s"},
-    }
-    large = mixes.value.abs().groupby(mixes.mix).transform("max") > 0.3
-    figure, panels = plt.subplots(2, 1, figsize=(8, 5), height_ratios=((~large).sum(), large.sum()))
-    for panel, part in zip(panels, (mixes[~large], mixes[large]), strict=True):
-        intervals(panel, part, row="mix", colour="place", zero=0, samples="each", styles=styles)
-    panels[1].get_legend().remove()
-    for panel in panels:
-        panel.set_xlabel("NLL minus the original mix's (nats)")
-    parts = mixes[mixes.place == "far"]
-    far = parts.set_index("mix").value
-    caption = f"**Content, lengths unchanged (`better`), moves far NLL by {far['better']:+.3f} nat, length alone "
-    caption += f"(`shredded`) by {far['shredded']:+.3f}.** Left of the line is better; the lower panel has a wider "
-    caption += f"scale.\n\n*{size}, one short checkpoint trained on, recorded by us; hollow: orders of the texts, "
-    caption += "bars: 95% as in Figure 12.2.*"
-    alt = "; ".join(f"{row.mix} {row.value:+.3f}" for row in parts.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"NLL minus the original mix's, far: {alt}.")
-
-
 def effects_table(results: PretrainingResults, size: str) -> pd.DataFrame:
     """What content and length do to far NLL, from scratch, as text."""
     effects = results.content_and_length(size)
@@ -70,12 +46,7 @@ def mix_table(results: PretrainingResults, size: str) -> pd.DataFrame:
         row["far NLL"] = f"{np.mean([nats.sum() for nats in far.values()]) / tokens.sum():.3f}"
         gain = results.difference(size, (arm, "full"), (arm, "window"), *PLACES["far"])
         row["full context minus windows"] = in_words(pd.DataFrame([gain]), 3)[0]
-        less = "-"
-        if arm not in ("mix-original", "before"):
-            less = in_words(pd.DataFrame([results.less_from_context(size, arm, *PLACES["far"], "mix-original")]), 3)[0]
-        row["minus original's"] = less
-        for place in ("near", "far"):
-            row[f"copied {place}"] = f"{100 * results.copying(size, arm, **COPIED[place])['value']:.1f}%"
+        row["copied far"] = f"{100 * results.copying(size, arm, **COPIED['far'])['value']:.1f}%"
         rows.append(row)
     return pd.DataFrame(rows)
 

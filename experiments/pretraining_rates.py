@@ -86,8 +86,6 @@ runs of seeds 0 to 2, trained again, gave the recorded losses to the last digit.
 
 from dataclasses import replace
 
-import pandas as pd
-
 from experiments.pretraining_results import FEWEST_SEEDS, PretrainingResults, larger_results
 from llama_long_utils.notebooks import finding, shown
 
@@ -159,31 +157,6 @@ def beyond_half(*arms: tuple[PretrainingResults, str, str]) -> list[float]:
     )
     left = arms[0][0].interval(first - second / 2, tokens)
     return [left[name] for name in ("value", "low", "high")]
-
-
-def rate_table(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """A row for each rate, of seed 0, as text: the training loss that chooses each arm's, and held-out NLL.
-
-    The last column is the difference where both were trained.
-    """
-    columns: dict[str, dict[str, str]] = {}
-    read: dict[str, dict[str, float]] = {}
-    for arm in ("switch-80", "long"):
-        losses = losses_at_the_end(results, size, arm)
-        cells = results.cells[(results.cells.arm == arm) & (results.cells.seed == 0)]
-        read[arm] = {name: results.mean_nll(row) for row, name in cells["size"].items() if name in losses}
-        columns[f"{arm}, training loss"] = {name: f"{loss:.3f}" for name, loss in losses.items()}
-        columns[f"{arm}, NLL"] = {name: f"{nll:.3f}" for name, nll in read[arm].items()}
-    both = [name for name in read["long"] if name in read["switch-80"]]
-    columns["NLL, switch-80 minus long"] = {
-        name: f"{read['switch-80'][name] - read['long'][name]:+.3f}" for name in both
-    }
-    table = pd.DataFrame(columns).fillna("-")
-    for arm in ("switch-80", "long"):
-        table.loc[rate_name(size, own_rate(results, size, arm)), f"{arm}, training loss"] += ", chosen"
-    rates = {rate_name(size, factor): f"{factor:g}" for factor in sorted([1, *FACTORS])}
-    table = table.loc[[name for name in rates if name in table.index]]
-    return table.rename(index=rates).rename_axis("learning rate, times the recorded").reset_index()
 
 
 def judge_larger(results: PretrainingResults, size: str) -> None:

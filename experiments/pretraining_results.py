@@ -195,17 +195,6 @@ class PretrainingResults:
         tokens = named[1].groupby("document").tokens.first()
         return self.interval(first.to_numpy() - second.to_numpy(), tokens.to_numpy())
 
-    def mixes(self, size: str) -> pd.DataFrame:
-        """A row for each data mix and place, near or far: NLL minus that of "mix-original"."""
-        names = [arm for arm in dict.fromkeys(self.cells.arm) if arm.startswith("mix-") and arm != "mix-original"]
-        return pd.DataFrame(
-            {"mix": arm.removeprefix("mix-"), "place": place}
-            | self.difference(size, (arm, "full"), ("mix-original", "full"), low, high)
-            for arm in names
-            if self.seeds(size, arm, "mix-original")
-            for place, (low, high) in PLACES.items()
-        )
-
 
 PLACES = {"near": (1, 512), "far": (2048, 4096)}
 FIRST_ORDERS = 3  # of the data mixes: more were added when these had been seen

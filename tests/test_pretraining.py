@@ -13,7 +13,7 @@ from experiments import pretraining, pretraining_cells, pretraining_mix
 from experiments.pretraining import cut_short
 from experiments.pretraining_cells import LONG, MIXES, SHORT, Cell, Size, flops_per_token, long_settings
 from experiments.pretraining_copying import SKIPPED, continued_from
-from experiments.pretraining_figures import quality_table, when_long
+from experiments.pretraining_figures import when_long
 from experiments.pretraining_mix import PIECE, mix_rows
 from experiments.pretraining_rates import (
     FACTORS,
@@ -24,7 +24,6 @@ from experiments.pretraining_rates import (
     larger_sizes,
     losses_at_the_end,
     rate_name,
-    rate_table,
 )
 from experiments.pretraining_results import (
     CONTENT,
@@ -274,9 +273,6 @@ def test_the_switch_gets_the_rate_with_the_lowest_training_loss_at_the_end_of_se
     own = at_own_rate(results, "a")
     assert sorted(own.cells.index) == list(np.flatnonzero(chosen))
     assert own.seeds(f"a, switch at {IN_WORDS[FACTORS[0]]}", "long", "switch-80") == [0, 1]
-    table = rate_table(results, "a").set_index("learning rate, times the recorded")
-    for arm, factor in {"switch-80": f"{FACTORS[0]:g}", "long": "1"}.items():
-        assert list(table.index[table[f"{arm}, training loss"].str.endswith("chosen")]) == [factor]
 
 
 def test_the_rate_recorded_as_an_arms_own_has_all_seeds_and_a_worse_rate_on_both_sides():
@@ -323,7 +319,6 @@ def test_an_arm_of_fewer_than_three_seeds_is_shown_and_not_judged():
     assert "- Too few seeds to judge: switch at 80%, a (-0.050, -0.060 nat)." in said
     assert "NLL from scratch, a" not in said and "No switch that was run is shown to be early enough" in said
     assert few.saved_at_equal_quality("a") == (0, 0)
-    assert list(quality_table(few.curriculum("a"))["NLL minus long"]) == ["-0.050, -0.060, too few seeds"]
 
 
 def test_the_arms_that_decide_are_measured_first_at_the_larger_size():
