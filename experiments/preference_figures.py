@@ -9,12 +9,13 @@ from experiments.preference import KEPT
 from experiments.race_results import wider
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
-from llama_long_utils.notebooks import NO_DIFFERENCE, finding, measured, say, show_table, shown
+from llama_long_utils.notebooks import finding, measured, say, shown
 from llama_long_utils.records import Record, recorded
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
 CONTROLS = ("rl on gold", "tight rl", "imitation", "slow dpo", "dpo with text", "slow dpo with text")
 NEW = ", new seeds"
+CALLED = {"text 0.7, rate 4e-4": "retuned dpo with text"}  # an arm's name in the record, and for a reader
 PANELS = {
     "proxy_scaled": ("proxy", "standard deviations above start"),
     "gold": ("gold", "share of tokens that match"),
@@ -115,14 +116,15 @@ def colour_of(arm: str) -> str:
 
 
 def changes_by_measure(changes: pd.DataFrame) -> pd.DataFrame:
-    """The change of each measure at the end of training, by arm and by what it is compared with: text for a reader."""
+    """The change of each measure of greedy answers at the end of training, by arm and by what it is compared with."""
     since = {"sft": "start", "first": "first look"}
-    told = changes[changes.arm.isin(LOOKS)].assign(
-        change=[measured(row.difference, row.low, row.high) for row in changes[changes.arm.isin(LOOKS)].itertuples()],
-        minus=lambda table: table.arm + " minus " + table.since.map(since),
+    told = changes[changes.arm.isin(LOOKS) & (changes.decoding == "greedy") & (changes.measure != "exact")]
+    told = told.assign(
+        change=[measured(row.difference, row.low, row.high) for row in told.itertuples()],
+        minus=told.arm + " minus " + told.since.map(since),
+        measure=told.measure.map({name: title for name, (title, _) in PANELS.items()}),
     )
-    wide = told.pivot_table("change", ["decoding", "measure"], "minus", aggfunc="first", sort=False)
-    return wide.reset_index()
+    return told.pivot_table("change", "measure", "minus", aggfunc="first", sort=False).reset_index()
 
 
 def what_costs_what(
@@ -173,6 +175,12 @@ def in_brackets(row: pd.Series, name: str, end: str = "", *, sign: bool = False)
     return "-" if numbers.isna().any() else measured(*numbers, sign=sign)
 
 
+def called(arm: str) -> str:
+    """An arm's name for a reader, on new seeds or not."""
+    name = arm.removesuffix(NEW)
+    return CALLED.get(name, name) + arm[len(name) :]
+
+
 def near(value: float, limit: float) -> str:
     """With three digits, or four where three do not tell it from the limit."""
     return f"{value:.{4 if f'{value:.3f}' == f'{limit:.3f}' else 3}f}"
@@ -209,69 +217,33 @@ def arms_within(table: pd.DataFrame, limit: float, *, again: bool) -> list[str]:
 
 def controls_in_words(table: pd.DataFrame, limit: float) -> str:
     """The conclusions from the controls, as list items."""
+    gold, text, dpo = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo"))
     tests = []
     for arm, new in table[table.index.str.endswith(NEW)].iterrows():
-        name, won = arm.removesuffix(NEW), "preferred" if new.low > 0.5 else NO_DIFFERENCE
-        before = ""
-        if name in table.index:  # its settings were chosen on one seed of the study
-            kept = "was" if table.at_most[name] <= limit else "was not"
-            before = f" On the study's seeds, one of which chose it, it {kept} within."
-        passed = "within" if new.at_most <= limit else "not within"
-        above = [sum(high > limit for high in ends) for ends in (new.ends, new.ends_study)]
-        tests.append(f"""- **{name}, tested on {len(new.ends)} new seeds: {won}, and {passed} {limit:g} nat** in every
-  seed's interval. Above it are {above[0]} on unread documents and {above[1]} on the study's.{before}""")
-    gold, text, dpo = (table.loc[arm] for arm in ("rl on gold", "dpo with text", "dpo"))
+        above = sum(high > limit for high in new.ends)
+        kept = "in every seed" if not above else f"but for {above} of {len(new.ends)} seeds"
+        tests.append(f"{called(arm.removesuffix(NEW))} {kept}, preferred {in_brackets(new, 'preferred')}")
     return f"""- **Words fell with the learnt reward, not with gold.** With gold as the reward {gold.words_right:.0%}
-  of greedy answers begin right.
-- **The cost in long context is nearly as high without the learnt reward**: {gold.cost:.3f} nat a token, with it
+  of greedy answers begin right. Long context costs nearly as much: {gold.cost:.3f} nat, with the learnt reward
   {table.cost["rl"]:.3f}.
-- **With a text beside the pairs DPO costs less**: {text.cost:.3f} nat, not {dpo.cost:.3f}. It is preferred
-  {in_brackets(text, "preferred")} in place of {in_brackets(dpo, "preferred")}.
-""" + "\n".join(tests)
+- **With a text beside the pairs DPO costs less**: {text.cost:.3f} nat, not {dpo.cost:.3f}. On new seeds and unread
+  documents it keeps within {limit:g} nat: {"; ".join(tests) or "not tested"}."""
 
 
 def say_new_seeds(fresh: Record | None, limit: float) -> None:
-    """What was tried before the second test, and of each arm on new seeds: what it wins and costs, and its answers."""
+    """What was expected of the arms that were tested on new seeds, and whether it holds."""
     if not fresh:
         say("Arms on new seeds: no record of this preset.")
         return
-    tried, paid = (part[part.seed.isna()].set_index("arm") for part in map(fresh.table, ("choice_wins", "choice_nll")))
-    numbers = tried.join(paid[["nll"]].assign(most=fresh.table("choice_nll").groupby("arm").high.max()))
-    columns = {"preferred": [in_brackets(row, "preferred") for _, row in tried.iterrows()], "cost": numbers.nll}
-    columns["at most"] = [near(high, limit) for high in numbers.most]
-    said = f"preset {fresh.content['preset']}, {fresh.origin}; 95%, the wider over questions (documents) or over seeds"
-    say(f"""**Tried on the study's own seeds**: DPO with a text beside the pairs, {said}. *At most*: the highest end of
-        a seed's interval. Of those that cost nothing, the one that wins most was chosen:""")
-    show_table(pd.DataFrame({"arm": tried.index, **columns}), digits=3)
-    won, read, answers = (fresh.table(name) for name in ("wins", "nll", "answers"))
-    columns, arms = {}, list(won.arm.unique())
-    for arm in arms:
-        sampled = won[(won.arm == arm) & (won.decoding == "sampled")].set_index("seed")
-        ended = answers[(answers.test == arm) & (answers.decoding == "sampled")].groupby("arm").ended.mean()
-        whole, each = sampled[sampled.index.isna()].iloc[0], sampled[sampled.index.notna()]
-        rows = {
-            "seeds": len(each),
-            "sampled answers, preferred": in_brackets(whole, "preferred"),
-            "the same, seed by seed": f"{each.preferred.min():.2f} to {each.preferred.max():.2f}",
-            "against the untrained answer, cut": in_brackets(whole, "preferred_cut", "_cut"),
-        }
-        for documents, part in {"unread": read[read.unread], "the study's": read[~read.unread]}.items():
-            all_seeds, seeds = (part[(part.arm == arm) & chosen] for chosen in (part.seed.isna(), part.seed.notna()))
-            rows[f"cost, {documents} documents"] = measured(*all_seeds.iloc[0][["nll", "low", "high"]], digits=3)
-            rows[f"intervals within {limit:g}, {documents}"] = f"{(seeds.high <= limit).sum()} of {len(seeds)} seeds"
-        rows["sampled answers that end, before and after"] = f"{ended['sft']:.0%}, {ended[arm]:.0%}"
-        columns[arm] = rows
-    say(f"**On new seeds**, {whole.questions} new questions, {said}:")
-    show_table(pd.DataFrame(columns).rename_axis(index="").reset_index())
-    for arm in arms:
-        most = read[read.unread & (read.arm == arm) & read.seed.notna()].high.max()
+    won, read = fresh.table("wins"), fresh.table("nll")
+    for arm in won.arm.unique():
+        most = read[(read.arm == arm) & read.unread & read.seed.notna()].high.max()
         whole = won[(won.arm == arm) & (won.decoding == "sampled") & won.seed.isna()].iloc[0]
-        shares = (whole[[f"preferred{cut}", f"low{cut}", f"high{cut}"]] for cut in ("", "_cut"))
-        for rival, share in zip(
-            ("the instruction-tuned model", "its answer cut to the same length"), shares, strict=True
-        ):
-            shown(f"{arm}{NEW}: preferred to {rival}", share, than=0.5, digits=2, sign=False)
-        costly = f"{arm}{NEW}: every seed's interval on unread documents within {limit:g} nat"
+        name = called(f"{arm}{NEW}")
+        for rival, end in (("the instruction-tuned model", ""), ("its answer cut to the same length", "_cut")):
+            share = whole[[f"preferred{end}", f"low{end}", f"high{end}"]]
+            shown(f"{name}: preferred to {rival}", share, than=0.5, digits=2, sign=False)
+        costly = f"{name}: every seed's interval on unread documents within {limit:g} nat"
         finding(f"{costly} (at most {most:.4f})", most <= limit)
 
 
@@ -297,7 +269,9 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
         draw_shares(axes, rows, end, places, hollow=False)
         axes.set(xlim=(min(rows.low.min(), rows.low_cut.min()) - 0.03, rows.high.max() + 0.03))
     for axes, title, unit in zip(panels, titles, units, strict=True):
-        axes.set(title=title, xlabel=unit, yticks=places, yticklabels=rows.arm, ylim=(len(rows) - 0.5, -0.5))
+        axes.set(
+            title=title, xlabel=unit, yticks=places, yticklabels=rows.arm.map(called), ylim=(len(rows) - 0.5, -0.5)
+        )
         axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=3)
     trained = table[~table.index.isin([*parts, *(f"{arm}{NEW}" for arm in table.index)])]  # each setting once
@@ -311,8 +285,8 @@ text beside the pairs. "{min(KEPT):g}": that share of the change.
 *The cheapest first, {origin}. Rank correlation of {len(trained)} settings: {rank:.2f}. 95%: shares, the wider over
 questions or seeds; costs, over documents or seeds.*"""
     said = [
-        f"{row.arm}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats, at most "
-        f"{near(row.at_most, limit)}"
+        f"{called(row.arm)}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats, "
+        f"at most {near(row.at_most, limit)}"
         for row in rows.itertuples()
     ]
     save_figure(figure, folder, slug, number, caption, "; ".join(said) + ".")
@@ -335,7 +309,7 @@ def tradeoff_in_words(table: pd.DataFrame, limit: float) -> str:
         new = table.loc[f"{arm}{NEW}"]
         above = sum(high > limit for high in new.ends_study)
         study = f"; {above} of {len(new.ends)} seeds above on the study's documents" if above else ""
-        told.append(f"{arm} ({near(new.at_most, limit)}{study})")
+        told.append(f"{called(arm)} ({near(new.at_most, limit)}{study})")
     said = f"- Preferred and within {limit:g} nat, in a test written down before, on new seeds and unread documents: "
     said += f"{'; '.join(told) or 'none'}."
     again = [arm for arm in table.index if f"{arm}{NEW}" in table.index and table.at_most[arm] <= limit]

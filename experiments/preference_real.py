@@ -55,11 +55,6 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
     say(f"""Seed by seed, against the start. The cost is in nats a token of {documents} held-out stretches of {tokens:,}
         tokens. 95%: of a seed over questions (documents), of all seeds the wider of that or over seeds.""")
     show_table(seed_by_seed(record, table))
-    for arm in (arm for arm in LOOKS if (arm, "sampled") in whole.index):
-        row, named = whole.loc[arm, "sampled"], f"{arm}, sampled: preferred to the start"
-        for rival, end in (("", ""), ("'s answer, cut", "_cut")):
-            share = row[[f"preferred{end}", f"low{end}", f"high{end}"]]
-            shown(named + rival, share, than=0.5, digits=2, sign=False)
     for arm in (arm for arm in LOOKS if arm in set(table.arm)):
         since = changes[(changes.arm == arm) & (changes.decoding == "greedy") & (changes.since == "sft")]
         words = since.set_index("measure").loc["words_right", ["difference", "low", "high"]]
@@ -71,8 +66,6 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
         over, *found = [gamed(curve.iloc[0], curve.iloc[-1]) for curve in curves]
         claim = f"{arm}, sampled: late in training the proxy rises and gold or right words fall, on average"
         finding(f"{claim} (in {sum(found)} of {len(found)} seeds)", over)
-        own = wins[(wins.arm == arm) & (wins.decoding == "sampled") & wins.seed.notna()]
-        finding(f"{arm}, sampled: preferred more often than not in every seed", own.preferred.min() > 0.5)
         within = f"{arm}: long stretches cost at most {limit:g} nat, every seed's interval"
         finding(within, each.high[each.arm == arm].max() <= limit)
     draw_steps(record, table, folder, slug, number, origin)
