@@ -5,7 +5,7 @@ import gc
 import pytest
 from nbval import kernel
 
-from tests.kernels import forked, start_server, stop_server
+from tools.kernels import forked, start_server, stop_server
 
 SERVER = pytest.StashKey()
 

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 from llama_long_utils.notebooks import check, finding
 from llama_long_utils.paths import REPOSITORY
-from tests.kernels import forked
+from tools.kernels import forked
 from tools.readme import write_generated
 from tools.sequence import FOLDER, SEQUENCE, delivered
 

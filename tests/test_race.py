@@ -30,7 +30,7 @@ from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_table, write_record
 from llama_long_utils.settings import METHODS
-from tests.kernels import forked
+from tools.kernels import forked
 
 EQUAL_SECONDS = "-equal-seconds"
 

@@ -328,5 +328,34 @@ def test_a_terminal_without_utf_8_is_no_obstacle():
 def test_notebooks_that_fail_side_by_side_are_named_together(capfd):
     chosen = [notebook for notebook in delivered() if not notebook.needs_base][:2]
     with pytest.raises(RuntimeError, match=f"failed, as said above: {chosen[0].slug}, {chosen[1].slug}"):
-        run_side_by_side(load_preset("tiny"), chosen, ["-p", "no_such_parameter", "1"], workers=2)
+        run_side_by_side(load_preset("tiny"), chosen, {"no_such_parameter": 1}, workers=2)
     assert capfd.readouterr().err.count("has no parameter 'no_such_parameter'") == 2
+
+
+def test_side_by_side_what_reads_an_adapter_waits_for_it_and_each_kernel_is_new(tmp_path, monkeypatch):
+    """Forks share what was imported, and nothing else: no name, no random numbers drawn, no module of ours."""
+    preset = load_preset("tiny")
+    monkeypatch.setattr(sequence, "FOLDER", tmp_path)
+    monkeypatch.setattr(type(preset), "run_folder", tmp_path / "runs")
+    trains = replace(SMALL, slug="05_finetune_qlora")
+    others = [replace(SMALL, slug=f"0{number}_small", needs_adapter=number == 1) for number in (1, 2)]
+    new = """import os, sys, torch
+from pathlib import Path
+assert "left" not in dir() and torch.get_num_threads() == 1 and Path.cwd() == Path({folder!r})
+assert not [name for name in sys.modules if name.startswith(("llama_long_utils", "experiments", "tools"))]
+left, llama_long_utils = torch.rand(1), sys.modules.setdefault("llama_long_utils", sys)
+Path({name!r}).write_text(f"{{os.getpid()}} {{left.item()}}")
+"""
+    for one in (trains, *others):
+        code = new.format(folder=str(tmp_path), name=one.slug)
+        code = f"import time; time.sleep(1)\n{code}" if one == trains else code
+        code = f"from pathlib import Path; assert Path({trains.slug!r}).exists()\n{code}" if one.needs_adapter else code
+        write_small(tmp_path, code=code, name=one.slug)
+    run_side_by_side(preset, [*others, trains], {}, workers=3)
+    pids, drawn = zip(*(Path(tmp_path, one.slug).read_text().split() for one in (trains, *others)), strict=True)
+    assert len(set(pids)) == 3
+    assert len(set(drawn)) == 1  # as from a kernel that has drawn none
+    (tmp_path / trains.slug).unlink()
+    write_small(tmp_path, code="assert not fail, 'it fails'; raise ValueError", name=trains.slug)
+    with pytest.raises(RuntimeError, match=f"failed, as said above: 01_small, {trains.slug}$"):
+        run_side_by_side(preset, [*others, trains], {}, workers=2, again=True)

@@ -11,15 +11,14 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from multiprocessing import connection, get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,9 @@ from llama_long_utils.progress import FILE
 from llama_long_utils.settings import Preset
 from tools.sequence import Notebook, delivered
 
+TRAINS = "05_finetune_qlora"  # the adapter that others read
+# What takes most time at preset tiny: begun last, one of them would keep one process at work and the other idle.
+LONGEST = ["05", "06", "10", "07", "09", "11", "12", "08", "04"]
 PAUSE = 15.0  # seconds between two lines that say how far a notebook is
 LITERALS = {"none": None, "null": None, "true": True, "false": False}
 
@@ -64,29 +66,58 @@ def run(
     print("figures:", *map(_shown, figures), sep="\n  ")
 
 
-def run_side_by_side(preset: Preset, chosen: list[Notebook], options: list[str], workers: int) -> None:
+def run_side_by_side(
+    preset: Preset, chosen: list[Notebook], parameters: dict[str, Any], workers: int, *, again: bool = False
+) -> None:
     """Execute several notebooks at a time, each in a process of its own that computes on one thread.
 
-    What reads an adapter waits for notebook 5, which trains it and starts first because it takes longest.
-
-    Args:
-        options: of this command, for each of the processes.
+    The processes are forks of this one, and their kernels of another, so that what takes long to import, parse or check
+    is imported, parsed and checked once. What uses a GPU must be no fork: there kernels begin as they do for a single
+    notebook.
 
     Raises:
         RuntimeError: a notebook failed; its process has said why.
     """
-    command = [sys.executable, "-m", "tools.run", "--preset", preset.name, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = sorted((n for n in chosen if not n.needs_adapter), key=lambda n: n.slug != "05_finetune_qlora")
-    for together in (first, [n for n in chosen if n.needs_adapter]):
-        commands = [[*command, "--only", notebook.slug] for notebook in together]
-        with ThreadPoolExecutor(workers) as pool:
-            ended = list(
-                pool.map(lambda one: subprocess.run(one, env=environment, cwd=REPOSITORY).returncode, commands)
-            )
-        failed = [notebook.slug for notebook, code in zip(together, ended, strict=True) if code]
-        if failed:
-            raise RuntimeError(f"failed, as said above: {', '.join(failed)}")
+    import torch
+
+    from tools import kernels
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # before there is a process of which kernels are forked
+    with nullcontext() if torch.cuda.is_available() else kernels.serving():
+        import papermill  # noqa: F401
+
+        if any(notebook.needs_base for notebook in chosen):
+            _base_sha256(preset)
+        run_key(chosen[0], preset, parameters, "")
+        failed = _in_processes(chosen, workers, lambda one: run(preset, [one], parameters, again=again))
+    if failed:
+        raise RuntimeError(f"failed, as said above: {', '.join(failed)}")
+
+
+def _in_processes(chosen: list[Notebook], workers: int, execute_one: Callable[[Notebook], None]) -> list[str]:
+    """Execute each notebook in a fork, longest first; the names of those that failed or could not begin, in order.
+
+    What reads an adapter waits for notebook 5, which trains it.
+    """
+    waiting = sorted(chosen, key=lambda one: LONGEST.index(one.slug[:2]) if one.slug[:2] in LONGEST else len(LONGEST))
+    running: dict[int, tuple[ForkProcess, Notebook]] = {}
+    failed: list[str] = []
+    while waiting or running:
+        trains = any(one.slug == TRAINS for one in [*waiting, *(one for _, one in running.values())])
+        ready = [one for one in waiting if not (trains and one.needs_adapter)]
+        for notebook in ready[: workers - len(running)]:
+            waiting.remove(notebook)
+            process = get_context("fork").Process(target=run_command, args=[partial(execute_one, notebook)])
+            process.start()
+            running[process.sentinel] = process, notebook
+        for sentinel in connection.wait(list(running)):
+            process, notebook = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                left_out = [one for one in waiting if notebook.slug == TRAINS and one.needs_adapter]
+                waiting = [one for one in waiting if one not in left_out]
+                failed += [one.slug for one in (notebook, *left_out)]
+    return sorted(failed)
 
 
 def _shown(path: Path) -> Path:
@@ -333,8 +364,7 @@ def main() -> None:
     if asked.workers > 1 and len(asked.chosen) > 1:
         for notebook in asked.chosen:
             check_parameters(notebook, parameters)
-        options = [part for name, value in asked.p for part in ("-p", name, value)] + ["--again"] * asked.again
-        run_side_by_side(preset, asked.chosen, options, asked.workers)
+        run_side_by_side(preset, asked.chosen, parameters, asked.workers, again=asked.again)
         return
     run(preset, asked.chosen, parameters, again=asked.again, store=asked.store)
     if asked.store:

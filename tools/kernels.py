@@ -1,8 +1,9 @@
-"""Kernels for nbval that are forks of one process: what takes long to import is imported once, not for each notebook.
+"""Kernels that are forks of one process: what takes long to import is imported once, not for each notebook.
 
-A kernel spends five CPU seconds on torch and transformers. Nothing of this repository is imported before a fork, nor
-Matplotlib, which looks around when it is. Kernels of papermill, of `tools.run` and of JupyterLab, which other tests
-start, begin as they do for everybody.
+A kernel spends six CPU seconds on torch, transformers and Matplotlib. Each notebook still has a process of its own, in
+which nothing was executed: nothing of this repository is imported before a fork. nbval's kernels begin like this, and
+those of `make run`, which executes notebooks side by side; those of JupyterLab, of papermill and of a single notebook
+begin as they do for everybody.
 """
 
 import gc
@@ -21,12 +22,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 from jupyter_client.provisioning import local_provisioner
 
 LIBRARIES = ["ipykernel.kernelapp", "ipywidgets", "pandas", "scipy.stats", "torch", "transformers.modeling_utils"]
 LIBRARIES += ["transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "datasets", "transformers.trainer"]
+LIBRARIES += ["matplotlib.pyplot", "seaborn"]
 ADDRESS = "LLAMA_LONG_KERNELS"  # in the environment: the server's socket
 
 
@@ -69,8 +71,16 @@ def start_server() -> subprocess.Popen:
         command = [sys.executable, __file__, str(listener.fileno())]
         # What is freed is kept: to get and clear the same pages again takes a tenth of reading a long text.
         keeping = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**29)}
-        environment = {**os.environ, **keeping}
-        return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=environment)
+        # As ipykernel sets it before a notebook imports Matplotlib, which looks for it then.
+        inline = {"MPLBACKEND": os.environ.get("MPLBACKEND") or "module://matplotlib_inline.backend_inline"}
+        environment = {**os.environ, **keeping, **inline}
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for those who asked for kernels
+        )
 
 
 def stop_server(server: subprocess.Popen) -> None:
@@ -80,11 +90,22 @@ def stop_server(server: subprocess.Popen) -> None:
 
 
 @contextmanager
+def serving() -> Iterator[None]:
+    """Kernels that are started meanwhile, by this process or by forks of it, are forks of a server."""
+    server = None if ADDRESS in os.environ else start_server()
+    try:
+        with forked():
+            yield
+    finally:
+        if server:
+            stop_server(server)
+
+
+@contextmanager
 def forked() -> Iterator[None]:
     """Kernels that are started meanwhile come from the server, if there is one."""
-    with pytest.MonkeyPatch.context() as patch:
-        if ADDRESS in os.environ:
-            patch.setattr(local_provisioner, "launch_kernel", Fork)
+    launch = Fork if ADDRESS in os.environ else local_provisioner.launch_kernel
+    with patch.object(local_provisioner, "launch_kernel", launch):
         yield
 
 
