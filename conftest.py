@@ -30,9 +30,9 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 
 # Those that take most time, in this order: begun last, one of them would keep one process at work and the other idle.
-LONGEST = ["test_stages", "05_finetune_qlora", "06_perplexity_by_position", "10_preference_tuning"]
-LONGEST += ["07_long_range_retrieval", "09_instruction_tuning", "test_ledger", "11_ablations"]
-LONGEST += ["12_pretraining_curriculum", "test_processes", "test_pretraining", "08_benchmark_deltas", "test_race"]
+LONGEST = ["05_finetune_qlora", "06_perplexity_by_position", "10_preference_tuning", "07_long_range_retrieval"]
+LONGEST += ["09_instruction_tuning", "test_ledger", "12_pretraining_curriculum", "test_processes", "test_pretraining"]
+LONGEST += ["11_ablations", "test_race", "08_benchmark_deltas", "04_one_gpu_budget"]
 
 
 def pytest_collection_finish() -> None:

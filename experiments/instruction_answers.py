@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.instructions import Dialogue, quotations
-from llama_long_utils.evaluation.generation import Model
+from llama_long_utils.evaluation.generation import Model, greedy
 from llama_long_utils.model.loss import causal_lm, in_compute_dtype, next_token_nll
 from llama_long_utils.stages import Instruction
 
@@ -82,3 +82,18 @@ def answers(
             found = (dialogue.document, length, asked.place, bool(right.all()), bool(right[:-1].all()), float(own))
             rows.append(found)
     return pd.DataFrame(rows, columns=["document", "length", "place", "exact", "words", "log_probability"])
+
+
+@torch.no_grad()
+def written(
+    model: Model, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, questions: int, tokens: int
+) -> list[str]:
+    """A line of so many tokens, at most, that a model writes after each of the first questions, as `write` would."""
+    read, lines = DynamicCache(config=causal_lm(model.eval()).config), []
+    for question, _ in dialogue.turns(tokenizer)[:questions]:
+        ids = torch.from_numpy(np.concatenate([dialogue.token_ids, question]))[None]
+        (line,) = greedy(model, ids, tokens, past_key_values=read, pad_token_id=tokenizer.eos_token_id)
+        read.crop(len(dialogue.token_ids) - read.get_seq_length())
+        text = tokenizer.decode(line, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        lines.append(text.partition("\n")[0])
+    return lines

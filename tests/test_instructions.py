@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import new_llama, training_sequences
-from experiments.instruction_answers import ROOM, answers, held_out_dialogues
+from experiments.instruction_answers import ROOM, answers, held_out_dialogues, written
 from llama_long_utils.data.documents import Document, tokenize_documents
 from llama_long_utils.data.instructions import (
     MARK,
@@ -184,6 +184,23 @@ def test_shorter_lengths_are_asked_in_what_was_read_of_the_longest(model, tokeni
     assert together.length.tolist() == [384] * 3 + [256] * 3 + [384] * 3 + [256] * 3
     expected = token_nll(model, documents[0], 384 - ROOM)
     np.testing.assert_allclose(nll["mine/0"], expected, atol=1e-5)
+
+
+def test_what_is_written_after_each_question_needs_one_reading(model, tokenizer, documents, monkeypatch):
+    asked = quotations(documents[1].part(0, 300), tokenizer, 4, SETTINGS, np.random.default_rng(0))
+    prompts = [np.concatenate([asked.token_ids, question]) for question, _ in asked.turns(tokenizer)[:3]]
+    expected = [write(model, tokenizer, [prompt], tokens=6)[0].split("\n")[0] for prompt in prompts]
+    read, original = [], model.model.forward
+
+    def counting(*arguments, **given):
+        read.append(given["input_ids"].shape[1])
+        return original(*arguments, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "forward", counting)
+        assert written(model, tokenizer, asked, questions=3, tokens=6) == expected
+    assert len([tokens for tokens in read if tokens >= 300]) == 1
+    assert len(set(expected)) == 3
 
 
 def test_held_out_questions_fill_the_length_and_are_the_same_each_time(tokenizer, documents):

@@ -9,6 +9,7 @@ begin as they do for everybody.
 import gc
 import importlib
 import json
+import logging
 import os
 import select
 import shutil
@@ -140,8 +141,10 @@ def wait_for_ended_kernels() -> None:
 
 def serve(listener: socket.socket) -> None:
     """Fork a kernel for each connection, until standard input ends."""
+    logging.disable(logging.WARNING)  # a library that misses another says so, where a notebook would not show it
     for name in LIBRARIES:
         importlib.import_module(name)
+    logging.disable(logging.NOTSET)
     gc.freeze()
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
