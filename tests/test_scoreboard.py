@@ -20,7 +20,7 @@ from tools.claims import instruction, methods, pretraining, short_tasks
 from tools.claims.comparison import Comparison, compared
 from tools.claims.line import AGREES, DISAGREES, MODELS, NOT_TESTED, UNDECIDED
 from tools.claims.pretraining import FROM_SCRATCH
-from tools.headlines import headlines
+from tools.headlines import headlines, in_brief
 from tools.scoreboard import scoreboard
 
 
@@ -264,6 +264,20 @@ def test_headlines_have_a_column_for_each_model_with_a_record_and_as_many_seeds_
     assert {len(row) for row in rows} == {1 + len(read_dose_results(list(MODELS)))}
     assert ["2 seeds" in cell for cell in rows[1][1:]] == [False, True]
     assert ["one seed" in cell for cell in rows[1][1:]] == [True, False]
+
+
+def test_the_brief_answers_each_question_as_the_intervals_and_seeds_say():
+    rows = {line.split(" | ")[0].strip("| "): line for line in in_brief().splitlines() if line.startswith("| ")}
+    results = read_dose_results(["smollm2"])["smollm2"]
+    own, far, inside = (compared(results, *line) for line in (("full",), ("fair",), ("fair", "inside")))
+    assert own.gains
+    assert not far.gains
+    assert inside.found[1] > 0
+    helps, more, cost = (row for question, row in rows.items() if question.startswith(("Far beyond", "Does it")))
+    for row, answer, found in ((helps, "yes", own), (more, "not shown", far), (cost, "yes", inside)):
+        assert f"**{answer}**: {found.found[0]:+.3f} [" in row.split(" | ")[2]
+    harmed = compared(read_dose_results(["qwen2.5-coder-1.5b"])["qwen2.5-coder-1.5b"], "fair", whole=True)
+    assert f"**no, it harms**: {harmed.found[0]:+.3f}" in rows["... where the control's window is nearly full?"]
 
 
 def test_the_scoreboard_waits_for_no_library_that_loads_models():

@@ -6,7 +6,7 @@ from experiments.real_models import DoseResults, OtherTexts, read_dose_results, 
 from llama_long_utils.notebooks import NO_DIFFERENCE, measured
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import recorded
-from tools.claims.comparison import compared, statements_found
+from tools.claims.comparison import Comparison, compared, statements_found
 from tools.claims.line import MODELS
 from tools.scoreboard import markdown_table, scoreboard
 
@@ -41,75 +41,109 @@ on, Qwen's does not. A third of the training sequences quote themselves, in ever
 probably read these texts in pretraining."""
 
 
+IN_BRIEF = """\
+In nats per token; 0.01 less means one percent more probability. Brackets: the outer ends of two 95% intervals, one \
+over texts, one over kinds of text. Of a gain, *yes* asks for more: it must be larger than the largest distance \
+between seeds, where there are several. *Not shown* does not mean that there is nothing."""
+
+
 def in_brief() -> str:
-    """Markdown: what was found, in a few sentences."""
-    lines = []
-    for results in read_dose_results(list(MODELS)).values():
-        name = MODELS[results.preset]
-        own, far, inside = (compared(results, *line) for line in (("full",), ("fair",), ("fair", "inside")))
-        own_nats, far_nats, inside_nats = (measured(*one.found, digits=3) for one in (own, far, inside))
-        useful = "Far context became useful" if own.gains else "Far context was not shown to become useful"
-        lines += [
-            f"**{name}**, after {own.tokens / 1e6:.1f} million tokens of whole long sequences, {own.runs}:\n",
-            f"- {useful}: full context reads {own_nats} nat per token against windows of the same model. "
-            f"{_part_of_it(results)}",
-            f"- Far out, against a control trained on as many tokens: {far.says}, {far_nats} nat.",
-            f"- Inside the old window, against that control: {inside.says}, {inside_nats} nat.",
-        ]
-        if again := read_other_texts(results):
-            lines += _on_other_texts(again, far.spread)
-        lines[-1] += "\n"
+    """Markdown: what was found on real models, question by question, how many claims hold, and the longest step."""
+    columns = [_answers(results) for results in read_dose_results(list(MODELS)).values()]
+    table = markdown_table([[question, *(column[question] for column in columns)] for question in columns[0]])
     verdicts = [line.verdict.partition(":")[0] for line in scoreboard().values()]
     counts = ", ".join(f"{verdicts.count(one)} *{one}*" for one in dict.fromkeys(sorted(verdicts)))
-    lines.append(f"**The paper's {len(verdicts)} claims**, at the sizes that we could train: {counts}.")
-    return "\n".join(lines)
+    claims = f"**The paper's {len(verdicts)} claims**, at the sizes that we could train: {counts}."
+    return "\n\n".join([table, IN_BRIEF, claims, _longest_step()])
 
 
-def _part_of_it(results: DoseResults) -> str:
-    """The gain over own windows where these are nearly full, and in texts that hardly repeat themselves."""
-    full, texts, limit = compared(results, "full", whole=True), results.gains_of_texts(), 0.1
-    plain = texts[texts.repeats_itself < limit].nats
+def _answers(results: DoseResults) -> dict[str, str]:
+    """What a reader asks first of one model, and what was measured."""
+    old, new = load_preset(results.preset).base.window, load_preset(results.preset).extension.window
+    full, own = results.largest("full"), compared(results, "full")
+    far, inside = compared(results, "fair"), compared(results, "fair", "inside")
+    untrained = [statements_found(results, arm, 2 * old) for arm in ("raised-nf4", "yarn-nf4")]
+    best = max(untrained, key=lambda found: int(found.split()[0]))
+    again, others = read_other_texts(results), "not read"
+    if again:
+        found = again.compare().set_index(["quantity", "texts"]).loc["far out, minus its own windows", "second set"]
+        others = _answered(Comparison((found.nats, found.low, found.high), own.tokens, own.seeds))
+    return {
+        "": f"{MODELS[results.preset]}, {old:,} to {new:,} tokens",
+        "trained on whole long sequences": f"{own.tokens / 1e6:.1f} million tokens, {own.runs}",
+        "Far beyond the old window, does the whole text help more than a sliding window of the old length?": (
+            _answered(own)
+        ),
+        "... where that window is nearly full?": _answered(compared(results, "full", whole=True)),
+        "... on other texts, read after every choice was made?": others,
+        "Does it help more than the same training without the extension, read through windows (the control)?": (
+            _answered(far)
+        ),
+        "... where the control's window is nearly full?": _answered(compared(results, "fair", whole=True)),
+        "Does it cost something inside the old window, against the control?": _answered(inside, better_is=-1),
+        "Sentences hidden in texts of twice the old window: found, to the word": statements_found(
+            results, full, 2 * old
+        ),
+        "... by the better of two untrained methods": best,
+    }
+
+
+def _answered(found: Comparison, better_is: int = 1) -> str:
+    """Yes, no or not shown, with the numbers; the question asks for a gain, or with -1 for a loss."""
+    gains, loses = ("yes", "no, it harms") if better_is > 0 else ("no, it gains", "yes")
+    answer = gains if found.gains else loses if found.found[1] > 0 else "not shown"
+    return f"**{answer}**: {measured(*found.found, digits=3)}"
+
+
+def _longest_step() -> str:
+    record = recorded("gpu", "04_one_gpu_budget")
+    row, device = record.table("longest").iloc[0], record.content["provenance"]["device"]
     return (
-        f"Where those windows are nearly full, it is {measured(*full.found, digits=3)}. In the {len(plain)} of "
-        f"{len(texts)} texts that repeat less than {limit:.0%} of themselves, it is {plain.mean():+.3f} on average."
+        f"**The longest 4-bit training step that ran**: {row.model}, {row.context:,.0f} tokens in "
+        f"{row.context / row.tokens_per_second:.0f} s, under a cap of {row.cap_gib:.0f} GiB, "
+        f"{row.allocated_gib:.1f} GiB allocated, activation checkpoints on the host (one {device}, random weights)."
     )
-
-
-def _on_other_texts(again: OtherTexts, spread: float) -> list[str]:
-    """Lines of a list: the same weights on texts that no choice had seen; `spread` as `Comparison` has it."""
-    found = again.compare().set_index(["quantity", "texts"])
-    own, control = "far out, minus its own windows", "far out, minus another seed's control in windows"
-    new, old_and_new = (found.loc[(control, texts)] for texts in ("second set", "both"))
-    gains = new.high < 0 and -new.nats > spread
-    told = [
-        measured(*row[["nats", "low", "high"]], digits=3) for row in (found.loc[(own, "second set")], new, old_and_new)
-    ]
-    return [
-        f"- {new.documents:.0f} other texts of {new.kinds:.0f} kinds, read after every choice was made, with the first "
-        f"seed's weights: {told[0]} nat against its own windows. Against another seed's control in windows: "
-        f"{'ahead' if gains else 'behind' if new.low > 0 else NO_DIFFERENCE}, {told[1]}; with the first texts, "
-        f"{old_and_new.documents:.0f} in all, {told[2]}, which is "
-        f"{'more' if -old_and_new.nats > spread else 'less'} than the largest distance between seeds, at any dose."
-    ]
 
 
 def headlines() -> str:
-    """Markdown: what was found on real models, a column for each, and the longest training step."""
+    """Markdown: what was found on real models, in full: a column for each."""
     doses = read_dose_results(list(MODELS)).values()
-    tables = []
+    tables, others = [], []
     for column_of in (_of_doses, _of_statements):
         columns = [column_of(results) for results in doses]
         tables.append(markdown_table([[name, *(column[name] for column in columns)] for name in columns[0]]))
-    record = recorded("gpu", "04_one_gpu_budget")
-    row, device = record.table("longest").iloc[0], record.content["provenance"]["device"]
-    seconds = row.context / row.tokens_per_second
-    longest = (
-        f"**The longest 4-bit training step that ran**: {row.model}, {row.context:,.0f} tokens in {seconds:.0f} s, "
-        f"under a cap of {row.cap_gib:.0f} GiB, {row.allocated_gib:.1f} GiB allocated, activation checkpoints on the "
-        f"host (one {device}, random weights)."
-    )
+    for results in doses:
+        others += [f"**{MODELS[results.preset]}.** {_part_of_it(results)}"]
+        if again := read_other_texts(results):
+            others[-1] += f" {_on_other_texts(again, compared(results, 'fair').spread)}"
     return "\n\n".join(
-        [VERDICTS, tables[0], "**Planted statements found**, right to the word:", tables[1], CAVEATS, longest]
+        [VERDICTS, tables[0], *others, "**Planted statements found**, right to the word:", tables[1], CAVEATS]
+    )
+
+
+def _part_of_it(results: DoseResults) -> str:
+    """The gain over own windows in texts that hardly repeat themselves."""
+    texts, limit = results.gains_of_texts(), 0.1
+    plain = texts[texts.repeats_itself < limit].nats
+    return (
+        f"In the {len(plain)} of {len(texts)} texts that repeat less than {limit:.0%} of themselves, full context "
+        f"minus own windows is {plain.mean():+.3f} on average."
+    )
+
+
+def _on_other_texts(again: OtherTexts, spread: float) -> str:
+    """The same weights on texts that no choice had seen, against a control; `spread` as `Comparison` has it."""
+    found = again.compare().set_index(["quantity", "texts"])
+    new, old_and_new = (
+        found.loc[("far out, minus another seed's control in windows", texts)] for texts in ("second set", "both")
+    )
+    gains = new.high < 0 and -new.nats > spread
+    told = [measured(*row[["nats", "low", "high"]], digits=3) for row in (new, old_and_new)]
+    return (
+        f"On {new.documents:.0f} other texts of {new.kinds:.0f} kinds, with the first seed's weights, against another "
+        f"seed's control in windows: {'ahead' if gains else 'behind' if new.low > 0 else NO_DIFFERENCE}, {told[0]}; "
+        f"with the first texts, {old_and_new.documents:.0f} in all, {told[1]}, which is "
+        f"{'more' if -old_and_new.nats > spread else 'less'} than the largest distance between seeds, at any dose."
     )
 
 

@@ -8,7 +8,7 @@ import nbformat
 
 from llama_long_utils.paths import REPOSITORY, RESULTS, write_atomically
 from llama_long_utils.presets import load_preset, preset_names
-from tools.headlines import WORDS, headlines, in_brief
+from tools.headlines import in_brief
 from tools.scoreboard import scoreboard_table
 from tools.sequence import delivered, index, links
 from tools.store import write_notebook
@@ -25,7 +25,7 @@ def presets() -> str:
 
 
 def write_generated(check: bool = False) -> list[Path]:
-    """Write what is made from other files: six blocks of the README, the links of each notebook.
+    """Write what is made from other files: four blocks of the README, the links of each notebook.
 
     Args:
         check: only return the files that are out of step.
@@ -34,7 +34,7 @@ def write_generated(check: bool = False) -> list[Path]:
     readme = REPOSITORY / "README.md"
     text = readme.read_text("utf-8")
     new = text
-    made = {"index": index(), "brief": in_brief(), "words": WORDS, "headlines": headlines(), "presets": presets()}
+    made = {"index": index(), "brief": in_brief(), "presets": presets()}
     made["scoreboard"] = scoreboard_table(numbers=False)
     for name, content in made.items():
         new = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", new)
