@@ -240,7 +240,18 @@ def draw_nll(to_abf: pd.DataFrame, folder: Path, slug: str, number: str, caption
     shown = to_abf[to_abf.training.isin(STYLES)].groupby("measure").value
     ends = (f"{place} {shown.min()[place]:+.2f} to {shown.max()[place]:+.2f}" for place in ("NLL near", "NLL far"))
     alt = f"A row for each method, minus ABF: {'; '.join(ends)}."
-    save_figure(figure, folder, slug, number, caption, alt)
+    save_figure(figure, folder, slug, number, f"{nll_in_words(to_abf)}{caption}", alt)
+
+
+def nll_in_words(to_abf: pd.DataFrame, near: float = 0.05) -> str:
+    """How many methods read about as ABF does far out after training, and which read worse: a sentence, or ""."""
+    far = to_abf[(to_abf.measure == "NLL far") & (to_abf.training == "full-length")]
+    level = far.value.abs() < near
+    if level.all():
+        return ""
+    worse = "; ".join(look(name, "method")["label"] for name in far.method[~level])
+    said = f"**Trained, far out, {level.sum()} of {len(far)} methods read within {near:g} nat of ABF. The others are "
+    return f"{said}{far.value[~level].min():.1f} nat and more above it: {worse}.** "
 
 
 def draw_retrieval(
@@ -267,7 +278,15 @@ def draw_retrieval(
     panels[0].set(ylabel="ROUGE-L", ylim=(0, 112), yticks=range(0, 101, 20))  # room for the windows' names
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     alt = "Three panels of ROUGE-L against length: zero-shot, trained, and the paper's 7B models, which start near 100."
-    save_figure(figure, folder, slug, number, caption, alt)
+    trained, message = scores[scores.training == "full-length"].set_index("method"), ""
+    if len(trained):
+        said = []
+        for length in results.lengths[-2:]:
+            scored = trained.value[trained.measure == f"ROUGE-L {length:,}"]
+            named = [look(name, "method")["label"] for name in scored.index[scored > 2 * results.floor]]
+            said.append(f"at {length:,} tokens {', '.join(named) or 'none'}")
+        message = f"**Trained, these retrieve more than twice the floor: {'; '.join(said)}.** "
+    save_figure(figure, folder, slug, number, message + caption, alt)
 
 
 def draw_trainings(cheaper: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
@@ -282,4 +301,7 @@ def draw_trainings(cheaper: pd.DataFrame, folder: Path, slug: str, number: str, 
         panel.locator_params(axis="x", nbins=5)
         panel.set_xlabel(f"{unit}, minus full length's ({'nats' if unit == 'NLL' else 'points'})")
     alt = "Two panels of dots with intervals, a row per method and way of training: NLL and ROUGE-L differences."
-    save_figure(figure, folder, slug, number, caption, alt)
+    rows = cheaper[cheaper.measure == kept[-1]]
+    more, less = ("; ".join(rows.way[beyond]) or "no way" for beyond in (rows.low > 0, rows.high < 0))
+    message = f"**{kept[-1]}: more than full-length training: {more}. Less: {less}. Else no difference is detected.** "
+    save_figure(figure, folder, slug, number, message + caption, alt)

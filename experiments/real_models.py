@@ -281,9 +281,10 @@ def draw_worth(
         lines: which to draw, with their labels.
         whole_windows: draw the hollow points, too.
     """
-    shared = {"figsize": (5 + 3.6 * len(doses), 4.8), "sharex": True, "sharey": True, "squeeze": False}
+    counts = [max(2.2, results.worth().tokens_trained.nunique()) for results in doses.values()]
+    shared = {"figsize": (5 + 3.6 * len(doses), 4.8), "sharey": True, "squeeze": False, "width_ratios": counts}
     figure, panels = plt.subplots(1, len(doses), **shared)
-    ticks, ends = set(), []
+    ends = []
     for (name, results), axes in zip(doses.items(), panels[0], strict=True):
         worth, whole, every = results.worth(), results.worth(whole=True), results.worth(r"\d+")
         for place, (line, (form, colour)) in enumerate(FORMS.items()):
@@ -302,16 +303,59 @@ def draw_worth(
             if len(part):
                 end = f"{name}, {lines[line]} {part.nats.iloc[-1]:+.3f}"
                 ends.append(end + (f", nearly full windows {hollow.nats.iloc[-1]:+.3f}" if whole_windows else ""))
-        ticks |= {*worth.tokens_trained}
+        ticks = sorted({*worth.tokens_trained})
         axes.axhline(0, color="0.3", linewidth=1)
         axes.set(xscale="log", title=results.title, xlabel="tokens trained (millions)")
-    axes.set_xticks(sorted(ticks), [f"{tokens / 1e6:.1f}" for tokens in sorted(ticks)])
-    for axes in panels[0]:
+        if len(doses) > 1:  # what a model with one dose shows needs no room for others
+            axes.set(xlim=(ticks[0] / 1.3, ticks[-1] * 1.5))
+        axes.set_xticks(ticks, [f"{tokens / 1e6:.1f}" for tokens in ticks])
         axes.minorticks_off()
     panels[0][0].set_ylabel("full context minus windows (nats per token)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     alt = f"Nats against tokens trained. At the largest dose: {'; '.join(ends)}."
     save_figure(figure, folder, slug, number, caption, alt)
+
+
+def worth_in_words(doses: Mapping[str, DoseResults]) -> str:
+    """On which lines of `DoseResults.worth` the longer window pays, and from which dose: a sentence."""
+    parts = []
+    for name, results in doses.items():
+        table = results.doses_that_pay()
+        paid = [
+            f"{row['trained on'].rpartition(', ')[0]}, from {row['pays from']} tokens on"
+            for _, row in table[table["pays from"] != "no dose"].iterrows()
+        ]
+        parts.append(f"{'; '.join(paid) or 'nothing that was run'} ({NAMES.get(name, name)})")
+    said = f"The longer window pays for {', and for '.join(parts)}."
+    never = all("control" not in part for part in parts)
+    return said + " Against the windows of a control that was trained as long it pays nowhere." * never
+
+
+def four_bits_in_words(table: pd.DataFrame) -> str:
+    """What 4 bits cost each base inside the old window, from `DoseResults.four_bits`: a sentence."""
+    rows = table[(table.quantity == "base: 16 bits minus NF4") & (table.place == "inside")]
+    costs = [f"{-row.nats:.2f} nat ({NAMES.get(row.model, row.model)})" for row in rows.itertuples()]
+    return f"Inside the old window 4 bits cost the base {' and '.join(costs)}."
+
+
+def price_in_words(table: pd.DataFrame) -> str:
+    """Which models read worse than the control inside the old window, from `DoseResults.alternatives`: a sentence."""
+    rows = table[table.quantity.str.contains("equal tokens") & (table.place == "inside")]
+    worse = [NAMES.get(model, model) for model in rows.model[rows.low > 0]]
+    return f"Inside the old window whole sequences read worse than the control: {' and '.join(worse) or 'no model'}."
+
+
+def found_in_words(asked: pd.DataFrame) -> str:
+    """How many statements whole sequences find in the longest text each model was asked, and the best rival."""
+    parts = []
+    for name, part in asked.groupby("model", sort=False):
+        right = part[part.length == part.length.max()].groupby("arm")[["right", "questions"]].sum()
+        own, rival = right.right["full"], right.right.drop("full").max()
+        parts.append(
+            f"in {part.length.max():,} tokens {own} of {right.questions['full']}, the best other {rival} "
+            f"({NAMES.get(name, name)})"
+        )
+    return f"Trained on whole sequences a model finds most: {'; '.join(parts)}."
 
 
 def draw_statements(asked: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
