@@ -147,7 +147,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: 
 
 
 TILE = 128  # tokens of queries whose weights exist at once
-FUTURE = torch.ones(TILE, TILE, dtype=torch.bool).triu(1)[:, None]  # where a query (dim 0) must not see a key (dim 2)
+FUTURE = torch.full((TILE, TILE), -torch.inf).triu(1)  # added to scores that a query (dim 0) must not see
 LEAST = 512  # tokens of a document, below which many small products take longer
 
 
@@ -160,63 +160,63 @@ def _is_ours(query: Tensor, dropout: float, square: bool = True) -> bool:
 class _CausalOnCPU(torch.autograd.Function):
     """Products of tiles in bf16, for which CPUs have instructions.
 
-    torch's own kernels took 1.7 times as long forwards, 1.9 times backwards (2,048 tokens of SmolLM2's heads,
+    torch's own kernels took 1.9 times as long forwards, 2.2 times backwards (2,048 tokens of SmolLM2's heads,
     AVX512-BF16, one thread). A product rounds its result to bf16. So what is subtracted from it, the largest or the
-    logsumexp of the scores, is one more column of the factors: then weights that count are rounded where they are
-    near 1, not as scores.
+    logsumexp of the scores, is one more column of the factors: weights that count are then rounded near 1.
     Shapes: (1, heads, length, head_dim); keys and values may have fewer heads, and begin before the queries do.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        before = key.shape[2] - length
-        output = torch.empty(len(key[0]), length * groups, query.shape[3], dtype=query.dtype)
-        logsumexp = torch.empty(len(key[0]), length * groups)
-        for i, queries in enumerate((query * scale)[0].split(groups)):
-            left = F.pad(_token_after_token(queries), (0, 1))
-            right = F.pad(key[0, i], (0, 1), value=-1.0).T
+        (_, heads, length, width), shared, before = query.shape, key.shape[1], key.shape[2] - query.shape[2]
+        groups, ctx.scale = heads // shared, scale
+        future = FUTURE.to(query.dtype).repeat_interleave(groups, 0)
+        left = torch.stack([F.pad(_token_after_token(part), (0, 2)) for part in (query * scale)[0].split(groups)])
+        output = torch.empty(length, shared, groups, width, dtype=query.dtype)
+        sums, total = query.new_empty(length * groups, width), torch.empty(shared, length * groups)
+        for i in range(shared):
+            right, values = F.pad(key[0, i], (0, 2), value=-1.0).T, value[0, i].contiguous()
             for begin in reversed(range(0, length, TILE)):  # the largest first: memory is used again
                 end = min(begin + TILE, length)
                 rows, seen = slice(begin * groups, end * groups), before + end
-                scores = left[rows] @ right[:, :seen]
-                own = scores.view(end - begin, groups, seen)[:, :, before + begin :]
-                own.masked_fill_(FUTURE[: end - begin, :, : end - begin], -torch.inf)
-                largest = left[rows, -1] = scores.amax(1)
-                weights = torch.mm(left[rows], right[:, :seen], out=scores).exp_()
-                own.masked_fill_(FUTURE[: end - begin, :, : end - begin], 0)
-                total = weights.sum(1, dtype=torch.float32)
-                output[i, rows] = ((weights @ value[0, i, :seen]).float() / total[:, None]).to(query.dtype)
-                logsumexp[i, rows] = total.log() + largest
-        heads = (part.unflatten(1, (length, groups)).transpose(1, 2) for part in (output, logsumexp))
-        (output, logsumexp), ctx.scale = (part.flatten(0, 1)[None] for part in heads), scale
-        ctx.save_for_backward(query, key, value, output, logsumexp)
+                scores = left[i, rows] @ right[:, :seen]
+                own, hidden = scores[:, before + begin :], future[: (end - begin) * groups, : end - begin]
+                own.add_(hidden)
+                left[i, rows, -2] = scores.amax(1)
+                torch.mm(left[i, rows], right[:, :seen], out=scores)
+                own.add_(hidden)
+                torch.sum(scores.exp_(), 1, dtype=torch.float32, out=total[i, rows])
+                torch.mm(scores, values[:seen], out=sums[rows])
+            output[:, i] = (sums / total[i, :, None]).view(length, groups, width)
+        _subtract(left, total.log_().add_(left[..., -2]))
+        output = output.flatten(1, 2).transpose(0, 1)[None]
+        ctx.save_for_backward(left, key, value, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, logsumexp = ctx.saved_tensors
-        groups, length = query.shape[1] // key.shape[1], query.shape[2]
-        before, delta = key.shape[2] - length, (grad.float() * output.float()).sum(-1)
-        heads = [part[0].split(groups) for part in (query * ctx.scale, grad, logsumexp, delta)]
-        grad_query = torch.empty(len(key[0]), length * groups, query.shape[3], dtype=query.dtype)
-        grad_key, grad_value = torch.zeros(2, *key.shape[1:]).unbind()
-        for i, (queries, grads, shift, delta) in enumerate(zip(*heads, strict=True)):
-            queries, grads = _token_after_token(queries), _token_after_token(grads)
-            left = _with_columns(queries, shift.T.flatten()), _with_columns(grads, delta.T.flatten())
-            right = [F.pad(part[0, i], (0, 2), value=-1.0).T for part in (key, value)]
+        left, key, value, output = ctx.saved_tensors
+        (_, heads, length, width), shared, before = grad.shape, key.shape[1], key.shape[2] - grad.shape[2]
+        groups = heads // shared
+        future = FUTURE.T.to(grad.dtype).repeat_interleave(groups, 1)
+        grad_query = torch.empty(length, shared, groups, width, dtype=grad.dtype)
+        sums, totals = grad.new_empty(length * groups, width), torch.zeros(2, *key.shape[1:])
+        for i, heads in enumerate(zip(grad[0].split(groups), output[0].split(groups), strict=True)):
+            grads, outputs = map(_token_after_token, heads)
+            queries, keys = left[i, :, :width].contiguous(), key[0, i].contiguous()
+            lefts = left[i], _subtract(F.pad(grads, (0, 2)), (grads.float() * outputs).sum(1))
+            rights = [F.pad(part[0, i], (0, 2), value=-1.0) for part in (key, value)]
             for begin in reversed(range(0, length, TILE)):  # the largest first: memory is used again
                 end = min(begin + TILE, length)
                 rows, seen = slice(begin * groups, end * groups), before + end
-                weights = (left[0][rows] @ right[0][:, :seen]).exp_()
-                own = weights.view(end - begin, groups, seen)[:, :, before + begin :]
-                own.masked_fill_(FUTURE[: end - begin, :, : end - begin], 0)
-                grad_value[i, :seen] += weights.T @ grads[rows]
-                weights *= left[1][rows] @ right[1][:, :seen]
-                grad_query[i, rows] = (weights @ key[0, i, :seen]).mul_(ctx.scale)
-                grad_key[i, :seen] += weights.T @ queries[rows]
-        grad_query = grad_query.unflatten(1, (length, groups)).transpose(1, 2).flatten(0, 1)
-        return grad_query[None], grad_key[None].to(key.dtype), grad_value[None].to(value.dtype), None
+                weights = rights[0][:seen] @ lefts[0][rows].T
+                weights[before + begin :].add_(future[: end - begin, : weights.shape[1]])
+                totals[1, i, :seen].add_(weights.exp_() @ grads[rows])
+                weights *= rights[1][:seen] @ lefts[1][rows].T
+                totals[0, i, :seen].add_(weights @ queries[rows])
+                torch.mm(weights.T, keys[:seen], out=sums[rows])
+            grad_query[:, i] = (sums * ctx.scale).view(length, groups, width)
+        return grad_query.flatten(1, 2).transpose(0, 1)[None], *totals[:, None].to(key.dtype), None
 
 
 def _token_after_token(heads: Tensor) -> Tensor:
@@ -224,11 +224,11 @@ def _token_after_token(heads: Tensor) -> Tensor:
     return heads.transpose(0, 1).flatten(0, 1)
 
 
-def _with_columns(rows: Tensor, subtracted: Tensor) -> Tensor:
-    """(n, width) and (n,) -> (n, width + 2): the numbers in two parts, as bf16 holds three digits of them."""
-    coarse = subtracted.to(rows.dtype)
-    fine = (subtracted - coarse).to(rows.dtype)
-    return torch.cat([rows, coarse[:, None], fine[:, None]], dim=1)
+def _subtract(rows: Tensor, numbers: Tensor) -> Tensor:
+    """Rows whose last two columns are `numbers`, in two parts, as bf16 holds three digits of them."""
+    rows[..., -2] = numbers
+    rows[..., -1] = numbers - rows[..., -2]
+    return rows
 
 
 def document_starts(position_ids: Tensor) -> list[list[int]]:
