@@ -182,7 +182,9 @@ def bench_base() -> Path:
     return folder
 
 
-def contender(name: str, length: int, dtype: str, steps: int, memory_savings: dict[str, Any] | None) -> dict:
+def contender(
+    name: str, length: int, dtype: str, steps: int, memory_savings: dict[str, Any] | None, gaps_gib: float = GAPS_GIB
+) -> dict:
     """Seconds of each step, peak above the weights, loss of the first step."""
     folder = bench_base()
     config = model_shape(SHAPE)
@@ -194,13 +196,16 @@ def contender(name: str, length: int, dtype: str, steps: int, memory_savings: di
         before = own_memory(RESIDENT)
         forget_highest()
         if name == "ours":
-            log = run_ours(add_lora(model, LORA, seed=0), ids, MemorySavings(**memory_savings), Path(scratch))
+            ways, adapted = MemorySavings(**memory_savings), add_lora(model, LORA, seed=0)
+            log = run_ours(adapted, ids, ways, Path(scratch), gaps_gib)
         else:
             log = {"Trainer + PEFT": run_trainer, "TRL SFTTrainer": run_trl}[name](model, ids, dtype, scratch)
         return {**log, "peak_gib_above_weights": own_memory(HIGHEST) - before}
 
 
-def run_ours(model: Any, ids: np.ndarray, memory_savings: MemorySavings, folder: Path) -> dict:
+def run_ours(
+    model: Any, ids: np.ndarray, memory_savings: MemorySavings, folder: Path, gaps_gib: float = GAPS_GIB
+) -> dict:
     """Our training loop."""
     settings = replace(
         load_preset("tiny").training,
@@ -209,7 +214,7 @@ def run_ours(model: Any, ids: np.ndarray, memory_savings: MemorySavings, folder:
     )
     positions = np.arange(ids.shape[1], dtype=np.int32)
     sequences = [TrainingSequence(row, row, positions) for row in ids]
-    log = train(model, sequences, settings, folder)
+    log = train(model, sequences, settings, folder, gaps_gib=gaps_gib)
     return {"seconds": [ids.shape[1] / row["tokens_per_second"] for row in log], "losses": [row["loss"] for row in log]}
 
 
@@ -408,8 +413,11 @@ def in_words(memory_savings: MemorySavings, layers: int) -> str:
     return str(replace(memory_savings, recomputed_layers=min(memory_savings.recomputed_layers, layers)))
 
 
-def planned(length: int, dtype: str, bar: float) -> list[tuple[str, dict[str, Any]]]:
-    """Our plans for the memory that the `Trainer` takes above the weights (`bar`, GiB), and for 0.4 times that."""
+def planned(length: int, dtype: str, bar: float) -> list[tuple[str, dict[str, Any], float]]:
+    """Our plans for the memory that the `Trainer` takes above the weights (`bar`, GiB), and for 0.4 times that.
+
+    Behind each the GiB that it leaves for gaps.
+    """
     config = model_shape(SHAPE)
     found = ledger(config, LORA, StepShape(length, dtype, PLAIN))
     weights = (found["weights"] + found["adapters"]) / GIB
@@ -417,7 +425,8 @@ def planned(length: int, dtype: str, bar: float) -> list[tuple[str, dict[str, An
     for name, share in (("ours, fast", 0.95), ("ours, lean", 0.38)):
         room = max(share * bar - GAPS_GIB, 0.05) + weights
         chosen = planner.plan(config, LORA, StepShape(length, dtype, PLAIN), room / USABLE)
-        entries.append((name, asdict(chosen.memory_savings)))
+        gaps = max(share * bar + weights - chosen.device_gib, GAPS_GIB)
+        entries.append((name, asdict(chosen.memory_savings), gaps))
     return entries
 
 
@@ -428,17 +437,18 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
     bar = measured(kind="contender", round=0, name="Trainer + PEFT", memory_savings=None, **task)[
         "peak_gib_above_weights"
     ]
-    entries = [("Trainer + PEFT", None), ("TRL SFTTrainer", None)]
-    entries += kept(f"planned-{length}-{dtype}", lambda: planned(length, dtype, bar))
-    held = {name: None for name, _ways in entries}
-    for name, ways in entries if length <= ALLOCATED_UP_TO else ():
+    entries = [("Trainer + PEFT", None, None), ("TRL SFTTrainer", None, None)]
+    entries += kept(f"planned-with-gaps-{length}-{dtype}", lambda: planned(length, dtype, bar))
+    held = {name: None for name, _ways, _gaps in entries}
+    for name, ways, _gaps in entries if length <= ALLOCATED_UP_TO else ():
         alone = measured(kind="allocated", name=name.split(",")[0], memory_savings=ways, **{**task, "steps": 1})
         held[name] = alone["peak_gib_above_weights"]
     rows = []
     for number in range(rounds):
-        for name, memory_savings in entries if number % 2 == 0 else entries[::-1]:
-            task_name = name.split(",")[0]
-            result = measured(kind="contender", round=number, name=task_name, memory_savings=memory_savings, **task)
+        for name, memory_savings, gaps in entries if number % 2 == 0 else entries[::-1]:
+            own = {"name": name.split(",")[0], "memory_savings": memory_savings, **task}
+            own |= {"gaps_gib": gaps} if gaps else {}
+            result = measured(kind="contender", round=number, **own)
             seconds = median(result["seconds"][1:] or result["seconds"])
             ways = MemorySavings(**memory_savings) if memory_savings else replace(PLAIN, recomputed_layers=ALL)
             flops = sum(step_flops(config, LORA, length, ways).values())
