@@ -148,21 +148,21 @@ def test_the_heavier_change_is_the_one_whose_paired_lead_lies_above_zero():
 
 
 def test_an_arm_is_one_run_with_its_short_part_shared(tmp_path, monkeypatch):
-    monkeypatch.setitem(pretraining_cells.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=10))
+    monkeypatch.setitem(pretraining_cells.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=5))
     monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
     tokenizer, training, held_out = pretraining.texts()
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
     paths = {arm: pretraining.run_cell(Cell("doll", arm, 0)) for arm in ("short", "switch-80", "continued")}
     loss = {arm: read_table(path, "loss").loss.to_numpy() for arm, path in paths.items()}
-    assert (loss["switch-80"][:8] == loss["short"][:8]).all()
-    assert (loss["switch-80"][8:] != loss["short"][8:]).all()
-    rates = json.loads(next(tmp_path.glob("long/doll-switch-80-*/checkpoint-10/trainer_state.json")).read_text())
+    assert (loss["switch-80"][:4] == loss["short"][:4]).all()
+    assert (loss["switch-80"][4:] != loss["short"][4:]).all()
+    rates = json.loads(next(tmp_path.glob("long/doll-switch-80-*/checkpoint-5/trainer_state.json")).read_text())
     learning_rate = [row["learning_rate"] for row in rates["log_history"] if "loss" in row]
     assert np.diff(learning_rate).max() <= 0  # one cosine: no warm-up at the switch
     cost = pd.concat([read_table(path, "cost") for path in paths.values()]).set_index("arm")
-    assert list(cost.short_steps) == [10, 8, 10]
+    assert list(cost.short_steps) == [5, 4, 5]
     assert cost.flops["continued"] == pytest.approx(cost.flops["switch-80"], abs=LONG * flops_per_token(2, 64, LONG))
-    assert cost.tokens["short"] == cost.tokens["switch-80"] == 10 * LONG
+    assert cost.tokens["short"] == cost.tokens["switch-80"] == 5 * LONG
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert pretraining.run_cell(Cell("doll", "switch-80", 0)) == paths["switch-80"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -338,10 +338,10 @@ def test_what_is_for_a_gpu_s_size_does_not_start_hours_of_another_training(words
 
 
 def test_cells_are_added_to_a_record_which_keeps_its_own(tmp_path, monkeypatch):
-    monkeypatch.setitem(pretraining_cells.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=6))
+    monkeypatch.setitem(pretraining_cells.SIZES, "doll", Size(64, 2, 2, 7e-3, steps=2))
     monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path / "runs")
     tokenizer, training, held_out = pretraining.texts()
-    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
+    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
     first, second = (pretraining.run_cell(Cell("doll", arm, 0)) for arm in ("short", "long"))
     record = collect([first], tmp_path)
     before = json.loads(record.read_text())

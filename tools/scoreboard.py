@@ -4,6 +4,7 @@ Verdicts follow intervals. A comparison whose arms were not fit for it is undeci
 """
 
 import argparse
+from functools import cache
 
 from experiments.race_results import race_results
 from llama_long_utils.presets import load_preset
@@ -19,6 +20,7 @@ from tools.claims.short_tasks import short_tasks
 GLANCE = ["verdict", "why", "on"]  # columns of the short scoreboard
 
 
+@cache  # a second, and a page asks for it three times
 def scoreboard() -> dict[str, Line]:
     """C1 to C12 in order."""
     race, published = race_results(load_preset("tiny")), read_published("llama2_long")
