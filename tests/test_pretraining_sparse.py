@@ -16,7 +16,7 @@ def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_
     monkeypatch.setattr(pretraining_sparse, "LARGER", "doll")
     monkeypatch.setattr(pretraining_sparse, "SEEDS", (0,))
     tokenizer, training, held_out = pretraining.texts()
-    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
+    monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
     record = run_sparse(tmp_path / "joined")
     results = pretraining_results(record)
     assert list(results.cells["size"]) == ["doll"] * 3 + ["doll-x0.7"] * 2
