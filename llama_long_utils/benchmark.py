@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 
+from llama_long_utils.cache import digest
 from llama_long_utils.commands import run_command
 from llama_long_utils.evaluation.task_files import check_names
 from llama_long_utils.paths import RESULTS
@@ -33,7 +34,12 @@ def main() -> None:
         parser.error(f"--arms {' '.join(options['arms'])}: name two or more that differ, the first is before")
     started = time.perf_counter()
     preset = load_preset(name)
+    if (longest := max(options["lengths"], default=0)) > preset.extension.window:
+        parser.error(f"--lengths {longest} is above the window of {name}, {preset.extension.window}: use shorter ones")
     check_names(tasks)
+    folder, other = preset.run_folder / "records", {key for key in options if options[key] != parser.get_default(key)}
+    if other or tasks != DEFAULT:  # it does not replace what was measured of all
+        folder /= digest(tasks, options)
 
     import pandas as pd
 
@@ -43,7 +49,7 @@ def main() -> None:
     path = write_results(
         preset,
         items,
-        RESULTS / preset.name if record else preset.run_folder / "records",
+        RESULTS / preset.name if record else folder,
         deltas=pd.concat([delta_table(items, before, other) for other in others]),
         seconds=time.perf_counter() - started,
         provenance={"command": " ".join(["python -m llama_long_utils.benchmark", *sys.argv[1:]])},

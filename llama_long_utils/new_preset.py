@@ -16,6 +16,7 @@ from llama_long_utils.data.sources import check_sources, load_documents
 from llama_long_utils.paths import PRESETS, REPOSITORY
 from llama_long_utils.plan import at_least, check_window, gibibytes, why_unknown
 from llama_long_utils.presets import CHARACTERS, load_preset
+from llama_long_utils.settings import ARCHITECTURES
 
 TEMPLATE, PACKAGED = PRESETS / "new.toml.in", REPOSITORY / "data" / "packaged_models.json"
 HUB_DATA = PRESETS / "llama2-7b.toml"
@@ -42,6 +43,8 @@ def arguments() -> argparse.Namespace:
     if folder.is_dir():
         with contextlib.suppress(OSError, AttributeError, TypeError, json.JSONDecodeError):  # said better later
             config = json.loads((folder / "config.json").read_bytes())
+            if (kind := config.get("model_type")) not in ARCHITECTURES:
+                raise ValueError(f"{folder} has model_type {kind!r}: use one of {list(ARCHITECTURES)}")
             if config.get("use_sliding_window", True) and (sliding := config.get("sliding_window")):
                 raise ValueError(f"the base attends to the last {sliding:,} tokens only (sliding_window): use another")
             check_window(asked.window, config.get("max_position_embeddings"))
@@ -82,12 +85,11 @@ def own_texts(texts: str, window: int) -> dict[str, Any]:
     return {**data, "tokens": tokens}
 
 
-def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any]) -> str:
-    """The preset's text, for the model with this configuration and these `pretrained_numbers`."""
-    values = {f"base_{key}": value for key, value in base.items()} | vars(asked)
+def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any], own: dict[str, Any]) -> str:
+    """The preset's text, for the model with this configuration, these `pretrained_numbers` and `own_texts`."""
+    values = {f"base_{key}": value for key, value in base.items()} | vars(asked) | own
     text, follows = TEMPLATE.read_text(encoding="utf-8"), int(CHARACTERS * asked.window)
-    if asked.texts:
-        values |= own_texts(asked.texts, asked.window)
+    if own:
         if values["minimum_characters"] == follows:  # then it is left out
             text = text.replace("$minimum_characters\n", "")
         text = text.replace("$minimum", "minimum_characters = $minimum")
@@ -107,13 +109,14 @@ def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any]) -> str:
 def write() -> None:
     """What the command does. Heavy imports come after its arguments are checked."""
     asked = arguments()
+    own = own_texts(asked.texts, asked.window) if asked.texts else {}
 
     from llama_long_utils.model.weights import base_config, model_config, pretrained_numbers
 
     config = model_config(asked.base)
     base = pretrained_numbers(config)
     check_window(asked.window, base["window"])
-    text, file = fill(asked, config, base), PRESETS / f"{asked.name}.toml"
+    text, file = fill(asked, config, base, own), PRESETS / f"{asked.name}.toml"
     file.touch(exist_ok=False)
     try:
         file.write_text(text, encoding="utf-8")

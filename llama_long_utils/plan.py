@@ -5,12 +5,10 @@ how long it takes, and the longest window that would fit.
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +81,8 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if not 0 < asked.utilisation <= 1:
         parser.error(f"--utilisation {asked.utilisation} must be above 0 and at most 1")
+    if asked.sequences > 64:  # more take minutes to count
+        parser.error(f"--sequences {asked.sequences} is above 64, with which a GPU is busy: use fewer at once")
     if asked.devices % asked.context_parallel:
         parser.error(f"--devices {asked.devices} does not divide into groups of {asked.context_parallel}")
     if asked.shard_base and asked.devices == 1:
@@ -98,27 +98,8 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
-def in_second_process(count: Callable[[], object]) -> Callable[[], object]:
-    """Let a copy of this process count, which leaves its ledgers in data/cache; returns what waits for it."""
-    if sys.platform != "linux":
-        return lambda: None
-
-    def quietly() -> None:
-        with contextlib.suppress(BaseException):
-            count()
-
-    copy = multiprocessing.get_context("fork").Process(target=quietly, daemon=True)
-    copy.start()
-    # A fork of a process whose threads have worked (a model was converted) may hang: then this one counts alone.
-    return lambda: copy.join(timeout=20)
-
-
 def predictions(asked: argparse.Namespace) -> dict[str, Any]:
-    """The plan and what it costs, by name.
-
-    Raises:
-        ValueError: the model is unknown, or the step does not fit; the message names the longest window that does.
-    """
+    """The plan and what it costs, by name; ValueError if the model is unknown or the step does not fit."""
     from llama_long_utils.training import planner
     from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger
 
@@ -133,9 +114,8 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
     packed = bool(preset and planner.is_packed(preset.training))
     shape = StepShape(window // context, dtype, savings, asked.sequences, gpu=True, packed=packed, **several)
-    meanwhile = in_second_process(lambda: planner.longest_context(config, lora, shape, memory))
+    print("counting what a step allocates: the first time up to a minute ...", file=sys.stderr, flush=True)
     plan = planner.plan(config, lora, shape, memory)
-    meanwhile()
     counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)
     savings = planner.leanest(config, longest // context, savings)

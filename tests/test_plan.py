@@ -22,7 +22,6 @@ def answer(tmp_path_factory):
     def run(capsys, *words):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ledger, "CACHE", cache)
-            patch.setattr(plan, "in_second_process", lambda _count: lambda: None)  # some ledgers would be made twice
             patch.setattr(sys, "argv", ["plan", str(folder), *words])
             plan.main()
         return capsys.readouterr().out
@@ -63,6 +62,14 @@ def test_several_gpus_take_more_sequences_or_longer_ones(answer, capsys):
     assert "Each of 4 GPUs holds 1/4 of the base's layers and takes its own sequences" in table
     with pytest.raises(SystemExit):
         answer(capsys, *words, "--shard-base")
+
+
+def test_more_sequences_than_a_gpu_has_use_for_are_refused_before_they_are_counted(monkeypatch, capsys):
+    words = ["plan", "Llama 2 7B", "--window", "8192", "--memory", "24", "--sequences", "100000"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        plan.arguments()
+    assert "--sequences 100000 is above 64, with which a GPU is busy: use fewer" in capsys.readouterr().err
 
 
 def test_what_is_small_is_not_shown_as_nothing(answer, capsys):

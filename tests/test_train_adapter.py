@@ -57,6 +57,17 @@ def preset(small, tmp_path, monkeypatch):
     return small
 
 
+def test_a_tokenizer_with_more_tokens_than_the_base_embeds_is_refused_before_texts_are_read(preset, tmp_path):
+    """Training would end in torch's "index out of range in self"."""
+    folder = tmp_path / "base"
+    shutil.copytree(preset.base.source, folder)
+    new_llama(seed=0, vocab_size=500).to(torch.bfloat16).save_pretrained(folder)
+    base = dataclasses.replace(preset.base, source=str(folder))
+    data = dataclasses.replace(preset.data, sources=["no such texts"])
+    with pytest.raises(ValueError, match=r"its tokenizer has [\d,]+ tokens, its config.json a vocab_size of 500"):
+        train_adapter(dataclasses.replace(preset, base=base, data=data))
+
+
 def test_a_base_that_does_not_fit_is_refused_before_its_weights_are_looked_for(preset, tmp_path):
     new_llama(seed=0).config.save_pretrained(tmp_path / "no weights")
     large = dataclasses.replace(preset, base=dataclasses.replace(preset.base, source=str(tmp_path / "no weights")))

@@ -61,7 +61,7 @@ def change_config(folder, **changes):
 )
 def test_base_without_one_of_its_tensors_is_refused(broken, name):
     change_weights(broken, {name: None})
-    with pytest.raises(ValueError, match=f"lack the tensor {name}: delete broken and fetch it again"):
+    with pytest.raises(ValueError, match=f"lack the tensor {name}: put a whole copy of broken there"):
         locate_model(str(broken))
 
 
@@ -106,7 +106,7 @@ def test_damaged_shard_is_named_before_loading(tmp_path, damage):
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "generation_config.json"])
 def test_truncated_file_is_named_before_loading(broken, file):
     (broken / file).write_bytes((broken / file).read_bytes()[:-20])
-    with pytest.raises(ValueError, match=rf"{file} is truncated or corrupt.*delete broken and fetch it again"):
+    with pytest.raises(ValueError, match=rf"{file} is truncated or corrupt.*put a whole copy of broken there"):
         locate_model(str(broken))
 
 
@@ -203,6 +203,28 @@ def test_a_tokenizer_without_bos_begins_texts_as_the_configuration_says(tmp_path
         load_tokenizer(tmp_path)
 
 
+def test_more_tokens_than_the_model_embeds_are_refused_but_for_one_to_pad_with(tmp_path):
+    """Else training would end in torch's "index out of range in self"."""
+    tokenizer = train_tokenizer([])
+    tokenizer.save_pretrained(tmp_path)
+    tokens = len(tokenizer)
+    with pytest.raises(
+        ValueError, match=f"its tokenizer has {tokens} tokens, its config.json a vocab_size of {tokens - 1}"
+    ):
+        load_tokenizer(tmp_path, tokens - 1)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, tokens).pad_token_id == tokens
+
+
+def test_nobody_is_asked_to_delete_a_model_of_his_own(broken, monkeypatch):
+    with pytest.raises(ValueError, match=r"has no tokenizer .*: put a whole copy of broken there"):
+        load_tokenizer(str(broken))
+    monkeypatch.setattr(weights, "CACHE", broken.parent)
+    with pytest.raises(ValueError, match=r"has no tokenizer .*: delete broken and fetch it again"):
+        load_tokenizer(str(broken))
+
+
 def test_config_and_tokenizer_need_no_weights(base_folder, tmp_path):
     shutil.copy(base_folder / "config.json", tmp_path)
     assert base_config(small_preset(tmp_path)).hidden_size == 64
@@ -217,7 +239,9 @@ def test_config_and_tokenizer_need_no_weights(base_folder, tmp_path):
 def test_pickled_weights_are_not_loaded(broken):
     torch.save({}, broken / "pytorch_model.bin")
     (broken / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"holds no model\.safetensors \(other formats are not loaded\)"):
+    with pytest.raises(
+        ValueError, match=r"holds no model\.safetensors \(no other format is read\): save_pretrained writes it"
+    ):
         locate_model(str(broken))
 
 

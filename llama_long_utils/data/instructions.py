@@ -12,7 +12,8 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from numpy.random import Generator
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import TrainingSequence
@@ -43,7 +44,7 @@ class Dialogue:
     token_ids: np.ndarray
     questions: Sequence[Question]
 
-    def turns(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[np.ndarray, np.ndarray]]:
+    def turns(self, tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids of each question, and of its answer with EOS."""
         if not self.questions:
             return []
@@ -68,17 +69,12 @@ class InstructionSequence:
         return int(self.completion_mask[1:].sum())
 
 
-Maker = Callable[
-    [Sequence[TokenizedDocument], PreTrainedTokenizerBase, int, Instruction, np.random.Generator], Dialogue
-]
+Documents = Sequence[TokenizedDocument]
+Maker = Callable[[Documents, Tokenizer, int, Instruction, Generator], Dialogue]
 
 
 def quotations(
-    document: TokenizedDocument,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    settings: Instruction,
-    generator: np.random.Generator,
+    document: TokenizedDocument, tokenizer: Tokenizer, count: int, settings: Instruction, generator: Generator
 ) -> Dialogue:
     """A document with up to `count` quotations, from random places; what is quoted stands there once."""
     text = tokenizer.decode(document.token_ids[1:], clean_up_tokenization_spaces=False)
@@ -98,11 +94,7 @@ def quotations(
 
 
 def quotation_dialogue(
-    documents: Sequence[TokenizedDocument],
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    settings: Instruction,
-    generator: np.random.Generator,
+    documents: Documents, tokenizer: Tokenizer, tokens: int, settings: Instruction, generator: Generator
 ) -> Dialogue:
     """A stretch of a random document with quotations, `tokens` together at most; ValueError if there is none."""
     count = max(tokens // settings.tokens_per_question, 1)
@@ -141,7 +133,7 @@ def generated_dialogues(questions: str) -> Maker:
     kept = [row._asdict() for row in table[table.dropped == ""].itertuples(index=False)]
     places: dict[tuple[str, str], range] = {}
 
-    def tokens_of(pair: dict[str, Any], document: TokenizedDocument, tokenizer: PreTrainedTokenizerBase) -> range:
+    def tokens_of(pair: dict[str, Any], document: TokenizedDocument, tokenizer: Tokenizer) -> range:
         """Where a pair's chunk lies among the document's tokens."""
         key = pair["document"], pair["chunk"]
         if key not in places:
@@ -152,11 +144,7 @@ def generated_dialogues(questions: str) -> Maker:
         return places[key]
 
     def make(
-        documents: Sequence[TokenizedDocument],
-        tokenizer: PreTrainedTokenizerBase,
-        tokens: int,
-        settings: Instruction,
-        generator: np.random.Generator,
+        documents: Documents, tokenizer: Tokenizer, tokens: int, settings: Instruction, generator: Generator
     ) -> Dialogue:
         named = {f"{document.source}/{document.name}": document for document in documents}
         pairs = [pair for pair in kept if pair["document"] in named]
@@ -187,9 +175,7 @@ def dialogue_maker(settings: Instruction) -> Maker:
     return quotation_dialogue if settings.questions == "quotations" else generated_dialogues(settings.questions)
 
 
-def join_dialogues(
-    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, *, loss_on_prompt: bool
-) -> InstructionSequence:
+def join_dialogues(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, *, loss_on_prompt: bool) -> InstructionSequence:
     """Dialogues side by side. Answers are trained on; with `loss_on_prompt` all but the first token of each."""
     ids, mask = [], []
     for dialogue in dialogues:
@@ -204,8 +190,8 @@ def join_dialogues(
 
 
 def instruction_sequences(
-    documents: Sequence[TokenizedDocument],
-    tokenizer: PreTrainedTokenizerBase,
+    documents: Documents,
+    tokenizer: Tokenizer,
     settings: Instruction,
     window: int,
     *,

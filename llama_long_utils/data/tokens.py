@@ -76,9 +76,8 @@ class TokenizedSource:
     def __iter__(self) -> Iterator[tuple[TokenizedDocument, int]]:
         """Each document, and how many characters it has."""
         for shard in self.shards():
-            for name, characters, (start, stop) in zip(
-                shard.names, shard.characters, pairwise(shard.ends), strict=True
-            ):
+            rows = zip(shard.names, shard.characters, pairwise(shard.ends), strict=True)
+            for name, characters, (start, stop) in rows:
                 yield TokenizedDocument(self.source.name, name, shard.token_ids[start:stop]), characters
 
     def shards(self) -> Iterator[Shard]:

@@ -132,7 +132,7 @@ class Llama(TemplateLM):
 
 def check_lengths(requests: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, window: int) -> None:
     """Raise ValueError unless every prompt fits into the window, with its continuation or room to write."""
-    over = []
+    over: dict[int, int] = {}
     for request in requests:
         prompt, after = request.args
         if isinstance(after, str):
@@ -141,8 +141,9 @@ def check_lengths(requests: Sequence[Instance], tokenizer: PreTrainedTokenizerBa
             texts = {prompt + after.get("right", ""): 0, prompt: normalize_gen_kwargs(after)["max_gen_toks"]}
         for text, room in texts.items():
             if len(text.encode()) + 1 + room > window:  # a token has at least one byte
-                over.append(len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1 + room)
-    over = [tokens for tokens in over if tokens > window]
+                needed = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1 + room
+                over[id(request)] = max(needed, over.get(id(request), 0))
+    over = [tokens for tokens in over.values() if tokens > window]
     if over:
         raise ValueError(
             f"{requests[0].task_name}: {len(over):,} of {len(requests):,} prompts do not fit into the window of "

@@ -21,9 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from llama_long_utils.data.hub import why_not
 from llama_long_utils.data.packages import Package, read_files
 from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, whole_folder
-from llama_long_utils.settings import Preset
+from llama_long_utils.settings import ARCHITECTURES, Preset
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` in config.json
 LOCAL = dict(local_files_only=True, trust_remote_code=False)
 CONFIG = ("config.json",)  # what is fetched from the hub
 TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
@@ -79,12 +78,16 @@ def pretrained_numbers(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, for which no weights are needed; raises as `locate_model` does."""
+def load_tokenizer(source: Path | str, embedded: int = 0) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, for which no weights are needed; raises as `locate_model`, or if not all is `embedded`."""
     folder = _located(str(source), TOKENIZER)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): {_mend(folder)}")
     tokenizer, config = AutoTokenizer.from_pretrained(folder, **LOCAL), folder / "config.json"
+    tokens = max({*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}) + 1  # no text holds a padding token
+    if tokens > (embedded or tokens):
+        said = f"its tokenizer has {tokens:,} tokens, its config.json a vocab_size of {embedded:,}: use the one that"
+        raise ValueError(f"{folder}: {said} it was trained with, or resize_token_embeddings({tokens}) and train those")
     if not tokenizer.eos_token:
         raise ValueError(f"{folder}: its tokenizer names no eos_token, which ends a text: add it to its config")
     if not tokenizer.bos_token:  # Qwen's, whose config.json has one
@@ -120,7 +123,7 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         files = [*folder.glob("model.safetensors"), *folder.glob("adapter_model.safetensors")]
     if not files:
-        raise ValueError(f"{folder} holds no model.safetensors (other formats are not loaded)")
+        raise ValueError(f"{folder} holds no model.safetensors (no other format is read): save_pretrained writes it")
     for file in files:
         if not file.is_file():
             raise ValueError(f"{folder} lacks {file.name}, which its index names: {_mend(folder)}")
@@ -180,7 +183,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 def _mend(folder: Path) -> str:
     if folder.is_relative_to(REPOSITORY / "data") and not folder.is_relative_to(CACHE):
         return f"git checkout -- {folder.relative_to(REPOSITORY)}"
-    return f"delete {folder.name} and fetch it again"
+    fetched = folder.is_relative_to(CACHE) or "snapshots" in folder.parts
+    return f"delete {folder.name} and fetch it again" if fetched else f"put a whole copy of {folder.name} there"
 
 
 def _located(source: str, patterns: Sequence[str]) -> Path:
