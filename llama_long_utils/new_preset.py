@@ -82,7 +82,7 @@ def own_texts(texts: str, window: int) -> dict[str, Any]:
             f"of them do not fill a step of {PER_STEP} x {window:,}: add texts, or lower --window"
         )
     data = {"sources": [texts], "held_out": {name: held_out}, "minimum_characters": shortest, "passes": PASSES}
-    return {**data, "tokens": tokens}
+    return {**data, "tokens": tokens, "different": len(sizes)}
 
 
 def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any], own: dict[str, Any]) -> str:
@@ -125,9 +125,9 @@ def write() -> None:
         file.unlink()
         raise
     counts = preset.data.held_out
-    few = " (below eight, notebook 6 gives no intervals: raise held_out in [data], or add texts)"
-    few *= sum(counts.values()) < 8
-    texts = f"texts: {', '.join(source.name for source in preset.data.mixture)}; held out: {counts}{few}"
+    few = " (below eight, no intervals: raise held_out in [data], or add texts)" * (sum(counts.values()) < 8)
+    read = f" ({own['different']:,} different texts in .txt and .jsonl files)" if own else ""  # others are left out
+    texts = f"texts: {', '.join(source.name for source in preset.data.mixture)}{read}; held out: {counts}{few}"
     print(f"presets/{asked.name}.toml: {preset.extended_rope}\n{texts}")
     print(f"then: {PYTHON} -m llama_long_utils.plan {asked.name}")
     print(f"      {PYTHON} -m llama_long_utils.train --preset {asked.name}")

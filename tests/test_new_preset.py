@@ -83,7 +83,9 @@ def test_a_preset_of_each_family_loads_plans_and_trains(family, written, texts, 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(REPOSITORY / "data" / "tiny-llama" / name, base)
     command(monkeypatch, "--base", base, "--window", 128, "--memory", 1, "--texts", texts)
-    assert "presets/my-model-128.toml: abf" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "presets/my-model-128.toml: abf" in said
+    assert f"texts: {texts} (3 different texts in .txt and .jsonl files); held out" in said  # else nobody misses others
 
     preset = load_preset("my-model-128")
     assert base_config(preset).model_type == FAMILIES[family]["model_type"]
