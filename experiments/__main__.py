@@ -285,9 +285,9 @@ def run(asked: argparse.Namespace) -> Path | None:
         if asked.cell:
             return pretraining.run_cell(checked_cell(*asked.cell))
         if asked.sparse or asked.sparse_on_short:
-            from experiments.pretraining_sparse import run_sparse
+            from experiments import pretraining_sparse as sparse
 
-            return run_sparse(RESULTS / "tiny", short=asked.sparse_on_short)
+            return sparse.run_sparse(RESULTS / "tiny", sparse.SHORT if asked.sparse_on_short else sparse.LONG)
         pretraining.run_all(RESULTS / "tiny", finished=asked.finished, add=asked.add)
     if asked.command == "bench":
         from experiments import bench

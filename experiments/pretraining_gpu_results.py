@@ -24,12 +24,14 @@ def gpu_results() -> PretrainingResults:
     return results
 
 
-def as_trained(results: PretrainingResults, size: str = GPU_SIZE, trained_at: str = "") -> dict[str, Any]:
-    """NLL of sparse attention, read with the attention it was trained with, minus long throughout, as `difference`.
+def as_trained(
+    results: PretrainingResults, size: str = GPU_SIZE, trained_at: str = "", base: tuple[str, str] = ("long", "full")
+) -> dict[str, Any]:
+    """NLL of sparse attention, read with the attention it was trained with, minus an (arm, way), as `difference`.
 
     `trained_at`: the size's name at the rate of sparse attention, in a record that has several.
     """
-    long, tokens = results.nats(size, "long", 1, 4096)
+    long, tokens = results.nats(size, base[0], 1, 4096, base[1])
     table = results.record.table("as_trained")
     table = table[table["size"] == trained_at] if trained_at else table
     nats = table.pivot_table("nats", "seed", "document", aggfunc="sum")

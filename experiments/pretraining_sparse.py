@@ -40,7 +40,7 @@ seconds of full attention's, so that it saves no time to speak of; refuted if th
 (4) In equal seconds no difference is detected; refuted if either is better beyond the interval.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,64 +49,112 @@ import pandas as pd
 
 from experiments.pretraining_cells import AS_SPARSE, SHORT_AS_SPARSE, SHORT_SPARSE, SPARSE, Cell
 from experiments.pretraining_gpu_results import (
+    HOLDS,
+    OPEN,
+    REFUTED,
     as_trained,
     in_nats,
     judge_above,
     judge_no_difference,
     worse_if_above,
 )
-from experiments.pretraining_rates import IN_WORDS, LARGER, SEEDS, rate_name
+from experiments.pretraining_rates import IN_WORDS, LARGER, LAST, SEEDS, rate_name
 from experiments.pretraining_results import PretrainingResults, collect, pretraining_results, read_as_trained
 from llama_long_utils.paths import RESULTS
 
-SLUG, SHORT_SLUG = "12_sparse_attention", "12_sparse_attention_on_short"
-ARMS = (SPARSE, AS_SPARSE, "long")
-SHORT_ARMS = (SHORT_SPARSE, SHORT_AS_SPARSE, "short")
+SAVED = 0.95  # of full attention's seconds
 LOWER = 0.7  # of the recorded rate; long throughout is trained at its own only
 
 
-def sparse_cells(*, short: bool = False) -> list[Cell]:
-    """All cells of 4,096 tokens, or of 512, seed by seed."""
-    lower = rate_name(LARGER, LOWER)
-    arms, again = (SHORT_ARMS, SHORT_ARMS) if short else (ARMS, ARMS[:2])
-    pairs = [*((LARGER, arm) for arm in arms), *((lower, arm) for arm in again)]
+@dataclass(frozen=True)
+class Trio:
+    """Sparse attention, full attention on as many operations, and full attention on as many tokens.
+
+    Attributes:
+        way: how their texts are read with full attention.
+        steps: the column that counts their steps.
+    """
+
+    slug: str
+    sparse: str
+    fewer: str
+    full: str
+    way: str
+    steps: str
+    flag: str
+
+    @property
+    def arms(self) -> tuple[str, str, str]:
+        """Names of the arms."""
+        return self.sparse, self.fewer, self.full
+
+
+LONG = Trio("12_sparse_attention", SPARSE, AS_SPARSE, "long", "full", "long_steps", "--sparse")
+SHORT = Trio(
+    "12_sparse_attention_on_short",
+    SHORT_SPARSE,
+    SHORT_AS_SPARSE,
+    "short",
+    "window",
+    "short_steps",
+    "--sparse-on-short",
+)
+
+
+def sparse_cells(trio: Trio) -> list[Cell]:
+    """All cells of sequences of one length, seed by seed."""
+    again = trio.arms if trio is SHORT else trio.arms[:2]
+    pairs = [*((LARGER, arm) for arm in trio.arms), *((rate_name(LARGER, LOWER), arm) for arm in again)]
     return [Cell(size, arm, seed) for seed in SEEDS for size, arm in pairs]
 
 
-def run_sparse(folder: Path, *, short: bool = False) -> Path:
-    """Measure the cells of 4,096 tokens, or of 512, that have no record yet, and join them in `folder`."""
+def run_sparse(folder: Path, trio: Trio = LONG) -> Path:
+    """Measure the cells that have no record yet, and join them in `folder`."""
     from experiments.pretraining import run_cell  # imports torch, which readers of the record need not
 
-    cells = [run_cell(cell) for cell in sparse_cells(short=short)]
-    about = {"command": f"python -m experiments pretraining --sparse{'-on-short' * short}"}
-    as_trained = read_as_trained(cells, "window" if short else "full")
-    return collect(cells, folder, SHORT_SLUG if short else SLUG, more={"as_trained": as_trained}, about=about)
+    cells = [run_cell(cell) for cell in sparse_cells(trio)]
+    about = {"command": f"python -m experiments pretraining {trio.flag}"}
+    return collect(cells, folder, trio.slug, more={"as_trained": read_as_trained(cells, trio.way)}, about=about)
 
 
 def sparse_results(factor: float = LOWER) -> PretrainingResults:
     """The committed record, with S2 and "long-as-s2" at a factor of the recorded rate; all have the size `LARGER`."""
-    results = pretraining_results(RESULTS / "tiny" / f"{SLUG}.json")
+    results = pretraining_results(RESULTS / "tiny" / f"{LONG.slug}.json")
     ours = (results.cells.arm == "long") | (results.cells["size"] == rate_name(LARGER, factor))
     return replace(results, cells=results.cells[ours].assign(size=LARGER))
 
 
-def equal_operations(results: PretrainingResults) -> dict[str, Any]:
+def short_results() -> tuple[PretrainingResults, dict[str, float]]:
+    """The committed record of 512 tokens, each arm at its own rate, and that rate as a factor of the recorded one."""
+    results = pretraining_results(RESULTS / "tiny" / f"{SHORT.slug}.json")
+    names = {rate_name(LARGER, factor): factor for factor in (1, LOWER)}
+    cells = results.cells.assign(loss=results.arrays["loss"][:, -LAST:].mean(axis=1))
+    loss = cells.pivot_table("loss", "arm", "size")
+    own = loss.loc[[SHORT.full, SHORT.sparse]].idxmin(axis="columns")
+    own[SHORT.fewer] = own[SHORT.full]
+    chosen = results.cells["size"] == results.cells.arm.map(own)
+    return replace(results, cells=results.cells[chosen].assign(size=LARGER)), own.map(names).to_dict()
+
+
+def equal_operations(results: PretrainingResults, trio: Trio = LONG) -> dict[str, Any]:
     """NLL of full attention minus S2's, both read with full attention, at as many operations, as `difference`."""
-    return results.difference(LARGER, (AS_SPARSE, "full"), (SPARSE, "full"))
+    return results.difference(LARGER, (trio.fewer, trio.way), (trio.sparse, trio.way))
 
 
-def equal_seconds(results: PretrainingResults) -> tuple[float, dict[str, Any]]:
+def equal_seconds(results: PretrainingResults, trio: Trio = LONG) -> tuple[float, dict[str, Any]]:
     """Steps of full attention that take as long as all of S2's, and its NLL after them minus S2's, as `difference`.
 
     Interpolated, seed by seed and document by document, between the two lengths that full attention was trained for.
     """
-    seconds, steps = ({arm: results.cost(LARGER, arm, column) for arm in ARMS} for column in ("seconds", "long_steps"))
-    equal = steps["long"] * seconds[SPARSE] / seconds["long"]
-    share = np.log(equal / steps[AS_SPARSE]) / np.log(steps["long"] / steps[AS_SPARSE])  # 0: of the shorter, 1: longer
-    nats = {arm: results.nats(LARGER, arm, 1, 4096)[0] for arm in ARMS}
-    tokens = results.nats(LARGER, "long", 1, 4096)[1]
-    full = [share * nats["long"][seed] + (1 - share) * nats[AS_SPARSE][seed] for seed in nats["long"]]
-    return equal, results.interval(np.array(full) - [nats[SPARSE][seed] for seed in nats["long"]], tokens)
+    seconds, steps = (
+        {arm: results.cost(LARGER, arm, column) for arm in trio.arms} for column in ("seconds", trio.steps)
+    )
+    equal = steps[trio.full] * seconds[trio.sparse] / seconds[trio.full]
+    share = np.log(equal / steps[trio.fewer]) / np.log(steps[trio.full] / steps[trio.fewer])  # 0: fewer steps, 1: all
+    nats = {arm: results.nats(LARGER, arm, 1, 4096, trio.way)[0] for arm in trio.arms}
+    tokens = results.nats(LARGER, trio.full, 1, 4096)[1]
+    full = [share * nats[trio.full][seed] + (1 - share) * nats[trio.fewer][seed] for seed in nats[trio.full]]
+    return equal, results.interval(np.array(full) - [nats[trio.sparse][seed] for seed in nats[trio.full]], tokens)
 
 
 def judged_sparse() -> pd.DataFrame:
@@ -117,7 +165,7 @@ def judged_sparse() -> pd.DataFrame:
         whole = results.difference(LARGER, (SPARSE, "full"), ("long", "full"))
         own, work = as_trained(results, LARGER, rate_name(LARGER, factor)), equal_operations(results)
         equal, time = equal_seconds(results)
-        few = results.cost(LARGER, AS_SPARSE, "long_steps")
+        few = results.cost(LARGER, LONG.fewer, LONG.steps)
         rows = {
             "S2 is worse at equal tokens": (whole, worse_if_above(whole)),
             "S2, read with its own attention: no difference is detected": (own, judge_no_difference(own)),
@@ -128,3 +176,39 @@ def judged_sparse() -> pd.DataFrame:
         told = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
         table[f"S2 at {IN_WORDS[factor]}"] = [*told[:-1], f"{told[-1]}, about {equal:.0f} steps"]
     return table
+
+
+def judged_short() -> pd.DataFrame:
+    """A row for each expectation of 512 tokens, as `judged_sparse` has them, each arm at its own rate."""
+    results, factors = short_results()
+    own = as_trained(results, LARGER, rate_name(LARGER, factors[SHORT.sparse]), (SHORT.full, SHORT.way))
+    whole = results.difference(LARGER, (SHORT.sparse, SHORT.way), (SHORT.full, SHORT.way))
+    work = equal_operations(results, SHORT)
+    equal, time = equal_seconds(results, SHORT)
+    seconds = {arm: results.cells[results.cells.arm == arm].set_index("seed").seconds for arm in SHORT.arms}
+    ratio = seconds[SHORT.sparse] / seconds[SHORT.full]
+    few, steps = (results.cost(LARGER, arm, SHORT.steps) for arm in (SHORT.fewer, SHORT.full))
+    rows = {
+        "no difference of S2 is detected at equal tokens": (in_nats(whole), _no_difference(whole)),
+        f"full attention is not better at S2's operations, in {few:.0f} steps of {steps:.0f}": (
+            in_nats(work),
+            REFUTED if work["high"] < 0 else HOLDS,
+        ),
+        f"S2 takes at least {SAVED} of the seconds": (
+            ", ".join(f"{one:.2f}" for one in ratio),
+            REFUTED if ratio.max() < SAVED else HOLDS if ratio.min() >= SAVED else OPEN,
+        ),
+        "no difference is detected in S2's seconds": (
+            f"{in_nats(time)}, about {equal:.0f} steps",
+            _no_difference(time),
+        ),
+        "besides: S2 read with its own attention, at equal tokens": (in_nats(own), "no expectation"),
+    }
+    return pd.DataFrame(
+        [(what, f"{judged}: {found}") for what, (found, judged) in rows.items()],
+        columns=["expected", "512 tokens, 4 widths"],
+    )
+
+
+def _no_difference(found: dict[str, Any]) -> str:
+    return HOLDS if found["low"] <= 0 <= found["high"] else REFUTED

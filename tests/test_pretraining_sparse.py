@@ -5,7 +5,7 @@ import pytest
 from experiments import pretraining, pretraining_cells, pretraining_sparse
 from experiments.pretraining_cells import AS_SPARSE, LONG, SHORT_AS_SPARSE, SHORT_SPARSE, SPARSE, Size
 from experiments.pretraining_results import NAMES, PretrainingResults, pretraining_results
-from experiments.pretraining_sparse import LARGER, equal_seconds, run_sparse
+from experiments.pretraining_sparse import LARGER, SHORT, equal_seconds, run_sparse
 from llama_long_utils.evaluation.statistics import Bootstrap
 
 
@@ -26,7 +26,7 @@ def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_
     assert cells.flops_counted[AS_SPARSE] == pytest.approx(cells.flops_counted[SPARSE], rel=0.1)  # whole steps
     own = results.record.table("as_trained")
     assert set(zip(own["size"], own.seed, strict=True)) == {("doll", 0), ("doll-x0.7", 0)}
-    short = pretraining_results(run_sparse(tmp_path / "joined", short=True))
+    short = pretraining_results(run_sparse(tmp_path / "joined", SHORT))
     cells = short.cells[:3].set_index("arm")
     assert set(cells.index) == {SHORT_SPARSE, SHORT_AS_SPARSE, "short"}
     assert set(cells.long_steps) == {0}
@@ -36,7 +36,7 @@ def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_
     assert not short.record.table("as_trained").nats.equals(own.nats)
     monkeypatch.setattr(pretraining, "train", None)
     run_sparse(tmp_path / "joined")
-    run_sparse(tmp_path / "joined", short=True)
+    run_sparse(tmp_path / "joined", SHORT)
 
 
 def test_at_equal_seconds_full_attention_is_read_between_its_two_lengths():
