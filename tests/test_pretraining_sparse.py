@@ -15,6 +15,7 @@ def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_
     monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
     monkeypatch.setattr(pretraining_sparse, "LARGER", "doll")
     monkeypatch.setattr(pretraining_sparse, "SEEDS", (0,))
+    monkeypatch.setattr(pretraining, "STRETCHES", 1)
     tokenizer, training, held_out = pretraining.texts()
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
     record = run_sparse(tmp_path / "joined")
