@@ -5,7 +5,7 @@ import pytest
 from experiments import pretraining, pretraining_cells, pretraining_sparse
 from experiments.pretraining_cells import AS_SPARSE, LONG, SHORT_AS_SPARSE, SHORT_SPARSE, SPARSE, Size
 from experiments.pretraining_results import NAMES, PretrainingResults, pretraining_results
-from experiments.pretraining_sparse import LARGER, SHORT, equal_seconds, run_sparse
+from experiments.pretraining_sparse import LARGER, SHORT, equal_seconds, run_sparse, short_results
 from llama_long_utils.evaluation.statistics import Bootstrap
 
 
@@ -54,3 +54,16 @@ def test_at_equal_seconds_full_attention_is_read_between_its_two_lengths():
     steps, found = equal_seconds(PretrainingResults(cells, arrays, Bootstrap(12, 500, 0)))
     assert steps == pytest.approx(200)
     assert found["each"] == pytest.approx([4.9 - 4.85] * 3)
+
+
+def test_on_512_tokens_each_arm_is_judged_at_the_rate_that_trains_better(monkeypatch):
+    """Full attention trains better at the lower rate, S2 at the higher one; fewer steps go with full attention."""
+    cells = pd.DataFrame([(size, arm, 0) for arm in SHORT.arms for size in (LARGER, f"{LARGER}-x0.7")], columns=NAMES)
+    final = {("short", LARGER): 5.0, ("short-s2", f"{LARGER}-x0.7"): 5.0, ("short-as-s2", f"{LARGER}-x0.7"): np.nan}
+    loss = np.array([[9.0] * 10 + [final.get((arm, size), 4.0)] * 40 for size, arm, _ in cells.to_numpy()])
+    every = PretrainingResults(cells, {"loss": loss}, Bootstrap(12, 500, 0))
+    monkeypatch.setattr(pretraining_sparse, "pretraining_results", lambda path: every)
+    results, factors = short_results()
+    assert factors == {"short": 0.7, "short-s2": 1, "short-as-s2": 0.7}
+    assert list(results.cells.index) == [0, 3, 5]
+    assert set(results.cells["size"]) == {LARGER}

@@ -239,6 +239,7 @@ COLUMNS["12_sparse_attention"] = {
     **{name: COLUMNS["12_pretraining_curriculum"][name] for name in ("cells", "nll_by_position")},
     "as_trained": COLUMNS["12_curriculum_on_a_gpu"]["as_trained"],
 }
+COLUMNS["12_sparse_attention_on_short"] = COLUMNS["12_sparse_attention"]
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
 
 
