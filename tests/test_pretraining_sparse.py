@@ -10,7 +10,7 @@ from llama_long_utils.evaluation.statistics import Bootstrap
 
 
 def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_path, monkeypatch):
-    for name in ("doll", "doll-x0.7"):
+    for name in ("doll", "doll-x0.7", "doll-x1.4"):
         monkeypatch.setitem(pretraining_cells.SIZES, name, Size(64, 2, 2, 7e-3, steps=8))
     monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
     monkeypatch.setattr(pretraining_sparse, "LARGER", "doll")
