@@ -35,7 +35,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from time import process_time
 
@@ -60,7 +60,7 @@ from llama_long_utils.model.loss import causal_lm, in_compute_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.progress import track
-from llama_long_utils.records import device_name, package_versions, write_arrays, write_record
+from llama_long_utils.records import Record, device_name, package_versions, read_record, write_arrays, write_record
 from llama_long_utils.settings import Preset
 from llama_long_utils.training.instruction import instruction_settings
 
@@ -228,12 +228,16 @@ def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> l
 def tune_and_ask(
     preset: Preset, folder: Path, name: str, arms: Collection[str] = ARMS, seeds: Collection[int] = SEEDS
 ) -> Path:
-    """Measure those of these arms and seeds that were not yet, then write the record of all that are into a folder."""
+    """Measure those of these arms and seeds that were not yet, then write the record of all that are into a folder.
+
+    Runs of the record that is in the folder already are kept.
+    """
     start, of = find_adapter(preset), SETS[name]
     quick = replace(preset, training=replace(preset.training, attention=DOCUMENTS))
     tokenizer = load_tokenizer(base := locate_base(preset))
     haystack = of.haystack()
     asked = {seed: contexts(haystack, tokenizer, seed, of.asked, of.room) for seed in SEEDS}
+    before = recorded_runs(folder / f"{of.slug}.json", asked)
     written = (REPOSITORY / preset.instruction.questions).read_bytes()
     inputs = {"instruction": preset.instruction, "pairs": digest(written), "data": preset.data, "lora": preset.lora}
     inputs |= {"base": weights_sha256(base), "start": weights_sha256(start)}
@@ -269,7 +273,31 @@ def tune_and_ask(
     for (arm, seed), one in made.items():
         counts = (0, 0) if arm == "untuned" else questions(preset, tokenizer, documents, arm, seed)
         one["questions"], one["different"] = counts
+    made = {run: found for run in runs if (found := made.get(run) or before.get(run))}
     return _write(preset, folder, of, made, asked, floors(haystack))
+
+
+def recorded_runs(path: Path, asked: Mapping[int, list[Context]]) -> dict[tuple[str, int], dict]:
+    """What each run of a record was asked and answered, as it was measured; nothing without a record.
+
+    Raises:
+        ValueError: it was asked other questions, or the file is half-written.
+    """
+    if not path.is_file():
+        return {}
+    record, found = Record(path), {}
+    seeds = record.content["provenance"]["seeds"]["training"]
+    for number, run in record.table("runs").iterrows():
+        answers, row = [], int(number)
+        for length, part in groupby(asked[run.seed], lambda context: context.length):
+            names = [question.name for context in part for question in context.questions]
+            if list(record.arrays[f"questions_{length}"][seeds.index(run.seed)]) != names:
+                raise ValueError(f"{path} was asked other questions behind {length:,} tokens: move it away")
+            scores = {measure: record.arrays[f"{measure}_{length}"][row] for measure in MEASURES}
+            answers += [{"length": length, **one} for one in pd.DataFrame(scores).to_dict("records")]
+        seconds = {"training": run.training, "asking": run.asking}
+        found[run.arm, run.seed] = {"answers": answers, "seconds": seconds, **run[[*COUNTED]]}
+    return found
 
 
 def questions(
@@ -308,6 +336,10 @@ def _write(
         {"arm": arm, "seed": seed, **{name: one[name] for name in COUNTED}, **one["seconds"]}
         for (arm, seed), one in made.items()
     ]
+    path, about = folder / f"{of.slug}.json", {}
+    if path.is_file():
+        earlier = read_record(path)["provenance"]
+        about = {name: f"{earlier[name].removesuffix(' and later')} and later" for name in ("commit", "date")}
     write_arrays(folder / f"{of.slug}.npz", arrays)
     return write_record(
         folder,
@@ -320,5 +352,6 @@ def _write(
         provenance={
             "command": f"python -m experiments instruction --preset {preset.name} --questions {of.file[:-5]}",
             "device": f"{device_name()}, {preset.base.dtype}",
+            **about,
         },
     )

@@ -19,6 +19,7 @@ from experiments.instruction_questions import (
     contexts,
     floors,
     questions,
+    recorded_runs,
 )
 from experiments.instruction_results import (
     FULL,
@@ -139,15 +140,17 @@ def test_questions_and_their_different_answers_are_counted(tokenizer):
     assert asked - 2 <= different <= asked
 
 
+ASKED = {
+    seed: [Context(length, torch.zeros(1), [Question(f"{seed}/{n}", "?", ("a",), (n,)) for n in range(20)])
+           for length in SETS["squad"].asked]
+    for seed in SEEDS
+}  # fmt: skip
+
+
 @pytest.fixture
 def results(tmp_path):
     """One arm ahead in F1 by 10 points, no answer of any exact, and a control that has the first seed only."""
     smollm2, of = load_preset("smollm2"), SETS["squad"]
-    asked = {
-        seed: [Context(length, torch.zeros(1), [Question(f"{seed}/{n}", "?", ("a",), (n,)) for n in range(20)])
-               for length in of.asked]
-        for seed in SEEDS
-    }  # fmt: skip
     runs = [("long, loss on prompt, full answers", 0), *((arm, seed) for seed in SEEDS for arm in ("short", "long"))]
     made = {
         (arm, seed): {
@@ -163,7 +166,7 @@ def results(tmp_path):
         for arm, seed in runs
     }  # fmt: skip
     constant = pd.DataFrame([{"answer": "no", "questions": 20, "f1": 0.05, "exact": 0.05}])
-    return InstructionResults(Record(_write(smollm2, tmp_path, of, made, asked, constant)), smollm2)
+    return InstructionResults(Record(_write(smollm2, tmp_path, of, made, ASKED, constant)), smollm2)
 
 
 def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the_old_window(results):
@@ -182,6 +185,21 @@ def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the
     assert "At most 0.0 percent" in said
     assert list(trainings(results).labels) == [7, 7, 7]
     assert floor_of(results).answer == "no"
+
+
+def test_a_record_keeps_its_runs_when_others_are_added_and_is_refused_if_it_was_asked_something_else(results):
+    path, of = results.record.path, SETS["squad"]
+    before, arrays = Record(path).table("runs"), Record(path).arrays
+    kept = recorded_runs(path, ASKED)
+    assert list(kept) == list(zip(before.arm, before.seed, strict=True))
+    again = Record(_write(results.preset, path.parent, of, kept, ASKED, results.record.table("floors")))
+    assert again.table("runs").equals(before)
+    assert all((again.arrays[name] == values).all() for name, values in arrays.items())
+    assert again.content["provenance"]["date"].endswith("and later")
+    other = {seed: [replace(one, questions=one.questions[::-1]) for one in part] for seed, part in ASKED.items()}
+    with pytest.raises(ValueError, match="was asked other questions behind 2,048 tokens"):
+        recorded_runs(path, other)
+    assert recorded_runs(path.with_name("none.json"), ASKED) == {}
 
 
 def test_the_paper_stands_beside_what_was_measured_with_what_that_says_of_its_direction(results):
