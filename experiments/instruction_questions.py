@@ -29,6 +29,8 @@ and 2, with nothing changed: past the old window neither score tells them apart,
 Short questions and answers at full weight get seeds 1 and 2 last. Expected before: with three seeds, past the old
 window neither score tells either of them from long with the loss on the prompt, or full weight from none. An interval
 without 0 refutes that.
+
+So it is: all of these intervals hold 0. What one seed's questions said of full weight, three seeds do not.
 """
 
 import re
