@@ -81,8 +81,8 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if not 0 < asked.utilisation <= 1:
         parser.error(f"--utilisation {asked.utilisation} must be above 0 and at most 1")
-    if asked.sequences > 64:  # more take minutes to count
-        parser.error(f"--sequences {asked.sequences} is above 64, with which a GPU is busy: use fewer at once")
+    if asked.sequences > 16:  # more take minutes to count
+        parser.error(f"--sequences {asked.sequences} is above 16, with which a GPU is busy: use fewer at once")
     if asked.devices % asked.context_parallel:
         parser.error(f"--devices {asked.devices} does not divide into groups of {asked.context_parallel}")
     if asked.shard_base and asked.devices == 1:

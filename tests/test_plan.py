@@ -69,7 +69,7 @@ def test_more_sequences_than_a_gpu_has_use_for_are_refused_before_they_are_count
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit):
         plan.arguments()
-    assert "--sequences 100000 is above 64, with which a GPU is busy: use fewer" in capsys.readouterr().err
+    assert "--sequences 100000 is above 16, with which a GPU is busy: use fewer" in capsys.readouterr().err
 
 
 def test_what_is_small_is_not_shown_as_nothing(answer, capsys):
