@@ -282,6 +282,8 @@ def tune_and_ask(
 def recorded_runs(path: Path, asked: Mapping[int, list[Context]]) -> dict[tuple[str, int], dict]:
     """What each run of a record was asked and answered, as it was measured; nothing without a record.
 
+    That pairs or the adapter to begin with have changed since is not seen here: move the record away then.
+
     Raises:
         ValueError: it was asked other questions, or the file is half-written.
     """

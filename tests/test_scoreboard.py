@@ -277,7 +277,7 @@ def test_the_brief_answers_each_question_as_the_intervals_and_seeds_say():
     for row, answer, found in ((helps, "yes", own), (more, "not shown", far), (cost, "yes", inside)):
         assert f"**{answer}**: {found.found[0]:+.3f} [" in row.split(" | ")[2]
     harmed = compared(read_dose_results(["qwen2.5-coder-1.5b"])["qwen2.5-coder-1.5b"], "fair", whole=True)
-    assert f"**no, it harms**: {harmed.found[0]:+.3f}" in rows["... where the control's window is nearly full?"]
+    assert f"**no, it reads worse**: {harmed.found[0]:+.3f}" in rows["... where the control's window is nearly full?"]
 
 
 def test_the_scoreboard_waits_for_no_library_that_loads_models():

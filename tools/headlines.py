@@ -1,5 +1,6 @@
 """What was found on real models: README's brief and headlines, and the words that they use."""
 
+from dataclasses import replace
 from functools import partial
 
 from experiments.real_models import DoseResults, OtherTexts, read_dose_results, read_other_texts
@@ -25,6 +26,7 @@ without an extension.
 to change it: **ABF** (adjusted base frequency) raises its base, **PI** (position interpolation) squeezes the \
 positions, **YaRN** squeezes slow rotations only, **xPos** lets scores fade with distance.
 - **ROUGE-L**: 0 to 100, how many of the wanted words were written in order."""
+HARDLY = 0.1  # of a text, in stretches that it repeats
 VERDICTS = """\
 **What full context is worth to real models in 4 bits**, in nats per token. Below zero is better. Brackets: the \
 outer ends of two 95% intervals, one over texts, one over kinds of text. *Behind*: both intervals lie above zero. \
@@ -42,9 +44,10 @@ probably read these texts in pretraining."""
 
 
 IN_BRIEF = """\
-In nats per token; 0.01 less means one percent more probability. Brackets: the outer ends of two 95% intervals, one \
-over texts, one over kinds of text. Of a gain, *yes* asks for more: it must be larger than the largest distance \
-between seeds, where there are several. *Not shown* does not mean that there is nothing."""
+Losses in nats per token; 0.01 less means one percent more probability. Brackets: the outer ends of two 95% \
+intervals, one over texts, one over kinds of text. Of a gain, *yes* asks for more: it must be larger than the \
+largest distance between seeds at any dose, where there are several. Sentences have no interval. *Not shown* does \
+not mean that there is nothing."""
 
 
 def in_brief() -> str:
@@ -64,33 +67,41 @@ def _answers(results: DoseResults) -> dict[str, str]:
     far, inside = compared(results, "fair"), compared(results, "fair", "inside")
     untrained = [statements_found(results, arm, 2 * old) for arm in ("raised-nf4", "yarn-nf4")]
     best = max(untrained, key=lambda found: int(found.split()[0]))
-    again, others = read_other_texts(results), "not read"
+    again, others, control = read_other_texts(results), "not read", "not read"
     if again:
-        found = again.compare().set_index(["quantity", "texts"]).loc["far out, minus its own windows", "second set"]
-        others = _answered(Comparison((found.nats, found.low, found.high), own.tokens, own.seeds))
+        found = again.compare().set_index(["quantity", "texts"])[["nats", "low", "high"]]
+        minus = "far out, minus its own windows", "far out, minus another seed's control in windows"
+        others, control = (
+            _answered(replace(one, found=tuple(found.loc[quantity, "second set"])))
+            for one, quantity in zip((own, far), minus, strict=True)
+        )
+    read = results.record.table("held_out").tokens.max()
     return {
-        "": f"{MODELS[results.preset]}, {old:,} to {new:,} tokens",
-        "trained on whole long sequences": f"{own.tokens / 1e6:.1f} million tokens, {own.runs}",
+        "": f"{MODELS[results.preset]}, {old:,} to {new:,} tokens" + (f", read to {read:,}" if read < new else ""),
+        "trained in 4 bits on whole long sequences": f"{own.tokens / 1e6:.1f} million tokens, {own.runs}",
         "Far beyond the old window, does the whole text help more than a sliding window of the old length?": (
             _answered(own)
         ),
         "... where that window is nearly full?": _answered(compared(results, "full", whole=True)),
+        f"... in texts that repeat less than {HARDLY:.0%} of themselves?": _in_plain_texts(results),
         "... on other texts, read after every choice was made?": others,
         "Does it help more than the same training without the extension, read through windows (the control)?": (
             _answered(far)
         ),
         "... where the control's window is nearly full?": _answered(compared(results, "fair", whole=True)),
+        "... on those other texts, against another seed's control?": control,
         "Does it cost something inside the old window, against the control?": _answered(inside, better_is=-1),
         "Sentences hidden in texts of twice the old window: found, to the word": statements_found(
             results, full, 2 * old
         ),
         "... by the better of two untrained methods": best,
+        "... in texts of four times the old window": statements_found(results, full, 4 * old),
     }
 
 
 def _answered(found: Comparison, better_is: int = 1) -> str:
     """Yes, no or not shown, with the numbers; the question asks for a gain, or with -1 for a loss."""
-    gains, loses = ("yes", "no, it harms") if better_is > 0 else ("no, it gains", "yes")
+    gains, loses = ("yes", "no, it reads worse") if better_is > 0 else ("no, it gains", "yes")
     answer = gains if found.gains else loses if found.found[1] > 0 else "not shown"
     return f"**{answer}**: {measured(*found.found, digits=3)}"
 
@@ -113,22 +124,19 @@ def headlines() -> str:
         columns = [column_of(results) for results in doses]
         tables.append(markdown_table([[name, *(column[name] for column in columns)] for name in columns[0]]))
     for results in doses:
-        others += [f"**{MODELS[results.preset]}.** {_part_of_it(results)}"]
         if again := read_other_texts(results):
-            others[-1] += f" {_on_other_texts(again, compared(results, 'fair').spread)}"
+            told = _on_other_texts(again, compared(results, "fair").spread)
+            others += [f"**{MODELS[results.preset]} on other texts.** {told}"]
     return "\n\n".join(
         [VERDICTS, tables[0], *others, "**Planted statements found**, right to the word:", tables[1], CAVEATS]
     )
 
 
-def _part_of_it(results: DoseResults) -> str:
+def _in_plain_texts(results: DoseResults) -> str:
     """The gain over own windows in texts that hardly repeat themselves."""
-    texts, limit = results.gains_of_texts(), 0.1
-    plain = texts[texts.repeats_itself < limit].nats
-    return (
-        f"In the {len(plain)} of {len(texts)} texts that repeat less than {limit:.0%} of themselves, full context "
-        f"minus own windows is {plain.mean():+.3f} on average."
-    )
+    texts = results.gains_of_texts()
+    plain = texts[texts.repeats_itself < HARDLY].nats
+    return f"{plain.mean():+.3f} on average of {len(plain)} of {len(texts)} texts"
 
 
 def _on_other_texts(again: OtherTexts, spread: float) -> str:
@@ -140,7 +148,7 @@ def _on_other_texts(again: OtherTexts, spread: float) -> str:
     gains = new.high < 0 and -new.nats > spread
     told = [measured(*row[["nats", "low", "high"]], digits=3) for row in (new, old_and_new)]
     return (
-        f"On {new.documents:.0f} other texts of {new.kinds:.0f} kinds, with the first seed's weights, against another "
+        f"On {new.documents:.0f} texts of {new.kinds:.0f} kinds, with the first seed's weights, against another "
         f"seed's control in windows: {'ahead' if gains else 'behind' if new.low > 0 else NO_DIFFERENCE}, {told[0]}; "
         f"with the first texts, {old_and_new.documents:.0f} in all, {told[1]}, which is "
         f"{'more' if -old_and_new.nats > spread else 'less'} than the largest distance between seeds, at any dose."
