@@ -78,11 +78,12 @@ def run_side_by_side(
     Raises:
         RuntimeError: a notebook failed; its process has said why.
     """
+    os.environ["OMP_NUM_THREADS"] = "1"  # before there is a process of which kernels are forked
     import torch
 
     from tools import kernels
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # before there is a process of which kernels are forked
+    torch.set_num_threads(1)  # a fork of a process whose threads have worked hangs in its first product
     with nullcontext() if torch.cuda.is_available() else kernels.serving():
         import papermill  # noqa: F401
 
