@@ -332,6 +332,25 @@ def test_notebooks_that_fail_side_by_side_are_named_together(capfd):
     assert capfd.readouterr().err.count("has no parameter 'no_such_parameter'") == 2
 
 
+FORKS_THAT_COMPUTE = """
+from contextlib import nullcontext
+import torch
+from llama_long_utils.presets import load_preset
+from tools import kernels, run
+def compute(*asked, **more):
+    return str(torch.ones(2000, 2000).triu(1).sum())
+kernels.serving, run._base_sha256, run.run = nullcontext, compute, compute
+chosen = [one for one in run.delivered() if one.needs_base][:2]
+run.run_side_by_side(load_preset("tiny"), chosen, {}, 2)
+"""
+
+
+def test_side_by_side_forks_compute_after_this_process_has_computed():
+    """On several threads they would wait for threads that a fork does not have."""
+    command, environment = [sys.executable, "-c", FORKS_THAT_COMPUTE], {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=120)
+
+
 def test_side_by_side_what_reads_an_adapter_waits_for_it_and_each_kernel_is_new(tmp_path, monkeypatch):
     """Forks share what was imported, and nothing else: no name, no random numbers drawn, no module of ours."""
     preset = load_preset("tiny")
