@@ -247,7 +247,7 @@ def nll_in_words(to_abf: pd.DataFrame, near: float = 0.05) -> str:
     """How many methods read about as ABF does far out after training, and which read worse: a sentence, or ""."""
     far = to_abf[(to_abf.measure == "NLL far") & (to_abf.training == "full-length")]
     level = far.value.abs() < near
-    if level.all():
+    if level.all() or far.value[~level].min() < 0:  # one that reads better is none "above it"
         return ""
     worse = "; ".join(look(name, "method")["label"] for name in far.method[~level])
     said = f"**Trained, far out, {level.sum()} of {len(far)} methods read within {near:g} nat of ABF. The others are "
