@@ -113,6 +113,7 @@ def arguments() -> argparse.Namespace:
     pretraining.add_argument("--add", action="store_true", help="add finished cells of 0.9M to its record")
     pretraining.add_argument("--sparse", action="store_true", help="sparse attention at equal cost, nothing else")
     pretraining.add_argument("--sparse-on-short", action="store_true", help="the same, trained on 512 tokens")
+    pretraining.add_argument("--more-tokens", action="store_true", help="0.9M at the tokens of 16M (four hours)")
     pretraining.add_argument("--size", help="a size that a GPU trains, with --seed, --speed or --join: 16M")
     pretraining.add_argument("--seed", type=int, help="measure this seed's cells; several processes may run at a time")
     pretraining.add_argument(
@@ -288,6 +289,10 @@ def run(asked: argparse.Namespace) -> Path | None:
             from experiments import pretraining_sparse as sparse
 
             return sparse.run_sparse(RESULTS / "tiny", sparse.SHORT if asked.sparse_on_short else sparse.LONG)
+        if asked.more_tokens:
+            from experiments import pretraining_tokens as tokens
+
+            return tokens.run_tokens(RESULTS / "tiny", finished=asked.finished)
         pretraining.run_all(RESULTS / "tiny", finished=asked.finished, add=asked.add)
     if asked.command == "bench":
         from experiments import bench

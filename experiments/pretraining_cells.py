@@ -61,6 +61,13 @@ class Size:
 
 
 @dataclass(frozen=True)
+class MoreTokens(Size):
+    """A model that reads as many tokens as the one which a GPU trains, in as large steps (pretraining_tokens.py)."""
+
+    sequences: int = 8
+
+
+@dataclass(frozen=True)
 class LargeSize(Size):
     """A model that a GPU trains (pretraining_gpu.py)."""
 
@@ -82,9 +89,15 @@ RATES = {  # of the larger size: pretraining_rates.py
 }
 SIZES |= RATES
 GPU_FACTORS = (1, 0.5, 2)  # of their learning rate, which pilots compare
+TOKENS_FACTORS = (1, 0.5, 2)  # of the recorded rate, at which 0.9M may read as many tokens
 ON_A_GPU = {  # sizes, and steps of their pilots
     "16M": (LargeSize(384, 8, 6, 2e-3), 60),
     "16M-doll": (LargeSize(64, 2, 2, 7e-3, steps=5, sequences=2), 3),
+}
+MORE_TOKENS = "0.9M-as-16M"
+SIZES |= {
+    rate_name(MORE_TOKENS, factor): MoreTokens(128, 2, 2, factor * SIZES[LARGER].learning_rate)
+    for factor in TOKENS_FACTORS
 }
 for name, (size, steps) in ON_A_GPU.items():
     for factor in GPU_FACTORS:
@@ -181,7 +194,7 @@ def long_settings(size: str, seed: int) -> TrainingSettings:
         ),
         long_document_weight=1.0,
         self_quoting_share=PRESET.training.self_quoting_share if size == TRAINED_ON else 0.0,
-        checkpoint_every=max(shape.steps // 4, 1) if shape.sequences == 1 else shape.steps,
+        checkpoint_every=shape.steps if shape.on_a_gpu else max(shape.steps // 4, 1),
         seed=seed,
     )
 
