@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.pretraining_rates import LARGER, beyond_half
+from experiments.pretraining_rates import LARGER, beyond_share
 from experiments.pretraining_results import EQUAL, GPU_SLUG, PretrainingResults, pretraining_results
 from experiments.race_results import student_reach
 from llama_long_utils.notebooks import measured
@@ -68,7 +68,7 @@ def judged_expectations(results: PretrainingResults, wide: PretrainingResults, s
     late, sparse = (results.difference(size, (arm, "full"), ("long", "full")) for arm in ("switch-80", "s2"))
     more = results.context_saves_more(size, LARGER, wide)
     worse, found, judged = late["low"] > 0, "no such arm", OPEN
-    left = dict(zip(BOUNDS, beyond_half((results, size, "switch-80"), (wide, LARGER, "switch-80")), strict=True))
+    left = dict(zip(BOUNDS, beyond_share((results, size, "switch-80"), (wide, LARGER, "switch-80")), strict=True))
     half = HOLDS if left["high"] < 0 else REFUTED if left["low"] >= 0 else OPEN
     if results.seeds(size, "s2", "long-as-s2"):
         gain = results.difference(size, ("s2", "full"), ("long-as-s2", "full"))

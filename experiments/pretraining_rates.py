@@ -146,16 +146,16 @@ def larger_sizes() -> dict[str, PretrainingResults]:
     return {LARGER: results, own.cells["size"].iloc[0]: own}
 
 
-def beyond_half(*arms: tuple[PretrainingResults, str, str]) -> list[float]:
-    """What the first of two arms loses to long throughout minus half of what the second loses: value, low, high.
+def beyond_share(*arms: tuple[PretrainingResults, str, str], share: float = 0.5) -> list[float]:
+    """What the first of two arms loses to long throughout minus a share of what the second loses: value, low, high.
 
-    Below zero, less than half is left. Each is given as results, size and arm. Paired by seed and document.
+    Below zero, less than that share is left. Each is given as results, size and arm. Paired by seed and document.
     """
     seeds = sorted(set.intersection(*(set(results.seeds(size, arm, "long")) for results, size, arm in arms)))
     (first, tokens), (second, _) = (
         results._change(size, (arm, "full"), ("long", "full"), 1, 4096, seeds) for results, size, arm in arms
     )
-    left = arms[0][0].interval(first - second / 2, tokens)
+    left = arms[0][0].interval(first - share * second, tokens)
     return [left[name] for name in ("value", "low", "high")]
 
 
@@ -175,12 +175,12 @@ def judge_larger(results: PretrainingResults, size: str) -> None:
     judge(f"{size}, all at one rate: the switch at 80% is worse", "switch-80", "long")
     finding("the rate chosen for it is higher than the recorded one", own_rate(results, size) > 1)
     judge("at the rate chosen for it, it is still worse", "switch-80", "long", at=own)
-    left = beyond_half((own, name, "switch-80"), (results, size, "switch-80"))
+    left = beyond_share((own, name, "switch-80"), (results, size, "switch-80"))
     shown("less than half of that difference is left", left, above=False, digits=3)
     halved = at_own_rate(results, size, 0.5)
     if own_rate(results, size) != 0.5:
         first, second = ((one, one.cells["size"].iloc[0], "switch-80") for one in (own, halved))
-        left = beyond_half(first, second)
+        left = beyond_share(first, second)
         shown("at most half is left of what it loses at half the rate", left, above=False, digits=3)
     judge(f"{size}, all at one rate: a switch at 40% is better than one at 80%", "switch-40", "switch-80", worse=False)
     losses = list(losses_at_the_end(results, size, "long").values())
@@ -190,7 +190,7 @@ def judge_larger(results: PretrainingResults, size: str) -> None:
         judge(f"{size}, all at one rate: the switch at 20% is worse", "switch-20", "long")
         judge("it is better than the switch at 40%", "switch-20", "switch-40", worse=False)
     if len(results.seeds(size, "switch-20", "long")) >= FEWEST_SEEDS:
-        left = beyond_half((results, size, "switch-20"), (results, size, "switch-40"))
+        left = beyond_share((results, size, "switch-20"), (results, size, "switch-40"))
         shown("it loses less than half of what the switch at 40% loses", left, above=False, digits=3)
     if results.seeds(size, "switch-95", "long"):
         judge(f"{size}, all at one rate: the switch at 95% is worse", "switch-95", "long")

@@ -28,10 +28,15 @@ All else is open.
 
 from pathlib import Path
 
-from experiments.pretraining_cells import MORE_TOKENS, Cell
-from experiments.pretraining_rates import SEEDS, rate_name
-from experiments.pretraining_results import collect
+import pandas as pd
 
+from experiments.pretraining_cells import MORE_TOKENS, TOKENS_FACTORS, Cell
+from experiments.pretraining_gpu_results import BOUNDS, GPU_SIZE, HOLDS, OPEN, REFUTED, in_nats, judge_above
+from experiments.pretraining_rates import IN_WORDS, LARGER, SEEDS, beyond_share, losses_at_the_end, rate_name
+from experiments.pretraining_results import PretrainingResults, collect, pretraining_results
+from llama_long_utils.paths import RESULTS
+
+COLUMNS = ["expected", "found", "judged"]
 SLUG = "12_curriculum_of_more_tokens"
 TRIED = {"long": {1: SEEDS, 2: (0,), 0.5: (0,)}, "switch-80": {1: SEEDS, 2: (0,), 0.5: (0,)}, "short": {1: SEEDS}}
 
@@ -54,3 +59,36 @@ def run_tokens(folder: Path, *, finished: bool = False) -> Path:
     contexts = measured_contexts(read, finished=finished, tiny=False)
     about = {"command": "python -m experiments pretraining --more-tokens"}
     return collect(records, folder, SLUG, contexts=contexts, about=about)
+
+
+def tokens_results() -> PretrainingResults:
+    """The committed record."""
+    return pretraining_results(RESULTS / "tiny" / f"{SLUG}.json")
+
+
+def judged_tokens(results: PretrainingResults, wide: PretrainingResults, large: PretrainingResults) -> pd.DataFrame:
+    """A row for each expectation above, at the recorded rate: expected, found, in nats, and judged.
+
+    `wide` is 0.9M at its own tokens, `large` is 16M.
+    """
+    late = results.difference(MORE_TOKENS, ("switch-80", "full"), ("long", "full"))
+    pair = (results, MORE_TOKENS, "switch-80"), (wide, LARGER, "switch-80")
+    fall, beyond_half = (dict(zip(BOUNDS, beyond_share(*pair, share=share), strict=True)) for share in (1, 0.5))
+    fell = REFUTED if fall["low"] > 0 or beyond_half["low"] >= 0 else HOLDS if fall["high"] < 0 else OPEN
+    larger = large.context_saves_more(GPU_SIZE, MORE_TOKENS, results)
+    more = results.context_saves_more(MORE_TOKENS, LARGER, wide)
+    rows = [
+        ("the switch at 80% loses less than with fewer tokens", fall, fell),
+        ("it is no longer worse than long throughout", late, REFUTED if late["low"] > 0 else HOLDS),
+        (f"it is not better either, as at {GPU_SIZE}", late, REFUTED if late["high"] < 0 else HOLDS),
+        (f"with as many tokens, context still saves {GPU_SIZE} more", larger, judge_above(larger)),
+        ("with more tokens, context saves more than with fewer", more, judge_above(more)),
+    ]
+    return pd.DataFrame([(what, in_nats(found), judged) for what, found, judged in rows], columns=COLUMNS)
+
+
+def losses_by_rate(results: PretrainingResults) -> pd.DataFrame:
+    """Mean training loss of the last steps, seed 0: a row for each arm, a column for each rate, as far as measured."""
+    rows = {arm: losses_at_the_end(results, MORE_TOKENS, arm) for arm in ("long", "switch-80")}
+    table = pd.DataFrame(rows).T.rename_axis("training loss at the end").reset_index()
+    return table.rename(columns={rate_name(MORE_TOKENS, factor): IN_WORDS[factor] for factor in TOKENS_FACTORS})

@@ -20,7 +20,7 @@ from experiments.pretraining_rates import (
     IN_WORDS,
     LAST,
     at_own_rate,
-    beyond_half,
+    beyond_share,
     larger_sizes,
     losses_at_the_end,
     rate_name,
@@ -283,7 +283,7 @@ def test_the_rate_recorded_as_an_arms_own_has_all_seeds_and_a_worse_rate_on_both
         assert min(losses) not in (losses[0], losses[-1])
 
 
-def test_what_is_left_beyond_half_is_paired_by_seed():
+def test_what_is_left_beyond_share_is_paired_by_seed():
     """Half of each seed's loss is left, so zero is beyond half, though the seeds' losses differ widely."""
     one, own = (
         late_switch(size, worse, (0, 1, 2)) for size, worse in (("a", (0.2, 0.4, 0.9)), ("b", (0.1, 0.2, 0.45)))
@@ -294,7 +294,7 @@ def test_what_is_left_beyond_half_is_paired_by_seed():
     own_long = (cells["size"] != "a") & (cells.arm == "long")
     results = PretrainingResults(cells[~own_long], arrays, one.bootstrap)
     halved = (at_own_rate(results, "a"), "a, switch at half the rate", "switch-80")
-    assert beyond_half(halved, (results, "a", "switch-80")) == pytest.approx([0, 0, 0])
+    assert beyond_share(halved, (results, "a", "switch-80")) == pytest.approx([0, 0, 0])
 
 
 def test_the_answer_names_the_size_and_the_switches_of_each_loss_and_what_was_not_tested():
