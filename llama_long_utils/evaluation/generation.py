@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from llama_long_utils.model.loss import causal_lm, hidden_states, in_compute_dtype
+from llama_long_utils.model.loss import Model, causal_lm, hidden_states, in_compute_dtype
 
-Model = PreTrainedModel | PeftModel
 TOKENS_AT_ONCE = 4096  # of padded prompts that are continued together
 READ_AT_ONCE = 1024  # of padded texts that are read together: fewer pad less and stay in a CPU's caches
 Continuation = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of what follows

@@ -21,18 +21,11 @@ VERSION = 1  # of what `score` keeps: raise it when a row changes
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model makes of a question.
+    """What a model makes of a question: arrays with an entry for each token of the answer."""
 
-    Attributes:
-        log_probabilities: of the answer's tokens, each given the prompt and the answer up to there, in nats:
-            float32 of shape (answer tokens,).
-        likeliest: whether each of them is the likeliest token there: bool of the same shape.
-        written: the tokens of greedy decoding, as many as the answer has; None if nothing was generated.
-    """
-
-    log_probabilities: np.ndarray
-    likeliest: np.ndarray
-    written: np.ndarray | None
+    log_probabilities: np.ndarray  # given the prompt and the answer up to there, in nats: float32
+    likeliest: np.ndarray  # whether it is the likeliest token there: bool
+    written: np.ndarray | None  # tokens of greedy decoding; None if nothing was generated
 
 
 @torch.no_grad()

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llama_long_utils.model.loss import causal_lm
+from llama_long_utils.model.loss import Model, causal_lm
 
 DOCUMENTS = "documents"  # what load_base calls it
 
@@ -63,7 +62,7 @@ class ContextShare:
 ALONE = ContextShare()
 
 
-def share_context(model: PreTrainedModel | PeftModel, share: ContextShare) -> None:
+def share_context(model: Model, share: ContextShare) -> None:
     """Let a model take its process' share of each sequence, by "documents" attention."""
     causal_lm(model).config._attn_implementation = DOCUMENTS
     for layer in (module for module in model.modules() if hasattr(module, "num_key_value_groups")):

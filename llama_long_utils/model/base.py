@@ -5,12 +5,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from llama_long_utils.model import attention as _registered  # noqa: F401 ("documents")
-from llama_long_utils.model.loss import causal_lm
+from llama_long_utils.model.loss import Model, causal_lm
 from llama_long_utils.model.weights import LOCAL
 from llama_long_utils.rope import rotation
 from llama_long_utils.settings import Scaling
@@ -78,7 +77,7 @@ def load_base(
     return model
 
 
-def check_rope(model: PreTrainedModel | PeftModel, rope: Scaling) -> None:
+def check_rope(model: Model, rope: Scaling) -> None:
     """Raise ValueError unless the model rotates exactly as `rope` says, by fp32 frequencies."""
     rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     if rotary.inv_freq.dtype != torch.float32:

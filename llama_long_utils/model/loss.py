@@ -23,25 +23,26 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_long_utils.settings import IGNORED_LABEL
 
+Model = PreTrainedModel | PeftModel
 CHUNK = 512  # tokens whose logits exist at the same time: 65 MB for Llama 2's 32,000 tokens
 CACHED = 2**22  # logits at the same time in bf16 on a CPU: more leave its caches (128,256 a token: 0.94 s, not 0.71)
 UNUSED = ("past_key_values", "use_cache", "logits_to_keep", "return_dict")  # arguments of a forward pass for its loss
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # configs whose logits are no plain product
 
 
-def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def causal_lm(model: Model) -> PreTrainedModel:
     """The transformers model inside, with or without adapters (adapters live in its layers)."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def in_compute_dtype(model: PreTrainedModel | PeftModel) -> AbstractContextManager:
+def in_compute_dtype(model: Model) -> AbstractContextManager:
     """bf16 autocast if the base is bf16 (LoRA matrices and trained norms are fp32 beside it), else nothing."""
     inner = causal_lm(model)
     weight = (inner.get_output_embeddings() or inner.get_input_embeddings()).weight  # a reward model has only these
     return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
-def compute_in_base_dtype(model: PreTrainedModel | PeftModel) -> None:
+def compute_in_base_dtype(model: Model) -> None:
     """Let the decoder do what `in_compute_dtype` does, whoever calls it: TRL's fused head and `generate` do not."""
     decoder = causal_lm(model).model
     forward = decoder.forward
@@ -55,7 +56,7 @@ def compute_in_base_dtype(model: PreTrainedModel | PeftModel) -> None:
 
 
 def hidden_states(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     input_ids: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
@@ -73,7 +74,7 @@ def hidden_states(
         return causal_lm(model).model(input_ids=input_ids, **options).last_hidden_state
 
 
-def patch_loss(model: PreTrainedModel | PeftModel) -> None:
+def patch_loss(model: Model) -> None:
     """Let `model(input_ids, labels=labels)` return its loss without logits; without labels nothing changes.
 
     The forward pass then takes, besides transformers' own arguments:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.instructions import quotation_dialogue
 from llama_long_utils.model.adapters import load_adapter, read_card
 from llama_long_utils.model.base import load_base
-from llama_long_utils.model.loss import causal_lm, in_compute_dtype
+from llama_long_utils.model.loss import Model, causal_lm, in_compute_dtype
 from llama_long_utils.model.weights import locate_base
 from llama_long_utils.settings import Preset
 from llama_long_utils.stages import Preference
@@ -67,7 +67,7 @@ def ask(
 
 @torch.no_grad()
 def sample_answers(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     settings: Preference,

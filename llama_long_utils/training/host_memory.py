@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:  # which take seconds to import, also where a notebook has no model
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+    from llama_long_utils.model.loss import Model
 
 GAPS_GIB = 0.5  # free memory that may stay resident: less costs page faults
 
@@ -34,7 +33,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def give_back_gaps(model: "PreTrainedModel | PeftModel", limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
+def give_back_gaps(model: "Model", limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
     """After each decoder layer, give free memory back if more than `limit_gib` is resident above the most allocated.
 
     glibc aligns torch's blocks and rarely finds the old place again for a new one. Without this, a step of 2,048 tokens

@@ -6,12 +6,10 @@ from contextlib import ContextDecorator, suppress
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedModel
 
-from llama_long_utils.model.loss import causal_lm
+from llama_long_utils.model.loss import Model, causal_lm
 from llama_long_utils.settings import MemorySavings
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -73,7 +71,7 @@ def _tokens(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def apply_memory_savings(model: PreTrainedModel | PeftModel, memory_savings: MemorySavings) -> None:
+def apply_memory_savings(model: Model, memory_savings: MemorySavings) -> None:
     """Switch recomputation and tiling on in a model, and off if another call switched them on."""
     model.activation_checkpointing_disable()
     if memory_savings.recomputed_layers:
@@ -84,7 +82,7 @@ def apply_memory_savings(model: PreTrainedModel | PeftModel, memory_savings: Mem
     tile_over_sequence(model, memory_savings.tile)
 
 
-def tile_over_sequence(model: PreTrainedModel | PeftModel, tile: int) -> None:
+def tile_over_sequence(model: Model, tile: int) -> None:
     """Let every MLP and every norm in the layers work on `tile` tokens at a time, in both directions (0: all at once).
 
     They map each token by itself, so nothing changes but the memory: activations of one tile live instead of a
@@ -183,7 +181,7 @@ def succeeded(error: Any) -> bool:
 PINNED = HostBuffers(_page_locked)
 
 
-def offload_checkpoints(model: PreTrainedModel | PeftModel) -> None:
+def offload_checkpoints(model: Model) -> None:
     """Let every forward pass of the decoder leave its checkpoints on the host."""
     decoder = causal_lm(model).model
     decoder.forward = OffloadedCheckpoints(decoder.config.hidden_size)(decoder.forward)

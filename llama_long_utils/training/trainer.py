@@ -19,12 +19,12 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.attention import share_context
-from llama_long_utils.model.loss import causal_lm, patch_loss
+from llama_long_utils.model.loss import Model, causal_lm, patch_loss
 from llama_long_utils.paths import file_sha256, write_atomically
 from llama_long_utils.progress import in_kernel, progress_bar
 from llama_long_utils.records import device_name, package_versions
@@ -56,7 +56,7 @@ PREFERENCES = {  # what TRL calls them in preference tuning: more columns
 
 
 def train(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     sequences: Sequence[TrainingSequence],
     settings: TrainingSettings,
     folder: Path,
@@ -158,11 +158,11 @@ def train(
 
 
 Labels = dict[int, int]  # how many this process was given of each sequence, by its number
-Build = Callable[[PreTrainedModel | PeftModel, Sequence[Any], Division, dict[str, Any]], tuple[Trainer, Labels]]
+Build = Callable[[Model, Sequence[Any], Division, dict[str, Any]], tuple[Trainer, Labels]]
 
 
 def plain_trainer(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     sequences: Sequence[TrainingSequence],
     division: Division,
     arguments: dict[str, Any],
@@ -181,7 +181,7 @@ class StepLog(TrainerCallback):
         self.checked, self.started = False, time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
 
-    def on_pre_optimizer_step(self, *_: Any, model: PreTrainedModel | PeftModel, **_options: Any) -> None:
+    def on_pre_optimizer_step(self, *_: Any, model: Model, **_options: Any) -> None:
         if not self.checked and isinstance(model, PeftModel):
             check_lora_gradients(model)
         self.checked = True
