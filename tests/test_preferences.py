@@ -34,7 +34,7 @@ from llama_long_utils.plan import PLAIN
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import recorded
 from llama_long_utils.stages import Preference, PreferenceStage
-from llama_long_utils.training import preferences
+from llama_long_utils.training import comparisons, preferences
 from llama_long_utils.training.comparisons import Asked, Comparison, compare, load_reward_model, rewards, sample_answers
 from llama_long_utils.training.ledger import StepShape, ledger
 from llama_long_utils.training.planner import GIB, USABLE, leanest, model_shape, predict
@@ -317,7 +317,7 @@ def test_answers_that_were_sampled_before_a_stop_are_not_sampled_again(preset, s
             sampled.append(len(prompts))
             return [[seed % 2000, number, EOS] for number in range(len(prompts))]
 
-        monkeypatch.setattr(preferences, "sample_answers", answer)
+        monkeypatch.setattr(comparisons, "sample_answers", answer)
         monkeypatch.setattr(type(preset), "run_folder", property(lambda _self: runs))
         numbers = dataclasses.replace(NUMBERS, tokens=96, questions=40)
         return preferences.collect(dataclasses.replace(preset, preference=numbers), start)

@@ -91,10 +91,7 @@ def patch_loss(model: Model) -> None:
     plain = isinstance(head, nn.Linear) and head.bias is None and head.weight.shape[0] == head.out_features
     if not plain or any(getattr(config, name, None) for name in SCALED):
         raise ValueError(f"the chunked loss needs logits that are hidden states times a weight, not of {head}")
-    inner.forward = types.MethodType(_with_loss(type(inner).forward), inner)  # a copied model gets a bound copy
-
-
-def _with_loss(plain_forward: Any) -> Any:
+    plain_forward = type(inner).forward
     names = list(inspect.signature(plain_forward).parameters)
 
     @functools.wraps(plain_forward)
@@ -114,11 +111,9 @@ def _with_loss(plain_forward: Any) -> Any:
         nll = labelled_nll(hidden, self.get_output_embeddings(), labels)
         if num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORED_LABEL).sum().clamp(min=1)
-        elif isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(nll.device)
-        return CausalLMOutputWithPast(loss=nll.sum() / num_items_in_batch)
+        return CausalLMOutputWithPast(loss=nll.sum() / torch.as_tensor(num_items_in_batch, device=nll.device))
 
-    return forward
+    inner.forward = types.MethodType(forward, inner)  # a copied model gets a bound copy
 
 
 def next_token_nll(

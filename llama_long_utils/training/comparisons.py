@@ -7,7 +7,7 @@ can be measured beside what it learnt (proxy).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,21 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.instructions import quotation_dialogue
+from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.model.adapters import load_adapter, read_card
 from llama_long_utils.model.base import load_base
-from llama_long_utils.model.loss import Model, causal_lm, in_compute_dtype
-from llama_long_utils.model.weights import locate_base
+from llama_long_utils.model.loss import Model, causal_lm, hidden_states, in_compute_dtype
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.records import device_name
 from llama_long_utils.settings import Preset
 from llama_long_utils.stages import Preference
+from llama_long_utils.training.planner import GIB, model_shape
+from llama_long_utils.training.trainer import VERSION
 
+AT_ONCE = 32  # answers to be compared that are sampled together, if their keys and values take a sixth of the memory
 Reward = Callable[[Sequence[list[int]], Sequence[list[int]]], list[float]]  # of prompts and answers
 
 
@@ -127,9 +133,7 @@ def rewards(model: PeftModel, rows: Sequence[list[int]], at_once: int = 64) -> l
     for first in range(0, len(rows), at_once):
         part = [torch.tensor(row, device=model.device) for row in rows[first : first + at_once]]
         ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)  # behind the text, where nothing sees it
-        with in_compute_dtype(model):
-            hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state
-        ends = hidden[torch.arange(len(part)), [len(row) - 1 for row in part]]
+        ends = hidden_states(model, ids)[torch.arange(len(part)), [len(row) - 1 for row in part]]
         found += inner.score(ends.float())[:, 0].tolist()
     return found
 
@@ -137,3 +141,39 @@ def rewards(model: PeftModel, rows: Sequence[list[int]], at_once: int = 64) -> l
 def reward_of(model: PeftModel) -> Reward:
     """What a policy is optimised against."""
     return lambda prompts, answers: rewards(model, [[*one, *two] for one, two in zip(prompts, answers, strict=True)])
+
+
+def kept_gib(preset: Preset, tokens: int) -> float:
+    """Keys and values of so many tokens."""
+    config, size = model_shape(preset.base.source), 2 if preset.base.dtype == "bfloat16" else 4
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size * tokens / GIB
+
+
+def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison]]:
+    """Questions about documents that are trained on, and comparisons of what an adapter's model answers.
+
+    Answers are kept batch by batch. Each has random numbers of its own: after a stop the rest is sampled as without.
+    """
+    settings, base, rope = preset.preference, locate_base(preset), read_card(adapter).rope
+    room = preset.memory_gib / 6 / kept_gib(preset, settings.tokens + settings.answer_tokens)
+    at_once = max(settings.rl.rows_at_once, min(AT_ONCE, int(room)))
+    many = f"{settings.answers} to each of {settings.questions:,} questions, {at_once} at a time"
+    print(f"{settings.questions * settings.answers:,} answers, sampled where none is kept: {many}", flush=True)
+    tokenizer = load_tokenizer(base)
+    documents = next(Mixture(preset.data, tokenizer, window=settings.tokens).buffers(preset.training))
+    asked = ask(documents, tokenizer, preset, settings.questions, settings.seed)
+    prompts = [one.prompt for one in asked for _ in range(settings.answers)]
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    model = cache(lambda: load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base).eval())
+
+    def write(part: Sequence[int]) -> list[list[int]]:
+        own = {"seed": int(digest(settings.seed, part[0])[:8], 16), "at_once": at_once}
+        return sample_answers(model(), tokenizer, [prompts[number] for number in part], settings, **own)
+
+    depends_on = {"start": weights_sha256(adapter), "device": device_name(), "prompts": digest(prompts)}
+    depends_on |= {"settings": [settings.answer_tokens, settings.temperature, settings.seed], "at_once": at_once}
+    kept = Cache(preset.run_folder / "answers", VERSION, depends_on)
+    found = kept.items("sampled", order, write, item_key=int, at_once=at_once, progress="sampling answers")
+    written = [answer for _, answer in sorted(zip(order, found, strict=True))]
+    answers = [written[first : first + settings.answers] for first in range(0, len(written), settings.answers)]
+    return asked, compare(asked, answers, settings)

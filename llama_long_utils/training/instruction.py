@@ -79,9 +79,7 @@ def instruction_trainer(
     counts = [sum(label != IGNORED_LABEL for label in row[1:]) for row in trainer.train_dataset["labels"]]
     if counts != [sequence.label_tokens for sequence in sequences]:
         raise RuntimeError(f"TRL would train on {sum(counts):,} tokens, which are not those of the sequences")
-    own = join_processes().process_index  # batches are dealt out to one process after the other
-    labels = {row: count for row, count in enumerate(counts) if row // division.at_once % division.processes == own}
-    return trainer, labels
+    return trainer, dict(enumerate(counts)) if join_processes().is_main_process else {}  # which counts for all
 
 
 def instruction_settings(preset: Preset, settings: Instruction, *, extended: bool = True) -> TrainingSettings:

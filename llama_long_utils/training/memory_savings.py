@@ -72,28 +72,24 @@ def _tokens(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def apply_memory_savings(model: Model, memory_savings: MemorySavings) -> None:
-    """Switch recomputation and tiling on in a model, and off if another call switched them on."""
+    """Switch recomputation and tiling on in a model, and off if another call switched them on.
+
+    Tiles are for every MLP and every norm in the layers, in both directions. These map each token by itself, so nothing
+    changes but the memory: activations of one tile live instead of a whole sequence's. Each tile is computed forward
+    twice, as often as with checkpointing alone.
+    """
     model.activation_checkpointing_disable()
     if memory_savings.recomputed_layers:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # The last layers are the ones to spare: their activations are freed first in the backward pass.
         for layer in causal_lm(model).model.layers[memory_savings.recomputed_layers :]:
             layer.gradient_checkpointing = False
-    tile_over_sequence(model, memory_savings.tile)
-
-
-def tile_over_sequence(model: Model, tile: int) -> None:
-    """Let every MLP and every norm in the layers work on `tile` tokens at a time, in both directions (0: all at once).
-
-    They map each token by itself, so nothing changes but the memory: activations of one tile live instead of a
-    whole sequence's. Each tile is computed forward twice, as often as with checkpointing alone.
-    """
     for layer in (module for module in model.modules() if hasattr(module, "mlp") and hasattr(module, "self_attn")):
         for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
             if hasattr(module.forward, "plain_forward"):
                 module.forward = module.forward.plain_forward
-            if tile:
-                module.forward = _tiled(module, tile)
+            if memory_savings.tile:
+                module.forward = _tiled(module, memory_savings.tile)
 
 
 def _tiled(module: nn.Module, tile: int) -> Forward:

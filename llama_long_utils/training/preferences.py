@@ -19,35 +19,23 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
-from llama_long_utils.cache import Cache, digest
-from llama_long_utils.data.mixture import Mixture
+from llama_long_utils.cache import digest
 from llama_long_utils.model.adapters import keep_copies_fp32, load_adapter, read_card
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import compute_in_base_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.records import device_name
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.stages import Preference
 from llama_long_utils.training.adapter import TrainedAdapter, train_stage
-from llama_long_utils.training.comparisons import (
-    Asked,
-    Comparison,
-    Reward,
-    ask,
-    compare,
-    load_reward_model,
-    reward_of,
-    sample_answers,
-)
+from llama_long_utils.training.comparisons import Comparison, Reward, collect, kept_gib, load_reward_model, reward_of
 from llama_long_utils.training.instruction import weights_kept
 from llama_long_utils.training.ledger import ledger
 from llama_long_utils.training.planner import GIB, Plan, model_shape, plan
 from llama_long_utils.training.processes import join_processes, use_one_gpu
 from llama_long_utils.training.random_llama import StepShape
-from llama_long_utils.training.trainer import VERSION, Labels
+from llama_long_utils.training.trainer import Labels
 
 ANSWERS = ("chosen_ids", "rejected_ids")
-AT_ONCE = 32  # answers to be compared that are sampled together, if their keys and values take a sixth of the memory
 
 
 class TokenPolicyTrainer(RLOOTrainer):
@@ -121,12 +109,6 @@ def plan_preference(preset: Preset, stage: str, settings: Preference) -> tuple[T
             f"stage {stage!r}, {sequences} sequences at once: {error}; or lower preference.{stage}.rows_at_once"
         ) from None
     return replace(training, memory_savings=found.memory_savings), replace(found, device_gib=found.device_gib + others)
-
-
-def kept_gib(preset: Preset, tokens: int) -> float:
-    """Keys and values of so many tokens."""
-    config, size = model_shape(preset.base.source), 2 if preset.base.dtype == "bfloat16" else 4
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size * tokens / GIB
 
 
 def train_reward_model(
@@ -256,36 +238,6 @@ def _tune(
     given = {"depends_on": {"data": digest(rows), "reward": reward, **began}, "noted": {"stage": stage, **began}}
     options = {"report_every": progress, "build": build_trainer}
     return train_stage(preset, (stage, name or stage), training, plan, rope, load, rows, **given, **options)
-
-
-def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison]]:
-    """Questions about documents that are trained on, and comparisons of what an adapter's model answers.
-
-    Answers are kept batch by batch. Each has random numbers of its own: after a stop the rest is sampled as without.
-    """
-    settings, base, rope = preset.preference, locate_base(preset), read_card(adapter).rope
-    room = preset.memory_gib / 6 / kept_gib(preset, settings.tokens + settings.answer_tokens)
-    at_once = max(settings.rl.rows_at_once, min(AT_ONCE, int(room)))
-    many = f"{settings.answers} to each of {settings.questions:,} questions, {at_once} at a time"
-    print(f"{settings.questions * settings.answers:,} answers, sampled where none is kept: {many}", flush=True)
-    tokenizer = load_tokenizer(base)
-    documents = next(Mixture(preset.data, tokenizer, window=settings.tokens).buffers(preset.training))
-    asked = ask(documents, tokenizer, preset, settings.questions, settings.seed)
-    prompts = [one.prompt for one in asked for _ in range(settings.answers)]
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    model = cache(lambda: load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base).eval())
-
-    def write(part: Sequence[int]) -> list[list[int]]:
-        own = {"seed": int(digest(settings.seed, part[0])[:8], 16), "at_once": at_once}
-        return sample_answers(model(), tokenizer, [prompts[number] for number in part], settings, **own)
-
-    depends_on = {"start": weights_sha256(adapter), "device": device_name(), "prompts": digest(prompts)}
-    depends_on |= {"settings": [settings.answer_tokens, settings.temperature, settings.seed], "at_once": at_once}
-    kept = Cache(preset.run_folder / "answers", VERSION, depends_on)
-    found = kept.items("sampled", order, write, item_key=int, at_once=at_once, progress="sampling answers")
-    written = [answer for _, answer in sorted(zip(order, found, strict=True))]
-    answers = [written[first : first + settings.answers] for first in range(0, len(written), settings.answers)]
-    return asked, compare(asked, answers, settings)
 
 
 def tune_preferences(preset: Preset, stage: str, adapter: Path, *, progress: int = 0) -> TrainedAdapter:
