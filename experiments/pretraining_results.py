@@ -348,13 +348,6 @@ def collect(
         sums = pd.concat(named).groupby([*NAMES, "distance_low", "distance_high"], sort=False)[["hits", "tokens"]].sum()
         by_distance[name] = (sums.hits / sums.tokens)[sums.tokens > 0].rename("value").reset_index()
     write_arrays(folder / f"{slug}.npz", arrays | {"documents": np.array(documents), "ways": np.array(ways)})
-    means = nats.sum(axis=2) / tokens.sum(axis=0)
-    by_position = [
-        {**dict(cells.loc[cell, NAMES]), "way": way, "position_low": low, "position_high": high, "value": value}
-        for cell in range(len(cells))
-        for way, line in zip(ways, means[cell], strict=True)
-        for low, high, value in zip(edges[:-1], edges[1:], line, strict=True)
-    ]
     by_context = {}
     if contexts:
         table = pd.concat([read_table(path, "contexts") for path in contexts], ignore_index=True)
@@ -382,7 +375,7 @@ def collect(
         slug,
         preset=contents[0]["preset"],
         question=contents[0]["question"],
-        tables={"cells": cells, "nll_by_position": pd.DataFrame(by_position), **by_distance, **by_context, **more},
+        tables={"cells": cells, **by_distance, **by_context, **more},
         seeds={"training": sorted(int(seed) for seed in cells.seed.unique())}
         | {name: provenance[0]["seeds"][name] for name in ("evaluation", "split")},
         seconds=float(cells.seconds.sum()),
@@ -408,8 +401,7 @@ def add_cells(record: Path, cells: Sequence[Path]) -> Path:
         assert before.record and later.record  # read from files
         new, content, arrays = later.record.content["provenance"], before.record.content, dict(before.arrays)
         tables = {name: before.record.table(name) for name in content["tables"]}
-        for name in ("cells", "nll_by_position"):
-            tables[name] = pd.concat([tables[name], later.record.table(name)], ignore_index=True)
+        tables["cells"] = pd.concat([tables["cells"], later.record.table("cells")], ignore_index=True)
         steps = max(results.arrays["loss"].shape[1] for results in (before, later))
         for name in ("nats", "loss"):
             both = [results.arrays[name] for results in (before, later)]

@@ -189,7 +189,6 @@ COLUMNS = {
             *("size", "arm", "seed", "parameters", "tokens", "short_steps", "long_steps", "flops", "flops_counted"),
             "seconds",
         },
-        "nll_by_position": {"size", "arm", "seed", "way", "position_low", "position_high", "value"},
         "copying": {"size", "arm", "seed", "distance_low", "distance_high", "value"},
     },
     "12_data_mix_of_a_copying_model": {
@@ -197,7 +196,6 @@ COLUMNS = {
             *("size", "arm", "seed", "parameters", "tokens", "short_steps", "long_steps", "flops", "flops_counted"),
             "seconds",
         },
-        "nll_by_position": {"size", "arm", "seed", "way", "position_low", "position_high", "value"},
         "copying": {"size", "arm", "seed", "distance_low", "distance_high", "value"},
         "copying_short": {"size", "arm", "seed", "distance_low", "distance_high", "value"},
     },
@@ -206,7 +204,6 @@ COLUMNS = {
             *("size", "arm", "seed", "parameters", "tokens", "short_steps", "long_steps", "flops", "flops_counted"),
             "seconds",
         },
-        "nll_by_position": {"size", "arm", "seed", "way", "position_low", "position_high", "value"},
         "context_loss": {"model", "seed", "parameters", "context", "value"},
         "power_law": {
             *("model", "seed", "parameters", "alpha", "beta", "gamma", "rmse", "beta_low", "beta_high", "saved"),
@@ -236,7 +233,7 @@ COLUMNS["12_curriculum_on_a_gpu"] = {
     "as_trained": {"size", "seed", "document", "nats", "tokens"},
 }
 COLUMNS["12_sparse_attention"] = {
-    **{name: COLUMNS["12_pretraining_curriculum"][name] for name in ("cells", "nll_by_position")},
+    "cells": COLUMNS["12_pretraining_curriculum"]["cells"],
     "as_trained": COLUMNS["12_curriculum_on_a_gpu"]["as_trained"],
 }
 COLUMNS["12_sparse_attention_on_short"] = COLUMNS["12_sparse_attention"]
