@@ -43,6 +43,13 @@ def arguments() -> argparse.Namespace:
     race = commands.add_parser(
         "race", help="every arm of notebook 11 that has no record yet (hours; goes on if stopped)"
     )
+    race.add_argument(
+        "--times",
+        type=at_least(int, 2),
+        metavar="N",
+        help="instead: full-length training of --methods in N times as many steps, in a record of its own",
+    )
+    race.add_argument("--methods", nargs="+", default=["none", "pi", "abf", "xpos_abf"], metavar="METHOD")
     arm = commands.add_parser("arm", help="one arm of the race (`make race` measures several at a time)")
     arm.add_argument("method", help="a RoPE method")
     arm.add_argument("training", help="a name in [race.trainings], or zero-shot")
@@ -209,8 +216,12 @@ def run(asked: argparse.Namespace) -> Path | None:
     """The record that the command wrote, if it writes one."""
     preset = load_preset(asked.preset) if "preset" in asked else None
     if asked.command == "race":
-        from experiments.race import race_arms, run_race
+        from experiments.race import LONGER_SLUG, longer_race, race_arms, run_race
 
+        if asked.times:
+            longer, arms = longer_race(preset, asked.times, asked.methods)
+            options = f" --times {asked.times} --methods {' '.join(asked.methods)}"
+            return run_race(longer, arms, RESULTS / preset.name, LONGER_SLUG, options)
         return run_race(preset, race_arms(preset), RESULTS / preset.name)
     if asked.command == "arm":
         from experiments.race import Arm, race_arms, run_arm

@@ -32,7 +32,8 @@ from llama_long_utils.records import papermill_command, read_record, read_table,
 from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings
 from llama_long_utils.training.adapter import train_adapter
 
-ZERO_SHOT = "zero-shot"
+ZERO_SHOT, FULL_LENGTH = "zero-shot", "full-length"
+SLUG, LONGER_SLUG = "11_ablations", "11_longer_race"
 QUESTION = "Which way to scale RoPE, and which way to train it, wins on equal terms?"
 VERSION = 1  # of what an arm measures: raise it when its numbers change
 
@@ -57,6 +58,22 @@ def race_arms(preset: Preset) -> list[Arm]:
     if not preset.race.pair_factors:  # LongRoPE was not searched for this base
         arms = [arm for arm in arms if arm.method != "longrope"]
     return arms
+
+
+def longer_race(preset: Preset, times: int, methods: Sequence[str]) -> tuple[Preset, list[Arm]]:
+    """A preset whose race is full-length training of some methods, in `times` as many steps, and its arms.
+
+    Raises:
+        ValueError: the race has no full-length training, or not of such a method.
+    """
+    way = preset.race.trainings.get(FULL_LENGTH)
+    if way is None or not set(methods) <= set(way.methods):
+        raise ValueError(
+            f"preset {preset.name!r} trains {way.methods if way else 'no method'} at full length: name those"
+        )
+    way = dataclasses.replace(way, methods=list(methods), steps=times * way.steps)
+    longer = dataclasses.replace(preset, race=dataclasses.replace(preset.race, trainings={FULL_LENGTH: way}))
+    return longer, [arm for arm in race_arms(longer) if arm.method in methods]
 
 
 def arm_rope(preset: Preset, method: str) -> Scaling:
@@ -173,8 +190,10 @@ def arm_record(preset: Preset, arm: Arm, base_sha256: str) -> Path:
     return preset.run_folder / "race" / f"{key.hexdigest()[:12]}.json"
 
 
-def collect(preset: Preset, arms: Sequence[Arm], base_sha256: str, folder: Path) -> Path:
-    """Join the records of these arms to folder/11_ablations.json and .npz.
+def collect(
+    preset: Preset, arms: Sequence[Arm], base_sha256: str, folder: Path, slug: str = SLUG, options: str = ""
+) -> Path:
+    """Join the records of these arms to folder/SLUG.json and .npz; `options` are those of the command.
 
     The tables hold means over documents; the arrays hold every document, for intervals, and every text written.
 
@@ -204,17 +223,17 @@ def collect(preset: Preset, arms: Sequence[Arm], base_sha256: str, folder: Path)
         arrays[f"written_{length}"] = rows.written.to_numpy().reshape(len(arms), -1).astype(str)
         arrays[f"answer_{length}"] = rows.answer.to_numpy().reshape(len(arms), -1)[0].astype(str)
         arrays[f"documents_{length}"] = rows.document.to_numpy().reshape(len(arms), -1)[0].astype(str)
-    write_arrays(folder / "11_ablations.npz", arrays)
+    write_arrays(folder / f"{slug}.npz", arrays)
     return write_record(
         folder,
-        "11_ablations",
+        slug,
         preset=preset.name,
         question=QUESTION,
         tables={"nll_by_position": by_position, "first_sentence_retrieval": by_length, "cost": cost},
         seeds={"training": preset.race.seeds, "evaluation": preset.evaluation.seed, "split": preset.data.split_seed},
         seconds=sum(number["seconds"] for number in provenance),
         provenance={
-            "command": f"python -m experiments race --preset {preset.name}",
+            "command": f"python -m experiments race --preset {preset.name}{options}",
             **{name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")},
         },
     )
@@ -232,7 +251,7 @@ def race_record(preset: Preset, live: Arm) -> Path:
 
     Those are measured here if they were not before (a minute at `tiny`).
     """
-    path = RESULTS / preset.name / "11_ablations.json"
+    path = RESULTS / preset.name / f"{SLUG}.json"
     if path.is_file():
         return path
     some = [Arm(method, ZERO_SHOT, preset.race.seeds[0]) for method in ("none", "pi", "abf", "xpos_abf")]
@@ -242,9 +261,9 @@ def race_record(preset: Preset, live: Arm) -> Path:
     return collect(preset, arms, weights_sha256(locate_base(preset)), preset.run_folder / "records")
 
 
-def run_race(preset: Preset, arms: Sequence[Arm], folder: Path) -> Path:
-    """Measure every arm that has no record yet, one after another, then join all in folder/11_ablations.json."""
+def run_race(preset: Preset, arms: Sequence[Arm], folder: Path, slug: str = SLUG, options: str = "") -> Path:
+    """Measure every arm that has no record yet, one after another, then join all in folder/SLUG.json."""
     for number, arm in enumerate(arms, start=1):
         run_arm(preset, arm)
         print(f"[{number}/{len(arms)}] {arm}", flush=True)
-    return collect(preset, arms, weights_sha256(locate_base(preset)), folder)
+    return collect(preset, arms, weights_sha256(locate_base(preset)), folder, slug, options)

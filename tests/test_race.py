@@ -17,6 +17,7 @@ from experiments.race import (
     arm_rope,
     arm_training,
     collect,
+    longer_race,
     race_arms,
     run_arm,
     run_race,
@@ -59,6 +60,21 @@ def test_every_arm_has_numbers_and_equal_tokens_unless_it_has_equal_seconds(pres
     (equal,) = set.union(*(found for name, found in tokens.items() if not name.endswith(EQUAL_SECONDS)))
     for name in [name for name in tokens if name.endswith(EQUAL_SECONDS)]:
         assert min(tokens[name]) > equal, name
+
+
+def test_a_longer_race_differs_in_steps_and_methods_alone(preset):
+    longer, arms = longer_race(preset, 8, ["pi", "abf"])
+    trained = {arm for arm in arms if arm.training != ZERO_SHOT}
+    assert trained == {
+        arm for arm in race_arms(preset) if arm.training == "full-length" and arm.method in ("pi", "abf")
+    }
+    assert set(arms) - trained == {Arm("pi", ZERO_SHOT, 0), Arm("abf", ZERO_SHOT, 0)}
+    for arm in trained:
+        before = arm_training(preset, arm)
+        assert arm_training(longer, arm) == dataclasses.replace(before, steps=8 * before.steps)
+        assert arm_record(longer, arm, "base") != arm_record(preset, arm, "base")
+    with pytest.raises(ValueError, match="name those"):
+        longer_race(preset, 8, ["pi", "no such method"])
 
 
 def test_equal_seconds_are_equal_to_a_fifth():
