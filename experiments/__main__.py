@@ -216,12 +216,13 @@ def run(asked: argparse.Namespace) -> Path | None:
     """The record that the command wrote, if it writes one."""
     preset = load_preset(asked.preset) if "preset" in asked else None
     if asked.command == "race":
-        from experiments.race import LONGER_SLUG, longer_race, race_arms, run_race
+        from experiments import race_longer
+        from experiments.race import race_arms, run_race
 
         if asked.times:
-            longer, arms = longer_race(preset, asked.times, asked.methods)
+            longer, arms = race_longer.longer_race(preset, asked.times, asked.methods)
             options = f" --times {asked.times} --methods {' '.join(asked.methods)}"
-            return run_race(longer, arms, RESULTS / preset.name, LONGER_SLUG, options)
+            return run_race(longer, arms, RESULTS / preset.name, race_longer.SLUG, options)
         return run_race(preset, race_arms(preset), RESULTS / preset.name)
     if asked.command == "arm":
         from experiments.race import Arm, race_arms, run_arm

@@ -33,7 +33,7 @@ from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings
 from llama_long_utils.training.adapter import train_adapter
 
 ZERO_SHOT, FULL_LENGTH = "zero-shot", "full-length"
-SLUG, LONGER_SLUG = "11_ablations", "11_longer_race"
+SLUG = "11_ablations"
 QUESTION = "Which way to scale RoPE, and which way to train it, wins on equal terms?"
 VERSION = 1  # of what an arm measures: raise it when its numbers change
 
@@ -58,22 +58,6 @@ def race_arms(preset: Preset) -> list[Arm]:
     if not preset.race.pair_factors:  # LongRoPE was not searched for this base
         arms = [arm for arm in arms if arm.method != "longrope"]
     return arms
-
-
-def longer_race(preset: Preset, times: int, methods: Sequence[str]) -> tuple[Preset, list[Arm]]:
-    """A preset whose race is full-length training of some methods, in `times` as many steps, and its arms.
-
-    Raises:
-        ValueError: the race has no full-length training, or not of such a method.
-    """
-    way = preset.race.trainings.get(FULL_LENGTH)
-    if way is None or not set(methods) <= set(way.methods):
-        raise ValueError(
-            f"preset {preset.name!r} trains {way.methods if way else 'no method'} at full length: name those"
-        )
-    way = dataclasses.replace(way, methods=list(methods), steps=times * way.steps)
-    longer = dataclasses.replace(preset, race=dataclasses.replace(preset.race, trainings={FULL_LENGTH: way}))
-    return longer, [arm for arm in race_arms(longer) if arm.method in methods]
 
 
 def arm_rope(preset: Preset, method: str) -> Scaling:

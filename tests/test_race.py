@@ -17,11 +17,11 @@ from experiments.race import (
     arm_rope,
     arm_training,
     collect,
-    longer_race,
     race_arms,
     run_arm,
     run_race,
 )
+from experiments.race_longer import longer_race
 from experiments.race_results import RaceResults, distances_seen, race_results, student_reach
 from experiments.searches import compare_trainings, search_longrope, search_pair_factors, search_rope_base
 from llama_long_utils.data.packing import TrainingSequence

@@ -1,0 +1,46 @@
+"""Are C2 to C4 undecided because the race is short? The paper's four methods, trained for many more steps.
+
+In the race an arm at full length has 20 steps, 82 thousand tokens. Position interpolation (PI) then still reads far
+worse inside the old window than the base did, so the race says little of what is left of PI once it has recovered. A
+pilot (PI, seed 9, `--times 8`; no held-out text was read) took its training loss from 3.8 nats, of steps 11 to 20, to
+3.2 at the end, and it was still falling. So the four methods get 16 times as many steps: 320, 1.3 million tokens, 4% of
+what the base was trained on (the paper: 20%). All else is as in the race: seeds 0 to 2, one learning rate for all.
+
+Expected, written before any arm was trained. Intervals are those of the scoreboard, over seeds and documents. "Far" is
+from the old window's end to the new one's.
+(1) PI recovers: trained PI minus the untrained base, in the second half of the old window, is not above 0.1 nat beyond
+its interval. Refuted if it is.
+(2) ABF reads no worse than PI far: a loss of 0.01 nat is excluded. Refuted if ABF is worse beyond the interval.
+(3) PI reads better than plain RoPE far, beyond the interval. Refuted if it is worse beyond it.
+(4) ABF does not keep 80% of its first-sentence retrieval (ROUGE-L) from 256 to 4,096 tokens, but has more at 4,096 than
+after 20 steps. The first is refuted if 80% are kept within the interval, the second if the mean has not risen.
+(5) At 2,048 tokens PI retrieves less than ABF, beyond the interval. Refuted if it retrieves more beyond it.
+(6) xPos on top of ABF retrieves less than ABF at 2,048 tokens, beyond the interval. Refuted if it retrieves more. Of
+its perplexity nothing is expected.
+
+C2 to C4 will be judged by these arms, by the rules that judge the race now, once all of them are measured.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from experiments.race import FULL_LENGTH, Arm, race_arms
+from llama_long_utils.settings import Preset
+
+SLUG = "11_longer_race"
+
+
+def longer_race(preset: Preset, times: int, methods: Sequence[str]) -> tuple[Preset, list[Arm]]:
+    """A preset whose race is full-length training of some methods, in `times` as many steps, and its arms.
+
+    Raises:
+        ValueError: the race has no full-length training, or not of such a method.
+    """
+    way = preset.race.trainings.get(FULL_LENGTH)
+    if way is None or not set(methods) <= set(way.methods):
+        raise ValueError(
+            f"preset {preset.name!r} trains {way.methods if way else 'no method'} at full length: name those"
+        )
+    way = dataclasses.replace(way, methods=list(methods), steps=times * way.steps)
+    longer = dataclasses.replace(preset, race=dataclasses.replace(preset.race, trainings={FULL_LENGTH: way}))
+    return longer, [arm for arm in race_arms(longer) if arm.method in methods]
