@@ -6,6 +6,7 @@ how long it takes, and the longest window that would fit.
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -81,8 +82,6 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if not 0 < asked.utilisation <= 1:
         parser.error(f"--utilisation {asked.utilisation} must be above 0 and at most 1")
-    if asked.sequences > 16:  # more take minutes to count
-        parser.error(f"--sequences {asked.sequences} is above 16, with which a GPU is busy: use fewer at once")
     if asked.devices % asked.context_parallel:
         parser.error(f"--devices {asked.devices} does not divide into groups of {asked.context_parallel}")
     if asked.shard_base and asked.devices == 1:
@@ -100,6 +99,8 @@ def arguments() -> argparse.Namespace:
 
 def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     """The plan and what it costs, by name; ValueError if the model is unknown or the step does not fit."""
+    print("counting what a step allocates: some seconds ...", file=sys.stderr, flush=True)
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled: without it imports are a second shorter
     from llama_long_utils.training import planner
     from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger
 
@@ -114,7 +115,6 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
     packed = bool(preset and planner.is_packed(preset.training))
     shape = StepShape(window // context, dtype, savings, asked.sequences, gpu=True, packed=packed, **several)
-    print("counting what a step allocates: the first time up to a minute ...", file=sys.stderr, flush=True)
     plan = planner.plan(config, lora, shape, memory)
     counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)

@@ -120,7 +120,7 @@ def run_whole(config, shape):
 @pytest.mark.parametrize(
     ("memory_savings", "other"),
     [
-        (CHECKPOINTED, {"sequences": 2}),
+        (CHECKPOINTED, {"sequences": 3}),
         (replace(CHECKPOINTED, tile=1024, offload_checkpoints=True), {"packed": True}),
         (replace(PLAIN, recomputed_layers=3, tile=1024), {"context": 2}),
         (replace(PLAIN, recomputed_layers=2, optimizer="paged_adamw_8bit"), {}),
@@ -132,6 +132,28 @@ def test_three_layers_at_two_short_lengths_give_the_peak_of_any_step(memory_savi
     whole, host = run_whole(config(4), shape)
     assert sum(whole.values()) == pytest.approx(sum(derived[name] for name in COMPONENTS), rel=1e-3)
     assert derived[HOST] == pytest.approx(host, rel=1e-6)
+
+
+def test_of_tiles_and_of_the_loss_chunks_those_after_the_third_change_no_byte(monkeypatch):
+    savings = replace(CHECKPOINTED, tile=256, offload_checkpoints=True)
+    shape = replace(SHAPE, length=1024, sequences=2, memory_savings=savings, packed=True, gpu=True)  # 8 tiles, 4 chunks
+    few = ledger(config(4), LORA, shape)
+    monkeypatch.setattr(ledger_module, "ALIKE", 1000)
+    ledger_module._kept_trace.cache_clear()
+    monkeypatch.setattr(ledger_module, "VERSION", "all parts")
+    assert ledger(config(4), LORA, shape) == few
+
+
+def test_from_where_the_peak_stays_at_a_moment_bytes_are_a_line_in_the_number_of_sequences():
+    shape = replace(SHAPE, length=512, memory_savings=replace(CHECKPOINTED, tile=256))
+    few, one_more, many = (ledger(config(), LORA, replace(shape, sequences=count)) for count in (16, 17, 64))
+    assert {name: few[name] + 48 * (one_more[name] - few[name]) for name in few} == many
+
+
+def test_a_sequence_that_is_shared_is_counted_where_its_chunks_are_as_long_as_hidden_states_are_wide():
+    offloaded = replace(CHECKPOINTED, tile=1024, offload_checkpoints=True)
+    found = ledger(config(4), LORA, replace(SHAPE, length=4096, context=2, memory_savings=offloaded))
+    assert found[HOST] == pytest.approx((4 + 1 + 2 * 2) * 4096 * 512 * 2, rel=0.01)
 
 
 @pytest.mark.parametrize(("hidden", "tiles"), [(1024, 0), (2048, 4), (1088, 17)])

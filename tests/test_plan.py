@@ -64,12 +64,13 @@ def test_several_gpus_take_more_sequences_or_longer_ones(answer, capsys):
         answer(capsys, *words, "--shard-base")
 
 
-def test_more_sequences_than_a_gpu_has_use_for_are_refused_before_they_are_counted(monkeypatch, capsys):
-    words = ["plan", "Llama 2 7B", "--window", "8192", "--memory", "24", "--sequences", "100000"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit):
-        plan.arguments()
-    assert "--sequences 100000 is above 16, with which a GPU is busy: use fewer" in capsys.readouterr().err
+def test_hundreds_of_sequences_at_once_are_counted(answer, capsys):
+    one, many = (
+        json.loads(answer(capsys, "--window", "1024", "--memory", "80", "--sequences", count, "--json"))
+        for count in ("1", "400")
+    )
+    saved = [found["peak_gib_by_component"]["saved"] for found in (one, many)]
+    assert saved[1] == pytest.approx(400 * saved[0], rel=0.05)
 
 
 def test_what_is_small_is_not_shown_as_nothing(answer, capsys):
