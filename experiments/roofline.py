@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig
 
 from llama_long_utils.settings import Lora
-from llama_long_utils.training.ledger import tensors_in
 from llama_long_utils.training.planner import step_flops
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 
@@ -72,7 +72,7 @@ class MovedBytes(TorchDispatchMode):
         output = operator(*arguments, **options)
         if operator is torch.ops.prim.device.default or any(name in operator.name() for name in ELSEWHERE):
             return output
-        made, read = tensors_in(output), tensors_in([arguments, options])
+        made, read = (list(filter(torch.is_tensor, tree_leaves(values))) for values in (output, [arguments, options]))
         known = {tensor.untyped_storage()._cdata for tensor in read}
         is_new = any(tensor.untyped_storage()._cdata not in known for tensor in made)
         if is_new or operator._schema.is_mutable:

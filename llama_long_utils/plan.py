@@ -168,8 +168,8 @@ def cost(seconds: float) -> str:
 def table(found: dict[str, Any]) -> str:
     """The predictions for people."""
     lora, devices = found["lora"], found["devices"]
-    run = f"for the preset's {found['sequences_of_run']:,} sequences"
-    run = {gpu: f", {cost(3600 * hours)} {run}" for gpu, hours in found["hours_of_run"].items()}
+    of = f"for the preset's {found['sequences_of_run']:,} sequences"
+    run = {gpu: f", {cost(3600 * hours)} {of}" for gpu, hours in found["hours_of_run"].items()}
     norms = " and the norms" * lora["train_norms"]
     lines = {
         "model": f"{found['model']} in NF4, LoRA of rank {lora['rank']} on {len(lora['target_modules'])} "

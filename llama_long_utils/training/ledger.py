@@ -12,8 +12,6 @@ The same steps run with real tensors (`random_llama.py`), to compare.
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -51,6 +49,7 @@ ALIKE = 3  # parts, of a tensor that is split, that are run: those after the sec
 MOST_TILES = 32  # of a sequence: more of them are counted as so many
 WARM_UP = 16  # tokens
 VERSION = 4  # of the numbers that are kept: raise it when they change
+SPLIT = torch.Tensor.split
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -89,7 +88,7 @@ class StorageTracker(TorchDispatchMode):
         if operator is torch.ops.prim.device.default:  # most calls by far: autograd asks again and again
             return arguments[0].fake_device
         output = operator(*arguments, **(options or {}))
-        for tensor in tensors_in(output):
+        for tensor in filter(torch.is_tensor, tree_leaves(output)):
             self.add(tensor)
         if self.gpu and operator is ATTENTION_BACKWARD:
             workspace = attention_workspace(*arguments[1:3])
@@ -131,25 +130,13 @@ def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
     return batch * heads * (length * (4 * width + 4) + shared)
 
 
-def tensors_in(values: Any) -> list[torch.Tensor]:
-    """The tensors among an operator's arguments or results."""
-    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-
-
 def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of the linear layers in one decoder layer."""
     hidden, middle = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, middle),
-        "up_proj": (hidden, middle),
-        "down_proj": (middle, hidden),
-    }
+    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    read = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": middle, "up_proj": middle}
+    shapes = {name: (hidden, outputs) for name, outputs in read.items()}
+    return shapes | {"o_proj": (queries, hidden), "down_proj": (middle, hidden)}
 
 
 def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
@@ -244,7 +231,7 @@ def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.nd
         if f".layers.{PLAIN}." in name:
             of_layer[component] += tensor.untyped_storage().nbytes()
 
-    with FakeTensorMode(allow_non_fake_inputs=True), few_parts():
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(torch.Tensor, "split", _first_parts):
         model = random_llama(config, lora, shape.dtype, packed=shape.packed, context=shape.context, made=made)
         for weight in model.parameters():
             if weight.requires_grad:
@@ -264,17 +251,10 @@ def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.nd
     return {**trace, "before": before, "layer": np.array([of_layer[name] for name in COLUMNS], dtype=float)}
 
 
-@contextmanager
-def few_parts() -> Iterator[None]:
-    """Inside it of the tiles, and of the loss' chunks, only the first are run: fake results need no others."""
-    split = torch.Tensor.split
-
-    def first_parts(tensor: torch.Tensor, size: Any, dim: int = 0) -> tuple[torch.Tensor, ...]:
-        of_tokens = tensor.ndim < 3 and not dim and isinstance(size, int)
-        return split(tensor[: ALIKE * size] if of_tokens else tensor, size, dim)
-
-    with patch.object(torch.Tensor, "split", first_parts):
-        yield
+def _first_parts(tensor: torch.Tensor, size: Any, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """In place of `split`: of tiles, and of the loss' chunks, the first few. Fake results need no others."""
+    of_tokens = tensor.ndim < 3 and not dim and isinstance(size, int)
+    return SPLIT(tensor[: ALIKE * size] if of_tokens else tensor, size, dim)
 
 
 def _begin_segments(model: PeftModel, tracker: StorageTracker) -> None:

@@ -136,10 +136,8 @@ def _fill(model: PeftModel, device: str, made: Made) -> None:
         quantize_4bit(torch.ones(BLOCK, device=device), compress_statistics=True, quant_type="nf4")
     tied = causal_lm(model).config.tie_word_embeddings
     for module_name, module in model.named_modules():
-        if tied and module_name.endswith("lm_head"):
-            continue
         for name, weight in list(module._parameters.items()):
-            if weight is None:
+            if weight is None or (tied and module_name.endswith("lm_head")):
                 continue
             full_name = f"{module_name}.{name}"
             values = torch.empty(weight.shape, dtype=weight.dtype, device=device)
