@@ -5,7 +5,7 @@ import sys
 import time
 
 from llama_long_utils.cache import digest
-from llama_long_utils.commands import run_command
+from llama_long_utils.commands import run_command, tokens
 from llama_long_utils.evaluation.task_files import check_names
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.plan import at_least
@@ -24,10 +24,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["base", "extended"], help="the first is before")
     parser.add_argument("--items", type=count, help="of each task (default: all of a short one)")
     parser.add_argument("--long-count", type=count, default=50, help="of a long task, per length (50)")
-    parser.add_argument("--lengths", nargs="+", type=count, default=[], help="of long prompts (default: the preset's)")
+    parser.add_argument("--lengths", nargs="+", type=tokens, default=[], help="of long prompts (default: the preset's)")
     parser.add_argument("--adapter", default="", help="its folder (default: the newest of the preset)")
     parser.add_argument("--allow-execution", action="store_true", help="run written programs without bubblewrap")
-    parser.add_argument("--record", action="store_true", help="write to data/results, not to runs/PRESET/records")
+    parser.add_argument(
+        "--record", action="store_true", help="write to data/results, not to a folder in runs/PRESET/records"
+    )
     options = vars(parser.parse_args())
     name, tasks, record = (options.pop(key) for key in ("preset", "tasks", "record"))
     if len(set(options["arms"])) < max(2, len(options["arms"])):
@@ -37,9 +39,7 @@ def main() -> None:
     if (longest := max(options["lengths"], default=0)) > preset.extension.window:
         parser.error(f"--lengths {longest} is above the window of {name}, {preset.extension.window}: use shorter ones")
     check_names(tasks)
-    folder, other = preset.run_folder / "records", {key for key in options if options[key] != parser.get_default(key)}
-    if other or tasks != DEFAULT:  # it does not replace what was measured of all
-        folder /= digest(tasks, options)
+    folder = preset.run_folder / "records" / digest(tasks, options)  # a short run, as notebook 8's, leaves a long one
 
     import pandas as pd
 

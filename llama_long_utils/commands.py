@@ -1,9 +1,11 @@
 """How a command ends: one line for what went wrong, and the exit code that a shell expects."""
 
 import os
+import re
 import sys
 import time
 import warnings
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -11,6 +13,14 @@ from llama_long_utils.paths import CACHE
 
 PYTHON = ".venv/bin/python"  # as README has it, for what a command names to be run next
 INTERRUPTED, CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+
+
+def tokens(text: str) -> int:
+    """A converter for argparse: a number of tokens, 1 or more; "32768", "32,768" and "32K" are the same."""
+    parts = re.fullmatch(r"([1-9][\d,_]{0,11})(k?)", text.strip(), re.IGNORECASE)
+    if not parts:
+        raise ArgumentTypeError(f"{text!r} is no number of tokens: write 32768 or 32K")
+    return int(re.sub("[,_]", "", parts[1])) * (1024 if parts[2] else 1)
 
 
 def run_command(main: Callable[[], object], interrupted: str = "interrupted") -> NoReturn:

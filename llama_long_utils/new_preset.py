@@ -11,10 +11,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from llama_long_utils.commands import PYTHON, run_command
+from llama_long_utils.commands import PYTHON, run_command, tokens
 from llama_long_utils.data.sources import check_sources, load_documents
 from llama_long_utils.paths import PRESETS, REPOSITORY
-from llama_long_utils.plan import at_least, check_window, gibibytes, why_unknown
+from llama_long_utils.plan import check_window, gibibytes, why_unknown
 from llama_long_utils.presets import CHARACTERS, load_preset
 from llama_long_utils.settings import ARCHITECTURES
 
@@ -28,10 +28,12 @@ def arguments() -> argparse.Namespace:
     """What was asked for; what can be refused without heavy modules is refused here."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.new_preset", description=__doc__)
     parser.add_argument("--base", required=True, help="folder with config.json, owner/name on the hub, or packaged")
-    parser.add_argument("--window", required=True, type=at_least(int, 1), metavar="N", help="tokens to extend it to")
+    parser.add_argument("--window", required=True, type=tokens, metavar="N", help="tokens to extend it to")
     parser.add_argument("--memory", required=True, type=gibibytes, metavar="GIB", help="of the device")
     parser.add_argument("--name", help="of the preset (default: the model's name and the window)")
-    parser.add_argument("--texts", metavar="FOLDER", help="your .txt and .jsonl files (default: data sets on the hub)")
+    parser.add_argument(
+        "--texts", metavar="FOLDER", help="your .txt, .md and .jsonl files (default: data sets on the hub)"
+    )
     asked = parser.parse_args()
     asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}").strip("-.")
     if not asked.name or asked.texts == "":
@@ -40,6 +42,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"presets/{asked.name}.toml is there and is not overwritten: use another --name, or remove it")
     check_sources([asked.texts] if asked.texts else [], {})
     packaged, folder = [*json.loads(PACKAGED.read_bytes())], REPOSITORY / asked.base
+    if why := why_unknown(asked.base, packaged):
+        parser.error(f"{why} a folder, owner/name on the hub, or one of {packaged}")
     if folder.is_dir():
         with contextlib.suppress(OSError, AttributeError, TypeError, json.JSONDecodeError):  # said better later
             config = json.loads((folder / "config.json").read_bytes())
@@ -48,8 +52,6 @@ def arguments() -> argparse.Namespace:
             if config.get("use_sliding_window", True) and (sliding := config.get("sliding_window")):
                 raise ValueError(f"the base attends to the last {sliding:,} tokens only (sliding_window): use another")
             check_window(asked.window, config.get("max_position_embeddings"))
-    elif why := why_unknown(asked.base, packaged):
-        parser.error(f"{why} a folder, owner/name on the hub, or one of {packaged}")
     return asked
 
 
@@ -126,7 +128,7 @@ def write() -> None:
         raise
     counts = preset.data.held_out
     few = " (below eight, no intervals: raise held_out in [data], or add texts)" * (sum(counts.values()) < 8)
-    read = f" ({own['different']:,} different texts in .txt and .jsonl files)" if own else ""  # others are left out
+    read = f" ({own['different']:,} different texts)" if own else ""
     texts = f"texts: {', '.join(source.name for source in preset.data.mixture)}{read}; held out: {counts}{few}"
     print(f"presets/{asked.name}.toml: {preset.extended_rope}\n{texts}")
     print(f"then: {PYTHON} -m llama_long_utils.plan {asked.name}")

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from llama_long_utils.commands import run_command
+from llama_long_utils.commands import run_command, tokens
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import closest, load_preset, preset_names
 from llama_long_utils.records import read_published
@@ -54,8 +54,14 @@ def check_window(window: int, old: int | None) -> None:
 def why_unknown(model: str, names: Sequence[str]) -> str:
     """Why a model is neither one of these, nor a folder, nor owner/name on the hub, and what is meant; else ""."""
     path = REPOSITORY / model
-    if model in names or path.is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir()):
+    if (
+        model in names
+        or (path / "config.json").is_file()
+        or (re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir())
+    ):
         return ""
+    if path.is_dir():
+        return f"{path} is not a model folder: it has no config.json; use"
     beside = [str(Path(model).with_name(one.name)) for one in path.parent.glob("*/")]
     folder = "there is no such folder; " if "/" in model else ""
     return f"unknown model {model!r}{closest(model, [*names, *beside])}: {folder}use"
@@ -68,7 +74,7 @@ def arguments() -> argparse.Namespace:
     named = f"{', '.join(names)}, a folder with config.json, or owner/name on the hub"
     parser.add_argument("model", help=named)
     count = at_least(int, 1)
-    parser.add_argument("--window", type=count, metavar="N", help="tokens of a sequence (default: the preset's)")
+    parser.add_argument("--window", type=tokens, metavar="N", help="tokens of a sequence (default: the preset's)")
     parser.add_argument("--memory", type=gibibytes, metavar="GIB", help="of a GPU (default: the preset's)")
     parser.add_argument("--devices", type=count, default=1, metavar="K", help="GPUs, each with a copy of the base")
     parser.add_argument("--context-parallel", type=count, default=1, metavar="C", help="GPUs that share a sequence")

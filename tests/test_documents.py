@@ -8,7 +8,7 @@ import pytest
 from tokenizers import normalizers
 
 from experiments.tiny_llama import FOLDER
-from llama_long_utils.data.documents import Document, split_documents, tokenize_documents
+from llama_long_utils.data.documents import Document, draw, split_documents, tokenize_documents
 from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.data.packages import fetch_package
 from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, check_sources, load_documents
@@ -245,6 +245,28 @@ def test_a_copy_of_a_held_out_text_is_not_trained_on(tmp_path, tokenizer):
         split_documents(documents, {str(tmp_path): 5}, minimum_characters=1, seed=0)
     with pytest.raises(ValueError, match="of 8 documents none is left to train on"):
         split_documents(documents, {str(tmp_path): 4}, minimum_characters=1, seed=0)
+
+
+def test_a_near_copy_of_a_held_out_text_is_not_trained_on_and_a_text_that_quotes_it_is(tmp_path, tokenizer):
+    """Another edition, with other lines and some words changed, is as good as the text itself."""
+    words = np.random.default_rng(0).choice([f"word{number}" for number in range(500)], (9, 4000))
+    texts = [" ".join(row) for row in words]
+    texts.append("A line that only this one has.\n" + texts[0].replace(" word7 ", " changed ").replace(" word9 ", "\n"))
+    texts.append(texts[1] + texts[0][: len(texts[0]) // 3])
+    documents = [Document("mine", f"{number}", text) for number, text in enumerate(texts)]
+    seed = next(n for n in range(99) if min(documents, key=lambda one: draw(n, "mine", one.name)).name == "0")
+    training, held_out = split_documents(documents, {"mine": 1}, minimum_characters=1, seed=seed)
+    assert [one.name for one in held_out] == ["0"]
+    assert [one.name for one in training] == [*"12345678", "10"]
+
+
+def test_files_that_are_passed_over_are_named_once(tmp_path, capsys):
+    for name in ("a.txt", "B.TXT", "notes.md", "rows.parquet", "more.parquet", "scan.pdf", ".hidden.pdf", "Makefile"):
+        (tmp_path / name).write_text(f"Text of {name}")
+    for _ in range(2):
+        assert {one.name for one in load_documents(str(tmp_path))} == {"a.txt", "B.TXT", "notes.md"}
+    said = "2 .parquet, 1 without a suffix, 1 .pdf (what is read: .txt, .md, .jsonl)"
+    assert capsys.readouterr().out == f"passed over in {tmp_path}: {said}\n"
 
 
 def test_split_refuses_what_it_cannot_hold_out():

@@ -85,7 +85,7 @@ def test_a_preset_of_each_family_loads_plans_and_trains(family, written, texts, 
     command(monkeypatch, "--base", base, "--window", 128, "--memory", 1, "--texts", texts)
     said = capsys.readouterr().out
     assert "presets/my-model-128.toml: abf" in said
-    assert f"texts: {texts} (3 different texts in .txt and .jsonl files); held out" in said  # else nobody misses others
+    assert f"texts: {texts} (3 different texts); held out" in said
 
     preset = load_preset("my-model-128")
     assert base_config(preset).model_type == FAMILIES[family]["model_type"]
@@ -217,6 +217,12 @@ def test_a_rope_that_changes_with_the_length_leaves_no_file(written, tmp_path, m
         ({}, ["--window", "8192", "--memory", "1", "--name", "tiny"], "presets/tiny.toml is there and is not overw"),
         ({}, ["--window", "128", "--memory", "1", "--name", "///"], "give --name a letter or a digit"),
         ({}, ["--window", "128", "--memory", "1", "--texts", ""], "--texts is empty: name a folder of texts"),
+        (
+            {},
+            ["--base", "presets", "--window", "128", "--memory", "1"],
+            "presets is not a model folder: it has no config.j",
+        ),
+        ({}, ["--window", "32KB", "--memory", "1"], "'32KB' is no number of tokens: write 32768 or 32K"),
         ({}, ["--window", "8192", "--memory", "nan"], "nan must be a number of 0.1 or more"),
     ],
 )

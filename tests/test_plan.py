@@ -8,6 +8,7 @@ import pytest
 from transformers import Qwen2Config
 
 from llama_long_utils import plan
+from llama_long_utils.commands import tokens
 from llama_long_utils.training import ledger
 
 
@@ -103,6 +104,26 @@ def test_a_preset_s_window_is_above_its_base_s_own(monkeypatch):
 def test_an_owner_and_a_name_are_a_model_on_the_hub(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan", "owner/model", "--window", "4096", "--memory", "8"])
     assert plan.arguments().model == "owner/model"
+
+
+def test_a_folder_without_a_configuration_is_no_model(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["plan", str(tmp_path), "--window", "4096", "--memory", "8"])
+    with pytest.raises(SystemExit):
+        plan.arguments()
+    assert f"{tmp_path} is not a model folder: it has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "window"), [("32K", 32_768), ("128k", 131_072), ("65,536", 65_536), ("32_000", 32_000)]
+)
+def test_a_window_may_be_written_as_it_is_spoken_of(text, window):
+    assert tokens(text) == window
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "32KB", "1.5K", "K", ""])
+def test_a_window_that_is_no_number_is_refused_with_the_fix(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no number of tokens: write 32768 or 32K"):
+        tokens(text)
 
 
 @pytest.mark.parametrize("text", ["24", "24GB", "24 GiB", "24g"])

@@ -208,13 +208,15 @@ def test_more_tokens_than_the_model_embeds_are_refused_but_for_one_to_pad_with(t
     tokenizer = train_tokenizer([])
     tokenizer.save_pretrained(tmp_path)
     tokens = len(tokenizer)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": tokens - 1}))
     with pytest.raises(
         ValueError, match=f"its tokenizer has {tokens} tokens, its config.json a vocab_size of {tokens - 1}"
     ):
-        load_tokenizer(tmp_path, tokens - 1)
+        load_tokenizer(tmp_path)
     tokenizer.add_special_tokens({"pad_token": "<padding>"})
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path, tokens).pad_token_id == tokens
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": tokens}))
+    assert load_tokenizer(tmp_path).pad_token_id == tokens
 
 
 def test_nobody_is_asked_to_delete_a_model_of_his_own(broken, monkeypatch):
@@ -230,8 +232,8 @@ def test_config_and_tokenizer_need_no_weights(base_folder, tmp_path):
     assert base_config(small_preset(tmp_path)).hidden_size == 64
     with pytest.raises(ValueError, match=r"has no tokenizer \(neither tokenizer\.json nor tokenizer\.model\)"):
         load_tokenizer(tmp_path)
-    train_tokenizer([]).save_pretrained(tmp_path)
-    assert isinstance(load_tokenizer(tmp_path), PreTrainedTokenizerFast)
+    train_tokenizer([]).save_pretrained(tmp_path / "tokenizer")
+    assert isinstance(load_tokenizer(tmp_path / "tokenizer"), PreTrainedTokenizerFast)
     with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
         locate_base(small_preset(tmp_path))
 

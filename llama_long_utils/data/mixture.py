@@ -84,7 +84,8 @@ class Mixture:
         """A digest of what its documents depend on, known without reading them. A cap on passes changes none."""
         data = replace(self.data, sources=[replace(source, passes=1) for source in self.sources], passes=1)
         numbers = [BUFFER, HELD_OUT, SMALL, *[FEWEST] * self.weighted, *["copies"] * self.streams]
-        return digest(data, [tokens.key for tokens in self.tokens.values()], *numbers)
+        copies = sorted(self.texts_held_out - {(source, whole(name)) for source, name in self.chosen})
+        return digest(data, [tokens.key for tokens in self.tokens.values()], *numbers, *copies)
 
     def is_held_out(self, source: Source, name: str) -> bool:
         """Whether a document of this name is never trained on."""

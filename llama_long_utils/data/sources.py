@@ -11,8 +11,10 @@ import re
 import sys
 import sysconfig
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as once
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,6 +58,7 @@ CORPORA = {
     ),
 }
 STANDARD_LIBRARY = "python-stdlib"
+READ = (".txt", ".md", ".jsonl")  # of a folder, in any case
 LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  # tables, texts, tests
 FEW = 2**28  # bytes that are read at once in a quarter of a second
 LONGEST = 2**21  # bytes of a text that is tokenized in one piece: a longer file is several documents
@@ -67,8 +70,8 @@ def load_documents(source: str | Source, *, at_most: int | None = None, cache: P
     """The documents of a source, or its first ones; ValueError, with its place, if it holds none. A source is:
 
     - a name in `CORPORA`, or "python-stdlib", the files of the Python that runs
-    - a folder, absolute or seen from the repository, with `.txt` files (one document each) and `.jsonl` files (one
-      document a line, in the field "text"), hidden ones left out
+    - a folder, absolute or seen from the repository, with `.txt` and `.md` files (one document each) and
+      `.jsonl` files (one document a line, in the field "text"), hidden ones left out; others are passed over, and named
     - `hub:owner/name[:split[:column]]`, a data set on the hub (split "train", column "text")
     """
     (source,) = in_full([source])
@@ -77,7 +80,7 @@ def load_documents(source: str | Source, *, at_most: int | None = None, cache: P
     if not documents:
         raise ValueError(
             f"source {source.name!r} holds no text: give it at least one non-empty document (of a folder, only files "
-            "whose names end in .txt or .jsonl are read)"
+            "whose names end in .txt, .md or .jsonl are read)"
         )
     return documents
 
@@ -145,7 +148,7 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) 
         folder = (REPOSITORY / name).resolve()
         if not folder.is_dir():
             raise ValueError(
-                f"unknown document source {name!r}: there is no such folder; use one with .txt or .jsonl files, "
+                f"unknown document source {name!r}: there is no such folder; use one with .txt, .md or .jsonl files, "
                 f"hub:owner/name[:split[:column]], or one of {[*sorted(CORPORA), STANDARD_LIBRARY]}"
             )
         if REPOSITORY.is_relative_to(folder):
@@ -182,7 +185,7 @@ def _load_corpus(name: str, cache: Path) -> list[Document]:
 
 def _files(source: Source) -> list[tuple[Path, str]]:
     """The files of a folder or of the standard library, with their names in it."""
-    library = source.name == STANDARD_LIBRARY
+    library, others = source.name == STANDARD_LIBRARY, Counter[str]()
     folder, files = Path(sysconfig.get_paths()["stdlib"]) if library else REPOSITORY / source.name, []
     for path in sorted(folder.rglob("*.py" if library else "*")):
         name = path.relative_to(folder).as_posix()
@@ -191,12 +194,25 @@ def _files(source: Source) -> list[tuple[Path, str]]:
             first = parts[0].removesuffix(".py")
             if first in sys.stdlib_module_names and not LEFT_OUT & {first, *parts}:
                 files.append((path, name))
-        elif path.suffix in (".txt", ".jsonl") and not path.is_dir() and not any(part[:1] == "." for part in parts):
+        elif path.is_dir() or any(part[:1] == "." for part in parts):
+            continue
+        elif (suffix := path.suffix.lower()) not in READ:
+            others[suffix or "without a suffix"] += 1
+        else:
             if not path.is_file():
                 kind = "no regular file" if path.exists() else "a link to nothing"
                 raise ValueError(f"{path} is {kind}: remove it, or put the text itself there")
             files.append((path, name))
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        _say(f"passed over in {source.name}: {kinds} (what is read: {', '.join(READ)})")
     return files
+
+
+@once
+def _say(line: str) -> None:
+    """Print a line, once in a process: a folder is looked through several times."""
+    print(line, flush=True)
 
 
 def _read_files(source: Source, place: list[int] | None) -> Placed:
@@ -207,12 +223,12 @@ def _read_files(source: Source, place: list[int] | None) -> Placed:
         try:
             with path.open("rb") as stream:
                 stream.seek(byte or (len(codecs.BOM_UTF8) if stream.peek(3)[:3] == codecs.BOM_UTF8 else 0))
-                parts = _lines if path.suffix == ".jsonl" else _parts
+                parts = _lines if path.suffix.lower() == ".jsonl" else _parts
                 for number, text in parts(stream, path, number):  # noqa: B020 (goes on from it)
                     now = path.stat()
                     if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                         raise ValueError(f"{path} changed while it was read: run again when nothing writes to it")
-                    several = path.suffix == ".jsonl" or before.st_size >= LONGEST
+                    several = parts is _lines or before.st_size >= LONGEST
                     document = Document(source.name, f"{name}:{number}" if several else name, text)
                     yield document, [index, stream.tell(), number]
         except (OSError, UnicodeDecodeError) as error:

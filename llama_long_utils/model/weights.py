@@ -78,20 +78,21 @@ def pretrained_numbers(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(source: Path | str, embedded: int = 0) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, for which no weights are needed; raises as `locate_model`, or if not all is `embedded`."""
+def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, for which no weights are needed; raises as `locate_model`, or if config.json has fewer."""
     folder = _located(str(source), TOKENIZER)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): {_mend(folder)}")
-    tokenizer, config = AutoTokenizer.from_pretrained(folder, **LOCAL), folder / "config.json"
+    tokenizer, file = AutoTokenizer.from_pretrained(folder, **LOCAL), folder / "config.json"
+    config = _read_object(file) if file.is_file() else {}
     tokens = max({*tokenizer.get_vocab().values()} - {tokenizer.pad_token_id}) + 1  # no text holds a padding token
-    if tokens > (embedded or tokens):
+    if tokens > (embedded := config.get("vocab_size", tokens)):
         said = f"its tokenizer has {tokens:,} tokens, its config.json a vocab_size of {embedded:,}: use the one that"
         raise ValueError(f"{folder}: {said} it was trained with, or resize_token_embeddings({tokens}) and train those")
     if not tokenizer.eos_token:
         raise ValueError(f"{folder}: its tokenizer names no eos_token, which ends a text: add it to its config")
     if not tokenizer.bos_token:  # Qwen's, whose config.json has one
-        bos = _read_object(config).get("bos_token_id") if config.is_file() else None
+        bos = config.get("bos_token_id")
         tokenizer.bos_token = tokenizer.eos_token if bos is None else tokenizer.convert_ids_to_tokens(bos)
     return tokenizer
 

@@ -20,7 +20,7 @@ from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, save_adapter
 from llama_long_utils.model.attention import DOCUMENTS
 from llama_long_utils.model.base import check_rope, load_base
-from llama_long_utils.model.weights import base_config, load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.training.planner import USABLE, Plan, plan_training
@@ -76,7 +76,7 @@ def train_adapter(
     if not state.is_main_process:
         state.wait_for_everyone()  # until the first has filled the caches
     plan, base = plan_training(preset, settings, division), locate_base(preset)
-    tokenizer = load_tokenizer(base, base_config(preset).vocab_size)
+    tokenizer = load_tokenizer(base)
     documents = Mixture(preset.data, tokenizer, window=settings.window)
     reading = documents.reading(settings)
     documents.held_out()  # too few of them are said now, not after the training
