@@ -63,8 +63,7 @@ from experiments.pretraining_rates import LARGER
 from experiments.pretraining_results import LARGER_SLUG, LATER, MIXED, SLUG, add_cells, collect
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import read_documents
-from llama_long_utils.data.packing import TrainingSequence, join_pieces
-from llama_long_utils.data.quoting import quote_themselves
+from llama_long_utils.data.packing import TrainingSequence, join_pieces, quote_themselves
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.evaluation.perplexity import (
     bucket_sums,

@@ -29,7 +29,7 @@ from transformers import LlamaForCausalLM
 from experiments.pretraining import held_out_stretches
 from experiments.pretraining_cells import LONG, PRESET
 from experiments.pretraining_mix import PIECE
-from llama_long_utils.data.quoting import with_excerpts
+from llama_long_utils.data.packing import with_excerpts
 from llama_long_utils.model.loss import hidden_states
 
 DISTANCES = [0, 1, 256, 512, 1024, 2048, 4096]  # from an excerpt back to what it quotes: edges; 0 is text of its own

@@ -48,8 +48,7 @@ import numpy as np
 from experiments.pretraining import cut, texts
 from experiments.pretraining_cells import MIXES
 from llama_long_utils.data.documents import TokenizedDocument, tokenize_documents
-from llama_long_utils.data.packing import TrainingSequence, join_pieces
-from llama_long_utils.data.quoting import with_excerpts
+from llama_long_utils.data.packing import TrainingSequence, join_pieces, with_excerpts
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.data.sources import STANDARD_LIBRARY, load_documents
 from llama_long_utils.settings import TrainingSettings

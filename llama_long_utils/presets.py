@@ -57,13 +57,10 @@ def fastest_dtype(gpu: Path = Path("/proc/driver/nvidia/version"), cpu: Path = P
 def _read(name: str, *inheriting: str) -> dict[str, Any]:
     """The values in a preset's file; what it leaves out is as in the preset that it is `like`."""
     values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
-    if not isinstance(like := values.pop("like", ""), str) or like in (name, *inheriting):
-        raise ValueError(f"presets/{name}.toml: like = {like!r} must name another preset")
-    if like and like not in preset_names():
-        known = preset_names()
-        raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {known}{closest(like, known)}")
-    if not like:
+    if (like := values.pop("like", "")) == "":
         return values
+    if like not in (others := [other for other in preset_names() if other not in (name, *inheriting)]):
+        raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {others}{closest(str(like), others)}")
     inherited = _read(like, name, *inheriting)
     for section, given, follows in REPLACED:
         if given in _section(values, section):
@@ -84,7 +81,7 @@ def follow_window(values: dict[str, Any]) -> None:
 
     Every training and evaluation reach the window. Bucket edges and retrieval lengths are the window halved again and
     again, after a few short ones. A held-out document has CHARACTERS for each token that is read of it. The `tokens` of
-    [training] stand for as many steps as they fill.
+    [training] stand for as many steps as they fill, a tenth of which are for warming up.
     """
 
     def tokens_of(section: str, key: str, other: int) -> int:
@@ -114,7 +111,8 @@ def follow_window(values: dict[str, Any]) -> None:
     numbers = [training.get(key) for key in ("tokens", "window", "sequences_per_step")]
     if "steps" not in training and all(isinstance(number, int) and number > 0 for number in numbers):
         training["steps"] = max(1, training.pop("tokens") // (numbers[1] * numbers[2]))
-        training.setdefault("warmup_steps", training["steps"] // 10)
+    if isinstance(steps := training.get("steps"), int):
+        training.setdefault("warmup_steps", steps // 10)
 
 
 def _section(values: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -54,11 +54,10 @@ def train() -> None:
     options = {"context_parallel": chosen.context_parallel, "sharded_base": chosen.shard_base}
     trained = train_adapter(preset, settings=settings, scaling=scaling, progress=chosen.report_every, **options)
     if join_processes().is_main_process:
-        last = trained.log[-1]
+        last, given = trained.log[-1], f" -p {'control_' * chosen.control}adapter {trained.folder}"
         print(f"{last['step']:,} steps on {trained.label_tokens:,} labels, loss {last['loss']:.3f}: {trained.folder}")
-        other = f" -p {'control_' * chosen.control}adapter {trained.folder}"  # which the notebook does not find
-        other = other if chosen.control or (chosen.steps, chosen.seed) != (None, None) else ""
-        print(f"then: {PYTHON} -m tools.run --preset {preset.name} --only 06{other}", flush=True)
+        other = chosen.control or (chosen.steps, chosen.seed) != (None, None)  # than the notebook finds
+        print(f"then: {PYTHON} -m tools.run --preset {preset.name} --only 06{given * other}", flush=True)
     join_processes().destroy_process_group()
 
 

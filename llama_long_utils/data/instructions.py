@@ -46,14 +46,11 @@ class Dialogue:
 
     def turns(self, tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids of each question, and of its answer with EOS."""
-        if not self.questions:
-            return []
-        asked, answers = (
-            tokenizer([getattr(question, part) for question in self.questions], add_special_tokens=False)["input_ids"]
-            for part in ("text", "answer")
-        )
-        pairs = zip(asked, answers, strict=True)
-        return [(np.array(one, np.int64), np.array([*two, tokenizer.eos_token_id], np.int64)) for one, two in pairs]
+
+        def ids(text: str, *behind: int) -> np.ndarray:
+            return np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], *behind], np.int64)
+
+        return [(ids(one.text), ids(one.answer, tokenizer.eos_token_id)) for one in self.questions]
 
 
 @dataclass(frozen=True)

@@ -95,26 +95,23 @@ class Mixture:
 
     def held_out(self) -> list[TokenizedDocument]:
         """The held-out documents, of a stream the first that are long enough; ValueError if they are too few."""
-        return [document for source in self.sources for document in self._held_out_of(source)]
+        found = (document for source in self.sources if source.name in self.counts for document in self._of(source))
+        return [replace(document, token_ids=document.token_ids.astype(np.int32)) for document in found]
 
-    def _held_out_of(self, source: Source) -> list[TokenizedDocument]:
-        count, tokens = self.counts.get(source.name, 0), self.tokens[source.name]
+    def _of(self, source: Source) -> list[TokenizedDocument]:
+        count, tokens, shortest = self.counts[source.name], self.tokens[source.name], self.data.minimum_characters
+        if source.name in self.small:
+            return [document for document, _ in tokens if (source.name, document.name) in self.chosen]
         if source.held_out_split:
             other = replace(source, split=source.held_out_split, held_out_split="")
             tokens = TokenizedSource(other, survey(other)[1], self.rules, tokens.folder)
-        shortest = 0 if source.name in self.small else self.data.minimum_characters
         chosen: list[TokenizedDocument] = []
         passed_over = 0
-        for document, characters in tokens if count else ():
-            if source.name in self.small:
-                wanted = (source.name, document.name) in self.chosen
-            else:
-                wanted = source.held_out_split or self.is_held_out(source, document.name)
-            if wanted and characters >= shortest:
-                chosen.append(replace(document, token_ids=document.token_ids.astype(np.int32)))
+        for document, characters in tokens:
+            passed_over += document.tokens
+            if characters >= shortest and (source.held_out_split or self.is_held_out(source, document.name)):
+                chosen.append(document)
                 passed_over = 0
-            else:
-                passed_over += document.tokens
             if len(chosen) == count or passed_over > PATIENCE:
                 break
         if len(chosen) < count:

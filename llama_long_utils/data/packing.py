@@ -4,6 +4,7 @@ A document longer than the window is cut into whole windows, so that long text s
 left over is packed best-fit with other left-overs. Each piece restarts its position ids at 0.
 transformers reads such restarts as a block-diagonal mask (`attention_mask=None`, `use_cache=False`),
 so no token attends across a boundary, and the first token of every piece carries no label.
+Sequences may then quote themselves, so that a small model learns to copy from its context, or skip positions.
 """
 
 import bisect
@@ -114,26 +115,50 @@ def packed_pieces(
             yield packed[index]
 
 
+def with_excerpts(ids: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a text that quotes itself, and for each token the place that it is copied from, or -1.
+
+    Half of its stretches become excerpts of 12 to 64 tokens from what stands before them, without any marker.
+    """
+    window = len(ids)
+    place = used = int(generator.integers(48, 129))
+    changed, source = ids.copy(), np.full(window, -1)
+    while place < window:
+        length = min(int(generator.integers(12, 65)), window - place)
+        if generator.random() >= 0.5:
+            changed[place : place + length] = ids[used : used + length]
+            used += length
+        else:
+            length = min(length, place - 1)
+            first = int(generator.integers(1, place - length + 1))
+            changed[place : place + length] = changed[first : first + length]
+            source[place : place + length] = np.arange(first, first + length)
+        place += length
+    return changed, source
+
+
+def quote_themselves(sequences: Iterable[TrainingSequence], share: float, *, seed: int) -> Iterator[TrainingSequence]:
+    """Put excerpts of itself (`with_excerpts`) into a share of the sequences, where they hold a single piece."""
+    generator = np.random.default_rng(seed)
+    for sequence in sequences:
+        if generator.random() < share and sequence.contiguous:
+            ids, _source = with_excerpts(sequence.input_ids, generator)
+            sequence = replace(
+                sequence, input_ids=ids, labels=np.where(sequence.labels == IGNORED_LABEL, IGNORED_LABEL, ids)
+            )
+        yield sequence
+
+
 def skip_positions(sequences: Iterable[TrainingSequence], reach: int, *, seed: int) -> Iterator[TrainingSequence]:
     """PoSE (arXiv:2309.10400): train at a short length on distances of a long one.
 
-    Each sequence is cut in two at a random place, and the second part's positions move on by a random number, up to
-    `reach`. All carry an all-ones attention mask: without it, transformers takes a jump in the positions for the start
-    of another document, which cannot see the first part.
-
-    Raises:
-        ValueError: a sequence holds several pieces, or is longer than `reach`.
+    Each sequence, of one document as `TrainingSettings` asks, is cut in two at a random place, and the second part's
+    positions move on by a random number, up to `reach`. All carry an all-ones attention mask: without it, transformers
+    takes a jump in the positions for the start of another document, which cannot see the first part.
     """
     generator = np.random.default_rng(seed)
     for sequence in sequences:
-        window = len(sequence.input_ids)
-        if reach < window:
-            raise ValueError(
-                f"positions cannot end at {reach:,} in sequences of {window:,} tokens: raise training.reach"
-            )
-        if reach > window:
-            if not sequence.contiguous:
-                raise ValueError("positions can only be skipped inside one document: set training.pack = false")
+        if reach > (window := len(sequence.input_ids)):
             positions = sequence.position_ids.copy()
             positions[int(generator.integers(1, window)) :] += int(generator.integers(0, reach - window + 1))
             sequence = replace(sequence, position_ids=positions, attention_mask=np.ones(window, dtype=np.int64))

@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import Mixture
-from llama_long_utils.data.packing import TrainingSequence, join_pieces, packed_pieces, skip_positions
-from llama_long_utils.data.quoting import quote_themselves
+from llama_long_utils.data.packing import TrainingSequence, join_pieces, packed_pieces, quote_themselves, skip_positions
 from llama_long_utils.settings import TrainingSettings
 
 NEAR = 1024  # sequences that are drawn on the way to another one, which several processes do that share them

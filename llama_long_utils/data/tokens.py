@@ -6,7 +6,6 @@ done. Here a shard is there as soon as it is made; made once, its text is not re
 
 import fcntl
 from collections.abc import Iterator
-from dataclasses import dataclass
 from io import BytesIO
 from itertools import count, pairwise
 from pathlib import Path
@@ -27,6 +26,7 @@ SHARD = 2**22  # characters of a shard, about
 def write_shard(rules: Rules, cache: Cache, number: int, documents: list[Document], behind: Any) -> None:
     """Tokenize documents into the shard of this number; `behind` is the place in the source where the next begins.
 
+    `ends[i]` to `ends[i + 1]` are the token ids of the i-th document. The shard without any is the last.
     Of processes that come with the same shard, one makes it while the others wait.
     """
 
@@ -50,20 +50,6 @@ def write_shard(rules: Rules, cache: Cache, number: int, documents: list[Documen
         cache.value(f"{number:06}", make)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Documents of a source: `ends[i]` to `ends[i + 1]` are the token ids of the i-th. The one without any is the last.
-
-    `behind` is the place in the source where the next shard begins.
-    """
-
-    token_ids: np.ndarray
-    ends: list[int]
-    names: list[str]
-    characters: list[int]
-    behind: Any
-
-
 class TokenizedSource:
     """The documents of a source, of this identity (`survey`), as token ids. What was read once is in the cache."""
 
@@ -75,13 +61,13 @@ class TokenizedSource:
 
     def __iter__(self) -> Iterator[tuple[TokenizedDocument, int]]:
         """Each document, and how many characters it has."""
-        for shard in self.shards():
-            rows = zip(shard.names, shard.characters, pairwise(shard.ends), strict=True)
+        for token_ids, shard in self.shards():
+            rows = zip(shard["names"], shard["characters"], pairwise(shard["ends"]), strict=True)
             for name, characters, (start, stop) in rows:
-                yield TokenizedDocument(self.source.name, name, shard.token_ids[start:stop]), characters
+                yield TokenizedDocument(self.source.name, name, token_ids[start:stop]), characters
 
-    def shards(self) -> Iterator[Shard]:
-        """All shards in order. Those that are not in the cache are made when they are asked for.
+    def shards(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """All shards in order, as token ids and what `write_shard` says of them; made when they are asked for.
 
         ValueError if the source is no longer what it was when the run began.
         """
@@ -101,20 +87,19 @@ class TokenizedSource:
                     characters += len(document.text)
                 write_shard(self.rules, self.cache, number, documents, behind)
                 shard = self.stored(number)
-            if not shard.names:
+            if not shard[1]["names"]:
                 return
-            behind = shard.behind
+            behind = shard[1]["behind"]
             yield shard
 
-    def stored(self, number: int) -> Shard | None:
+    def stored(self, number: int) -> tuple[np.ndarray, dict[str, Any]] | None:
         """A whole shard of the cache; one that is not whole is removed, to be made again."""
         found = self.cache.kept(f"{number:06}", {}, ".json")
         if found is None:
             return None
         index, tokens = (self.cache.path(f"{number:06}", {}, suffix) for suffix in (".json", ".npy"))
-        if not tokens.is_file() or file_sha256(tokens) != found.pop("sha256"):
+        if not tokens.is_file() or file_sha256(tokens) != found["sha256"]:
             print(f"{tokens.name} in {tokens.parent.name}/ is not whole: made again", flush=True)
             index.unlink(missing_ok=True)
             return None
-        ids = np.load(tokens, mmap_mode="r") if found["names"] else np.empty(0)
-        return Shard(np.asarray(ids), **found)
+        return np.asarray(np.load(tokens, mmap_mode="r") if found["names"] else np.empty(0)), found
