@@ -9,6 +9,7 @@ from torch import nn
 
 from experiments import pretraining, pretraining_cells, pretraining_context, pretraining_gpu
 from experiments import pretraining_gpu_results as judging
+from experiments import pretraining_results as pretraining_results_module
 from experiments.attention import s2_attention
 from experiments.pretraining_cells import AS_SPARSE, LONG, SPARSE_SHARE, Cell
 from experiments.pretraining_figures import savings
@@ -68,6 +69,7 @@ def test_a_seed_is_measured_with_its_pilots_and_joined_and_a_second_call_changes
     monkeypatch.setattr(pretraining_gpu, "PILOTS", [("long", 1), ("long", 2), ("short", 1)])
     monkeypatch.setattr(pretraining_gpu, "ARMS", ("long", "switch-80", "s2", AS_SPARSE))
     monkeypatch.setattr(pretraining_gpu, "TIMED", 3)
+    monkeypatch.setattr(pretraining_results_module, "LAW_SAMPLES", 20)
     pretraining_gpu.measure_speed("16M-doll")
     paths = run_seed("16M-doll", 0, 1000.0, steps=3)
     assert len(paths) == 4

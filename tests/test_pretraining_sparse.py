@@ -11,7 +11,7 @@ from llama_long_utils.evaluation.statistics import Bootstrap
 
 def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_path, monkeypatch):
     for name in ("doll", "doll-x0.7", "doll-x1.4"):
-        monkeypatch.setitem(pretraining_cells.SIZES, name, Size(64, 2, 2, 7e-3, steps=8))
+        monkeypatch.setitem(pretraining_cells.SIZES, name, Size(64, 2, 2, 7e-3, steps=4))
     monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
     monkeypatch.setattr(pretraining_sparse, "LARGER", "doll")
     monkeypatch.setattr(pretraining_sparse, "SEEDS", (0,))
@@ -23,7 +23,7 @@ def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_
     assert list(results.cells["size"]) == ["doll"] * 3 + ["doll-x0.7"] * 2
     cells = results.cells[:3].set_index("arm")
     assert set(cells.index) == {SPARSE, AS_SPARSE, "long"}
-    assert cells.tokens[SPARSE] == cells.tokens["long"] == 8 * LONG > cells.tokens[AS_SPARSE]
+    assert cells.tokens[SPARSE] == cells.tokens["long"] == 4 * LONG > cells.tokens[AS_SPARSE]
     assert cells.flops_counted[AS_SPARSE] == pytest.approx(cells.flops_counted[SPARSE], rel=0.1)  # whole steps
     own = results.record.table("as_trained")
     assert set(zip(own["size"], own.seed, strict=True)) == {("doll", 0), ("doll-x0.7", 0)}
@@ -31,7 +31,7 @@ def test_all_cells_are_measured_and_joined_and_a_second_call_trains_nothing(tmp_
     cells = short.cells[:3].set_index("arm")
     assert set(cells.index) == {SHORT_SPARSE, SHORT_AS_SPARSE, "short"}
     assert set(cells.long_steps) == {0}
-    assert cells.tokens[SHORT_SPARSE] == cells.tokens["short"] == 8 * LONG > cells.tokens[SHORT_AS_SPARSE]
+    assert cells.tokens[SHORT_SPARSE] == cells.tokens["short"] == 4 * LONG > cells.tokens[SHORT_AS_SPARSE]
     assert cells.flops_counted[SHORT_AS_SPARSE] == pytest.approx(cells.flops_counted[SHORT_SPARSE], rel=0.1)
     assert cells.flops[SHORT_SPARSE] < cells.flops["short"] < results.cells.flops[0]
     assert not short.record.table("as_trained").nats.equals(own.nats)
