@@ -22,12 +22,13 @@ import os
 import shutil
 import time
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from experiments.pretraining_cells import (
@@ -76,7 +77,7 @@ from llama_long_utils.model.weights import load_tokenizer, locate_base
 from llama_long_utils.paths import write_atomically
 from llama_long_utils.records import read_record, write_record
 from llama_long_utils.settings import TrainingSettings
-from llama_long_utils.training.trainer import last_whole_checkpoint, train
+from llama_long_utils.training.trainer import Labels, last_whole_checkpoint, plain_trainer, train
 
 BF16 = "bf16 autocast"
 QUESTION = "When should pretraining sequences become long?"
@@ -185,6 +186,19 @@ def begin_with(checkpoint: Path, folder: Path) -> None:
         os.replace(copy, folder)
 
 
+def leaving_off(until: int, *given: Any) -> tuple[Trainer, Labels]:
+    """`plain_trainer` that stops after step `until`, with a checkpoint, from which another call of `train` goes on."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, _arguments: Any, state: Any, control: Any, **_options: Any) -> None:
+            if state.global_step >= until:
+                control.should_save = control.should_training_stop = True
+
+    trainer, labels = plain_trainer(*given)
+    trainer.add_callback(Stop())
+    return trainer, labels
+
+
 def timed_training(
     model: LlamaForCausalLM, rows: list[TrainingSequence], settings: TrainingSettings, folder: Path, until: int
 ) -> tuple[list[dict[str, float]], float]:
@@ -201,7 +215,7 @@ def timed_training(
         return log, json.loads(clock.read_text()) if clock.is_file() else float("nan")
     begin = now()
     with fast_products(model.device):
-        log = train(model, rows, settings, folder, stop_after=until)
+        log = train(model, rows, settings, folder, build=partial(leaving_off, until))
     seconds = (now() - begin) / max(until - first, 1)
     write_atomically(clock, json.dumps(seconds).encode())
     return log, seconds

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 import experiments.attention  # noqa: F401 (registers s2)
 from conftest import LORA, RAISED, new_llama, training_sequences
+from experiments.pretraining import leaving_off
 from llama_long_utils.cache import digest
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import skip_positions
@@ -167,7 +169,7 @@ def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(base_folder, tm
 def test_a_run_that_leaves_off_goes_on_with_longer_sequences(tmp_path):
     straight = new_llama(seed=0)
     log = train(straight, sequences(), SETTINGS, tmp_path / "straight")
-    before = train(new_llama(seed=0), sequences(), SETTINGS, tmp_path / "run", stop_after=3)
+    before = train(new_llama(seed=0), sequences(), SETTINGS, tmp_path / "run", build=partial(leaving_off, 3))
     assert [row["loss"] for row in before] == [row["loss"] for row in log[:3]]
     shutil.copytree(tmp_path / "run", tmp_path / "same")
     same = new_llama(seed=0)

@@ -64,7 +64,6 @@ def train(
     report_every: int = 0,
     gaps_gib: float = GAPS_GIB,
     context_parallel: int = 1,
-    stop_after: int = 0,
     build: "Build | None" = None,
 ) -> list[dict[str, float]]:
     """Train in place and return one row per step: step, tokens, loss (nats), learning_rate, ...
@@ -76,7 +75,6 @@ def train(
         report_every: print a line every so many steps; 0: none.
         gaps_gib: free memory that may stay resident (`give_back_gaps`).
         context_parallel: so many processes share a sequence.
-        stop_after: leave off after this step, with a checkpoint, from which a call without it goes on; 0: at the end.
         build: what makes the `Trainer`; default: `plain_trainer`.
 
     Raises:
@@ -140,7 +138,7 @@ def train(
         seed=settings.seed,
     )
     trainer, labels = (build or plain_trainer)(model, sequences, division, arguments)
-    log = StepLog(labels, settings, report_every, stop_after)
+    log = StepLog(labels, settings, report_every)
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
     if isinstance(causal_lm(model).model, FSDPModule):  # `shard_base`
@@ -176,8 +174,8 @@ def plain_trainer(
 class StepLog(TrainerCallback):
     """See the module's docstring."""
 
-    def __init__(self, labels: Labels, settings: TrainingSettings, report_every: int, stop_after: int) -> None:
-        self.labels, self.settings, self.report_every, self.stop_after = labels, settings, report_every, stop_after
+    def __init__(self, labels: Labels, settings: TrainingSettings, report_every: int) -> None:
+        self.labels, self.settings, self.report_every = labels, settings, report_every
         self.checked, self.started = False, time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
 
@@ -207,10 +205,6 @@ class StepLog(TrainerCallback):
         if self.report_every and state.is_world_process_zero and row["step"] % self.report_every == 0:
             speed = f", {row['tokens_per_second']:,.0f} tokens/s" if row["tokens"] else ""  # answers have no labels
             print(f"step {row['step']:,} of {self.settings.steps:,}: {in_words(row)}{speed}", flush=True)
-
-    def on_step_end(self, _arguments: Any, state: TrainerState, control: Any, **_options: Any) -> None:
-        if self.stop_after and state.global_step >= self.stop_after:
-            control.should_save = control.should_training_stop = True
 
     def on_save(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
         PartialState().wait_for_everyone()  # each writes a file
