@@ -26,6 +26,7 @@ def tokens(text: str) -> int:
 def run_command(main: Callable[[], object], interrupted: str = "interrupted") -> NoReturn:
     """Run it and exit: 0, or 1 with one line on stderr, or as a shell shows Ctrl-C and a closed pipe."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries will change, and use themselves
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns of texts beyond a base's old window
     try:
         main()
         sys.stdout.flush()

@@ -164,12 +164,9 @@ def _check_consistency(preset: Preset) -> None:
     races = {f"race.trainings.{name}.reach": training.reach for name, training in preset.race.trainings.items()}
     follow = f"extension.window = {window}: leave it out, then it follows the window"
     reached = {"training.reach": preset.training.reach, "evaluation.far_tokens": evaluation.far_tokens}
-    for name, value in reached.items():
-        if value != window:
-            raise ValueError(f"{where}: {name} = {value} is not {follow}")
-    for name, value in {**races, "retrieval.lengths": lengths[-1]}.items():
-        if value > window:
-            raise ValueError(f"{where}: {name} = {value} is longer than {follow}")
+    for name, value in {**reached, **races, "retrieval.lengths": lengths[-1]}.items():
+        if value > window or (name in reached and value < window):
+            raise ValueError(f"{where}: {name} = {value} is {'longer' if value > window else 'shorter'} than {follow}")
     sources = [source.name for source in preset.data.mixture]
     unknown = set(preset.data.held_out) - set(sources) - {PurePath(source).name for source in sources}
     if unknown:

@@ -161,14 +161,18 @@ def test_unknown_preset_names_the_known_ones():
         (
             "pack = true",
             "pack = false\nreach = 8192",
-            "training.reach = 8192 is not extension.window = 4096",
+            "training.reach = 8192 is longer than extension.window = 4096",
         ),
         (
             "pack = true",
             "pack = false\nwindow = 512\nreach = 512",
-            "training.reach = 512 is not extension.window",
+            "training.reach = 512 is shorter than extension.window",
         ),
-        ("[evaluation]", "[evaluation]\nfar_tokens = 2048", r"evaluation.far_tokens = 2048 is not extension.window"),
+        (
+            "[evaluation]",
+            "[evaluation]\nfar_tokens = 2048",
+            r"evaluation.far_tokens = 2048 is shorter than extension.window",
+        ),
         ("[evaluation]", "[evaluation]\nbucket_edges = [1, 16, 4, 4096]", "bucket_edges must rise"),
         (
             "[evaluation]",
