@@ -244,6 +244,9 @@ def test_next_sentence_is_the_right_choice_and_the_others_are_not_shown(tokenize
     assert short == long
     with pytest.raises(ValueError, match=r"no document has more than 200,000 tokens \(the longest of 1 has"):
         long_prompts.next_sentence_rows(documents, tokenizer, [100_000], count=1, seed=0)
+    code = tokenize_documents([Document("mine", "code", "value = function(other)\n" * 500)], tokenizer)
+    with pytest.raises(ValueError, match="next_sentence: 3 tries in 1 held-out documents found no four sentences"):
+        long_prompts.next_sentence_rows(code, tokenizer, [128], count=3, seed=0)
     some = long_prompts.next_sentence_rows(documents, tokenizer, [128, 100_000], count=6, seed=0)
     assert {row["max_length"] for row in some} == {128}
 

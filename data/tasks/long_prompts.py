@@ -213,7 +213,7 @@ def next_sentence_rows(
         count: questions at each length, from the documents in turn; fewer where a document has no fitting sentences.
 
     Raises:
-        ValueError: no document is long enough for any of them.
+        ValueError: no document is long enough for any of them, or none has sentences.
     """
     longest = max((document.tokens for document in documents), default=0)
     fewest, lengths = min(lengths), [length for length in lengths if 2 * length < longest]
@@ -249,4 +249,9 @@ def next_sentence_rows(
         for length in lengths:
             first = spans["offset_mapping"][-(length - room)][0]
             rows.append({**row, "prompt": before[first:], "max_length": length})
+    if not rows:
+        raise ValueError(
+            f"next_sentence: {count} tries in {len(fitting)} held-out documents found no four sentences to choose "
+            "among (code and lists have few): ask more items, or other tasks"
+        )
     return rows
