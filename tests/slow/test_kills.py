@@ -149,7 +149,7 @@ class Doll:
         words = (REPOSITORY / "README.md").read_text().split()
         texts.mkdir(parents=True)
         for number in range(6):
-            (texts / f"tëxt {number}.txt").write_text(" ".join(words[number * 50 : number * 50 + 500]))
+            (texts / f"tëxt {number}.txt").write_text(" ".join(words[number * 400 : number * 400 + 400]))
         tokenizer = REPOSITORY / "data" / "tiny-llama"
         torch.manual_seed(0)
         config = LlamaConfig(
