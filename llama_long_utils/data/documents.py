@@ -130,7 +130,5 @@ def split_documents(
     wholes = {(source, whole(name)) for (source, name), text in texts.items() if text in copies}
     training = [d for d in documents if (d.source, whole(d.name)) not in wholes]
     if not training:
-        raise ValueError(
-            f"of {len(documents)} documents none is left to train on but copies: hold out less, or add texts"
-        )
+        raise ValueError(f"of {len(documents)} documents none is left to train on but copies: hold out less, add more")
     return training, [d for d in documents if (d.source, d.name) in chosen]
