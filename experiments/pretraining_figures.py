@@ -294,16 +294,49 @@ def draw_quality(
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
 
 
+def draw_lead(
+    parts: dict[str, tuple[PretrainingResults, str]], folder: Path, slug: str, number: str, smooth: int = 20
+) -> None:
+    """Training loss on short sequences minus that on long ones, on the same tokens, until the switch at 80%.
+
+    `parts` names results and a size. Lines are means over seeds and over `smooth` steps, areas their range over seeds.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    said, colours = [], (GREY, BLUE, PURPLE)
+    for (label, (results, size)), colour in zip(parts.items(), colours, strict=True):
+        short = int(results.cost(size, "switch-80", "short_steps"))
+        each = results.spike(size, "switch-80", before=short, after=0)
+        each = np.apply_along_axis(np.convolve, 1, each, np.ones(smooth) / smooth, "valid")
+        tokens = results.cost(size, "long", "tokens") / results.cost(size, "long", "long_steps")
+        read = tokens * (np.arange(each.shape[1]) + smooth / 2) / 1e6
+        axes.fill_between(read, each.min(axis=0), each.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        axes.plot(read, each.mean(axis=0), color=colour, label=label)
+        behind = np.flatnonzero(each.mean(axis=0) > 0)
+        ahead = "" if behind[-1] + 1 == len(read) else f", and below from {read[behind[-1]]:.1f} million tokens on"
+        said.append(f"{label}: {each[:, 0].mean():+.2f} at first, {each[:, -1].mean():+.2f} before the switch{ahead}")
+    axes.axhline(0, color="0.35", linewidth=1)
+    axes.set(xscale="log", xlabel="tokens read (millions)", ylabel="short minus long (nats)")
+    axes.legend()
+    turned = [line.partition(":")[0] for line in said if "below from" in line]
+    caption = "**Short steps train worse at first, and then better, in: "
+    caption += f"{' and '.join(turned) or 'none'}.** Training loss on sequences of 512 tokens minus that on 4,096, on "
+    caption += "the same tokens.\n\n*Recorded by us. Lines: means over seeds and 20 steps; areas: seeds.*"
+    save_figure(figure, folder, slug, number, caption, f"{'; '.join(said)}.")
+
+
 def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug: str, number: str) -> None:
     """What the longest context saves, and the exponent of the law, of each model and seed against its parameters."""
     laws = pd.concat([part.record.table("power_law") for part in parts], ignore_index=True).sort_values("parameters")
     figure, panels = plt.subplots(1, 2, figsize=(8.5, 4))
     columns = {"saved": "saved by 4,064 tokens (nats)", "beta": "exponent β of the law"}
     for panel, (column, label) in zip(panels, columns.items(), strict=True):
-        for (model, part), colour in zip(laws.groupby("model", sort=False), (BLUE, TEAL, GREY, PURPLE), strict=False):
-            place = part.parameters * 1.12 ** (part.seed - len(part) // 2)
+        colours = dict(zip(laws.model.unique(), (BLUE, TEAL, AMBER, GREY, PURPLE), strict=False))
+        for model, part in laws.groupby("model", sort=False):
+            more = "-as-" in model  # trained on more tokens than its size is elsewhere: beside that
+            place = part.parameters * 1.12 ** (part.seed - len(part) // 2) * (1.6 if more else 1)
             reach = part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]
-            panel.errorbar(place, part[column], yerr=reach, fmt="D" if "llama" in model else "o", color=colour)
+            mark, fill = "D" if "llama" in model else "s" if more else "o", "white" if more else colours[model]
+            panel.errorbar(place, part[column], yerr=reach, fmt=mark, color=colours[model], markerfacecolor=fill)
         panel.set(xscale="log", xlabel="parameters", ylabel=label, ylim=(0, None))
         panel.set_xticks([4e5, 9e5, 4.6e6, 1.6e7], ["0.4M", "0.9M", "4.6M", "16M"])
         panel.minorticks_off()
@@ -312,8 +345,8 @@ def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug
     lows, highs = models.beta_low.min(), models.beta_high.max()
     grows = "is seen" if lows.iloc[-1] > highs.iloc[0] else "is not seen"
     caption = f"**What context saves, and the exponent β, by parameters. That β grows {grows}.** 16M read eight times "
-    caption += "the tokens of 0.4M and 0.9M, so it is not size alone.\n\n*Recorded by us; a mark for each seed, bars: "
-    caption += "95% over documents. Diamond: the tiny Llama, trained otherwise.*"
+    caption += "the tokens of 0.4M and 0.9M (dots). Hollow squares: 0.9M on as many as 16M.\n\n*Recorded by us; a mark "
+    caption += "for each seed, bars: 95% over documents. Diamond: the tiny Llama, trained otherwise.*"
     misfit = "; ".join(f"{row.model}, seed {row.seed}: {row.rmse:.3f}" for row in laws.itertuples())
     alt = f"Saved, in nats: {saved}. β: {beta}. The law's misfit in nats: {misfit}."
     save_figure(figure, folder, slug, number, caption, alt)

@@ -244,7 +244,7 @@ def higher_rate() -> tuple[float, float]:
     """Training loss of S2 on 512 tokens at `HIGHER` of the rate and at the recorded one, of the first seed."""
     cells = _short_record().cells
     loss = cells[(cells.arm == SHORT.sparse) & (cells.seed == SEEDS[0])].set_index("size").loss
-    return loss[rate_name(LARGER, HIGHER)], loss[LARGER]
+    return round(loss[rate_name(LARGER, HIGHER)], 3), round(loss[LARGER], 3)
 
 
 def _no_difference(found: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ import pandas as pd
 from experiments.pretraining_cells import MORE_TOKENS, TOKENS_FACTORS, Cell
 from experiments.pretraining_gpu_results import BOUNDS, GPU_SIZE, HOLDS, OPEN, REFUTED, in_nats, judge_above
 from experiments.pretraining_rates import IN_WORDS, LARGER, SEEDS, beyond_share, losses_at_the_end, rate_name
-from experiments.pretraining_results import PretrainingResults, collect, pretraining_results
+from experiments.pretraining_results import FEWEST_SEEDS, PretrainingResults, collect, pretraining_results
 from llama_long_utils.paths import RESULTS
 
 COLUMNS = ["expected", "found", "judged"]
@@ -84,7 +84,8 @@ def judged_tokens(results: PretrainingResults, wide: PretrainingResults, large: 
         (f"with as many tokens, context still saves {GPU_SIZE} more", larger, judge_above(larger)),
         ("with more tokens, context saves more than with fewer", more, judge_above(more)),
     ]
-    return pd.DataFrame([(what, in_nats(found), judged) for what, found, judged in rows], columns=COLUMNS)
+    few = f"{late['seeds']} seeds: too few to judge" if late["seeds"] < FEWEST_SEEDS else ""
+    return pd.DataFrame([(what, in_nats(found), few or judged) for what, found, judged in rows], columns=COLUMNS)
 
 
 def losses_by_rate(results: PretrainingResults) -> pd.DataFrame:

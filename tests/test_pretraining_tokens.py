@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,6 +81,13 @@ def test_what_seeds_leave_open_is_called_open():
     wide, large = made("0.9M", 0.3, 0.2), made("16M", -0.1, 0.1)
     table = judged_tokens(made(MORE_TOKENS, 0.1, 0.15, spread=0.3), wide, large)
     assert list(table.judged) == [OPEN, HOLDS, HOLDS, REFUTED, REFUTED]
+
+
+def test_two_seeds_judge_nothing():
+    results = made(MORE_TOKENS, -0.1, 0.15)
+    few = dataclasses.replace(results, cells=results.cells[results.cells.seed < 2])
+    table = judged_tokens(few, made("0.9M", 0.3, 0.1), made("16M", -0.1, 0.2))
+    assert set(table.judged) == {"2 seeds: too few to judge"}
 
 
 def test_rates_are_told_by_the_training_loss_at_the_end():

@@ -236,6 +236,7 @@ COLUMNS["12_sparse_attention"] = {
     "cells": COLUMNS["12_pretraining_curriculum"]["cells"],
     "as_trained": COLUMNS["12_curriculum_on_a_gpu"]["as_trained"],
 }
+COLUMNS["12_curriculum_of_more_tokens"] = COLUMNS["12_pretraining_curriculum"]
 COLUMNS["12_sparse_attention_on_short"] = COLUMNS["12_sparse_attention"]
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
 

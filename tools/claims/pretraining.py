@@ -1,15 +1,18 @@
 """C8 and C9: the data mix, and short sequences first, by notebook 12's models."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
+from experiments.pretraining_cells import MORE_TOKENS
 from experiments.pretraining_gpu_results import GPU_SIZE, gpu_results, rate_factors
 from experiments.pretraining_rates import LARGER, larger_sizes
 from experiments.pretraining_results import (
     CONTENT,
     EQUAL,
+    FEWEST_SEEDS,
     FIRST_ORDERS,
     LENGTH,
     MIXED,
@@ -20,11 +23,13 @@ from experiments.pretraining_results import (
     pretraining_results,
 )
 from experiments.pretraining_results import SLUG as CURRICULUM
+from experiments.pretraining_tokens import tokens_results
 from llama_long_utils.notebooks import measured
 from llama_long_utils.records import recorded
 from tools.claims.line import AGREES, BOUNDS, DISAGREES, MARGIN, MODELS, UNDECIDED, Line, better_or_worse, in_nats
 
 TRAINED_ON = "tiny-llama"  # the model of notebook 12 that copies from its context
+MORE_READ = f"{LARGER} on the tokens of {GPU_SIZE}"
 FROM_SCRATCH = "0.4M"  # parameters of the models of notebook 12 that have all arms and seeds
 
 
@@ -84,12 +89,13 @@ def short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     scratch = {
         FROM_SCRATCH: _late_switch(pretraining_results(), FROM_SCRATCH),
         LARGER: _late_switch(wide, size),
+        MORE_READ: _late_switch(tokens_results(), MORE_TOKENS),
         GPU_SIZE: _late_switch(largest, GPU_SIZE),
     }
+    scratch = {name: found for name, found in scratch.items() if found.seeds >= FEWEST_SEEDS}
     rates = rate_factors(largest)
-    return with_a_copying_model(
-        Line(claim, paper), scratch, rates, own_rates=size != LARGER and bool(rates["long"] != rates["short"])
-    )
+    own = {LARGER: size != LARGER, GPU_SIZE: rates["long"] != rates["short"]}
+    return with_a_copying_model(Line(claim, paper), scratch, rates, own_rates=[name for name in own if own[name]])
 
 
 def _late_switch(results: PretrainingResults, size: str) -> Any:
@@ -98,14 +104,14 @@ def _late_switch(results: PretrainingResults, size: str) -> Any:
 
 
 def with_a_copying_model(
-    line: Line, scratch: dict[str, Any], rates: dict[str, float], *, own_rates: bool = False
+    line: Line, scratch: dict[str, Any], rates: dict[str, float], *, own_rates: Sequence[str] = ()
 ) -> Line:
     """The line of short-then-long pretraining: by sizes from scratch, and by the model that has far context to lose.
 
     Args:
         scratch: the switch at 80% beside long throughout, by size.
         rates: of the last size, `rate_factors`.
-        own_rates: whether the arms of all sizes but the first were trained at different rates.
+        own_rates: the sizes whose arms were trained at different rates.
     """
     results = copying_results()
     late = _late_switch(results, TRAINED_ON)
@@ -120,7 +126,7 @@ def with_a_copying_model(
     read = {size: better_or_worse(one) for size, one in scratch.items()}
     found = {word: [size for size in read if read[size] == word] for word in ("better", "worse")}
     whys = [f"{word} at {' and '.join(sizes)}" for word, sizes in found.items() if sizes]
-    rated = " (arms at rates of their own)" if own_rates else ""
+    rated = f" (arms at rates of their own at {' and '.join(own_rates)})" if own_rates else ""
     whys = [f"from scratch it reads {', '.join(whys)}{rated}"] if whys else []
     copies = f"in a model that copies it {'copies less, near and far' if near['high'] < 0 else 'copies less far back'}"
     lost = less["high"] < 0
