@@ -529,7 +529,7 @@ def test_tasks_of_the_harness_are_known_by_name_and_hub_marks_a_namesake():
         (["--preset", "tiny", "--arms", "base", "base"], "--arms base base: name two or more that differ"),
         (["--preset", "tiny", "--lengths", "512", "8192"], "--lengths 8192 is above the window of tiny, 4096: use"),
         (["--preset", "tiny", "--tasks", "mmlu", "rulr"], "unknown task 'rulr' (did you mean 'ruler'?)"),
-        (["--preset", "tiny", "--lengths", "0"], "argument --lengths: 0 must be a number of 1 or more"),
+        (["--preset", "tiny", "--lengths", "0"], "argument --lengths: '0' is no number of tokens: write 32768 or 32K"),
     ],
 )
 def test_the_command_refuses_before_it_imports_anything_heavy(words, said):

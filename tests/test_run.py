@@ -283,7 +283,7 @@ ANSWERS = {
     "tools.run --only 01 -p presett x": "did you mean 'preset'",
     "llama_long_utils.plan --help": "--window",
     "llama_long_utils.plan nothing --window 1 --memory 1": "unknown model 'nothing'",
-    "llama_long_utils.plan tiny --window -1": "must be a number of 1 or more",
+    "llama_long_utils.plan tiny --window -1": "is no number of tokens: write 32768 or 32K",
     "llama_long_utils.plan tiny --memory inf": "must be a number of 0.1 or more",
     "llama_long_utils.plan tiny --utilisation nan": "must be above 0 and at most 1",
 }
