@@ -8,11 +8,12 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import experiments.attention  # noqa: F401 (registers xPos)
 from conftest import LORA, RAISED, new_llama, small_preset
-from experiments.tiny_llama import train_tokenizer
 from llama_long_utils.model import adapters
 from llama_long_utils.model.adapters import (
     CARD,
@@ -273,8 +274,14 @@ def test_newest_adapter_trained_as_the_preset_says_is_found_and_broken_ones_are_
     assert find_adapter(preset, quick) == quick
 
 
+def small_tokenizer():
+    """One of few tokens, as the doll embeds few."""
+    tokens = Tokenizer(WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>")
+
+
 def test_merged_model_loads_plainly_with_the_right_rope_and_without_the_error_of_4_bits(base_folder, adapter, tmp_path):
-    train_tokenizer([]).save_pretrained(base_folder)
+    small_tokenizer().save_pretrained(base_folder)
     merged_folder = merge_adapter(adapter, base_folder, tmp_path / "merged", dtype="bfloat16")
     merged = AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.bfloat16)
     check_rope(merged, RAISED)
@@ -295,7 +302,7 @@ def test_merged_model_loads_plainly_with_the_right_rope_and_without_the_error_of
 
 
 def test_a_merged_rope_other_than_abf_stands_where_older_programs_look_too(tmp_path):
-    train_tokenizer([]).save_pretrained(tmp_path / "base")
+    small_tokenizer().save_pretrained(tmp_path / "base")
     new_llama(seed=0).save_pretrained(tmp_path / "base")
     yarn = dataclasses.replace(RAISED, method="yarn", base=1e4)
     model = add_lora(load_base(tmp_path / "base", yarn, dtype="float32"), LORA, seed=0)
