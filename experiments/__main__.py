@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="instead: full-length training of --methods in N times as many steps, in a record of its own",
     )
-    race.add_argument("--methods", nargs="+", default=["none", "pi", "abf", "xpos_abf"], metavar="METHOD")
+    race.add_argument("--methods", nargs="+", metavar="METHOD", help="with --times (default: none pi abf xpos_abf)")
     arm = commands.add_parser("arm", help="one arm of the race (`make race` measures several at a time)")
     arm.add_argument("method", help="a RoPE method")
     arm.add_argument("training", help="a name in [race.trainings], or zero-shot")
@@ -152,6 +152,8 @@ def arguments() -> argparse.Namespace:
     corpus.add_argument("--out", type=Path, default=RESULTS / "tiny", metavar="FOLDER", help="of the record")
     commands.add_parser("tiny-llama", help="train data/tiny-llama again (one to two hours; needs a C++ compiler)")
     asked = parser.parse_args()
+    if asked.command == "race" and asked.methods and not asked.times:
+        parser.error("--methods is for a longer race: give --times N with it")
     if asked.command == "gpu" and asked.device == "cpu" and not asked.doll:
         parser.error("a CPU is too slow for models of 8B parameters: add --doll")
     of_a_gpu = asked.command == "pretraining" and (asked.steps or asked.speed or asked.join or asked.seed is not None)
@@ -220,8 +222,9 @@ def run(asked: argparse.Namespace) -> Path | None:
         from experiments.race import race_arms, run_race
 
         if asked.times:
-            longer, arms = race_longer.longer_race(preset, asked.times, asked.methods)
-            options = f" --times {asked.times} --methods {' '.join(asked.methods)}"
+            methods = asked.methods or ["none", "pi", "abf", "xpos_abf"]
+            longer, arms = race_longer.longer_race(preset, asked.times, methods)
+            options = f" --times {asked.times} --methods {' '.join(methods)}"
             return run_race(longer, arms, RESULTS / preset.name, race_longer.SLUG, options)
         return run_race(preset, race_arms(preset), RESULTS / preset.name)
     if asked.command == "arm":

@@ -3,7 +3,7 @@
 In the race an arm at full length has 20 steps, 82 thousand tokens. Position interpolation (PI) then still reads far
 worse inside the old window than the base did, so the race says little of what is left of PI once it has recovered. A
 pilot (PI, seed 9, `--times 8`; no held-out text was read) took its training loss from 3.8 nats, of steps 11 to 20, to
-3.2 at the end, and it was still falling. So the four methods get 16 times as many steps: 320, 1.3 million tokens, 4% of
+3.2 at the end. So the four methods get 16 times as many steps: 320, 1.3 million tokens, 4% of
 what the base was trained on (the paper: 20%). All else is as in the race: seeds 0 to 2, one learning rate for all.
 
 Expected, written before any arm was trained. Intervals are those of the scoreboard, over seeds and documents. "Far" is

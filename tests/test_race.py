@@ -10,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from experiments import searches
+from experiments.__main__ import arguments
 from experiments.race import (
     ZERO_SHOT,
     Arm,
@@ -75,6 +76,13 @@ def test_a_longer_race_differs_in_steps_and_methods_alone(preset):
         assert arm_record(longer, arm, "base") != arm_record(preset, arm, "base")
     with pytest.raises(ValueError, match="name those"):
         longer_race(preset, 8, ["pi", "no such method"])
+
+
+def test_methods_without_a_longer_race_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["experiments", "race", "--methods", "pi"])
+    with pytest.raises(SystemExit):
+        arguments()
+    assert "--methods is for a longer race: give --times N with it" in capsys.readouterr().err
 
 
 def test_equal_seconds_are_equal_to_a_fifth():
