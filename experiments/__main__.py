@@ -121,7 +121,9 @@ def arguments() -> argparse.Namespace:
     pretraining.add_argument("--sparse", action="store_true", help="sparse attention at equal cost, nothing else")
     pretraining.add_argument("--sparse-on-short", action="store_true", help="the same, trained on 512 tokens")
     pretraining.add_argument("--more-tokens", action="store_true", help="0.9M at the tokens of 16M (four hours)")
-    pretraining.add_argument("--size", help="a size that a GPU trains, with --seed, --speed or --join: 16M")
+    pretraining.add_argument(
+        "--size", help="a size with rates by pilots, with --seed, --speed or --join: 4M, or 16M on a GPU"
+    )
     pretraining.add_argument("--seed", type=int, help="measure this seed's cells; several processes may run at a time")
     pretraining.add_argument(
         "--seconds", type=seconds, default=250.0, help="begin nothing that would end later (default: 250)"
@@ -158,7 +160,7 @@ def arguments() -> argparse.Namespace:
         parser.error("a CPU is too slow for models of 8B parameters: add --doll")
     of_a_gpu = asked.command == "pretraining" and (asked.steps or asked.speed or asked.join or asked.seed is not None)
     if of_a_gpu and not asked.size:
-        parser.error("--seed, --steps, --speed and --join are for a size that a GPU trains: add --size 16M")
+        parser.error("--seed, --steps, --speed and --join are for a size with rates by pilots: add --size 4M or 16M")
     return asked
 
 
@@ -295,7 +297,7 @@ def run(asked: argparse.Namespace) -> Path | None:
             if asked.speed:
                 return gpu.measure_speed(size)
             if asked.seed is None:
-                raise ValueError("of a size that a GPU trains, name what to do: --seed, --speed or --join")
+                raise ValueError("of a size with rates by pilots, name what to do: --seed, --speed or --join")
             gpu.run_seed(size, asked.seed, asked.seconds, steps=asked.steps, share=asked.card)
             return None
         if asked.cell:

@@ -39,6 +39,7 @@ from experiments.pretraining_cells import (
     FROM_SCRATCH,
     LONG,
     LONG_BASE,
+    PILOTED,
     PRESET,
     RATES,
     SHORT,
@@ -316,7 +317,7 @@ def run_cell(cell: Cell) -> Path:
     if sparse:
         lengths = [SPARSE_SHARE * length for length in lengths]
     cost = {**asdict(cell), "parameters": model.num_parameters(), "tokens": LONG * len(lengths)}
-    if shape.on_a_gpu:
+    if cell.size.split("-x")[0] in PILOTED:
         cost |= {"learning_rate": settings.learning_rate}
     cost |= {"short_steps": switch, "long_steps": len(lengths) // shape.sequences - switch}
     cost["flops"] = sum(LONG * flops_per_token(shape.layers, shape.hidden, length) for length in lengths)

@@ -88,9 +88,10 @@ RATES = {  # of the larger size: pretraining_rates.py
     for factor in FACTORS
 }
 SIZES |= RATES
-GPU_FACTORS = (1, 0.5, 2)  # of their learning rate, which pilots compare
+PILOT_FACTORS = (1, 0.5, 2)  # of their learning rate, which pilots compare
 TOKENS_FACTORS = (1, 0.5, 2)  # of the recorded rate, at which 0.9M may read as many tokens
-ON_A_GPU = {  # sizes, and steps of their pilots
+PILOTED = {  # sizes whose arms get rates by pilots, and steps of these
+    "4M": (SIZES["4M"], 80),
     "16M": (LargeSize(384, 8, 6, 2e-3), 60),
     "16M-doll": (LargeSize(64, 2, 2, 7e-3, steps=5, sequences=2), 3),
 }
@@ -99,8 +100,8 @@ SIZES |= {
     rate_name(MORE_TOKENS, factor): MoreTokens(128, 2, 2, factor * SIZES[LARGER].learning_rate)
     for factor in TOKENS_FACTORS
 }
-for name, (size, steps) in ON_A_GPU.items():
-    for factor in GPU_FACTORS:
+for name, (size, steps) in PILOTED.items():
+    for factor in PILOT_FACTORS:
         rated = replace(size, learning_rate=factor * size.learning_rate)
         SIZES |= {rate_name(name, factor): rated, rate_name(f"{name}-pilot", factor): replace(rated, steps=steps)}
 

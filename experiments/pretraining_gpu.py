@@ -6,7 +6,7 @@ step and at a rate that suits long sequences. So here the model is larger, a ste
 the same tokens as 64 of 512), and several times as many tokens are read: at 400 steps 13 million, two passes over the
 6.2 million of the training texts, not quite one token for each parameter. That is still far from what is usual.
 
-Rates. Pilots of `ON_A_GPU` steps with a seed that is not reported (`PILOT_SEED`), a schedule of their own, long and
+Rates. Pilots of `PILOTED` steps with a seed that is not reported (`PILOT_SEED`), a schedule of their own, long and
 short at half, once and twice a rate. Each of the two gets the rate with the lowest mean training loss of the last third
 of its pilot's steps; no held-out text is read. Switches go on with the run, and so with the rate, of short; sparse
 attention has that of long. A chosen rate at the edge of the three is called that, and no other is tried.
@@ -75,9 +75,9 @@ from experiments import pretraining_cells, pretraining_device
 from experiments.pretraining import QUESTION, cut_short, long_rows, new_model, own_settings, run_cell
 from experiments.pretraining_cells import (
     AS_SPARSE,
-    GPU_FACTORS,
     LONG_BASE,
-    ON_A_GPU,
+    PILOT_FACTORS,
+    PILOTED,
     PRESET,
     SHORT_BASE,
     SIZES,
@@ -90,13 +90,13 @@ from experiments.pretraining_cells import (
 from experiments.pretraining_context import context_record, measure_cell
 from experiments.pretraining_device import fast_products
 from experiments.pretraining_rates import SEEDS, rate_name
-from experiments.pretraining_results import GPU_SLUG, collect, read_as_trained
+from experiments.pretraining_results import FOUR_SLUG, GPU_SLUG, collect, read_as_trained
 from llama_long_utils.paths import write_atomically
 from llama_long_utils.records import read_table, write_record
 from llama_long_utils.training.trainer import train
 
 PILOT_SEED = 9
-PILOTS = [(arm, factor) for factor in GPU_FACTORS for arm in ("long", "short")]
+PILOTS = [(arm, factor) for factor in PILOT_FACTORS for arm in ("long", "short")]
 ARMS = ("long", "switch-80", "short", SPARSE, AS_SPARSE, "switch-20", "switch-40")  # those that decide come first
 STEPS = (800, 600, 500, 400, 300, 200)
 DECIDING = 1 + 0.8 + 0.2 + 1  # runs of long sequences that long, short, switch-80 and s2 of a seed take at most
@@ -170,7 +170,7 @@ def rate_of(arm: str) -> str:
 
 def set_steps(size: str, steps: int) -> None:
     """Let all cells of a size have so many steps, pilots left out."""
-    for name in (rate_name(size, factor) for factor in GPU_FACTORS):
+    for name in (rate_name(size, factor) for factor in PILOT_FACTORS):
         SIZES[name] = replace(SIZES[name], steps=steps)
 
 
@@ -348,7 +348,7 @@ def join(size: str, runs: Path, folder: Path, commit: str = "") -> Path:
     Args:
         commit: of the code that measured, if git was not there.
     """
-    names = {rate_name(size, factor): size for factor in GPU_FACTORS}
+    names = {rate_name(size, factor): size for factor in PILOT_FACTORS}
     found = {path: read_table(path, "cost").iloc[0] for path in sorted((runs / "cells").glob(f"{size}-*.json"))}
     cells = sorted(
         (path for path, cost in found.items() if cost["size"] in names and cost.arm in ARMS),
@@ -377,11 +377,12 @@ def join(size: str, runs: Path, folder: Path, commit: str = "") -> Path:
     about = {"command": f"python -m experiments pretraining --size {size} --seed SEED, then --join"}
     if commit:
         about["commit"] = f"{commit}, named by hand: the code ran where git was not"
-    return collect(cells, folder, GPU_SLUG, contexts=contexts, called=names, more=more, about=about)
+    slug = FOUR_SLUG if size == "4M" else GPU_SLUG
+    return collect(cells, folder, slug, contexts=contexts, called=names, more=more, about=about)
 
 
 def checked_size(size: str) -> str:
-    """A size that a GPU trains; ValueError if it is none."""
-    if size not in ON_A_GPU:
-        raise ValueError(f"unknown size {size!r}: use one of {list(ON_A_GPU)}")
+    """A size whose rates pilots choose; ValueError if it is none."""
+    if size not in PILOTED:
+        raise ValueError(f"unknown size {size!r}: use one of {list(PILOTED)}")
     return size

@@ -22,6 +22,7 @@ LARGER_SLUG = "12_curriculum_of_a_larger_model"
 LATER = "12_switch_of_a_copying_model"
 MIXED = "12_data_mix_of_a_copying_model"
 GPU_SLUG = "12_curriculum_on_a_gpu"
+FOUR_SLUG = "12_curriculum_of_4m"
 NAMES = ["size", "arm", "seed"]
 SWITCHED = ("switch-20", "switch-40", "switch-80", "switch-95")
 
@@ -367,7 +368,7 @@ def collect(
     if slug == GPU_SLUG:  # which was another machine
         versions = {"versions": provenance[0]["versions"]}
         arithmetic = "products of the layers in bf16, of the head in TF32, weights and reading in fp32"
-    if slug in (SLUG, LARGER_SLUG):
+    if slug in (SLUG, LARGER_SLUG, FOUR_SLUG):
         arithmetic = "products of training in bf16, weights and reading in fp32"
     same = {name: ", ".join(sorted({entry[name] for entry in provenance})) for name in ("commit", "date", "device")}
     return write_record(

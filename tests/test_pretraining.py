@@ -333,7 +333,11 @@ def test_what_is_for_a_gpu_s_size_does_not_start_hours_of_another_training(words
     monkeypatch.setattr(sys, "argv", ["experiments", "pretraining", *words])
     with pytest.raises(SystemExit, match="2"):
         command.arguments()
-    wanted = "-1 must be a number of 1 or more" if "-1" in words else "are for a size that a GPU trains: add --size 16M"
+    wanted = (
+        "-1 must be a number of 1 or more"
+        if "-1" in words
+        else "are for a size with rates by pilots: add --size 4M or 16M"
+    )
     assert wanted in capsys.readouterr().err
 
 

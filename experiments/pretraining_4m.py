@@ -1,0 +1,81 @@
+"""4M parameters on the few tokens of 0.9M: a larger model that read as little, and sparse attention between sizes.
+
+A switch at 80% of the tokens reads worse than long throughout at 0.9M, which read 1.6 million tokens, and better at
+16M, which read 13 million. 0.9M on 13 million tokens reads better, too, in two seeds (pretraining_tokens.py). So it
+seems that tokens turn the sign, not size. If that is so, a larger model on few tokens loses by the switch, as 0.9M did.
+
+4M parameters are trained as 0.4M and 0.9M were: 400 steps of one sequence of 4,096 tokens, the same rows, seeds 0 to 2.
+Rates are chosen as at 16M: pilots of 80 steps, seed 9, long and short at half, once and twice 3e-3, each by the
+training loss of its last third; no held-out text is read. Switches go on with the rate of short, sparse attention has
+that of long. A chosen rate at the edge of the three is called that, and no other is tried. Arms, as far as the machine
+gives time: long, switch-80 and short of every seed; then "s2" and "long-as-s2" of every seed.
+
+Expected, written before anything of this size was trained.
+(1) The switch at 80% minus long throughout: worse, beyond the interval over seeds and documents. Refuted if a loss of
+0.01 nat is excluded. Then few tokens are not enough to explain 0.9M.
+(2) In steps 301 to 320 the training loss of short steps is behind that of long ones, beyond Student's interval of the
+seeds. Refuted if it is ahead beyond it.
+(3) 4,064 tokens of context save 4M more than 0.9M, on as many tokens, the same documents and seeds. Refuted by an
+interval below zero.
+(4) Sparse attention (S2) on long sequences throughout, read with full attention, is worse at equal tokens. Refuted if a
+loss of 0.01 nat is excluded.
+(5) At equal operations full attention is still better than S2, read with full attention, beyond the interval. Refuted
+if it is worse beyond it. 4,096 tokens are 2.7 times six widths here: 5.3 at 0.9M, 1.8 at 16M.
+Of the exponent of context, and of short throughout in windows, nothing is expected.
+"""
+
+import pandas as pd
+
+from experiments.pretraining_gpu_results import OPEN, in_nats, judge_above, training_lead, worse_if_above
+from experiments.pretraining_rates import LARGER
+from experiments.pretraining_results import FEWEST_SEEDS, FOUR_SLUG, PretrainingResults, pretraining_results
+from llama_long_utils.paths import RESULTS
+
+SIZE = "4M"
+
+
+def results_of_4m() -> PretrainingResults:
+    """The cells of 4M parameters from their committed record."""
+    return pretraining_results(RESULTS / "tiny" / f"{FOUR_SLUG}.json")
+
+
+def judged_4m(results: PretrainingResults, wide: PretrainingResults) -> pd.DataFrame:
+    """A row for each expectation above: expected, found, in nats, and judged. `wide` has 0.9M at as many tokens.
+
+    One that lacks an arm, or has it of fewer than `FEWEST_SEEDS`, is open.
+    """
+    long, switch, sparse, equal = "long", "switch-80", "s2", "long-as-s2"
+    asked = {
+        "the switch at 80% is worse than long throughout": (
+            (long, switch),
+            lambda: results.difference(SIZE, (switch, "full"), (long, "full")),
+            worse_if_above,
+        ),
+        "short steps are behind in training, steps 301 to 320": (
+            (long, switch),
+            lambda: training_lead(results, 300, 320, SIZE),
+            judge_above,
+        ),
+        f"context saves more than at {LARGER}, on as many tokens": (
+            (long,),
+            lambda: results.context_saves_more(SIZE, LARGER, wide),
+            judge_above,
+        ),
+        "S2 is worse at equal tokens, read with full attention": (
+            (long, sparse),
+            lambda: results.difference(SIZE, (sparse, "full"), (long, "full")),
+            worse_if_above,
+        ),
+        "at equal operations full attention is better than S2": (
+            (sparse, equal),
+            lambda: results.difference(SIZE, (sparse, "full"), (equal, "full")),
+            judge_above,
+        ),
+    }
+    rows = []
+    for expected, (arms, find, judge) in asked.items():
+        seeds = len(results.seeds(SIZE, *arms))
+        found = find() if seeds else None
+        few = f"{OPEN}: {seeds} seeds" if seeds < FEWEST_SEEDS else ""
+        rows.append((expected, in_nats(found) if found else "no such arm", few or judge(found)))
+    return pd.DataFrame(rows, columns=["expected", "found", "judged"])
