@@ -309,7 +309,7 @@ def run(asked: argparse.Namespace) -> Path | None:
         if asked.more_tokens:
             from experiments import pretraining_tokens as tokens
 
-            return tokens.run_tokens(RESULTS / "tiny", finished=asked.finished)
+            return tokens.run_tokens(RESULTS / "tiny", finished=asked.finished, add=asked.add)
         pretraining.run_all(RESULTS / "tiny", finished=asked.finished, add=asked.add)
     if asked.command == "bench":
         from experiments import bench

@@ -390,19 +390,26 @@ def collect(
     )
 
 
-def add_cells(record: Path, cells: Sequence[Path]) -> Path:
-    """Add cells that were measured later to a record of curricula; those that it has stay as they are."""
+def add_cells(record: Path, cells: Sequence[Path], contexts: Sequence[Path] = ()) -> Path:
+    """Add cells that were measured later, and their losses by context, to a record; those that it has stay as they are.
+
+    Only the losses by context of cells that are added here are.
+    """
     before = pretraining_results(record)
     there = set(before.cells[NAMES].itertuples(index=False, name=None))
     cells = [path for path in cells if tuple(read_table(path, "cost")[NAMES].iloc[0]) not in there]
     if not cells:
         return record
     with TemporaryDirectory() as scratch:
-        later = pretraining_results(collect(cells, Path(scratch), record.stem))
+        added = {(cost["size"], cost.seed) for cost in (read_table(path, "cost").iloc[0] for path in cells)}
+        read = {path: read_table(path, "contexts").iloc[0] for path in contexts}
+        contexts = [path for path, row in read.items() if (row.model, row.seed) in added]
+        later = pretraining_results(collect(cells, Path(scratch), record.stem, contexts=contexts))
         assert before.record and later.record  # read from files
         new, content, arrays = later.record.content["provenance"], before.record.content, dict(before.arrays)
         tables = {name: before.record.table(name) for name in content["tables"]}
-        tables["cells"] = pd.concat([tables["cells"], later.record.table("cells")], ignore_index=True)
+        for name in later.record.content["tables"]:
+            tables[name] = pd.concat([tables.get(name), later.record.table(name)], ignore_index=True)
         steps = max(results.arrays["loss"].shape[1] for results in (before, later))
         for name in ("nats", "loss"):
             both = [results.arrays[name] for results in (before, later)]
@@ -412,6 +419,8 @@ def add_cells(record: Path, cells: Sequence[Path]) -> Path:
     provenance = dict(content["provenance"])
     for name in ("commit", "date", "device"):
         provenance[name] = ", ".join(dict.fromkeys([provenance[name], new[name]]))
+    training = {int(seed) for seed in tables["cells"].seed}
+    provenance["seeds"] = {**provenance["seeds"], "training": sorted(training)}
     provenance["seconds"] = round(provenance["seconds"] + new["seconds"], 1)
     write_arrays(record.with_suffix(".npz"), arrays)
     about = {name: content[name] for name in ("preset", "question")}

@@ -33,7 +33,7 @@ import pandas as pd
 from experiments.pretraining_cells import MORE_TOKENS, TOKENS_FACTORS, Cell
 from experiments.pretraining_gpu_results import BOUNDS, GPU_SIZE, HOLDS, OPEN, REFUTED, in_nats, judge_above
 from experiments.pretraining_rates import IN_WORDS, LARGER, SEEDS, beyond_share, losses_at_the_end, rate_name
-from experiments.pretraining_results import FEWEST_SEEDS, PretrainingResults, collect, pretraining_results
+from experiments.pretraining_results import FEWEST_SEEDS, PretrainingResults, add_cells, collect, pretraining_results
 from llama_long_utils.paths import RESULTS
 
 COLUMNS = ["expected", "found", "judged"]
@@ -48,15 +48,20 @@ def tokens_cells() -> list[Cell]:
     return [Cell(rate_name(MORE_TOKENS, factor), arm, seed) for factor, seed, arm in cells]
 
 
-def run_tokens(folder: Path, *, finished: bool = False) -> Path:
-    """Measure the cells that have no record yet, unless only `finished` ones are asked for; join them in `folder`."""
+def run_tokens(folder: Path, *, finished: bool = False, add: bool = False) -> Path:
+    """Measure the cells that have no record yet, unless only `finished` ones are asked for; join them in `folder`.
+
+    `add`: the record in `folder` keeps its cells, and gets those that are finished.
+    """
     from experiments.pretraining import run_cell  # imports torch, which readers of the record need not
     from experiments.pretraining_context import measured_contexts
 
-    cells = [cell for cell in tokens_cells() if not finished or cell.record.is_file()]
+    cells = [cell for cell in tokens_cells() if not (finished or add) or cell.record.is_file()]
     records = [run_cell(cell) for cell in cells]
     read = [cell for cell in cells if cell.arm == "long" and cell.size == MORE_TOKENS]
     contexts = measured_contexts(read, finished=finished, tiny=False)
+    if add:
+        return add_cells(folder / f"{SLUG}.json", records, contexts)
     about = {"command": "python -m experiments pretraining --more-tokens"}
     return collect(records, folder, SLUG, contexts=contexts, about=about)
 

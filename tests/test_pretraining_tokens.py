@@ -9,7 +9,7 @@ from experiments import pretraining, pretraining_cells, pretraining_context, pre
 from experiments.pretraining_cells import LONG, MORE_TOKENS, MoreTokens
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED
 from experiments.pretraining_results import NAMES, PretrainingResults, pretraining_results
-from experiments.pretraining_tokens import judged_tokens, losses_by_rate, run_tokens, tokens_cells
+from experiments.pretraining_tokens import SLUG, judged_tokens, losses_by_rate, run_tokens, tokens_cells
 from llama_long_utils.evaluation.statistics import Bootstrap
 
 SEEDS, DOCUMENTS = range(3), list("abcdefghijkl")
@@ -47,6 +47,24 @@ def test_cells_are_measured_and_joined_with_their_contexts_and_a_second_call_tra
     monkeypatch.setattr(pretraining, "train", None)
     monkeypatch.setattr(pretraining_context, "measure", None)
     run_tokens(tmp_path / "joined", finished=True)
+
+
+def test_a_record_keeps_its_cells_and_gets_finished_ones_with_their_contexts(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretraining_cells.SIZES, "doll", MoreTokens(64, 2, 2, 7e-3, steps=2, sequences=1))
+    monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
+    monkeypatch.setattr(pretraining_tokens, "MORE_TOKENS", "doll")
+    tokenizer, training, held_out = pretraining.texts()
+    for module in (pretraining, pretraining_context):
+        monkeypatch.setattr(module, "STRETCHES", 1)
+        monkeypatch.setattr(module, "texts", lambda: (tokenizer, training, held_out[:1]))
+    for folder, seeds, add in (("whole", (0, 1), False), ("added", (0,), False), ("added", (0, 1), True)):
+        monkeypatch.setattr(pretraining_tokens, "TRIED", {"long": {1: seeds}})
+        run_tokens(tmp_path / folder, finished=add, add=add)
+    whole, added = (pretraining_results(tmp_path / name / f"{SLUG}.json") for name in ("whole", "added"))
+    for name in whole.record.content["tables"]:
+        pd.testing.assert_frame_equal(added.record.table(name), whole.record.table(name))
+    assert added.record.content["provenance"]["seeds"]["training"] == [0, 1]
+    assert all(np.array_equal(added.arrays[name], array) for name, array in whole.arrays.items())
 
 
 def made(size, switch, saved, spread=0.0):
