@@ -53,10 +53,12 @@ def run_tokens(folder: Path, *, finished: bool = False, add: bool = False) -> Pa
 
     `add`: the record in `folder` keeps its cells, and gets those that are finished.
     """
+    cells = [cell for cell in tokens_cells() if not (finished or add) or cell.record.is_file()]
+    if not cells:
+        raise ValueError("no cell is measured yet: leave out --finished and --add, or measure one with --cell")
     from experiments.pretraining import run_cell  # imports torch, which readers of the record need not
     from experiments.pretraining_context import measured_contexts
 
-    cells = [cell for cell in tokens_cells() if not (finished or add) or cell.record.is_file()]
     records = [run_cell(cell) for cell in cells]
     read = [cell for cell in cells if cell.arm == "long" and cell.size == MORE_TOKENS]
     contexts = measured_contexts(read, finished=finished, tiny=False)

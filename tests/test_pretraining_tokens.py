@@ -67,6 +67,14 @@ def test_a_record_keeps_its_cells_and_gets_finished_ones_with_their_contexts(tmp
     assert all(np.array_equal(added.arrays[name], array) for name, array in whole.arrays.items())
 
 
+@pytest.mark.parametrize("asked", ["finished", "add"])
+def test_where_no_cell_is_measured_joining_says_how_to_get_one(tmp_path, monkeypatch, asked):
+    monkeypatch.setattr(pretraining_cells, "RUNS", tmp_path)
+    with pytest.raises(ValueError, match="no cell is measured yet: leave out --finished and --add, or measure one wit"):
+        run_tokens(tmp_path, **{asked: True})
+    assert not [*tmp_path.iterdir()]
+
+
 def made(size, switch, saved, spread=0.0):
     """A size whose switch reads `switch` nat worse than long throughout, and whose context saves `saved` nat."""
     cells = pd.DataFrame([(size, arm, seed) for arm in ("long", "switch-80") for seed in SEEDS], columns=NAMES)
