@@ -8,7 +8,7 @@ from llama_long_utils.cache import digest
 from llama_long_utils.commands import run_command, tokens
 from llama_long_utils.evaluation.task_files import check_names
 from llama_long_utils.paths import RESULTS
-from llama_long_utils.plan import at_least
+from llama_long_utils.plan import at_least, check_model
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import ARMS
 
@@ -27,9 +27,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=tokens, default=[], help="of long prompts (default: the preset's)")
     parser.add_argument("--adapter", default="", help="its folder (default: the newest of the preset)")
     parser.add_argument("--allow-execution", action="store_true", help="run written programs without bubblewrap")
-    parser.add_argument(
-        "--record", action="store_true", help="write to data/results, not to a folder in runs/PRESET/records"
-    )
+    parser.add_argument("--record", action="store_true", help="write to data/results, not to runs/PRESET/records")
     options = vars(parser.parse_args())
     name, tasks, record = (options.pop(key) for key in ("preset", "tasks", "record"))
     if len(set(options["arms"])) < max(2, len(options["arms"])):
@@ -38,6 +36,7 @@ def main() -> None:
     preset = load_preset(name)
     if (longest := max(options["lengths"], default=0)) > preset.extension.window:
         parser.error(f"--lengths {longest} is above the window of {name}, {preset.extension.window}: use shorter ones")
+    check_model(preset.base.source, preset=name)
     check_names(tasks)
     folder = preset.run_folder / "records" / digest(tasks, options)  # a short run, as notebook 8's, leaves a long one
 

@@ -14,11 +14,11 @@ from typing import Any
 from llama_long_utils.commands import PYTHON, run_command, tokens
 from llama_long_utils.data.sources import check_sources, load_documents
 from llama_long_utils.paths import PRESETS, REPOSITORY
-from llama_long_utils.plan import check_window, gibibytes, why_unknown
+from llama_long_utils.plan import check_model, check_window, gibibytes
 from llama_long_utils.presets import CHARACTERS, load_preset
 from llama_long_utils.settings import ARCHITECTURES
 
-TEMPLATE, PACKAGED = PRESETS / "new.toml.in", REPOSITORY / "data" / "packaged_models.json"
+TEMPLATE = PRESETS / "new.toml.in"
 HUB_DATA = PRESETS / "llama2-7b.toml"
 STEPS, PER_STEP, PASSES = 200, 4, 4  # at most, sequences of a step, times that own texts are trained on
 LONGEST, LONG_BOOKS = 65_536, 4  # tokens of many of the hub's books; held-out ones for longer windows
@@ -31,9 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", required=True, type=tokens, metavar="N", help="tokens to extend it to")
     parser.add_argument("--memory", required=True, type=gibibytes, metavar="GIB", help="of the device")
     parser.add_argument("--name", help="of the preset (default: the model's name and the window)")
-    parser.add_argument(
-        "--texts", metavar="FOLDER", help="your .txt, .md and .jsonl files (default: data sets on the hub)"
-    )
+    parser.add_argument("--texts", metavar="FOLDER", help="with .txt, .md, .jsonl files (default: data on the hub)")
     asked = parser.parse_args()
     asked.name = re.sub(r"[^\w.]+", "-", asked.name or f"{Path(asked.base).name.lower()}-{asked.window}").strip("-.")
     if not asked.name or asked.texts == "":
@@ -41,10 +39,8 @@ def arguments() -> argparse.Namespace:
     if (PRESETS / f"{asked.name}.toml").exists():
         parser.error(f"presets/{asked.name}.toml is there and is not overwritten: use another --name, or remove it")
     check_sources([asked.texts] if asked.texts else [], {})
-    packaged, folder = [*json.loads(PACKAGED.read_bytes())], REPOSITORY / asked.base
-    if why := why_unknown(asked.base, packaged):
-        parser.error(f"{why} a folder, owner/name on the hub, or one of {packaged}")
-    if folder.is_dir():
+    check_model(asked.base)
+    if (folder := REPOSITORY / asked.base).is_dir():
         with contextlib.suppress(OSError, AttributeError, TypeError, json.JSONDecodeError):  # said better later
             config = json.loads((folder / "config.json").read_bytes())
             if (kind := config.get("model_type")) not in ARCHITECTURES:

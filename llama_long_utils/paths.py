@@ -14,6 +14,7 @@ ADAPTERS = REPOSITORY / "data" / "adapters"
 RESULTS = REPOSITORY / "data" / "results"
 PUBLISHED = REPOSITORY / "data" / "published"
 PRESETS = REPOSITORY / "presets"
+PACKAGED = REPOSITORY / "data" / "packaged_models.json"  # models as GGUF files in PyPI packages
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_long_utils.commands import run_command, tokens
-from llama_long_utils.paths import REPOSITORY
+from llama_long_utils.paths import PACKAGED, REPOSITORY
 from llama_long_utils.presets import closest, load_preset, preset_names
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings
@@ -51,28 +51,26 @@ def check_window(window: int, old: int | None) -> None:
         raise ValueError(f"--window {window:,} is not above the base's own {old:,} tokens: there is nothing to extend")
 
 
-def why_unknown(model: str, names: Sequence[str]) -> str:
-    """Why a model is neither one of these, nor a folder, nor owner/name on the hub, and what is meant; else ""."""
-    path = REPOSITORY / model
-    if (
-        model in names
-        or (path / "config.json").is_file()
-        or (re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir())
-    ):
-        return ""
+def check_model(model: str, names: Sequence[str] = (), preset: str = "") -> None:
+    """ValueError unless a model, the base of `preset` if given, is named here or packaged, a folder, or on the hub."""
+    path, names = REPOSITORY / model, [*names, *json.loads(PACKAGED.read_bytes())]
+    where = f"presets/{preset}.toml, [base] source: " if preset else ""
+    use = f"use a folder with config.json, owner/name on the hub, or one of {', '.join(names)}"
+    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir()
+    if model in names or on_the_hub or (path / "config.json").is_file():
+        return
     if path.is_dir():
-        return f"{path} is not a model folder: it has no config.json; use"
+        raise ValueError(f"{where}{path} is not a model folder: it has no config.json; {use}")
     beside = [str(Path(model).with_name(one.name)) for one in path.parent.glob("*/")]
     folder = "there is no such folder; " if "/" in model else ""
-    return f"unknown model {model!r}{closest(model, [*names, *beside])}: {folder}use"
+    raise ValueError(f"{where}unknown model {model!r}{closest(model, [*names, *beside])}: {folder}{use}")
 
 
 def arguments() -> argparse.Namespace:
     """What was asked for; heavy modules are imported only after this."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.plan", description=__doc__)
     names = [*{**dict.fromkeys(preset_names()), **read_published("model_shapes")["models"]}]
-    named = f"{', '.join(names)}, a folder with config.json, or owner/name on the hub"
-    parser.add_argument("model", help=named)
+    parser.add_argument("model", help=f"{', '.join(names)}, a folder with config.json, or owner/name on the hub")
     count = at_least(int, 1)
     parser.add_argument("--window", type=tokens, metavar="N", help="tokens of a sequence (default: the preset's)")
     parser.add_argument("--memory", type=gibibytes, metavar="GIB", help="of a GPU (default: the preset's)")
@@ -93,13 +91,13 @@ def arguments() -> argparse.Namespace:
     if asked.shard_base and asked.devices == 1:
         parser.error("--shard-base needs --devices 2 or more")
     asked.preset = load_preset(asked.model) if asked.model in preset_names() else None
-    if why := why_unknown(asked.model, names):
-        parser.error(f"{why} one of {named}")
-    for name in ("window", "memory"):
-        if getattr(asked, name) is None and not asked.preset:
-            parser.error(f"--{name} is missing: only presets have one")
-    if asked.preset and asked.window:
-        check_window(asked.window, asked.preset.base.window)
+    check_model(asked.model, names)
+    if asked.preset:
+        check_model(asked.preset.base.source, preset=asked.model)
+        if asked.window:
+            check_window(asked.window, asked.preset.base.window)
+    elif missing := [name for name in ("window", "memory") if getattr(asked, name) is None]:
+        parser.error(f"--{missing[0]} is missing: only presets have one")
     return asked
 
 

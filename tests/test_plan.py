@@ -83,12 +83,11 @@ def test_what_is_small_is_not_shown_as_nothing(answer, capsys):
     ("misspelt", "meant"),
     [("tinny", "tiny"), ("Lama 2 7B", "Llama 2 7B"), ("data/tiny-lama", "data/tiny-llama"), ("/tmq/model", "")],
 )
-def test_a_misspelt_model_or_folder_is_no_name_on_the_hub(capsys, monkeypatch, misspelt, meant):
+def test_a_misspelt_model_or_folder_is_no_name_on_the_hub(monkeypatch, misspelt, meant):
     monkeypatch.setattr(sys, "argv", ["plan", misspelt, "--window", "4096", "--memory", "8"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=f"unknown model {misspelt!r}") as refused:
         plan.arguments()
-    said = capsys.readouterr().err
-    assert f"unknown model {misspelt!r}" in said
+    said = str(refused.value)
     assert f"did you mean {meant!r}?" in said if meant else "did you mean" not in said
 
 
@@ -103,11 +102,10 @@ def test_an_owner_and_a_name_are_a_model_on_the_hub(monkeypatch):
     assert plan.arguments().model == "owner/model"
 
 
-def test_a_folder_without_a_configuration_is_no_model(capsys, monkeypatch, tmp_path):
+def test_a_folder_without_a_configuration_is_no_model(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["plan", str(tmp_path), "--window", "4096", "--memory", "8"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=f"^{tmp_path} is not a model folder: it has no config.json"):
         plan.arguments()
-    assert f"{tmp_path} is not a model folder: it has no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

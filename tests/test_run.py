@@ -286,6 +286,9 @@ ANSWERS = {
     "llama_long_utils.plan tiny --window -1": "is no number of tokens: write 32768 or 32K",
     "llama_long_utils.plan tiny --memory inf": "must be a number of 0.1 or more",
     "llama_long_utils.plan tiny --utilisation nan": "must be above 0 and at most 1",
+    "llama_long_utils.plan no-model": "no-model.toml, [base] source: ",
+    "llama_long_utils.train --preset no-model": "presets is not a model folder: it has no config.json; use a folder",
+    "llama_long_utils.benchmark --preset no-model": "presets is not a model folder: it has no config.json; use a fol",
 }
 
 
@@ -295,6 +298,7 @@ def test_commands_answer_at_once(command, tmp_path):
     for path in PRESETS.glob("*.toml"):
         (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "broken.toml").write_text("rank = 16 16")
+    (tmp_path / "no-model.toml").write_text('like = "tiny"\n[base]\nsource = "presets"\n')
     module, *arguments = command.split()
     code = f"""
 import pathlib, runpy, sys

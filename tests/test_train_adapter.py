@@ -234,6 +234,8 @@ def test_two_processes_never_train_in_one_folder(preset):
         (["--steps", "-3"], "steps = -3"),
         (["--steps", "1000000000"], "steps = 1000000000"),
         (["--seed", "-1"], "seed = -1"),
+        (["--report-every", "-3"], "argument --report-every: -3 must be a number of 0 or more"),
+        (["--context-parallel", "0"], "argument --context-parallel: 0 must be a number of 1 or more"),
         (["--stage", "sft", "--steps", "0"], "instruction: steps = 0"),
         (["--stage", "rl", "--steps", "0"], "preference.rl: steps = 0"),
         (["--stage", "dpo", "--seed", "-1"], "preference: seed = -1"),

