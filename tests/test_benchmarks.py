@@ -251,6 +251,20 @@ def test_next_sentence_is_the_right_choice_and_the_others_are_not_shown(tokenize
     assert {row["max_length"] for row in some} == {128}
 
 
+def test_where_texts_hold_fewer_next_sentences_than_asked_for_a_line_says_how_many_and_why(tokenizer, capsys):
+    prose = "".join(f"The people of town {n} have sent their greetings to the States again. " for n in range(400))
+    texts = [Document("mine", "prose", prose), Document("mine", "code", "value = function(other)\n" * 1500)]
+    both = tokenize_documents(texts, tokenizer)
+    assert len(long_prompts.next_sentence_rows(both[:1], tokenizer, [128], count=1, seed=0)) == 1
+    assert capsys.readouterr().out == ""
+    rows = long_prompts.next_sentence_rows(both, tokenizer, [128, 256], count=4, seed=0)
+    asked = len(rows) // 2
+    assert 0 < asked <= 2  # every second try is about code
+    said = capsys.readouterr().out
+    assert f"next_sentence: {asked} questions at each length, not 4: the other tries found no four sentences" in said
+    assert "(2 held-out documents are long enough)" in said
+
+
 def test_items_are_spread_evenly_over_each_length():
     docs = [{"max_length": length} for length in (1024, 2048) for _ in range(101)]
     assert spread(docs, 3) == [0, 50, 100, 101, 151, 201]

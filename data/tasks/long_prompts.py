@@ -210,7 +210,8 @@ def next_sentence_rows(
     Args:
         lengths: tokens of the prompt and the longest choice, about; those that no document is long enough for, which
             has to have more than twice as many, are left out.
-        count: questions at each length, from the documents in turn; fewer where a document has no fitting sentences.
+        count: questions at each length, from the documents in turn; fewer, which a line says, where a document has no
+            fitting sentences.
 
     Raises:
         ValueError: no document is long enough for any of them, or none has sentences.
@@ -253,5 +254,10 @@ def next_sentence_rows(
         raise ValueError(
             f"next_sentence: {count} tries in {len(fitting)} held-out documents found no four sentences to choose "
             "among (code and lists have few): ask more items, or other tasks"
+        )
+    if (asked := len(rows) // len(lengths)) < count:
+        print(
+            f"next_sentence: {asked} questions at each length, not {count}: the other tries found no four sentences to "
+            f"choose among, or too little text before them ({len(fitting)} held-out documents are long enough)"
         )
     return rows
