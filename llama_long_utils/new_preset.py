@@ -18,8 +18,7 @@ from llama_long_utils.plan import check_model, check_window, gibibytes
 from llama_long_utils.presets import CHARACTERS, load_preset
 from llama_long_utils.settings import ARCHITECTURES
 
-TEMPLATE = PRESETS / "new.toml.in"
-HUB_DATA = PRESETS / "llama2-7b.toml"
+TEMPLATE, HUB_DATA = PRESETS / "new.toml.in", PRESETS / "llama2-7b.toml"
 STEPS, PER_STEP, PASSES = 200, 4, 4  # at most, sequences of a step, times that own texts are trained on
 LONGEST, LONG_BOOKS = 65_536, 4  # tokens of many of the hub's books; held-out ones for longer windows
 

@@ -128,12 +128,10 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
     kernel: cells that run again find the variables of the others there. `namespace` is the notebook's `globals()` in
     the cell right after its `parameters`, which come with their types, such as str, int | None or `settings.Share`.
     """
-    literals = (str, int, float, bool, list, dict, type(None))
-    builtin = {"In", "Out", "exit", "quit"}
-    for name, value in namespace.items():
-        known = name in parameters or name in builtin or name.startswith("_")
-        if not known and isinstance(value, literals) and "_names_checked" not in namespace:
-            names = list(parameters)
+    names, literals = [*parameters], (str, int, float, bool, list, dict, type(None))
+    for name, value in namespace.items() if "_names_checked" not in namespace else ():
+        known = name in (*names, "In", "Out", "exit", "quit") or name.startswith("_")
+        if not known and isinstance(value, literals):
             raise ValueError(f"unknown parameter {name!r}: this notebook has {names}{closest(name, names)}")
     for name, wanted in parameters.items():
         try:
@@ -147,8 +145,11 @@ def preset_from_parameters(namespace: dict[str, Any], parameters: dict[str, Any]
 
 def with_numbers(settings: Numbers, section: str, **numbers: Any) -> Numbers:
     """A section's settings with other numbers, None for their own; ValueError names the one that is wrong."""
+    given = {name: number for name, number in numbers.items() if number is not None}
+    if "steps" in given and given["steps"] < settings.steps:  # or a short run would not reach its learning rate
+        given.setdefault("warmup_steps", settings.warmup_steps * max(given["steps"], 0) // settings.steps)
     try:
-        return dataclasses.replace(settings, **{name: n for name, n in numbers.items() if n is not None})
+        return dataclasses.replace(settings, **given)
     except ValidationError as error:
         raise ValueError(f"{section}: {_explain(error)}") from None
 

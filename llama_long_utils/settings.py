@@ -220,19 +220,15 @@ class Source:
     passes: NonNegativeInt = 0  # 0: those of [data]
 
     def __post_init__(self) -> None:
-        if 0 < self.maximum_tokens < self.minimum_tokens:
-            raise ValueError(
-                f"source {self.name!r}: maximum_tokens = {self.maximum_tokens} is below minimum_tokens = "
-                f"{self.minimum_tokens}"
-            )
+        where, least, most = f"source {self.name!r}", self.minimum_tokens, self.maximum_tokens
+        if 0 < most < least:
+            raise ValueError(f"{where}: maximum_tokens = {most} is below minimum_tokens = {least}")
         if self.held_out_split == self.split:
-            raise ValueError(
-                f"source {self.name!r}: held_out_split = {self.split!r} is what is trained on: name another"
-            )
+            raise ValueError(f"{where}: held_out_split = {self.split!r} is what is trained on: name another")
         of_hub = {"config": "", "split": "train", "column": "text", "revision": "", "held_out_split": ""}
         given = [field for field, default in of_hub.items() if getattr(self, field) != default]
         if given and not self.name.startswith("hub:"):
-            raise ValueError(f"source {self.name!r} has no {given[0]}: only data sets on the hub, hub:owner/name, do")
+            raise ValueError(f"{where} has no {given[0]}: only data sets on the hub, hub:owner/name, do")
 
 
 def in_full(sources: Sequence[str | Source]) -> list[Source]:

@@ -45,10 +45,9 @@ class Instruction:
     questions: str = "quotations"  # or a record that `python -m experiments self-instruct` wrote
 
     def __post_init__(self) -> None:
-        if self.long_share + self.text_share > 1:
-            raise ValueError(
-                f"long_share = {self.long_share} and text_share = {self.text_share} are more than all sequences"
-            )
+        long, text = self.long_share, self.text_share
+        if long + text > 1:
+            raise ValueError(f"long_share = {long} and text_share = {text} are more than all sequences")
         check_multiple(self, "sequences_per_step", "sequences_at_once")
 
 
@@ -84,8 +83,5 @@ class Preference:
     dpo: PreferenceStage = Field(default_factory=PreferenceStage)
 
     def __post_init__(self) -> None:
-        if self.rl.rows_at_once % self.answers:
-            raise ValueError(
-                f"rl.rows_at_once = {self.rl.rows_at_once} must be a multiple of answers = {self.answers}: answers to "
-                "a question are rated against each other"
-            )
+        if (rows := self.rl.rows_at_once) % (answers := self.answers):  # which are rated against each other
+            raise ValueError(f"rl.rows_at_once = {rows} must be a multiple of answers = {answers} to a question")

@@ -14,6 +14,7 @@ import os
 from dataclasses import replace
 
 from llama_long_utils.commands import PYTHON, run_command
+from llama_long_utils.data.sources import check_sources
 from llama_long_utils.paths import ADAPTERS
 from llama_long_utils.plan import at_least, check_model
 from llama_long_utils.presets import load_preset, with_numbers
@@ -27,19 +28,20 @@ NEXT = {"sft": "reward  # or rl, dpo", "reward": "rl"}  # what may follow
 def train() -> None:
     """What the command does. Heavy imports come after its arguments are checked."""
     parser = argparse.ArgumentParser(prog="python -m llama_long_utils.train", description=__doc__)
-    count, some = at_least(int, 0), at_least(int, 1)
+    some = at_least(int, 1)
     parser.add_argument("--preset", default="tiny", help="a file in presets/ (default: tiny)")
     parser.add_argument("--stage", choices=STAGES, default="extension", help="what to train (default: the extension)")
-    parser.add_argument("--steps", type=int, help="instead of the preset's training.steps, or those of the stage")
+    parser.add_argument("--steps", type=int, help="instead of the preset's or stage's; fewer warm up in proportion")
     parser.add_argument("--seed", type=int, help="instead of the preset's training.seed, or that of the stage")
     parser.add_argument("--control", action="store_true", help="keep the base's RoPE: a control without the extension")
     parser.add_argument("--adapter", type=os.path.abspath, metavar="FOLDER", help="where a stage begins")
-    parser.add_argument("--report-every", type=count, default=10, metavar="STEPS", help="steps between two lines")
+    parser.add_argument("--report-every", type=at_least(int, 0), default=10, metavar="N", help="steps between lines")
     parser.add_argument("--context-parallel", type=some, default=1, metavar="N", help="processes that share a sequence")
     parser.add_argument("--shard-base", action="store_true", help="each process keeps a part of the base's layers")
     chosen = parser.parse_args()
     preset = load_preset(chosen.preset)
     check_model(preset.base.source, preset=preset.name)
+    check_sources(preset.data.sources, preset.data.held_out)
     if chosen.stage in ONE_PROCESS and os.environ.get("WORLD_SIZE", "1") != "1":
         parser.error(f"--stage {chosen.stage} runs in one process: start it without a launcher")
     if chosen.stage != "extension":

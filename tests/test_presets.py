@@ -7,7 +7,7 @@ import pytest
 
 from llama_long_utils import presets
 from llama_long_utils.paths import PRESETS, REPOSITORY
-from llama_long_utils.presets import load_preset, preset_from_parameters, preset_names
+from llama_long_utils.presets import load_preset, preset_from_parameters, preset_names, with_numbers
 from llama_long_utils.rope import rotation, wavelengths
 from llama_long_utils.settings import Share, raised_base
 
@@ -234,6 +234,16 @@ def test_a_misspelt_parameter_stops_the_notebook():
     assert preset_from_parameters({"preset": "tiny", "_i": "x", "In": []}, {"preset": str}).name == "tiny"
     with pytest.raises(ValueError, match=r"unknown parameter 'presett'.*did you mean 'preset'"):
         preset_from_parameters({"preset": "tiny", "presett": "llama2-7b"}, {"preset": str})
+
+
+def test_a_run_of_fewer_steps_reaches_its_learning_rate_and_a_longer_one_warms_up_as_before():
+    training = load_preset("tiny").training
+    assert (training.steps, training.warmup_steps) == (80, 10)
+    shorter = [with_numbers(training, "training", steps=steps) for steps in range(1, 80)]
+    assert all(one.warmup_steps < one.steps for one in shorter)
+    assert [shorter[steps - 1].warmup_steps for steps in (1, 8, 40, 79)] == [0, 1, 5, 9]
+    assert with_numbers(training, "training", steps=800).warmup_steps == 10
+    assert with_numbers(training, "training", steps=8, warmup_steps=4).warmup_steps == 4
 
 
 def lengths(preset):

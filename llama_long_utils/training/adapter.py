@@ -195,7 +195,5 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(
-                f"another process is training in {folder}: wait until it has ended, or stop it"
-            ) from None
+            raise RuntimeError(f"another process is training in {folder}: wait until it has ended or stop it") from None
         yield
