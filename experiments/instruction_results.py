@@ -298,7 +298,7 @@ Table 9 of Llama 2 Long.*"""
 
 
 def draw_dilution(results: InstructionResults, folder: Path, slug: str, number: str) -> None:
-    """The loss on the prompt taken apart: the four edges of the square, in exact answers."""
+    """The loss on the prompt taken apart: one step at a time, in exact answers."""
     names = {"both: loss on prompt\nminus none": LOSS, "add the loss,\nanswers at full weight": FULL}
     names |= {"add the loss,\nanswers diluted": DILUTED, "dilute answers,\nwithout the loss": DILUTION}
     names |= {"dilute answers,\nbeside the loss": BESIDE}
@@ -326,8 +326,8 @@ def draw_dilution(results: InstructionResults, folder: Path, slug: str, number: 
     first, second = (results.scores(arm, results.past) for arm in PAIRS[DILUTED])
     third, fourth = (results.scores(arm, results.past) for arm in PAIRS[FULL])
     apart = measured(*results.contrast(first - second - third + fourth), digits=1)
-    caption = f"""**{message}** First row: both at once. The others are the edges of the square above. The third row
-minus the second, as the fifth minus the fourth: {apart} points.
+    caption = f"""**{message}** First row: both at once. The others change one at a time, as in the table of losses. The
+third row minus the second, as the fifth minus the fourth: {apart} points.
 
 *Past the old window, {results.record.origin}; 95%, the wider over documents and seeds or over seeds.*"""
     said = "; ".join(f"{row.row} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())

@@ -134,6 +134,13 @@ def levels(results: InstructionResults) -> dict[str, bool]:
     return {claim: all(low <= 0 <= high for _, low, high in changes) for claim, changes in found.items()}
 
 
+def origin_of(sets: Mapping[str, InstructionResults]) -> str:
+    """In words: by whom the records were made, and from when on where they have several dates."""
+    first, *others = sorted({results.record.origin for results in sets.values()})
+    by, _, date = first.rpartition(" us ")
+    return f"{by} us from {date[:10]} on" if others else first
+
+
 def draw_on_questions(sets: Mapping[str, InstructionResults], folder: Path, slug: str, number: str) -> None:
     """Differences between arms at the real model past its old window: left F1, right log-probability."""
     units = {"f1": "points", "log_probability": "nats per token"}
@@ -158,10 +165,9 @@ def draw_on_questions(sets: Mapping[str, InstructionResults], folder: Path, slug
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     message = f"{likelihood_in_words(sets)} {f1_in_words(sets)}".strip() or "Differences between arms."
     past = ", ".join(f"{length:,}" for length in sorted({at for one in sets.values() for at in one.past}))
-    made = ", ".join(dict.fromkeys(results.record.origin for results in sets.values()))
     caption = f"""**{message}** Questions behind {past} tokens, past the old window. Those inside it: table below.
 
-*SmolLM2-135M-Instruct, {made}; 95%, the wider over questions and seeds or over seeds. Arms of one seed: over
+*SmolLM2-135M-Instruct, {origin_of(sets)}; 95%, the wider over questions and seeds or over seeds. Arms of one seed: over
 questions.*"""
     said = "; ".join(f"{one.asked}, {SCORES[one.measure]}, {one.row} {one.value:+.2f}" for one in table.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Differences: {said}.".replace("\n", " "))

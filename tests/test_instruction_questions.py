@@ -34,6 +34,7 @@ from experiments.question_results import (
     directions,
     floor_of,
     levels,
+    origin_of,
     question_tables,
     same_trainings,
     trainings,
@@ -226,6 +227,15 @@ def test_trainings_of_the_same_arm_and_seed_are_compared(results):
     assert same_trainings(sets)
     sets["HotpotQA"].__dict__["runs"] = results.runs[:3].assign(labels=8)
     assert not same_trainings(sets)
+
+
+def test_records_of_several_dates_are_from_the_first_on(results):
+    dated = {"SQuAD": results, "HotpotQA": replace(results, record=Record(results.record.path))}
+    assert origin_of(dated) == results.record.origin
+    for one, date in zip(dated.values(), ("2026-11-28 and later", "2026-11-27"), strict=True):
+        content = one.record.content
+        one.record.__dict__["content"] = {**content, "provenance": {**content["provenance"], "date": date}}
+    assert origin_of(dated) == "recorded by us from 2026-11-27 on"
 
 
 def test_an_arm_of_one_seed_is_compared_by_the_questions_of_that_seed(results):
