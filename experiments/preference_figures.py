@@ -9,7 +9,7 @@ from experiments.preference import KEPT
 from experiments.race_results import wider
 from llama_long_utils.evaluation.statistics import share_interval
 from llama_long_utils.figures import AMBER, BLUE, GREEN, GREY, plt, save_figure
-from llama_long_utils.notebooks import finding, measured, say, shown
+from llama_long_utils.notebooks import finding, measured, say, show_table, shown
 from llama_long_utils.records import Record, recorded
 
 LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the same pairs", AMBER, "v")}
@@ -42,7 +42,7 @@ def draw_by_step(
                 axes.plot(rows.step, rows[value], color=colour, alpha=0.3, linewidth=1)
             means = part.groupby("step")[value].mean()
             axes.plot(means.index, means, color=colour, marker=marker, label=label)
-            ends.append(f"{label}, {value}: {means.iloc[0]:z.2f} to {means.iloc[-1]:.2f}")
+            ends.append(f"{label}, {columns[value][0]}: {means.iloc[0]:z.2f} to {means.iloc[-1]:.2f}")
     for axes, (title, ylabel) in zip(panels, columns.values(), strict=True):
         axes.set(title=title, ylabel=ylabel, xlabel="step of its training")
         axes.locator_params(axis="y", nbins=6)
@@ -74,9 +74,11 @@ def draw_preferred(wins: pd.DataFrame, folder: Path, slug: str, number: str, ori
         "": (-0.14, "to its answer"),
         "_cut": (0.14, "to its answer, cut to the same length"),
     }.items():
-        draw_shares(axes, wins, end, [place + shift for place in range(len(wins))], hollow=bool(end))
+        heights = [place + shift for place in range(len(wins))]
+        draw_marks(axes, wins, f"preferred{end}", end, heights, [bool(end)] * len(wins))
         fill = "none" if end else "0.2"
         axes.scatter([], [], s=44, facecolors=fill, edgecolors="0.2", linewidths=1.6, label=label)
+    axes.axvline(0.5, color="0.35", linewidth=1)
     axes.set(yticks=range(len(wins)), yticklabels=[f"{names[row.arm]}, {row.decoding}" for row in wins.itertuples()])
     axes.set(ylim=(len(wins) - 0.5, -0.5), xlabel="share preferred to the instruction-tuned model (ties: half)")
     axes.grid(axis="y", visible=False)
@@ -98,14 +100,15 @@ cut and ended where the other ends.
     save_figure(figure, folder, slug, number, caption, "; ".join(said) + ".")
 
 
-def draw_shares(axes: plt.Axes, table: pd.DataFrame, end: str, heights: Sequence[float], *, hollow: bool) -> None:
-    """A mark and its interval for each row of a table with a column `arm`, and the line of one half."""
-    for height, (_, row) in zip(heights, table.iterrows(), strict=True):
+def draw_marks(
+    axes: plt.Axes, table: pd.DataFrame, column: str, end: str, heights: Sequence[float], hollow: Sequence[bool]
+) -> None:
+    """A mark, filled or hollow, and its interval for each row of a table with a column `arm`."""
+    for height, white, (_, row) in zip(heights, hollow, table.iterrows(), strict=True):
         colour = colour_of(row.arm)
         axes.hlines(height, row[f"low{end}"], row[f"high{end}"], color=colour, linewidth=1.8)
-        fill = {"facecolors": "white" if hollow else colour, "edgecolors": colour, "linewidths": 1.6}
-        axes.scatter(row[f"preferred{end}"], height, s=44, zorder=3, **fill)
-    axes.axvline(0.5, color="0.35", linewidth=1)
+        fill = {"facecolors": "white" if white else colour, "edgecolors": colour, "linewidths": 1.6}
+        axes.scatter(row[column], height, s=44, zorder=3, **fill)
 
 
 def colour_of(arm: str) -> str:
@@ -125,6 +128,14 @@ def changes_by_measure(changes: pd.DataFrame) -> pd.DataFrame:
         measure=told.measure.map({name: title for name, (title, _) in PANELS.items()}),
     )
     return told.pivot_table("change", "measure", "minus", aggfunc="first", sort=False).reset_index()
+
+
+def at_the_end(ends: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds at the end of training (index: decoding and arm) as a table for a reader."""
+    of_arms = ends.index.isin(["sft", "sft, stopped", *LOOKS], level="arm")
+    names = {"words_right": "right words", "proxy_scaled": "proxy (sd)"}
+    table = ends[of_arms].drop(columns="proxy").rename(columns=names)
+    return table.assign(length=table.length.round().astype(int)).reset_index()
 
 
 def what_costs_what(
@@ -189,6 +200,9 @@ def near(value: float, limit: float) -> str:
 def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float) -> None:
     """What the controls tell apart, and the arms on new seeds: tables, and findings that hold or do not."""
     say(tradeoff_in_words(table, limit))
+    if fresh:
+        say("What arms on new seeds cost, in nats a token, and how many of their seeds' intervals end above the limit:")
+        show_table(costs_on_new_seeds(table, limit))
     for arm, above in (("rl", False), ("tight rl", False), ("rl on gold", True)):
         change, more = table.loc[arm, ["change", "low_change", "high_change"]], "more" if above else "fewer"
         shown(f"{arm}: {more} greedy answers begin right than before", change, above=above, digits=2)
@@ -247,58 +261,70 @@ def say_new_seeds(fresh: Record | None, limit: float) -> None:
         finding(f"{costly} (at most {most:.4f})", most <= limit)
 
 
+def costs_on_new_seeds(table: pd.DataFrame, limit: float) -> pd.DataFrame:
+    """What arms on new seeds cost on unread documents and on the study's, seeds beside: text for a reader."""
+    rows = []
+    for arm, row in table[table.index.str.endswith(NEW)].iterrows():
+        for documents, end in {"unread": "", "the study's": "_study"}.items():
+            highs = row[f"ends{end}"]
+            cost = measured(*row[[f"cost{end}", f"low_cost{end}", f"high_cost{end}"]], digits=3)
+            told = {"arm": called(arm), "documents": documents, "cost": cost, "highest end": near(max(highs), limit)}
+            rows.append(told | {"seeds above": f"{sum(high > limit for high in highs)} of {len(highs)}"})
+    return pd.DataFrame(rows)
+
+
 def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, number: str, origin: str) -> None:
-    """A line for each arm, the cheapest first: its cost, and what it wins by then, also against cut answers."""
+    """A line for each arm, those on new seeds first, then the cheapest: its cost, and what it wins by then."""
     parts = [f"{arm}, {share:g}" for arm in LOOKS for share in KEPT]
-    rows = in_figure(table).reset_index(names="arm")
-    places = range(len(rows))
+    drawn = in_figure(table)
+    again = drawn.index.str.endswith(NEW)
+    rows = pd.concat([drawn[again], drawn[~again]]).reset_index(names="arm")
+    places, hollow = range(len(rows)), rows.at_most > limit
     wide = {"width_ratios": (1.6, 1, 1)}
     figure, panels = plt.subplots(1, 3, figsize=(10, 5.6), sharey=True, layout="constrained", gridspec_kw=wide)
-    titles = ("cost in long text", "preferred", "preferred, cut")
-    units = ("nats per token", "share of sampled answers", "share of sampled answers")
-    for place, row in rows.iterrows():
-        again = row.arm.endswith(NEW)
-        draw_cost(panels[0], row, "_study" if again else "", limit, place + 0.18 * again, marker="o")
-        if again:
-            draw_cost(panels[0], row, "", limit, place - 0.18, marker="s")
-    panels[0].axvline(limit, color="0.35", linestyle=":")
-    panels[0].scatter([], [], s=44, color="0.2", label="cost: the study's documents")
-    panels[0].scatter([], [], s=36, color="0.2", marker="s", label="unread documents")
-    panels[0].scatter([], [], s=90, color="0.2", marker="|", label="highest end of a seed's interval")
     for axes, end in zip(panels[1:], ("", "_cut"), strict=True):
-        draw_shares(axes, rows, end, places, hollow=False)
+        draw_marks(axes, rows, f"preferred{end}", end, places, hollow)
         axes.set(xlim=(min(rows.low.min(), rows.low_cut.min()) - 0.03, rows.high.max() + 0.03))
-    for axes, title, unit in zip(panels, titles, units, strict=True):
-        axes.set(
-            title=title, xlabel=unit, yticks=places, yticklabels=rows.arm.map(called), ylim=(len(rows) - 0.5, -0.5)
-        )
+        axes.axvline(0.5, color="0.35", linewidth=1)
+    draw_marks(panels[0], rows, "cost", "_cost", places, hollow)
+    colours = [colour_of(arm) for arm in rows.arm]
+    panels[0].scatter(rows.at_most, places, s=90, c=colours, marker="|", linewidths=1.6)
+    panels[0].axvline(limit, color="0.35", linestyle=":")
+    form = {"s": 44, "edgecolors": "0.2", "linewidths": 1.6}
+    panels[0].scatter([], [], facecolors="0.2", label=f"every seed within {limit:g} nat", **form)
+    panels[0].scatter([], [], facecolors="white", label="not every seed", **form)
+    panels[0].scatter([], [], s=90, color="0.2", marker="|", label="highest end of a seed's interval")
+    share = "share of sampled answers"
+    titles = {"cost on long text": "nats per token", "preferred": share, "at equal length": share}
+    for axes, (title, unit) in zip(panels, titles.items(), strict=True):
+        axes.set(title=title, xlabel=unit, yticks=places, ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticklabels(rows.arm.str.removesuffix(NEW).map(called))
         axes.grid(axis="y", visible=False)
+        if again.any():
+            axes.axhline(again.sum() - 0.5, color="0.6", linewidth=0.8)
+    if again.any():
+        kinds = {0: "new seeds, unread documents", again.sum(): "the study's seeds and documents"}
+        for place, kind in kinds.items():
+            panels[0].text(rows.high_cost.max(), place, kind, ha="right", va="center", color="0.35", fontsize=11)
     figure.legend(loc="outside lower center", ncols=3)
     trained = table[~table.index.isin([*parts, *(f"{arm}{NEW}" for arm in table.index)])]  # each setting once
     rank = trained.cost.rank().corr(trained.preferred.rank())
     message = "What is won, and what it costs."
     if rank > 0.8:
-        message = "Mostly, arms that win more cost more in long text."
-    caption = f"""**{message}** Dotted: {limit:g} nat; filled costs: every seed's interval ends below it. Green: with a
-text beside the pairs. "{min(KEPT):g}": that share of the change.
+        message = "Arms that win more mostly cost more on long text."
+    fair = [called(arm) for arm in rows.arm[rows.low_cut > 0.5]]
+    caption = f"""**{message}** Left: cost; filled, in all panels, if every seed's interval stays within {limit:g} nat
+(dotted). Middle: share of sampled answers preferred to the instruction-tuned model's. Right: to those, cut to equal
+length; clear of one half, and above it: {", ".join(fair) or "none"}. "{min(KEPT):g}": that share of the change.
 
-*The cheapest first, {origin}. Rank correlation of {len(trained)} settings: {rank:.2f}. 95%: shares, the wider over
-questions or seeds; costs, over documents or seeds.*"""
+*Sorted by cost, new seeds first; {origin}. Rank correlation of {len(trained)} settings: {rank:.2f}. 95%: shares, the
+wider over questions or seeds; costs, over documents or seeds.*"""
     said = [
         f"{called(row.arm)}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats, "
         f"at most {near(row.at_most, limit)}"
         for row in rows.itertuples()
     ]
     save_figure(figure, folder, slug, number, caption, "; ".join(said) + ".")
-
-
-def draw_cost(axes: plt.Axes, row: pd.Series, end: str, limit: float, height: float, *, marker: str) -> None:
-    """A cost with its interval, hollow if a seed's interval ends above the limit, and a tick for the highest end."""
-    colour, most = colour_of(row.arm), row[f"at_most{end}"]
-    axes.hlines(height, row[f"low_cost{end}"], row[f"high_cost{end}"], color=colour, linewidth=1.8)
-    axes.scatter(most, height, s=90, color=colour, marker="|", linewidths=1.6)
-    fill = {"facecolors": colour if most <= limit else "white", "edgecolors": colour, "linewidths": 1.6}
-    axes.scatter(row[f"cost{end}"], height, s=36, marker=marker, zorder=3, **fill)
 
 
 def tradeoff_in_words(table: pd.DataFrame, limit: float) -> str:
@@ -334,5 +360,5 @@ def raters_in_words(raters: pd.DataFrame, ends: pd.DataFrame, beta: float) -> st
     What they did learn is the ending. Over the instruction-tuned model's sampled answers their number goes with having
     ended: the rank correlation is {rank["rank_ended"]:.1f}. With right words it is {abs(rank["rank_words"]):.1f}.
 
-    The leash is long. At the end KL costs {beta * ends.kl["sampled", "rl"]:.2f} of a reward that has
-    risen by {risen:.1f}."""
+    The KL penalty is weak. At the end KL costs {beta * ends.kl["sampled", "rl"]:.2f} of a reward that
+    has risen by {risen:.1f}."""

@@ -61,7 +61,7 @@ class PreferenceStage:
     learning_rate: Share = 5e-5
     warmup_steps: NonNegativeInt = 5
     checkpoint_every: PositiveInt = 25
-    beta: PositiveFloat = 0.1  # the leash: what a nat of KL costs ("rl"), and DPO's beta
+    beta: PositiveFloat = 0.1  # the KL penalty: what a nat costs ("rl"), and DPO's beta
 
     def __post_init__(self) -> None:
         check_multiple(self, "rows_per_step", "rows_at_once")

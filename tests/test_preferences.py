@@ -19,7 +19,15 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, 
 from conftest import LORA, RAISED, new_llama, small_preset
 from experiments.preference import costs_of_seeds, wins_by_step
 from experiments.preference_controls import TEXT, TOKENS, with_text
-from experiments.preference_figures import NEW, arms_within, near, record_with_controls, what_costs_what
+from experiments.preference_figures import (
+    NEW,
+    arms_within,
+    at_the_end,
+    costs_on_new_seeds,
+    near,
+    record_with_controls,
+    what_costs_what,
+)
 from experiments.preference_fresh import SLUG
 from experiments.preference_tasks import changes_of_stages
 from experiments.race_results import student_reach, wider
@@ -191,7 +199,7 @@ def test_a_reference_that_full_finetuning_loads_by_its_path_has_another_rope_and
         preferences.check_preference(trainer, RAISED)
 
 
-def test_a_policy_has_a_leash_though_grpo_has_none_by_default():
+def test_a_policy_has_a_kl_penalty_though_grpo_has_none_by_default():
     assert GRPOConfig(NOWHERE, use_cpu=True, bf16=False).beta == 0
     with pytest.raises(ValueError, match="greater than 0"):
         dataclasses.replace(STAGE, beta=0.0)
@@ -458,6 +466,20 @@ def test_each_arm_has_an_interval_of_its_cost_and_new_seeds_have_those_of_both_k
         own = read[(read.arm == arm.removesuffix(NEW)) & ~read.unread & read.seed.notna()]
         assert row.ends_study == [*own.high]
         assert row.at_most_study == own.high.max()
+    told = costs_on_new_seeds(table, 0.02).set_index(["arm", "documents"])
+    assert len(told) == 2 * len(again)
+    for arm, row in again.iterrows():
+        shown = told.loc[(arm.replace("text 0.7, rate 4e-4", "retuned dpo with text"), "unread")]
+        assert shown["seeds above"] == f"{sum(high > 0.02 for high in row.ends)} of {len(row.ends)}"
+        assert shown["highest end"] == near(row.at_most, 0.02)
+
+
+def test_means_at_the_end_are_a_table_of_named_columns_without_controls():
+    columns = ["gold", "words_right", "proxy_scaled", "proxy", "kl", "length", "ended"]
+    arms = pd.MultiIndex.from_product([["greedy"], ["sft", "rl", "tight rl"]], names=["decoding", "arm"])
+    table = at_the_end(pd.DataFrame(7.6, arms, columns))
+    assert [*table] == ["decoding", "arm", "gold", "right words", "proxy (sd)", "kl", "length", "ended"]
+    assert [*table.arm] == ["sft", "rl"] and [*table.length] == [8, 8]
 
 
 def test_each_stage_is_compared_with_the_one_before_by_the_same_items():

@@ -77,7 +77,7 @@ SEQUENCE = [
     Notebook(
         "10_preference_tuning",
         "Preference tuning",
-        "Does preference tuning do what it is asked, and does it keep long context?",
+        "Does preference tuning raise what was meant, and keep long context?",
     ),
     Notebook("11_ablations", "Ablations", "Which way to scale RoPE, and which way to train it, wins on equal terms?"),
     Notebook("12_pretraining_curriculum", "Pretraining curriculum", "When should pretraining sequences become long?"),

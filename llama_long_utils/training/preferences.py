@@ -1,4 +1,4 @@
-"""Preference tuning with TRL: a reward model from comparisons, a policy against it on a leash, DPO on the same pairs.
+"""Preference tuning with TRL: a reward model from comparisons, RLOO against it with a KL penalty, DPO on those pairs.
 
 All start from the instruction-tuned adapter on the 4-bit base, and a frozen copy of it, in the same model, is the
 reference. TRL 1.16 tokenizes texts again, puts EOS behind answers that were cut off, and drops what is longer than
