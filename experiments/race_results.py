@@ -157,13 +157,25 @@ class RaceResults:
         """Lengths at which first sentences were asked for."""
         return sorted(int(name.removeprefix("rouge_l_")) for name in self.arrays if name.startswith("rouge_l_"))
 
-    @property
-    def floor(self) -> float:
-        """ROUGE-L of the unscaled base's answers at the shortest length against the other documents' sentences."""
+    def chance(self, length: int) -> float:
+        """ROUGE-L of what the first arm wrote at a length against the other documents' sentences."""
         from llama_long_utils.evaluation.retrieval import rouge_l  # with transformers, which is slow to import
 
-        answer, written = (self.arrays[f"{name}_{self.lengths[0]}"] for name in ("answer", "written"))
+        answer, written = (self.arrays[f"{name}_{length}"] for name in ("answer", "written"))
         return np.mean([rouge_l(right, text) for n, text in enumerate(written[0]) for right in np.delete(answer, n)])
+
+    def floors(self, quoting: Record | None) -> pd.DataFrame:
+        """What an arm scores that copies nothing, by measure ("ROUGE-L 256", ...): columns value, low, high.
+
+        Args:
+            quoting: record 11_quoting_share, whose arm without self-quoting sequences is the floor. Its text is of the
+                right document, so it shares more words with the answer than `chance` says. Without it: `chance`.
+        """
+        names = [f"ROUGE-L {length:,}" for length in self.lengths]
+        if quoting and len(copies_nothing := quoting.table("scores").query("share == 0").set_index("measure")):
+            return copies_nothing.loc[names, ["value", "low", "high"]]
+        chances = [self.chance(length) for length in self.lengths]
+        return pd.DataFrame({name: chances for name in ("value", "low", "high")}, index=names)
 
     def measures(self, method: str, training: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By name, "NLL near" (the last bucket inside the old window), "NLL far" (the last), "ROUGE-L 256", ..."""
@@ -221,7 +233,7 @@ STYLES = {
     "zero-shot": {"label": "zero-shot", "color": "0.5", "marker": "o"},
     "full-length": {"label": "trained at full length", "color": BLUE, "marker": "s"},
 }
-LEFT_OUT = ("ntk", "dynamic_ntk", "proportional")  # of the drawing of retrieval, where lines would hide each other
+LEFT_OUT = ("ntk", "proportional")  # of the drawing of retrieval, where lines would hide each other
 
 
 def draw_nll(to_abf: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
@@ -254,19 +266,33 @@ def nll_in_words(to_abf: pd.DataFrame, near: float = 0.05) -> str:
     return f"{said}{far.value[~level].min():.1f} nat and more above it: {worse}.** "
 
 
+def retrieving(scores: pd.DataFrame, floors: pd.DataFrame, measure: str) -> list[str]:
+    """Methods trained at full length whose whole interval in a measure lies above that of `RaceResults.floors`."""
+    trained = scores[(scores.training == "full-length") & (scores.measure == measure)]
+    return [look(name, "method")["label"] for name in trained.method[trained.low > floors.high[measure]]]
+
+
 def draw_retrieval(
-    results: RaceResults, published: dict[str, Any], folder: Path, slug: str, number: str, caption: str
+    results: RaceResults,
+    floors: pd.DataFrame,
+    published: dict[str, Any],
+    folder: Path,
+    slug: str,
+    number: str,
+    caption: str,
 ) -> None:
     """ROUGE-L by length with its floor: untrained, trained at full length, and the paper's curves (Figure 5b)."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
     scores = results.table()
-    scores = scores[scores.measure.str.startswith("ROUGE") & ~scores.method.isin(LEFT_OUT)]
+    scores = scores[scores.measure.str.startswith("ROUGE")]
+    drawn = scores[~scores.method.isin(LEFT_OUT)]
     for panel, way in zip(panels, [way for way in STYLES if way in set(scores.training)], strict=False):
-        for place, (name, line) in enumerate(scores[scores.training == way].groupby("method", sort=False)):
+        for place, (name, line) in enumerate(drawn[drawn.training == way].groupby("method", sort=False)):
             beside, form = np.array(results.lengths) * 1.035 ** (place - 3), look(name, "method")
             panel.vlines(beside, line.low, line.high, color=form["color"], alpha=0.5, linewidth=1.2)
             panel.plot(beside, line.value, markersize=4, **form)
-        panel.axhline(results.floor, color="0.5", linestyle="--", linewidth=1)
+        panel.plot(results.lengths, floors.value, color="0.4", linestyle="--", linewidth=1)
+        panel.fill_between(results.lengths, floors.low, floors.high, color="0.5", alpha=0.2, linewidth=0)
         panel.set_title(f"ours, {STYLES[way]['label']}")
         token_axis(panel, results.lengths, "length (tokens)")
         mark_window(panel, results.window)
@@ -278,14 +304,14 @@ def draw_retrieval(
     panels[0].set(ylabel="ROUGE-L", ylim=(0, 112), yticks=range(0, 101, 20))  # room for the windows' names
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     alt = "Three panels of ROUGE-L against length: zero-shot, trained, and the paper's 7B models, which start near 100."
-    trained, message = scores[scores.training == "full-length"].set_index("method"), ""
-    if len(trained):
-        said = []
-        for length in results.lengths[-2:]:
-            scored = trained.value[trained.measure == f"ROUGE-L {length:,}"]
-            named = [look(name, "method")["label"] for name in scored.index[scored > 2 * results.floor]]
-            said.append(f"at {length:,} tokens {', '.join(named) or 'none'}")
-        message = f"**Trained, these retrieve more than twice the floor: {'; '.join(said)}.** "
+    message, left_out = "", [look(name, "method")["label"] for name in LEFT_OUT if name in set(scores.method)]
+    if "full-length" in set(scores.training):
+        said = [
+            f"at {length:,} tokens {', '.join(retrieving(scores, floors, f'ROUGE-L {length:,}')) or 'none'}"
+            for length in results.lengths[-2:]
+        ]
+        message = f"**Trained, by their whole interval above the floor: {'; '.join(said)}.** "
+    caption += f" Not drawn: {', '.join(left_out)}." * bool(left_out)
     save_figure(figure, folder, slug, number, message + caption, alt)
 
 
@@ -301,7 +327,17 @@ def draw_trainings(cheaper: pd.DataFrame, folder: Path, slug: str, number: str, 
         panel.locator_params(axis="x", nbins=5)
         panel.set_xlabel(f"{unit}, minus full length's ({'nats' if unit == 'NLL' else 'points'})")
     alt = "Two panels of dots with intervals, a row per method and way of training: NLL and ROUGE-L differences."
-    rows = cheaper[cheaper.measure == kept[-1]]
-    more, less = ("; ".join(rows.way[beyond]) or "no way" for beyond in (rows.low > 0, rows.high < 0))
-    message = f"**{kept[-1]}: more than full-length training: {more}. Less: {less}. Else no difference is detected.** "
-    save_figure(figure, folder, slug, number, message + caption, alt)
+    save_figure(figure, folder, slug, number, f"**{trainings_in_words(cheaper)}** {caption}", alt)
+
+
+def trainings_in_words(cheaper: pd.DataFrame) -> str:
+    """What `draw_trainings` shows: sentences on the last measure, on leads in it that are larger nearer, and on NLL."""
+    kept = list(cheaper.measure.drop_duplicates())
+    far, near = (cheaper[cheaper.measure == measure].set_index("way") for measure in (kept[-1], kept[-2]))
+    more, less = ("; ".join(far.index[beyond]) or "no way" for beyond in (far.low > 0, far.high < 0))
+    said = f"In {kept[-1]} more than full-length training: {more}. Less: {less}. In it no other difference is detected."
+    leads = [(way, near.loc[way]) for way in far.index[far.low > 0] if near.value[way] > far.value[way]]
+    told = (f"{way} {measured(row.value, row.low, row.high, digits=0)}" for way, row in leads)
+    said += f" Nearer, in {kept[-2]}, the lead is larger: {'; '.join(told)}." * bool(leads)
+    nll = cheaper[cheaper.measure.str.startswith("NLL")]
+    return f"{said} Of the {len(nll)} NLL differences {((nll.low > 0) | (nll.high < 0)).sum()} exclude zero."

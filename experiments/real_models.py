@@ -1,7 +1,7 @@
 """Records of real models as notebooks 4 and 13 tell them: doses, statements found, tasks, steps on a GPU."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, recorded
 
 NAMES = {"smollm2": "SmolLM2-135M", "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B"}
+FILES = {"smollm2": "Q4_1", "qwen2.5-coder-1.5b": "Q4_K_M"}  # how the files are quantised that weights come from
 WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short, no skips"}
 LINES = WAYS | {"fair": "whole sequences, minus the control's windows"}
 ENDS = ((min, "low"), (max, "high"))
@@ -28,6 +29,7 @@ PLACES = {
 }
 SHARES = {"mmlu": "accuracy", "hellaswag": "accuracy_per_character", "truthfulqa_mc1": "accuracy_per_character"}
 SHARES |= {"gsm8k": "exact_match", "humaneval": "passed"}
+UNPACKED = "base_16_bit -> extended"
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,17 @@ class DoseResults:
         return pd.DataFrame(found).assign(model=self.preset, title=self.title)
 
     def four_bits(self) -> pd.DataFrame:
-        """What 4 bits cost the base and the extended model, and how gains depend on the base they are measured from."""
+        """What NF4 costs the base and the extended model, and how gains depend on the base they are measured from.
+
+        "Unpacked" are the file's own weights in 16 bits. They were quantised before: `FILES`.
+        """
         full = self.largest("full")
         return self.compare(
             {
-                "base: 16 bits minus NF4": ("base/window", "base-nf4/window"),
+                "base: unpacked minus NF4": ("base/window", "base-nf4/window"),
                 "extended minus NF4 base": (f"{full}/full", "base-nf4/window"),
-                "extended minus 16-bit base": (f"{full}/full", "base/window"),
-                "extended: 16 bits minus NF4": (f"{full}-16bit/full", f"{full}/full"),
+                "extended minus unpacked base": (f"{full}/full", "base/window"),
+                "extended: unpacked minus NF4": (f"{full}-16bit/full", f"{full}/full"),
             }
         )
 
@@ -91,8 +96,8 @@ class DoseResults:
         return self.compare(
             {
                 "whole sequences minus control, equal tokens": (f"{same}/full", f"{control}/window"),
-                "whole sequences, largest dose, minus 16-bit base": (f"{full}/full", "base/window"),
-                "control minus 16-bit base": (f"{control}/window", "base/window"),
+                "whole sequences, largest dose, minus unpacked base": (f"{full}/full", "base/window"),
+                "control minus unpacked base": (f"{control}/window", "base/window"),
                 "YaRN, untrained, minus NF4 base": ("yarn-nf4/full", "base-nf4/window"),
             }
         )
@@ -145,9 +150,10 @@ class DoseResults:
             row |= {"far half": measured(last.nats, last.low, last.high, digits=3)}
             row |= {"nearly full windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
             row |= {"texts that gain": f"{last.below_zero} of {last.documents}"}
-            row |= {"without the strongest": f"{last.without_one:+.3f}"}
-            apart = self.apart(line)
-            rows.append({"model": self.preset, **row, "seeds apart": f"{apart:.3f}" if apart else "one seed"})
+            row |= {"without the strongest": f"{last.without_one:+.3f}; {whole.without_one[line]:+.3f}"}
+            apart = [self.apart(line, part) for part in (False, True)]
+            apart = "; ".join(f"{nats:.3f}" for nats in apart) if any(apart) else "one seed"
+            rows.append({"model": self.preset, **row, "seeds apart": apart})
         return pd.DataFrame(rows)
 
     def gains_of_texts(self) -> pd.DataFrame:
@@ -223,7 +229,8 @@ class OtherTexts:
         """The same as text, a column for each set."""
         found = self.compare()
         found["cell"] = [
-            f"{measured(row.nats, row.low, row.high, digits=3)}, {row.below_zero} of {row.documents} texts"
+            f"{measured(row.nats, row.low, row.high, digits=3)}, {row.below_zero} of {row.documents} texts, "
+            f"without one {row.without_one:+.3f}"
             for row in found.itertuples()
         ]
         table = found.pivot_table("cell", "quantity", "texts", aggfunc="first", sort=False)
@@ -332,10 +339,16 @@ def worth_in_words(doses: Mapping[str, DoseResults]) -> str:
 
 
 def four_bits_in_words(table: pd.DataFrame) -> str:
-    """What 4 bits cost each base inside the old window, from `DoseResults.four_bits`: a sentence."""
-    rows = table[(table.quantity == "base: 16 bits minus NF4") & (table.place == "inside")]
+    """What NF4 costs each base inside the old window, from `DoseResults.four_bits`: a sentence."""
+    rows = table[(table.quantity == "base: unpacked minus NF4") & (table.place == "inside")]
     costs = [f"{-row.nats:.2f} nat ({NAMES.get(row.model, row.model)})" for row in rows.itertuples()]
-    return f"Inside the old window 4 bits cost the base {' and '.join(costs)}."
+    return f"Inside the old window NF4, on top of the file's own quantisation, costs the base {' and '.join(costs)}."
+
+
+def unpacked(models: Sequence[str]) -> str:
+    """What "unpacked" means: a sentence for captions."""
+    files = " and ".join(f"{NAMES[model]}'s to {FILES[model]}" for model in models if model in FILES)
+    return f"Unpacked: the file's own weights in 16 bits, already quantised ({files})."
 
 
 def price_in_words(table: pd.DataFrame) -> str:
@@ -346,16 +359,21 @@ def price_in_words(table: pd.DataFrame) -> str:
 
 
 def found_in_words(asked: pd.DataFrame) -> str:
-    """How many statements whole sequences find in the longest text each model was asked, and the best rival."""
-    parts = []
+    """How many statements whole sequences find in the longest text each model was asked, and the best rival there.
+
+    Where the control was not asked it is no rival, and the sentence says so.
+    """
+    parts, missing = [], False
     for name, part in asked.groupby("model", sort=False):
         right = part[part.length == part.length.max()].groupby("arm")[["right", "questions"]].sum()
+        missing |= "control" not in right.index
         own, rival = right.right["full"], right.right.drop("full").max()
         parts.append(
             f"in {part.length.max():,} tokens {own} of {right.questions['full']}, the best other {rival} "
             f"({NAMES.get(name, name)})"
         )
-    return f"Trained on whole sequences a model finds most: {'; '.join(parts)}."
+    said = f"Of those asked, the model trained on whole sequences finds most: {'; '.join(parts)}."
+    return said + " The control was not asked there." * missing
 
 
 def draw_statements(asked: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
@@ -436,6 +454,60 @@ def read_tasks(preset: str, pair: str = "base -> extended") -> tuple[pd.DataFram
     costs["each"] = [_single(record, row) for row in costs.itertuples()]
     costs.loc[costs["items"] < FEWEST, ["low", "high"]] = np.nan
     return shares, costs
+
+
+def contrast_beside_accuracy(preset: str, task: str = "mmlu") -> pd.DataFrame:
+    """For a reader, how each change from the same NF4 base moved accuracy, NLL and contrast; empty without a record."""
+    record = recorded(preset, "08_benchmark_deltas")
+    if record is None:
+        return pd.DataFrame()
+    rows = record.table("deltas").query(f"task == {task!r} and length == 0 and pair.str.startswith('base ->')")
+    scale, digits = rows.metric.eq("accuracy") * 99 + 1, rows.metric.map({"accuracy": 1}).fillna(3).astype(int)
+    rows[["difference", "low", "high"]] = rows[["difference", "low", "high"]].mul(scale, axis=0)
+    names = {"accuracy": "accuracy (points)", "answer_nll": "NLL of the answer (nats)", "contrast": "contrast (nats)"}
+    told = [
+        measured(row.difference, row.low, row.high, digits=number)
+        for row, number in zip(rows.itertuples(), digits, strict=True)
+    ]
+    rows = rows.assign(told=told, metric=rows.metric.map(names), pair=rows.pair.str.removeprefix("base -> "))
+    table = rows.pivot_table("told", "pair", "metric", aggfunc="first", sort=False)
+    return table.rename_axis(None, axis=1).rename_axis("minus the base").reset_index()
+
+
+def tasks_in_words(shares: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]:
+    """What both tables of `read_tasks` say of each model, from the same NF4 base, and from the unpacked one."""
+    for name, own in shares.groupby("model", sort=False):
+        cost = costs[costs.model == name]
+        worse = [row for row in cost.itertuples() if row.low > 0 or (len(row.each) and min(row.each) > 0)]
+        listed = "; ".join(f"{row.row} {measured(row.difference, row.low, row.high)}" for row in worse) or "none"
+        contrast = recorded(name, "08_benchmark_deltas").table("deltas").query("metric == 'contrast' and high < 0")
+        contrast = contrast[contrast.pair == "base -> extended"].itertuples()
+        nearer = "; ".join(f"{row.task} {measured(row.difference, row.low, row.high)}" for row in contrast) or "none"
+        before = ", ".join(f"{row.task} {row.before:.0%}" for row in own.itertuples())
+        other = read_tasks(name, UNPACKED)[0]
+        unpacked = f"it falls, beyond its interval, in {_fallen(other)}" if len(other) else "nothing was asked"
+        yield f"""
+        **{name}**, in points and nats per token:
+
+        - From the same NF4 base the share of right answers falls, beyond its interval, in {_fallen(own)}. Before it was
+          {before}.
+        - From the unpacked base {unpacked}.
+        - The right answer becomes *less* likely, beyond the interval or in each of three questions, in: {listed}.
+        - Wrong answers come nearer to it in: {nearer}.
+        """
+
+
+def fallen_in_words(shares: pd.DataFrame) -> str:
+    """In which tasks the share of right answers falls from the same base, and from the unpacked one: a sentence."""
+    said = f"From the same NF4 base the share of right answers falls, beyond its interval, in {_fallen(shares)}"
+    other = {NAMES[name]: read_tasks(name, UNPACKED)[0] for name in shares.model.unique()}
+    others = [f"in {_fallen(table)} ({name})" for name, table in other.items() if len(table)]
+    return f"{said}{'; from the unpacked base ' * bool(others)}{'; '.join(others)}."
+
+
+def _fallen(shares: pd.DataFrame) -> str:
+    fallen = shares[shares.high < 0].itertuples()
+    return "; ".join(f"{row.task} {measured(row.difference, row.low, row.high)} points" for row in fallen) or "no task"
 
 
 def _single(record: Record, row: tuple) -> np.ndarray:

@@ -23,14 +23,21 @@ from experiments.race import (
     run_race,
 )
 from experiments.race_longer import longer_race
-from experiments.race_results import RaceResults, distances_seen, race_results, student_reach
+from experiments.race_results import (
+    RaceResults,
+    distances_seen,
+    race_results,
+    retrieving,
+    student_reach,
+    trainings_in_words,
+)
 from experiments.searches import compare_trainings, search_longrope, search_pair_factors, search_rope_base
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.weights import locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import read_table, write_record
+from llama_long_utils.records import read_table, recorded, write_record
 from llama_long_utils.settings import METHODS
 from tools.kernels import forked
 
@@ -314,6 +321,35 @@ def test_differences_know_that_three_seeds_are_few():
     half = student_reach((scores - beside).mean(axis=1))
     assert row.low <= row.value - half < 0 < row.value + half <= row.high
     assert (table.low < table.high).all()  # untrained arms have one seed, and the interval over documents
+
+
+def test_a_method_retrieves_only_beyond_the_interval_of_an_arm_that_copies_nothing():
+    """Twice what answers score by chance at one length let that arm through, and one method at the longest length."""
+    results = race_results(load_preset("tiny"))
+    scores, quoting = results.table(), recorded("tiny", "11_quoting_share")
+    floors = results.floors(quoting)
+    none = quoting.table("scores").query("share == 0 and measure.str.startswith('ROUGE-L')")
+    assert floors.value.to_dict() == none.set_index("measure").value.to_dict()
+    assert floors.value.max() < 2 * results.chance(2048) < floors.high.max()
+    of_it = none.assign(method="abf", training="full-length")
+    assert all(retrieving(of_it, floors, measure) == [] for measure in floors.index)
+    assert "PI" not in {name for measure in floors.index for name in retrieving(scores, floors, measure)}
+    assert "dynamic NTK" in retrieving(scores, floors, "ROUGE-L 2,048")  # whatever is drawn
+    assert retrieving(scores, floors, "ROUGE-L 4,096") == []
+    chances = results.floors(None)
+    assert list(chances.index) == list(floors.index) and (chances.value < floors.value).all()
+
+
+def test_a_lead_far_out_is_told_beside_the_larger_one_near():
+    results = race_results(load_preset("tiny"))
+    cheaper = results.table(training="full-length").query("method == 'abf' and training != 'zero-shot'")
+    cheaper = cheaper[cheaper.measure.isin(["NLL near", "NLL far", "ROUGE-L 256", "ROUGE-L 2,048"])]
+    said = trainings_in_words(cheaper.assign(way=cheaper.training))
+    assert "more than full-length training: pose. Less: s2. In it no other" in said
+    assert "Nearer, in ROUGE-L 256, the lead is larger: pose +18 [+8, +29]." in said
+    nll = cheaper[cheaper.measure.str.startswith("NLL")]
+    beyond = (nll.low * nll.high > 0).sum()
+    assert beyond and said.endswith(f"Of the {len(nll)} NLL differences {beyond} exclude zero.")
 
 
 def test_the_notebook_runs_for_a_preset_whose_race_was_not_run(tmp_path):

@@ -1,11 +1,35 @@
 """What notebook 13 reads out of the records, recomputed from their arrays."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.dose_doubts import (
+    WITHOUT,
+    leads_by_text,
+    nearly_full,
+    nearly_full_in_words,
+    prices_in_words,
+    unpacked_in_words,
+)
 from experiments.dose_record import BIN
-from experiments.real_models import WAYS, read_dose_results, read_tasks, training_in_words
+from experiments.real_models import (
+    FILES,
+    WAYS,
+    contrast_beside_accuracy,
+    fallen_in_words,
+    found_in_words,
+    read_dose_results,
+    read_tasks,
+    tasks_in_words,
+    training_in_words,
+    unpacked,
+)
+from llama_long_utils.evaluation.statistics import FEWEST
+from llama_long_utils.notebooks import measured
+from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.records import Record, recorded, write_record
 
 
@@ -102,3 +126,76 @@ def test_a_training_run_on_a_gpu_is_told_where_a_record_has_one(tmp_path, weight
     assert "from 2.97 to 2.61" in told  # means of two steps each
     assert ("a random model" in told, "in 9.8 GiB" in told) == ((True, False) if weights == "random" else (False, True))
     assert "has none" in training_in_words(recorded("tiny", "04_one_gpu_budget"))
+
+
+def test_a_gain_over_nearly_full_windows_is_told_without_the_text_that_speaks_most_for_it(results):
+    """With that text SmolLM2 was ahead by two thousandths of a nat more than seeds lie apart; without it, it is not."""
+    table = nearly_full(results).set_index(["line", "texts"])
+    whole = results.worth(whole=True).groupby("line").tail(1).set_index("line")
+    for line in ("full", "fair"):
+        assert table.nats[line, "all"] == pytest.approx(whole.nats[line], abs=1e-5)
+        assert table.nats[line, WITHOUT] == pytest.approx(whole.without_one[line], abs=1e-5)
+        assert table.documents[line, WITHOUT] == table.documents[line, "all"] - 1
+    assert table.ahead["full", "all"] and not table.ahead["full", WITHOUT]
+    assert "fs.md" in nearly_full_in_words({"smollm2": results})
+    told = results.doses_that_pay().set_index("trained on").loc["whole sequences, 10.5M tokens"]
+    assert told["without the strongest"].endswith(f"; {whole.without_one['full']:+.3f}")
+
+
+def test_few_texts_have_no_interval():
+    (qwen,) = read_dose_results(["qwen2.5-coder-1.5b"]).values()
+    table = nearly_full(qwen)
+    assert (table.low.isna() == (table.documents < FEWEST)).all()
+    assert table.low.isna().any()
+
+
+def test_unpacked_weights_are_told_far_out_too(results):
+    told = unpacked_in_words(results)
+    far = results.rows("differences", "far").set_index(["first", "second"])
+    full = results.largest("full")
+    row = far.loc[f"{full}-16bit/full", f"{full}/full"]
+    assert f"far out worse ({measured(row.nats, row.low, row.high, digits=3)})" in told
+    nats = dict(zip(results.record.arrays["readings"], results.record.arrays["nats"], strict=True))
+    part = nats[f"{full}-16bit/full"] - nats[f"{full}-16bit/window"]
+    own = part[:, part.shape[1] // 2 :].sum(axis=1) / (results.record.table("held_out").tokens.max() // 2)
+    assert f"full context minus own windows is {np.nanmean(own):+.3f}," in told
+
+
+def test_unpacked_weights_are_named_as_the_packages_name_them():
+    """What is called unpacked was quantised before; only the second quantisation is measured."""
+    packaged = json.loads((REPOSITORY / "data" / "packaged_models.json").read_text("utf-8"))
+    for name, kind in FILES.items():
+        (original,) = (entry["original"].lower() for model, entry in packaged.items() if model.startswith(name))
+        assert kind.lower() in original
+        assert kind in unpacked([name])
+
+
+def test_statements_say_who_was_not_asked(results):
+    asked = results.statements()
+    assert found_in_words(asked).endswith("The control was not asked there.")
+    assert not found_in_words(asked[asked.length == asked.length.min()]).endswith("was not asked there.")
+    leads = np.subtract(*(results.found_in_texts(name, 32_768) for name in (results.largest("full"), "yarn-nf4")))
+    assert f"- YaRN: {', '.join(f'{one:+d}' for one in leads)}; {leads.mean():+.1f} [" in leads_by_text(results, asked)
+
+
+def test_prices_name_dose_rate_and_passes(results):
+    told = prices_in_words(results)
+    for row in results.worth("0", place="inside").query("line == 'fair'").itertuples():
+        assert f"{row.nats:+.3f} after {row.tokens_trained / 1e6:.1f}M" in told
+    assert "One learning rate for all arms: 0.0005. 10.5M tokens are 2.66 passes" in told
+
+
+def test_what_falls_from_the_unpacked_base_is_told_beside_the_same_base():
+    shares, costs = read_tasks("qwen2.5-coder-1.5b")
+    said, (told,) = fallen_in_words(shares), tasks_in_words(shares, costs)
+    row = read_tasks("qwen2.5-coder-1.5b", "base_16_bit -> extended")[0].set_index("task").loc["mmlu"]
+    fallen = f"mmlu {measured(row.difference, row.low, row.high)} points"
+    assert "in no task; from the unpacked base in" in said and fallen in said and fallen in told
+    assert "unpacked" not in fallen_in_words(read_tasks("smollm2")[0])  # was not asked
+
+
+def test_contrast_moves_at_equal_accuracy():
+    table = contrast_beside_accuracy("qwen2.5-coder-1.5b").set_index("minus the base")
+    assert table.loc["yarn", "contrast (nats)"].startswith("+0.118 [")
+    assert table.loc["yarn", "accuracy (points)"] == "+0.1 [-0.4, +0.6]"
+    assert contrast_beside_accuracy("no such preset").empty
