@@ -302,8 +302,8 @@ def draw_lead(
     `parts` names results and a size. Lines are means over seeds and over `smooth` steps, areas their range over seeds.
     """
     figure, axes = plt.subplots(figsize=(8, 4.2))
-    said, colours = [], (GREY, BLUE, PURPLE)
-    for (label, (results, size)), colour in zip(parts.items(), colours, strict=True):
+    said, colours = [], (GREY, AMBER, BLUE, PURPLE)
+    for (label, (results, size)), colour in zip(parts.items(), colours, strict=False):
         short = int(results.cost(size, "switch-80", "short_steps"))
         each = results.spike(size, "switch-80", before=short, after=0)
         each = np.apply_along_axis(np.convolve, 1, each, np.ones(smooth) / smooth, "valid")
@@ -319,9 +319,22 @@ def draw_lead(
     axes.legend()
     turned = [line.partition(":")[0] for line in said if "below from" in line]
     caption = "**Short steps train worse at first, and then better, in: "
-    caption += f"{' and '.join(turned) or 'none'}.** Training loss on sequences of 512 tokens minus that on 4,096, on "
+    caption += f"{'; '.join(turned) or 'none'}.** Training loss on sequences of 512 tokens minus that on 4,096, on "
     caption += "the same tokens.\n\n*Recorded by us. Lines: means over seeds and 20 steps; areas: seeds.*"
     save_figure(figure, folder, slug, number, caption, f"{'; '.join(said)}.")
+
+
+def late_by_tokens(parts: dict[str, list[tuple[PretrainingResults, str]]]) -> pd.DataFrame:
+    """The switch at 80% minus long throughout, in nats: a row for each label of `parts`, a column for tokens read."""
+    rows = []
+    for label, read in parts.items():
+        found = {}
+        for results, size in read:
+            late = results.difference(size, ("switch-80", "full"), ("long", "full"))
+            tokens = f"{results.cost(size, 'long', 'tokens') / 1e6:.1f} million tokens"
+            found[tokens] = verdict(late["value"], late["low"], late["high"], "better", "worse")
+        rows.append({"switch at 80% minus long": label, **found})
+    return pd.DataFrame(rows).fillna("-")
 
 
 def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug: str, number: str) -> None:
@@ -330,7 +343,7 @@ def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug
     figure, panels = plt.subplots(1, 2, figsize=(8.5, 4))
     columns = {"saved": "saved by 4,064 tokens (nats)", "beta": "exponent β of the law"}
     for panel, (column, label) in zip(panels, columns.items(), strict=True):
-        colours = dict(zip(laws.model.unique(), (BLUE, TEAL, AMBER, GREY, PURPLE), strict=False))
+        colours = dict(zip(laws.model.unique(), (BLUE, TEAL, AMBER, GREEN, GREY, PURPLE), strict=False))
         for model, part in laws.groupby("model", sort=False):
             more = "-as-" in model  # trained on more tokens than its size is elsewhere: beside that
             place = part.parameters * 1.12 ** (part.seed - len(part) // 2) * (1.6 if more else 1)
@@ -338,14 +351,16 @@ def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug
             mark, fill = "D" if "llama" in model else "s" if more else "o", "white" if more else colours[model]
             panel.errorbar(place, part[column], yerr=reach, fmt=mark, color=colours[model], markerfacecolor=fill)
         panel.set(xscale="log", xlabel="parameters", ylabel=label, ylim=(0, None))
-        panel.set_xticks([4e5, 9e5, 4.6e6, 1.6e7], ["0.4M", "0.9M", "4.6M", "16M"])
+        panel.set_xticks([4e5, 9e5, 4.3e6, 1.6e7], ["0.4M", "0.9M", "4M", "16M"])
         panel.minorticks_off()
     models = laws.groupby("model", sort=False)
     saved, beta = ("; ".join(f"{model} {one:.2f}" for model, one in models[name].mean().items()) for name in columns)
     lows, highs = models.beta_low.min(), models.beta_high.max()
     grows = "is seen" if lows.iloc[-1] > highs.iloc[0] else "is not seen"
     caption = f"**What context saves, and the exponent β, by parameters. That β grows {grows}.** 16M read eight times "
-    caption += "the tokens of 0.4M and 0.9M (dots). Hollow squares: 0.9M on as many as 16M.\n\n*Recorded by us; a mark "
+    caption += (
+        "the tokens of the smaller sizes (dots). Hollow squares: 0.9M on as many as 16M.\n\n*Recorded by us; a mark "
+    )
     caption += "for each seed, bars: 95% over documents. Diamond: the tiny Llama, trained otherwise.*"
     misfit = "; ".join(f"{row.model}, seed {row.seed}: {row.rmse:.3f}" for row in laws.itertuples())
     alt = f"Saved, in nats: {saved}. β: {beta}. The law's misfit in nats: {misfit}."

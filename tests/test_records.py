@@ -232,6 +232,9 @@ COLUMNS["12_curriculum_on_a_gpu"] = {
     "contexts": {"seed", "document", "context", "nats", "tokens"},
     "as_trained": {"size", "seed", "document", "nats", "tokens"},
 }
+COLUMNS["12_curriculum_of_4m"] = {
+    name: columns for name, columns in COLUMNS["12_curriculum_on_a_gpu"].items() if name != "speed"
+}
 COLUMNS["12_sparse_attention"] = {
     "cells": COLUMNS["12_pretraining_curriculum"]["cells"],
     "as_trained": COLUMNS["12_curriculum_on_a_gpu"]["as_trained"],

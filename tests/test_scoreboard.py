@@ -88,6 +88,10 @@ def test_pi_is_undecided_as_long_as_it_has_not_recovered_inside_the_old_window(l
     recovered = dataclasses.replace(race, arrays={**race.arrays, "nats": nats})
     table = read_published("llama2_long")["table_5"]
     assert methods.perplexity(recovered, table).verdict == AGREES
+    figure = read_published("llama2_long")["figure_5b"]
+    assert lines["C3"].verdict.startswith(UNDECIDED)
+    assert "ABF falls" in lines["C3"].why
+    assert methods.retrieval(recovered, figure).verdict == DISAGREES  # it does fall
     plain = (race.arms.method == "none") & (race.arms.training == "full-length")
     nats[np.flatnonzero(pi)] = nats[np.flatnonzero(plain)]
     assert methods.perplexity(recovered, table).verdict.startswith(UNDECIDED)  # no gain is not a loss
@@ -274,8 +278,13 @@ def test_the_brief_answers_each_question_as_the_intervals_and_seeds_say():
     assert not far.gains
     assert inside.found[1] > 0
     helps, more, cost = (row for question, row in rows.items() if question.startswith(("Far beyond", "Does it")))
-    for row, answer, found in ((helps, "yes", own), (more, "not shown", far), (cost, "yes", inside)):
-        assert f"**{answer}**: {found.found[0]:+.3f} [" in row.split(" | ")[2]
+    for row, answer, found in ((helps, "yes", own), (more, "not shown", far), (cost, "yes, it reads worse", inside)):
+        apart = f" (seeds lie {far.spread:.3f} apart)" if found == far else ""
+        assert f"**{answer}**{apart}: {found.found[0]:+.3f} [" in row.split(" | ")[2]
+    told = next(line for line in in_brief().splitlines() if line.startswith("- **SmolLM2"))
+    assert f"gains {-own.found[0]:.3f} nats per token" in told
+    assert "not told from its control" in told
+    assert f"it reads {inside.found[0]:.3f} nats worse" in told
     harmed = compared(read_dose_results(["qwen2.5-coder-1.5b"])["qwen2.5-coder-1.5b"], "fair", whole=True)
     assert f"**no, it reads worse**: {harmed.found[0]:+.3f}" in rows["... where the control's window is nearly full?"]
 

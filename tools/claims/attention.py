@@ -38,9 +38,10 @@ def full_attention(attention: dict[str, Any]) -> Line:
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
         f"at {crossing['7B']:,} tokens attention takes {shares[0]:.0%} of a training step's time with Trainer "
         f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4); "
-        f"trained sparse (S2) at {GPU_SIZE}, NLL {in_nats(sparse)} nat, read as trained {in_nats(own)} nat; "
+        f"trained with shifted sparse attention (S2) at {GPU_SIZE}, NLL {in_nats(sparse)} nat, read as trained "
+        f"{in_nats(own)} nat; "
         f"at {LARGER}, full attention minus S2 {in_nats(work)} nat at equal operations, {in_nats(time)} in equal "
-        f"seconds (S2 at {LOWER} of the rate, asked as both are open at the whole); trained on 512 tokens, "
+        f"seconds (cheaper arms at {LOWER} of the rate: at the whole, seeds scatter too much to tell); on 512 tokens, "
         f"below 6 h, {in_nats(equal[0])} and {in_nats(equal[1])}, each arm at its own rate: {_reads_better(*equal)}, "
         "but from the first tokens on, so it is not only what S2 hides",
         f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval; "

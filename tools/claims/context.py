@@ -38,7 +38,9 @@ def power_law(published: dict[str, Any]) -> Line:
         judged = DISAGREES
     else:
         known = (law.high - law.low) / 2
-        judged = f"{UNDECIDED}: the error is known to ±{known:.1f} nat, ±{FORETOLD} was asked, too much of so few texts"
+        judged = (
+            f"{UNDECIDED}: the error is known to ±{known:.1f} nat; ±{FORETOLD} was needed, too much of so few texts"
+        )
     return Line(
         claim,
         paper,

@@ -61,7 +61,7 @@ def with_mixes_of_a_copying_model(line: Line) -> Line:
         if not row.low <= 0 <= row.high
     ]
     by_nll, by_copying = (heavier(effects, measure) for measure in ("NLL", "copying"))
-    why = f"in a model that copies, {by_nll} weighs more by NLL, {by_copying} by copying"
+    why = f"in a model that copies, {by_nll} weighs more by loss, {by_copying} by share of quotes copied"
     if by_nll == by_copying == "neither":
         why = "; ".join(["in a model that copies, neither weighs more, beyond the interval", *moved])
     judged = UNDECIDED
@@ -69,7 +69,7 @@ def with_mixes_of_a_copying_model(line: Line) -> Line:
         judged = AGREES if by_nll == "content" else DISAGREES
     fresh = {measure: heavier(effects, measure, skip=FIRST_ORDERS) for measure in ("NLL", "copying")}
     told = f"{fresh['NLL']} by NLL, {fresh['copying']} by copying"
-    why += ", by a paired test chosen afterwards"
+    why += ", in a paired test chosen afterwards"
     judged += f": {why}; on the orders that came later alone, {told}; 'better' means of the same kind as the test texts"
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
 

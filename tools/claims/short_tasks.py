@@ -30,7 +30,8 @@ def short_tasks(table: dict[str, Any]) -> Line:
     mmlu = accuracy.loc["base -> extended"]
     ours = [f"4-bit MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({_points(mmlu, 2)} points)"]
     if "base_16_bit -> extended" in accuracy.index:
-        ours.append(f"against the 16-bit base {_points(accuracy.loc['base_16_bit -> extended'], 2)} points")
+        unpacked = _points(accuracy.loc["base_16_bit -> extended"], 2)
+        ours.append(f"against the file's weights, 4-bit too but unpacked, {unpacked} points")
     short = deltas[(deltas.length == 0) & (deltas["items"] >= FEWEST) & (deltas.pair == "base -> extended")]
     dearer = short[(short.metric == "answer_nll") & (short.low > 0)]
     ours += [f"answers of {row.task} {measured(row.difference, row.low, row.high)} nat" for row in dearer.itertuples()]
@@ -44,8 +45,8 @@ def short_tasks(table: dict[str, Any]) -> Line:
     elif mmlu.low > -MARGIN and "base -> rope_unchanged" in accuracy.index:
         judged = f"{AGREES}: on MMLU, beside a control; other tasks have too few items"
     elif mmlu.low > -MARGIN:
-        judged = f"{UNDECIDED}: MMLU {'rises' if mmlu.low > 0 else 'does not fall'} from the same 4-bit base, but no "
-        judged += "control was asked; other tasks have too few items"
+        judged = f"{UNDECIDED}: MMLU {'rises' if mmlu.low > 0 else 'does not fall'} over the same 4-bit base, but the "
+        judged += "control was not tested on it; other tasks have too few items"
     else:
         judged = f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
     for results in read_dose_results([name]).values():
