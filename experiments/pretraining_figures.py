@@ -167,7 +167,7 @@ def when_long(curricula: dict[str, pd.DataFrame], copied_less: pd.Series) -> str
         f"No switch that was run is shown to be early enough: a loss of {EQUAL} nat from scratch is excluded for none."
     )
     if level:
-        answer = f"Early enough from scratch, as a loss of {EQUAL} nat is excluded: {', '.join(level)}."
+        answer = f"From scratch these are early enough, as a loss of {EQUAL} nat is excluded: {', '.join(level)}."
     if any("worse" in arms.values() for arms in read.values()):
         answer += " Where a switch is worse, whether a still earlier one would be as good was not tested."
     return "\n".join([answer, "", *lines])
@@ -237,9 +237,10 @@ def draw_switch(
     panels[1].set_ylabel("difference in loss (nats)")
     figure.legend(loc="outside lower right", ncols=4)
     found = jumps(results, size)
-    caption = f"**The loss jumps, beyond the interval, at {' and '.join(found.arm[found.low > 0]) or 'no switch'}.** "
-    caption += "Dotted: where long sequences begin.\n\n*Left: training loss of the live run. Right: recorded by us, "
-    caption += "means over seeds and five steps.*"
+    jumped = " and ".join(found.arm[found.low > 0])
+    caption = f"**{f'The loss jumps at {jumped}' if jumped else 'No jump of the loss at a switch is detected'}.** "
+    caption += "Intervals: the lines below. Dotted: where long sequences begin.\n\n*Left: training loss of the live "
+    caption += "run. Right: recorded by us, means over seeds and five steps.*"
     alt = (
         "Left, a falling loss with its switch marked. Right, loss minus the long arm's around each switch, four curves."
     )
@@ -286,11 +287,14 @@ def draw_quality(
     labels = {text: mark for panel in ours for mark, text in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels, ncols=3, loc="outside lower center")
     late = {size: row_verdict(table.set_index("arm").loc["switch-80"]) for size, table in tables.items()}
-    read = "; ".join(f"{size}: {word}" for size, word in late.items())
-    caption = f"**The switch at 80% beside long throughout, by size. {read}.** Below the line is better, to the left "
-    caption += "cheaper.\n\n*Recorded by us. Circles: seeds; bars: 95% over seeds and documents, or over seeds alone "
-    caption += "where that is wider. Two marks are shifted to the right of what costs as much. The paper's Tables 10 "
-    caption += "and 11 have no intervals.*"
+    told = {"better": "reads better at", "worse": "reads worse at", NO_DIFFERENCE: "is not told from it at"}
+    found = {says: [size for size in sizes if late[size] == word] for word, says in told.items()}
+    read = "; ".join(f"{says} {' and '.join(at)}" for says, at in found.items() if at)
+    caption = f"**Beside long throughout, a switch at 80% {read}.** Below the line is better, to the left cheaper. "
+    caption += "Open squares: the switch at a learning rate of its own.\n\n*Recorded by us. Circles: seeds; bars: "
+    caption += "95% over seeds and documents, or over seeds alone where that is wider. Two marks are shifted to the "
+    caption += "right of what costs as much. The paper's panel, Tables 10 and 11, has no intervals, a finer scale and "
+    caption += "colours of its own.*"
     save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
 
 
@@ -324,17 +328,18 @@ def draw_lead(
     save_figure(figure, folder, slug, number, caption, f"{'; '.join(said)}.")
 
 
-def late_by_tokens(parts: dict[str, list[tuple[PretrainingResults, str]]]) -> pd.DataFrame:
-    """The switch at 80% minus long throughout, in nats: a row for each label of `parts`, a column for tokens read."""
-    rows = []
-    for label, read in parts.items():
-        found = {}
-        for results, size in read:
-            late = results.difference(size, ("switch-80", "full"), ("long", "full"))
-            tokens = f"{results.cost(size, 'long', 'tokens') / 1e6:.1f} million tokens"
-            found[tokens] = verdict(late["value"], late["low"], late["high"], "better", "worse")
-        rows.append({"switch at 80% minus long": label, **found})
-    return pd.DataFrame(rows).fillna("-")
+def late_by_tokens(parts: dict[str, tuple[PretrainingResults, str]]) -> pd.DataFrame:
+    """The switch at 80% minus long throughout, in nats: a row for each size, a column for tokens that were read.
+
+    `parts` as in `draw_lead`: what stands before a comma is the size.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for label, (results, size) in parts.items():
+        late = results.difference(size, ("switch-80", "full"), ("long", "full"))
+        tokens = f"{results.cost(size, 'long', 'tokens') / 1e6:.1f} million tokens"
+        told = verdict(late["value"], late["low"], late["high"], "better", "worse")
+        rows.setdefault(label.partition(",")[0], {})[tokens] = told
+    return pd.DataFrame(rows).T.fillna("-").rename_axis("switch at 80% minus long").reset_index()
 
 
 def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug: str, number: str) -> None:

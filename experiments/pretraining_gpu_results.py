@@ -11,7 +11,7 @@ from llama_long_utils.notebooks import measured
 from llama_long_utils.paths import RESULTS
 
 GPU_SIZE = "16M"
-HOLDS, REFUTED, OPEN, NOT_ASKED = "holds", "refuted", "open", "does not arise"
+HOLDS, REFUTED, OPEN, NOT_ASKED = "holds", "does not hold", "undecided", "does not arise"
 OTHER_WAY = "not refuted, but not as expected: it is better"
 EARLY = 60  # steps in which 16M reads more tokens than the smaller sizes read in all
 BOUNDS = ("value", "low", "high")

@@ -176,21 +176,28 @@ def judge_larger(results: PretrainingResults, size: str) -> None:
     finding("the rate chosen for it is higher than the recorded one", own_rate(results, size) > 1)
     judge("at the rate chosen for it, it is still worse", "switch-80", "long", at=own)
     left = beyond_share((own, name, "switch-80"), (results, size, "switch-80"))
-    shown("less than half of that difference is left", left, above=False, digits=3)
+    shown("less than half of that is left (what is left, minus half)", left, above=False, digits=3)
     halved = at_own_rate(results, size, 0.5)
     if own_rate(results, size) != 0.5:
         first, second = ((one, one.cells["size"].iloc[0], "switch-80") for one in (own, halved))
         left = beyond_share(first, second)
-        shown("at most half is left of what it loses at half the rate", left, above=False, digits=3)
+        shown(
+            "at most half is left of its loss at half the rate (what is left, minus half)", left, above=False, digits=3
+        )
     judge(f"{size}, all at one rate: a switch at 40% is better than one at 80%", "switch-40", "switch-80", worse=False)
     losses = list(losses_at_the_end(results, size, "long").values())
     best = own_rate(results, size, "long") == 1 and min(losses) not in (losses[0], losses[-1])
     finding("long throughout trains best at the recorded rate, worse at every other", best)
     if results.seeds(size, "switch-20", "long"):
         judge(f"{size}, all at one rate: the switch at 20% is worse", "switch-20", "long")
-        judge("it is better than the switch at 40%", "switch-20", "switch-40", worse=False)
+        judge("the switch at 20% is better than that at 40%", "switch-20", "switch-40", worse=False)
     if len(results.seeds(size, "switch-20", "long")) >= FEWEST_SEEDS:
         left = beyond_share((results, size, "switch-20"), (results, size, "switch-40"))
-        shown("it loses less than half of what the switch at 40% loses", left, above=False, digits=3)
+        shown(
+            "it loses less than half of what that at 40% does (its loss, minus half of the other)",
+            left,
+            above=False,
+            digits=3,
+        )
     if results.seeds(size, "switch-95", "long"):
         judge(f"{size}, all at one rate: the switch at 95% is worse", "switch-95", "long")

@@ -167,6 +167,12 @@ def equal_operations(results: PretrainingResults, trio: Trio = LONG) -> dict[str
     return results.difference(LARGER, (trio.fewer, trio.way), (trio.sparse, trio.way))
 
 
+def equal_operations_in_words() -> list[str]:
+    """That difference at 4,096 tokens, both at `LOWER` of the rate, and at 512, each at its own."""
+    parts = (sparse_results(), LONG), (short_results()[0], SHORT)
+    return [in_nats(equal_operations(results, trio)) for results, trio in parts]
+
+
 def equal_seconds(results: PretrainingResults, trio: Trio = LONG) -> tuple[float, dict[str, Any]]:
     """Steps of full attention that take as long as all of S2's, and its NLL after them minus S2's, as `difference`.
 
@@ -201,7 +207,7 @@ def judged_sparse() -> pd.DataFrame:
         }
         table["expected"] = list(rows)
         told = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
-        table[f"S2 at {IN_WORDS[factor]}"] = [*told[:-1], f"{told[-1]}, about {equal:.0f} steps"]
+        table[f"both cheaper arms at {IN_WORDS[factor]}"] = [*told[:-1], f"{told[-1]}, about {equal:.0f} steps"]
     return table
 
 

@@ -36,14 +36,12 @@ def full_attention(attention: dict[str, Any]) -> Line:
     return Line(
         "Below 6 h tokens (h: the model's width) attention is not most of the cost",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
-        f"at {crossing['7B']:,} tokens attention takes {shares[0]:.0%} of a training step's time with Trainer "
+        f"at {crossing['7B']:,} tokens (6 h at 7B) attention takes {shares[0]:.0%} of a step's time with Trainer "
         f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4); "
-        f"trained with shifted sparse attention (S2) at {GPU_SIZE}, NLL {in_nats(sparse)} nat, read as trained "
-        f"{in_nats(own)} nat; "
-        f"at {LARGER}, full attention minus S2 {in_nats(work)} nat at equal operations, {in_nats(time)} in equal "
-        f"seconds (cheaper arms at {LOWER} of the rate: at the whole, seeds scatter too much to tell); on 512 tokens, "
-        f"below 6 h, {in_nats(equal[0])} and {in_nats(equal[1])}, each arm at its own rate: {_reads_better(*equal)}, "
-        "but from the first tokens on, so it is not only what S2 hides",
+        f"shifted sparse attention (S2) at equal cost (notebook 12): full minus S2 at {LARGER}, 4,096 tokens, "
+        f"{in_nats(work)} nat at equal operations, {in_nats(time)} in equal seconds (cheaper arms: {LOWER} of the rate); "
+        f"512 tokens, {in_nats(equal[0])} and {in_nats(equal[1])}, each arm at its own rate; at {GPU_SIZE} and equal "
+        f"tokens S2 minus full {in_nats(sparse)} nat, read as trained {in_nats(own)}",
         f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval; "
         f"{GPU_SIZE} and {LARGER} from scratch, {sparse.seeds} seeds each, 4,096 tokens, above 6 h there; "
         f"{LARGER}, 512 tokens, 4 h",
