@@ -39,7 +39,7 @@ def full_attention(attention: dict[str, Any]) -> Line:
         f"at {crossing['7B']:,} tokens (6 h at 7B) attention takes {shares[0]:.0%} of a step's time with Trainer "
         f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4); "
         f"shifted sparse attention (S2) at equal cost (notebook 12): full minus S2 at {LARGER}, 4,096 tokens, "
-        f"{in_nats(work)} nat at equal operations, {in_nats(time)} in equal seconds (cheaper arms: {LOWER} of the rate); "
+        f"{in_nats(work)} nat at equal operations, {in_nats(time)} in seconds (cheaper arms: {LOWER} of the rate); "
         f"512 tokens, {in_nats(equal[0])} and {in_nats(equal[1])}, each arm at its own rate; at {GPU_SIZE} and equal "
         f"tokens S2 minus full {in_nats(sparse)} nat, read as trained {in_nats(own)}",
         f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval; "
