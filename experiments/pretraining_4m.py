@@ -76,6 +76,6 @@ def judged_4m(results: PretrainingResults, wide: PretrainingResults) -> pd.DataF
     for expected, (arms, find, judge) in asked.items():
         seeds = len(results.seeds(SIZE, *arms))
         found = find() if seeds else None
-        few = f"{OPEN}: {seeds} seeds" if seeds < FEWEST_SEEDS else ""
+        few = f"{OPEN}: {seeds} of {FEWEST_SEEDS} seeds" if seeds < FEWEST_SEEDS else ""
         rows.append((expected, in_nats(found) if found else "no such arm", few or judge(found)))
     return pd.DataFrame(rows, columns=["expected", "found", "judged"])

@@ -26,9 +26,9 @@ below zero. (5) With more tokens 0.9M saves more than it did; refuted by an inte
 All else is open.
 
 What came out, of three seeds at the recorded rate. (1) and (2) hold: with more tokens the switch loses less, and is no
-longer worse. (3) is refuted: it reads better than long throughout, so tokens alone turn the sign. The training loss says
-how: short sequences are behind up to 4.6 million tokens, and ahead afterwards. (4) and (5) hold. Neither arm was trained
-at another rate, nor short throughout, so this is a finding of one rate for both.
+longer worse. (3) is refuted: it reads better than long throughout, so tokens alone turn the sign. The training loss
+says how: short sequences fall behind first, and lead later (Figure 12.3). (4) and (5) hold. Neither arm was trained at
+another rate, nor short throughout, so this is a finding of one rate for both.
 """
 
 from pathlib import Path

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 
+from experiments.dose_doubts import WITHOUT, nearly_full
 from experiments.real_models import DoseResults, OtherTexts, read_dose_results, read_other_texts
 from llama_long_utils.notebooks import NO_DIFFERENCE, measured
 from llama_long_utils.presets import load_preset
@@ -105,7 +106,7 @@ def _answers(results: DoseResults) -> dict[str, str]:
         "Far beyond the old window, does the whole text help more than a sliding window of the old length?": (
             _answered(own)
         ),
-        "... where that window is nearly full?": _answered(compared(results, "full", whole=True)),
+        "... where that window is nearly full?": _nearly_full(results),
         f"... in texts that repeat less than {HARDLY:.0%} of themselves?": _in_plain_texts(results),
         "... on other texts, read after every choice was made?": others,
         "Does it help more than the same training without the extension (the control)?": (_answered(far)),
@@ -127,6 +128,13 @@ def _answered(found: Comparison, better_is: int = 1) -> str:
     answer = gains if found.gains else loses if found.found[1] > 0 else "not shown"
     apart = f" (seeds lie {found.spread:.3f} apart)" if found.found[2] < 0 and not found.gains else ""
     return f"**{answer}**{apart}: {measured(*found.found, digits=3)}"
+
+
+def _nearly_full(results: DoseResults) -> str:
+    """The same where windows are nearly full, and without the text that speaks most for it."""
+    row = nearly_full(results).set_index(["line", "texts"]).loc[("full", WITHOUT)]
+    without = measured(row.nats, row.low, row.high, digits=3)
+    return f"{_answered(compared(results, 'full', whole=True))}; without one text {without}"
 
 
 def _longest_step() -> str:

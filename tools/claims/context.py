@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.power_law import CLOSER
+from experiments.pretraining_4m import SIZE, results_of_4m
 from experiments.pretraining_gpu_results import GPU_SIZE, gpu_results
 from experiments.pretraining_rates import LARGER, larger_sizes
 from llama_long_utils.notebooks import measured
@@ -63,8 +64,9 @@ def model_size(laws: dict[str, Any]) -> Line:
     largest, wide = gpu_results(), larger_sizes()[LARGER]
     more = largest.context_saves_more(GPU_SIZE, LARGER, wide)
     times = largest.cost(GPU_SIZE, "long", "tokens") / wide.cost(LARGER, "long", "tokens")
-    ours += f"; from scratch {GPU_SIZE}, on {times:.0f} times the tokens, saves {in_nats(pd.Series(more))} nat more by "
-    ours += f"its context than {LARGER}"
+    few = results_of_4m().context_saves_more(SIZE, LARGER, wide)
+    ours += f"; from scratch {SIZE} saves {in_nats(pd.Series(few))} nat more by its context than {LARGER} on as many "
+    ours += f"tokens, {GPU_SIZE}, on {times:.0f} times the tokens, {in_nats(pd.Series(more))}"
     judged = AGREES if steps.low.min() > 0 else DISAGREES if steps.high.max() < 0 else UNDECIDED
     texts = record.table("contexts").groupby("document").kind.first()
     names = ", ".join(READ_BY_CONTEXT[name] for name in each.model)

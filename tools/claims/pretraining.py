@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.pretraining_4m import SIZE, results_of_4m
 from experiments.pretraining_cells import MORE_TOKENS
 from experiments.pretraining_gpu_results import GPU_SIZE, gpu_results, rate_factors
 from experiments.pretraining_rates import LARGER, larger_sizes
@@ -89,12 +90,14 @@ def short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     scratch = {
         FROM_SCRATCH: _late_switch(pretraining_results(), FROM_SCRATCH),
         LARGER: _late_switch(wide, size),
+        SIZE: _late_switch(results_of_4m(), SIZE),
         MORE_READ: _late_switch(tokens_results(), MORE_TOKENS),
         GPU_SIZE: _late_switch(largest, GPU_SIZE),
     }
     scratch = {name: found for name, found in scratch.items() if found.seeds >= FEWEST_SEEDS}
     rates = rate_factors(largest)
-    own = {LARGER: size != LARGER, GPU_SIZE: rates["long"] != rates["short"]}
+    few = rate_factors(results_of_4m())
+    own = {LARGER: size != LARGER, SIZE: few["long"] != few["short"], GPU_SIZE: rates["long"] != rates["short"]}
     return with_a_copying_model(Line(claim, paper), scratch, rates, own_rates=[name for name in own if own[name]])
 
 

@@ -31,7 +31,7 @@ def short_tasks(table: dict[str, Any]) -> Line:
     ours = [f"4-bit MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({_points(mmlu, 2)} points)"]
     if "base_16_bit -> extended" in accuracy.index:
         unpacked = _points(accuracy.loc["base_16_bit -> extended"], 2)
-        ours.append(f"against the file's weights, 4-bit too but unpacked, {unpacked} points")
+        ours.append(f"against the file's own 4-bit weights, unpacked, {unpacked} points")
     short = deltas[(deltas.length == 0) & (deltas["items"] >= FEWEST) & (deltas.pair == "base -> extended")]
     dearer = short[(short.metric == "answer_nll") & (short.low > 0)]
     ours += [f"answers of {row.task} {measured(row.difference, row.low, row.high)} nat" for row in dearer.itertuples()]
