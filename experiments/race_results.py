@@ -335,9 +335,9 @@ def trainings_in_words(cheaper: pd.DataFrame) -> str:
     kept = list(cheaper.measure.drop_duplicates())
     far, near = (cheaper[cheaper.measure == measure].set_index("way") for measure in (kept[-1], kept[-2]))
     more, less = ("; ".join(far.index[beyond]) or "no way" for beyond in (far.low > 0, far.high < 0))
-    said = f"In {kept[-1]} more than full-length training: {more}. Less: {less}. In it no other difference is detected."
+    said = f"{kept[-1]}, beside full-length training: more by {more}, less by {less}, else no difference is detected."
     leads = [(way, near.loc[way]) for way in far.index[far.low > 0] if near.value[way] > far.value[way]]
     told = (f"{way} {measured(row.value, row.low, row.high, digits=0)}" for way, row in leads)
-    said += f" Nearer, in {kept[-2]}, the lead is larger: {'; '.join(told)}." * bool(leads)
+    said += f" In {kept[-2]} the lead is larger still: {'; '.join(told)}." * bool(leads)
     nll = cheaper[cheaper.measure.str.startswith("NLL")]
     return f"{said} Of the {len(nll)} NLL differences {((nll.low > 0) | (nll.high < 0)).sum()} exclude zero."

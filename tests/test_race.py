@@ -345,8 +345,8 @@ def test_a_lead_far_out_is_told_beside_the_larger_one_near():
     cheaper = results.table(training="full-length").query("method == 'abf' and training != 'zero-shot'")
     cheaper = cheaper[cheaper.measure.isin(["NLL near", "NLL far", "ROUGE-L 256", "ROUGE-L 2,048"])]
     said = trainings_in_words(cheaper.assign(way=cheaper.training))
-    assert "more than full-length training: pose. Less: s2. In it no other" in said
-    assert "Nearer, in ROUGE-L 256, the lead is larger: pose +18 [+8, +29]." in said
+    assert "beside full-length training: more by pose, less by s2, else no difference" in said
+    assert "In ROUGE-L 256 the lead is larger still: pose +18 [+8, +29]." in said
     nll = cheaper[cheaper.measure.str.startswith("NLL")]
     beyond = (nll.low * nll.high > 0).sum()
     assert beyond and said.endswith(f"Of the {len(nll)} NLL differences {beyond} exclude zero.")
