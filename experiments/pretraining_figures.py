@@ -307,7 +307,7 @@ def draw_lead(
     """
     figure, axes = plt.subplots(figsize=(8, 4.2))
     said, colours = [], (GREY, AMBER, BLUE, PURPLE)
-    for (label, (results, size)), colour in zip(parts.items(), colours, strict=False):
+    for (label, (results, size)), colour in zip(parts.items(), colours[: len(parts)], strict=True):
         short = int(results.cost(size, "switch-80", "short_steps"))
         each = results.spike(size, "switch-80", before=short, after=0)
         each = np.apply_along_axis(np.convolve, 1, each, np.ones(smooth) / smooth, "valid")
