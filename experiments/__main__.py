@@ -126,7 +126,7 @@ def arguments() -> argparse.Namespace:
     )
     pretraining.add_argument("--seed", type=int, help="measure this seed's cells; several processes may run at a time")
     pretraining.add_argument(
-        "--seconds", type=seconds, default=250.0, help="begin nothing that would end later (default: 250)"
+        "--seconds", type=seconds, help="begin nothing that would end later (default: 250 on a GPU, on a CPU no end)"
     )
     pretraining.add_argument(
         "--steps", type=at_least(int, 1), default=0, help="of each cell (default: the most that fit)"
@@ -161,6 +161,8 @@ def arguments() -> argparse.Namespace:
     of_a_gpu = asked.command == "pretraining" and (asked.steps or asked.speed or asked.join or asked.seed is not None)
     if of_a_gpu and not asked.size:
         parser.error("--seed, --steps, --speed and --join are for a size with rates by pilots: add --size 4M or 16M")
+    if asked.command == "pretraining" and asked.size and asked.seed is None and not (asked.speed or asked.join):
+        parser.error("of a size with rates by pilots, name what to do: --seed, --speed or --join")
     return asked
 
 
@@ -294,11 +296,10 @@ def run(asked: argparse.Namespace) -> Path | None:
             size = gpu.checked_size(asked.size)
             if asked.join:
                 return gpu.join(size, asked.join, asked.out, asked.commit)
+            limit = gpu.checked_seconds(size, asked.seconds, gpu.torch.cuda.is_available())
             if asked.speed:
                 return gpu.measure_speed(size)
-            if asked.seed is None:
-                raise ValueError("of a size with rates by pilots, name what to do: --seed, --speed or --join")
-            gpu.run_seed(size, asked.seed, asked.seconds, steps=asked.steps, share=asked.card)
+            gpu.run_seed(size, asked.seed, limit, steps=asked.steps, share=asked.card)
             return None
         if asked.cell:
             return pretraining.run_cell(checked_cell(*asked.cell))

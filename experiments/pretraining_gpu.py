@@ -57,13 +57,14 @@ tokens of its groups, which it never saw. Read with its own attention no differe
 Context: it saves 16M more than 0.9M, as expected. The exponents of both overlap.
 """
 
+import fcntl
 import gc
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,8 +101,9 @@ PILOTS = [(arm, factor) for factor in PILOT_FACTORS for arm in ("long", "short")
 ARMS = ("long", "switch-80", "short", SPARSE, AS_SPARSE, "switch-20", "switch-40")  # those that decide come first
 STEPS = (800, 600, 500, 400, 300, 200)
 DECIDING = 1 + 0.8 + 0.2 + 1  # runs of long sequences that long, short, switch-80 and s2 of a seed take at most
+ON_A_GPU = 250.0  # seconds that a card is taken for, unless others are asked for; on a CPU a seed takes hours
 BEGINNING = 75.0  # seconds until the pilots are read
-PATIENCE = 90.0  # seconds that a process waits for pilots of others
+PAUSE = 0.5  # seconds between two looks at what others do
 EAGER = "long, eager"  # not compiled
 TIMED = 12  # steps, of which the last two thirds are measured
 
@@ -118,7 +120,7 @@ def run_seed(size: str, seed: int, seconds: float, *, steps: int = 0, share: flo
     began, known = time.monotonic(), speeds(size)
     if EAGER in known:
         pretraining_device.COMPILE = bool(known["long"] < known[EAGER])
-    chosen = choose(size, lambda: steps or most_steps(size, seconds, share), began)
+    chosen = choose(size, lambda: steps or most_steps(size, seconds, share), began, seconds)
     set_steps(size, chosen["steps"])
     print(f"seed {seed}, after {time.monotonic() - began:.0f} s: {chosen}", flush=True)
     paths, pace, trained = [], 1.0, 0
@@ -186,41 +188,42 @@ def steps_left(cell: Cell, trained: int) -> tuple[int, int]:
 
 
 def most_steps(size: str, seconds: float, share: float) -> int:
-    """The most of `STEPS` at which the cells that decide fit into a share of the card's time; 400 if no speed is known.
+    """The most of `STEPS` at which the cells that decide fit into a share of the card's time.
 
-    A step on short sequences counts as one on long ones, which is slower.
+    A step on short sequences counts as one on long ones, which is slower. Without a known speed, or without an end, the
+    steps are the size's own.
     """
     step = speeds(size).filter(["long", EAGER]).min() / 1000
-    if math.isnan(step):
-        return 400
+    if math.isnan(step) or math.isinf(seconds):
+        return SIZES[size].steps
     budget = share * (seconds - BEGINNING)
     return next((steps for steps in STEPS if len(SEEDS) * steps * DECIDING * step <= budget), STEPS[-1])
 
 
-def choose(size: str, steps: Callable[[], int], began: float) -> dict[str, float]:
+def choose(size: str, steps: Callable[[], int], began: float, seconds: float) -> dict[str, float]:
     """The factor of the rate for "long" and "short", steps, and seconds of a step beside the other processes.
 
-    Runs the pilots that no other process has taken, and waits for theirs, `PATIENCE` at most.
+    Runs the pilots that no other process is at, and waits for the others as long as somebody is at them: on a CPU one
+    takes minutes. RuntimeError if the time is over before all are finished.
     """
     path = pretraining_cells.RUNS / f"choice-{size}.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    for number, (arm, factor) in enumerate(PILOTS):
-        claim = pretraining_cells.RUNS / "claims" / f"{size}-{number}"
-        claim.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            claim.mkdir()
-        except FileExistsError:
-            continue
-        run_pilot(size, arm, factor)
-        print(f"pilot {arm}, rate x{factor:g}, after {time.monotonic() - began:.0f} s", flush=True)
-    until = time.monotonic() + PATIENCE
-    records = [pilot_record(size, arm, factor) for arm, factor in PILOTS]
-    while not all(record.is_file() for record in records) and not path.is_file() and time.monotonic() < until:
-        time.sleep(0.5)
+    while not path.is_file() and (missing := [pilot for pilot in PILOTS if not pilot_record(size, *pilot).is_file()]):
+        at_work = False
+        for arm, factor in missing:
+            if time.monotonic() - began > seconds:
+                raise RuntimeError(
+                    f"not all {len(PILOTS)} pilots of {size} are finished after {seconds:g} s, so there are no rates "
+                    "yet: the same command goes on with them; give it more --seconds"
+                )
+            with taken(pilot_record(size, arm, factor).with_suffix(".lock")) as ours:
+                if ours and not pilot_record(size, arm, factor).is_file():
+                    at_work = True
+                    run_pilot(size, arm, factor)
+                    print(f"pilot {arm}, rate x{factor:g}, after {time.monotonic() - began:.0f} s", flush=True)
+        if not at_work:
+            time.sleep(PAUSE)
     if not path.is_file():
-        none = pd.DataFrame(columns=["arm", "factor", "loss", "seconds"])
-        pilots = pd.concat([none, *(read_table(record, "pilots") for record in records if record.is_file())])
+        pilots = pd.concat([read_table(pilot_record(size, arm, factor), "pilots") for arm, factor in PILOTS])
         choice = chosen_rates(pilots) | {"steps": steps()}
         decided = path.with_name(f".{path.name}.{time.monotonic_ns()}")
         write_atomically(decided, json.dumps(choice, indent=1).encode())
@@ -228,6 +231,19 @@ def choose(size: str, steps: Callable[[], int], began: float) -> dict[str, float
             path.hardlink_to(decided)
         decided.unlink()
     return json.loads(path.read_text())
+
+
+@contextmanager
+def taken(lock: Path) -> Iterator[bool]:
+    """Whether this process has the lock, which the kernel takes back if it dies; False if another one has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def chosen_rates(pilots: pd.DataFrame) -> dict[str, float]:
@@ -386,3 +402,13 @@ def checked_size(size: str) -> str:
     if size not in PILOTED:
         raise ValueError(f"unknown size {size!r}: use one of {list(PILOTED)}")
     return size
+
+
+def checked_seconds(size: str, asked: float | None, gpu: bool) -> float:
+    """How long a seed of this size may take: as long as asked for, or on a CPU as long as it takes.
+
+    ValueError if there is no GPU for a size that needs one.
+    """
+    if SIZES[size].on_a_gpu and not (gpu or "doll" in size):
+        raise ValueError(f"--size {size} is trained on a GPU, and there is no CUDA device here: use --size 4M")
+    return asked or (ON_A_GPU if SIZES[size].on_a_gpu else math.inf)

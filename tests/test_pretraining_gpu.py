@@ -1,4 +1,7 @@
+import json
 import math
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -95,6 +98,78 @@ def test_a_seed_is_measured_with_its_pilots_and_joined_and_a_second_call_changes
     assert "long is left out" in capsys.readouterr().out and not list(small.glob("cells/*-1-*"))
 
 
+@pytest.fixture
+def pilots_only(small, monkeypatch):
+    """Seeds whose pilots are all that is done, each within a moment; what was run, in order. A second is 1,000 here."""
+    ran = []
+
+    def pilot(size, arm, factor):
+        ran.append((arm, factor))
+        time.sleep(0.3)
+        row = {"arm": arm, "factor": factor, "loss": 5.0 - factor, "seconds": 0.1}
+        return pretraining_gpu.recorded(pretraining_gpu.pilot_record(size, arm, factor), "pilots", [row], 9, 1.0)
+
+    class Clock:
+        monotonic_ns = time.monotonic_ns
+
+        def monotonic(self):
+            return 1000 * time.monotonic()
+
+        def sleep(self, seconds):
+            time.sleep(seconds / 1000)
+
+    monkeypatch.setattr(pretraining_gpu, "ARMS", ())
+    monkeypatch.setattr(pretraining_gpu, "run_pilot", pilot)
+    monkeypatch.setattr(pretraining_gpu, "time", Clock())
+    return ran
+
+
+def choice(small):
+    return json.loads((small / "choice-16M-doll.json").read_text())
+
+
+def test_processes_wait_for_each_other_s_pilots_as_long_as_somebody_is_at_them(small, pilots_only, monkeypatch):
+    monkeypatch.setattr(pretraining_gpu, "PILOTS", [("long", 1), ("long", 2)])
+    both = [threading.Thread(target=run_seed, args=("16M-doll", seed, 1e6), kwargs={"steps": 3}) for seed in (0, 1)]
+    both[0].start()
+    time.sleep(0.15)  # so that the second is ready, and waits, before the first is
+    pilots_only.append("the second begins")
+    both[1].start()
+    for thread in both:
+        thread.join()
+    assert pilots_only == [("long", 1), "the second begins", ("long", 2)]
+    assert choice(small)["long"] == 2
+    assert run_seed("16M-doll", 2, 1e6) == [] and len(pilots_only) == 3
+
+
+def test_a_pilot_whose_process_was_stopped_is_run_by_the_next(small, pilots_only, monkeypatch):
+    run_pilot = pretraining_gpu.run_pilot
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretraining_gpu, "run_pilot", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_seed("16M-doll", 0, 1e6, steps=3)
+    monkeypatch.setattr(pretraining_gpu, "run_pilot", run_pilot)
+    run_seed("16M-doll", 0, 1e6, steps=3)
+    assert pilots_only == PILOTS and choice(small)["long"] == 2
+
+
+def test_without_all_pilots_nothing_is_chosen(small, pilots_only):
+    with pytest.raises(RuntimeError, match="not all 6 pilots of 16M-doll are finished after 200 s"):
+        run_seed("16M-doll", 0, 200.0, steps=3)
+    assert pilots_only == PILOTS[:1] and not (small / "choice-16M-doll.json").exists()
+
+
+def test_a_size_for_a_cpu_takes_the_time_that_it_takes_and_one_for_a_gpu_is_refused_without(small):
+    assert [pretraining_gpu.checked_seconds("4M", given, gpu=False) for given in (None, 9.0)] == [math.inf, 9.0]
+    assert pretraining_gpu.checked_seconds("16M", None, gpu=True) == 250
+    with pytest.raises(ValueError, match=r"--size 16M is trained on a GPU, .* use --size 4M"):
+        pretraining_gpu.checked_seconds("16M", None, gpu=False)
+    assert pretraining_gpu.most_steps("4M", math.inf, 0.5) == 400
+
+
 def test_the_most_steps_that_fit_are_taken(small):
     rows = pd.DataFrame([{"arm": "long", "milliseconds": 30.0}])
     path = pretraining_gpu.speed_record("16M-doll")
@@ -103,6 +178,8 @@ def test_the_most_steps_that_fit_are_taken(small):
     assert read_table(path, "speed").milliseconds[0] == 30
     steps = [pretraining_gpu.most_steps("16M-doll", seconds, 1.0) for seconds in (80, 200, 10_000)]
     assert steps == [200, 400, 800]
+    own = pretraining_cells.SIZES["16M-doll"].steps
+    assert pretraining_gpu.most_steps("16M-doll", math.inf, 1.0) == own
 
 
 def test_what_a_switch_saves_is_told_once_for_each_size():
