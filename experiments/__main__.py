@@ -117,7 +117,7 @@ def arguments() -> argparse.Namespace:
     )
     pretraining.add_argument("--cell", nargs=3, metavar=("SIZE", "ARM", "SEED"), help="measure this one only")
     pretraining.add_argument("--finished", action="store_true", help="join the cells that are measured, and no others")
-    pretraining.add_argument("--add", action="store_true", help="add finished cells of 0.9M to its record")
+    pretraining.add_argument("--add", action="store_true", help="the record keeps what it has, and gets finished cells")
     pretraining.add_argument("--sparse", action="store_true", help="sparse attention at equal cost, nothing else")
     pretraining.add_argument("--sparse-on-short", action="store_true", help="the same, trained on 512 tokens")
     pretraining.add_argument("--more-tokens", action="store_true", help="0.9M at the tokens of 16M (four hours)")
@@ -295,7 +295,7 @@ def run(asked: argparse.Namespace) -> Path | None:
 
             size = gpu.checked_size(asked.size)
             if asked.join:
-                return gpu.join(size, asked.join, asked.out, asked.commit)
+                return gpu.join(size, asked.join, asked.out, asked.commit, add=asked.add)
             limit = gpu.checked_seconds(size, asked.seconds, gpu.torch.cuda.is_available())
             if asked.speed:
                 return gpu.measure_speed(size)

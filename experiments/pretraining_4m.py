@@ -31,14 +31,29 @@ What came out, of three seeds. Pilots chose 3e-3 for long and 6e-3 for short, th
 of time, nor short throughout to its end.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pandas as pd
 
-from experiments.pretraining_gpu_results import OPEN, in_nats, judge_above, training_lead, worse_if_above
+from experiments.pretraining_cells import AS_SPARSE, SPARSE
+from experiments.pretraining_gpu_results import (
+    HOLDS,
+    OPEN,
+    REFUTED,
+    as_trained,
+    in_nats,
+    judge_above,
+    training_lead,
+    worse_if_above,
+)
 from experiments.pretraining_rates import LARGER
 from experiments.pretraining_results import FEWEST_SEEDS, FOUR_SLUG, PretrainingResults, pretraining_results
+from experiments.pretraining_sparse import LONG, equal_operations, equal_seconds
 from llama_long_utils.paths import RESULTS
 
 SIZE = "4M"
+Found = dict[str, Any]
 
 
 def results_of_4m() -> PretrainingResults:
@@ -47,40 +62,87 @@ def results_of_4m() -> PretrainingResults:
 
 
 def judged_4m(results: PretrainingResults, wide: PretrainingResults) -> pd.DataFrame:
-    """A row for each expectation above: expected, found, in nats, and judged. `wide` has 0.9M at as many tokens.
+    """A row for each of (1) to (3): expected, found, in nats, and judged. `wide` has 0.9M at as many tokens.
 
     One that lacks an arm, or has it of fewer than `FEWEST_SEEDS`, is open.
     """
-    long, switch, sparse, equal = "long", "switch-80", "s2", "long-as-s2"
-    asked = {
-        "the switch at 80% is worse than long throughout": (
+    long, switch = "long", "switch-80"
+    return _judged(
+        results,
+        (
+            "the switch at 80% is worse than long throughout",
             (long, switch),
             lambda: results.difference(SIZE, (switch, "full"), (long, "full")),
             worse_if_above,
         ),
-        "short steps are behind in training, steps 301 to 320": (
+        (
+            "short steps are behind in training, steps 301 to 320",
             (long, switch),
             lambda: training_lead(results, 300, 320, SIZE),
             judge_above,
         ),
-        f"context saves more than at {LARGER}, on as many tokens": (
+        (
+            f"context saves more than at {LARGER}, on as many tokens",
             (long,),
             lambda: results.context_saves_more(SIZE, LARGER, wide),
             judge_above,
         ),
-        "S2 is worse at equal tokens, read with full attention": (
-            (long, sparse),
-            lambda: results.difference(SIZE, (sparse, "full"), (long, "full")),
+    )
+
+
+def judged_sparse_4m(results: PretrainingResults) -> pd.DataFrame:
+    """A row for each of (4) to (6), as `judged_4m` has them, and one of S2 as it was trained."""
+    steps = results.cells.set_index("arm").long_steps
+    few = f", in {steps[AS_SPARSE].iloc[0]} steps" if AS_SPARSE in steps else ""
+    equal, timed = equal_seconds_4m(results) if results.seeds(SIZE, *LONG.arms) else (0.0, {})
+    return _judged(
+        results,
+        (
+            "S2 is worse at equal tokens",
+            ("long", SPARSE),
+            lambda: results.difference(SIZE, (SPARSE, "full"), ("long", "full")),
             worse_if_above,
         ),
-        "at equal operations full attention is better than S2": (
-            (sparse, equal),
-            lambda: results.difference(SIZE, (sparse, "full"), (equal, "full")),
-            judge_above,
+        (
+            f"full attention is better at S2's operations{few}",
+            (SPARSE, AS_SPARSE),
+            lambda: equal_operations(results, size=SIZE),
+            judge_below,
         ),
-    }
+        (
+            f"full attention is better in S2's seconds, about {equal:.0f} steps",
+            LONG.arms,
+            lambda: timed,
+            judge_below,
+        ),
+        (
+            "besides: S2, read with its own attention, minus full at equal tokens",
+            ("long", SPARSE),
+            lambda: as_trained(results, SIZE),
+            lambda _found: "nothing was expected",
+        ),
+    )
+
+
+def judge_below(found: Found) -> str:
+    """How "it is below zero, beyond the interval" comes out."""
+    return HOLDS if found["high"] < 0 else REFUTED if found["low"] > 0 else OPEN
+
+
+def equal_seconds_4m(results: PretrainingResults) -> tuple[float, Found]:
+    """`equal_seconds`, by steps that were timed one after another; full attention was timed before S2 and after it."""
+    speed = results.record.table("speed")
+    full = speed.arm != SPARSE
+    times = {"long": speed.milliseconds[full].mean(), SPARSE: speed.milliseconds[~full].mean()}
+    return equal_seconds(results, size=SIZE, step_seconds=times)
+
+
+Asked = tuple[str, Sequence[str], Callable[[], Found], Callable[[Found], str]]
+
+
+def _judged(results: PretrainingResults, *asked: Asked) -> pd.DataFrame:
     rows = []
-    for expected, (arms, find, judge) in asked.items():
+    for expected, arms, find, judge in asked:
         seeds = len(results.seeds(SIZE, *arms))
         found = find() if seeds else None
         few = f"{OPEN}: {seeds} of {FEWEST_SEEDS} seeds" if seeds < FEWEST_SEEDS else ""

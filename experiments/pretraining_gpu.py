@@ -91,9 +91,9 @@ from experiments.pretraining_cells import (
 from experiments.pretraining_context import context_record, measure_cell
 from experiments.pretraining_device import fast_products
 from experiments.pretraining_rates import SEEDS, rate_name
-from experiments.pretraining_results import FOUR_SLUG, GPU_SLUG, collect, read_as_trained
+from experiments.pretraining_results import FOUR_SLUG, GPU_SLUG, add_cells, collect, read_as_trained
 from llama_long_utils.paths import write_atomically
-from llama_long_utils.records import read_table, write_record
+from llama_long_utils.records import read_record, read_table, write_record
 from llama_long_utils.training.trainer import train
 
 PILOT_SEED = 9
@@ -358,43 +358,54 @@ def recorded(path: Path, table: str, rows: list[dict[str, float | str]], seed: i
     )
 
 
-def join(size: str, runs: Path, folder: Path, commit: str = "") -> Path:
+def join(size: str, runs: Path, folder: Path, commit: str = "", *, add: bool = False) -> Path:
     """One record of a size, in `folder`, from the cells, contexts, pilots and speeds in `runs` (copied, maybe).
 
     Args:
         commit: of the code that measured, if git was not there.
+        add: the record that is in `folder` keeps all that it has, and gets what else there is.
     """
     names = {rate_name(size, factor): size for factor in PILOT_FACTORS}
+    record = folder / f"{FOUR_SLUG if size == '4M' else GPU_SLUG}.json"
+    there, tables = set(), set()
+    if add:
+        there = set(read_table(record, "cells")[["arm", "seed"]].itertuples(index=False, name=None))
+        tables = set(read_record(record)["tables"])
     found = {path: read_table(path, "cost").iloc[0] for path in sorted((runs / "cells").glob(f"{size}-*.json"))}
+    found = {path: cost for path, cost in found.items() if (cost.arm, cost.seed) not in there}
     cells = sorted(
         (path for path, cost in found.items() if cost["size"] in names and cost.arm in ARMS),
         key=lambda path: (found[path].seed, ARMS.index(found[path].arm)),
     )
     if not cells:
-        raise ValueError(f"{runs} holds no cell of {size}: name the folder that has cells/ in it")
+        more_than = " that the record lacks" if add else ""
+        raise ValueError(f"{runs} holds no cell of {size}{more_than}: name the folder that has cells/ in it")
     steps = {int(found[path].short_steps + found[path].long_steps) for path in cells if found[path].arm != AS_SPARSE}
     doubles = len({(found[path].arm, found[path].seed) for path in cells}) < len(cells)
     if len(steps) > 1 or doubles:
         raise ValueError(f"{runs} holds cells of several runs ({sorted(steps)} steps): join those of one")
-    contexts = [path for path in sorted((runs / "contexts").glob("*.json")) if path.stem[:-2] in names]
+    long = {f"{found[path]['size']}-{found[path].seed}" for path in cells if found[path].arm == "long"}
+    contexts = [path for path in sorted((runs / "contexts").glob("*.json")) if path.stem in long]
     more = {}
     if contexts:
         more["contexts"] = pd.concat([read_table(path, "contexts") for path in contexts]).drop(
             columns=["model", "parameters"]
         )
-    if (choice := runs / f"choice-{size}.json").is_file():
+    if (choice := runs / f"choice-{size}.json").is_file() and "choice" not in tables:
         more["choice"] = pd.DataFrame([json.loads(choice.read_text())])
-    if pilots := sorted((runs / "pilots").glob(f"{size}-*.json")):
+    if (pilots := sorted((runs / "pilots").glob(f"{size}-*.json"))) and "pilots" not in tables:
         more["pilots"] = pd.concat([read_table(path, "pilots") for path in pilots], ignore_index=True)
-    if (speed := runs / "speed" / f"{size}.json").is_file():
+    if (speed := runs / "speed" / f"{size}.json").is_file() and "speed" not in tables:
         more["speed"] = read_table(speed, "speed")
     if len(table := read_as_trained(cells)):
         more["as_trained"] = table.assign(size=table["size"].replace(names))
-    about = {"command": f"python -m experiments pretraining --size {size} --seed SEED, then --join"}
+    each = f"--size {size} --seed SEED, or --cell {size} ARM SEED"
+    about = {"command": f"python -m experiments pretraining {each}, then --size {size} --join"}
     if commit:
         about["commit"] = f"{commit}, named by hand: the code ran where git was not"
-    slug = FOUR_SLUG if size == "4M" else GPU_SLUG
-    return collect(cells, folder, slug, contexts=contexts, called=names, more=more, about=about)
+    if add:
+        return add_cells(record, cells, contexts, called=names, more=more, about=about)
+    return collect(cells, folder, record.stem, contexts=contexts, called=names, more=more, about=about)
 
 
 def checked_size(size: str) -> str:

@@ -390,10 +390,18 @@ def collect(
     )
 
 
-def add_cells(record: Path, cells: Sequence[Path], contexts: Sequence[Path] = ()) -> Path:
+def add_cells(
+    record: Path,
+    cells: Sequence[Path],
+    contexts: Sequence[Path] = (),
+    *,
+    called: Mapping[str, str] = MappingProxyType({}),
+    more: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+    about: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
     """Add cells that were measured later, and their losses by context, to a record; those that it has stay as they are.
 
-    Only the losses by context of cells that are added here are.
+    Only the losses by context of cells that are added here are. The rest is as in `collect`.
     """
     before = pretraining_results(record)
     there = set(before.cells[NAMES].itertuples(index=False, name=None))
@@ -404,7 +412,9 @@ def add_cells(record: Path, cells: Sequence[Path], contexts: Sequence[Path] = ()
         added = {(cost["size"], cost.seed) for cost in (read_table(path, "cost").iloc[0] for path in cells)}
         read = {path: read_table(path, "contexts").iloc[0] for path in contexts}
         contexts = [path for path, row in read.items() if (row.model, row.seed) in added]
-        later = pretraining_results(collect(cells, Path(scratch), record.stem, contexts=contexts))
+        later = pretraining_results(
+            collect(cells, Path(scratch), record.stem, contexts=contexts, called=called, more=more, about=about)
+        )
         assert before.record and later.record  # read from files
         new, content, arrays = later.record.content["provenance"], before.record.content, dict(before.arrays)
         tables = {name: before.record.table(name) for name in content["tables"]}
@@ -416,7 +426,7 @@ def add_cells(record: Path, cells: Sequence[Path], contexts: Sequence[Path] = ()
             if name == "loss":
                 both = [np.pad(one, ((0, 0), (0, steps - one.shape[1])), constant_values=np.nan) for one in both]
             arrays[name] = np.concatenate(both)
-    provenance = dict(content["provenance"])
+    provenance = content["provenance"] | {name: about[name] for name in about if name == "command"}
     for name in ("commit", "date", "device"):
         provenance[name] = ", ".join(dict.fromkeys([provenance[name], new[name]]))
     training = {int(seed) for seed in tables["cells"].seed}

@@ -53,6 +53,7 @@ at equal operations, so the finding rests on rates of their own. And S2 is behin
 where it hides nothing. So it is trained worse, and not only blind to what lies far back.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,9 @@ def _short_record() -> PretrainingResults:
     return replace(results, cells=results.cells.assign(loss=loss))
 
 
-def equal_operations(results: PretrainingResults, trio: Trio = LONG) -> dict[str, Any]:
+def equal_operations(results: PretrainingResults, trio: Trio = LONG, size: str = LARGER) -> dict[str, Any]:
     """NLL of full attention minus S2's, both read with full attention, at as many operations, as `difference`."""
-    return results.difference(LARGER, (trio.fewer, trio.way), (trio.sparse, trio.way))
+    return results.difference(size, (trio.fewer, trio.way), (trio.sparse, trio.way))
 
 
 def equal_operations_in_words() -> list[str]:
@@ -173,21 +174,26 @@ def equal_operations_in_words() -> list[str]:
     return [in_nats(equal_operations(results, trio)) for results, trio in parts]
 
 
-def equal_seconds(results: PretrainingResults, trio: Trio = LONG) -> tuple[float, dict[str, Any]]:
+def equal_seconds(
+    results: PretrainingResults, trio: Trio = LONG, size: str = LARGER, step_seconds: Mapping[str, float] | None = None
+) -> tuple[float, dict[str, Any]]:
     """Steps of full attention that take as long as all of S2's, and its NLL after them minus S2's, as `difference`.
 
     Interpolated, seed by seed and document by document, between the two lengths that full attention was trained for, or
     extrapolated, if the steps are fewer than both.
+
+    Args:
+        step_seconds: of a step of `trio.full` and of `trio.sparse`; default: those of the cells.
     """
-    seconds, steps = (
-        {arm: results.cost(LARGER, arm, column) for arm in trio.arms} for column in ("seconds", trio.steps)
-    )
-    equal = steps[trio.full] * seconds[trio.sparse] / seconds[trio.full]
+    steps = {arm: results.cost(size, arm, trio.steps) for arm in trio.arms}
+    times = step_seconds or {arm: results.cost(size, arm, "seconds") / steps[arm] for arm in (trio.full, trio.sparse)}
+    equal = steps[trio.sparse] * times[trio.sparse] / times[trio.full]
     share = np.log(equal / steps[trio.fewer]) / np.log(steps[trio.full] / steps[trio.fewer])  # 0: fewer steps, 1: all
-    nats = {arm: results.nats(LARGER, arm, 1, 4096, trio.way)[0] for arm in trio.arms}
-    tokens = results.nats(LARGER, trio.full, 1, 4096)[1]
-    full = [share * nats[trio.full][seed] + (1 - share) * nats[trio.fewer][seed] for seed in nats[trio.full]]
-    return equal, results.interval(np.array(full) - [nats[trio.sparse][seed] for seed in nats[trio.full]], tokens)
+    nats = {arm: results.nats(size, arm, 1, 4096, trio.way)[0] for arm in trio.arms}
+    tokens = results.nats(size, trio.full, 1, 4096)[1]
+    seeds = results.seeds(size, *trio.arms)
+    full = [share * nats[trio.full][seed] + (1 - share) * nats[trio.fewer][seed] for seed in seeds]
+    return equal, results.interval(np.array(full) - [nats[trio.sparse][seed] for seed in seeds], tokens)
 
 
 def judged_sparse() -> pd.DataFrame:

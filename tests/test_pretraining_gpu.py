@@ -94,6 +94,21 @@ def test_a_seed_is_measured_with_its_pilots_and_joined_and_a_second_call_changes
     assert own.nats.to_numpy() == pytest.approx(full.sum(axis=1), rel=3e-2) and set(own["size"]) == {"16M-doll"}
     assert set(tables["context_saved"].model) == {"16M-doll"}
     assert results.record.table("choice").steps[0] == 3
+    sparse = list(small.glob("cells/*s2-0-*"))
+    for path in sparse:
+        path.rename(small / path.name)
+    (small / "speed" / "16M-doll.json").rename(small / "speed.json")
+    first = join("16M-doll", small, small / "joined")
+    assert not {"speed", "as_trained"} & set(pretraining_results(first).record.content["tables"])
+    for path in sparse:
+        (small / path.name).rename(path)
+    (small / "speed.json").rename(small / "speed" / "16M-doll.json")
+    added = pretraining_results(join("16M-doll", small, small / "joined", add=True))
+    assert added.record.content["tables"] == results.record.content["tables"]
+    for name, array in results.arrays.items():
+        np.testing.assert_array_equal(added.arrays[name], array)  # NaN behind the end of a loss, too
+    with pytest.raises(ValueError, match="holds no cell of 16M-doll that the record lacks"):
+        join("16M-doll", small, small / "joined", add=True)
     run_seed("16M-doll", 1, 0.5, steps=3)
     assert "long is left out" in capsys.readouterr().out and not list(small.glob("cells/*-1-*"))
 
