@@ -117,7 +117,9 @@ SMALL = Scope(arms=("dpo", "rl"), measurements=2, averages=(), controls=(), toke
 def in_few_steps(preset: Preset) -> Preset:
     """The same with half the steps of RL and DPO: a quick look."""
     halves = {stage: getattr(preset.preference, stage) for stage in ("rl", "dpo")}
-    halves = {stage: replace(numbers, steps=max(6, numbers.steps // 2)) for stage, numbers in halves.items()}
+    for stage, numbers in halves.items():
+        steps = max(6, numbers.steps // 2)
+        halves[stage] = replace(numbers, steps=steps, warmup_steps=min(numbers.warmup_steps, steps - 1))
     return replace(preset, preference=replace(preset.preference, **halves))
 
 

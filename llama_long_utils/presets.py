@@ -162,10 +162,11 @@ def _check_consistency(preset: Preset) -> None:
     except ValidationError as error:
         raise ValueError(f"{where}, [extension]: {_explain(error)}") from None
     lengths, evaluation = preset.retrieval.lengths, preset.evaluation
-    races = {f"race.trainings.{name}.reach": training.reach for name, training in preset.race.trainings.items()}
+    races = preset.race.trainings
     follow = f"extension.window = {window}: leave it out, then it follows the window"
     reached = {"training.reach": preset.training.reach, "evaluation.far_tokens": evaluation.far_tokens}
-    for name, value in {**reached, **races, "retrieval.lengths": lengths[-1]}.items():
+    within = {f"race.trainings.{name}.reach": training.reach for name, training in races.items()}
+    for name, value in {**reached, **within, "retrieval.lengths": lengths[-1]}.items():
         if value > window or (name in reached and value < window):
             raise ValueError(f"{where}: {name} = {value} is {'longer' if value > window else 'shorter'} than {follow}")
     sources = [source.name for source in preset.data.mixture]
@@ -186,6 +187,14 @@ def _check_consistency(preset: Preset) -> None:
             f"{where}: evaluation.bucket_edges must rise from at least 1 over evaluation.tokens = {tokens} to "
             f"extension.window = {window}, got {edges}: leave them out, then they follow the window"
         )
+    trained = {"training": preset.training, "instruction": preset.instruction}
+    trained |= {f"preference.{name}": getattr(preset.preference, name) for name in ("reward", "rl", "dpo")}
+    warmups = [(name, one.steps, name, one.warmup_steps) for name, one in trained.items()]
+    warmups += [(f"race.trainings.{name}", one.steps, "race", preset.race.warmup_steps) for name, one in races.items()]
+    for name, steps, section, warmup in warmups:
+        if warmup >= steps:  # the first step of a warm-up has a rate of 0, and the one behind it the whole rate
+            never = "so the learning rate would never be reached: lower it, or raise steps"
+            raise ValueError(f"{where}: {section}.warmup_steps = {warmup} is not below {name}.steps = {steps}, {never}")
     for name, values in (("lengths", lengths), ("tasks.depths", preset.retrieval.tasks.depths)):
         if sorted(set(values)) != values:
             raise ValueError(f"{where}: retrieval.{name} must rise, got {values}: use {sorted(set(values))}")

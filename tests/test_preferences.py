@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, RewardConfig, RewardTrainer, RLOOConfig
 
 from conftest import LORA, RAISED, new_llama, small_preset
-from experiments.preference import costs_of_seeds, wins_by_step
+from experiments.preference import costs_of_seeds, in_few_steps, wins_by_step
 from experiments.preference_controls import TEXT, TOKENS, with_text
 from experiments.preference_figures import (
     NEW,
@@ -498,3 +498,12 @@ def test_each_stage_is_compared_with_the_one_before_by_the_same_items():
     np.testing.assert_allclose(table.loc["sft", ["low", "high"]].astype(float), mean_interval(np.arange(8) / 10))
     reach = student_reach(np.array([0.1, 0.5]))
     np.testing.assert_allclose(table.loc["dpo", ["low", "high"]].astype(float), [0.3 - reach, 0.3 + reach])
+
+
+def test_half_the_steps_of_a_quick_look_reach_their_learning_rate():
+    tiny = load_preset("tiny")
+    looked = in_few_steps(tiny).preference
+    assert (looked.rl.steps, looked.rl.warmup_steps) == (6, 2) and looked.reward == tiny.preference.reward
+    slow = dataclasses.replace(tiny.preference.rl, warmup_steps=11)
+    slow = dataclasses.replace(tiny, preference=dataclasses.replace(tiny.preference, rl=slow))
+    assert in_few_steps(slow).preference.rl.warmup_steps == 5

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -192,6 +193,18 @@ def test_unknown_preset_names_the_known_ones():
         ('method = "abf"', 'method = "abff"', "extension.method = 'abff'"),
         ('method = "abf"', 'method = "longrope"', "takes 32 pair_factors"),
         ("steps = 80", "steps = 0", "training.steps = 0"),
+        (
+            "steps = 80",
+            "steps = 10",
+            r"training\.warmup_steps = 10 is not below training\.steps = 10, so .*: lower it, or",
+        ),
+        ("steps = 16", "steps = 1", r"instruction\.warmup_steps = 2 is not below instruction\.steps = 1, "),
+        ("steps = 12", "steps = 2", r"preference\.rl\.warmup_steps = 2 is not below preference\.rl\.steps = 2"),
+        (
+            "warmup_steps = 5",
+            "warmup_steps = 20",
+            r"race\.warmup_steps = 20 is not below race\.trainings\.full-length\.st",
+        ),
         ("sequences_at_once = 1", "sequences_at_once = 0", "training.sequences_at_once = 0"),
         ("rank = 16", "rank = 0", "lora.rank = 0"),
         ("keys = 4", "keys = 1", r"retrieval\.tasks\.keys = 1: Input should be greater than or equal to 2"),
@@ -244,6 +257,21 @@ def test_a_run_of_fewer_steps_reaches_its_learning_rate_and_a_longer_one_warms_u
     assert [shorter[steps - 1].warmup_steps for steps in (1, 8, 40, 79)] == [0, 1, 5, 9]
     assert with_numbers(training, "training", steps=800).warmup_steps == 10
     assert with_numbers(training, "training", steps=8, warmup_steps=4).warmup_steps == 4
+
+
+def test_notebook_9_lets_fewer_steps_reach_their_learning_rate_too():
+    cells = json.loads((REPOSITORY / "notebooks" / "09_instruction_tuning.ipynb").read_bytes())["cells"]
+    (line,) = (line for cell in cells for line in cell["source"] if line.startswith("instruction = "))
+    for steps in (None, 16, 8, 2, 1):
+        names = {
+            "settings": load_preset("tiny"),
+            "steps": steps,
+            "with_numbers": with_numbers,
+            "dataclasses": dataclasses,
+        }
+        exec(line, names)
+        assert names["instruction"].steps == (steps or 16)
+        assert names["instruction"].warmup_steps == (steps or 16) // 8
 
 
 def lengths(preset):

@@ -81,9 +81,7 @@ def check_rope(model: Model, rope: Scaling) -> None:
     """Raise ValueError unless the model rotates exactly as `rope` says, by fp32 frequencies."""
     rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
     if rotary.inv_freq.dtype != torch.float32:
-        raise ValueError(
-            f"inv_freq is {rotary.inv_freq.dtype}, which loses radians at long range: load with dtype=, do not cast"
-        )
+        raise ValueError(f"inv_freq is {rotary.inv_freq.dtype}, which loses radians at long range: load with dtype=")
     config = causal_lm(model).config
     inv_freq, attention_factor = rotation(rope)
     same = (

@@ -226,6 +226,5 @@ def _download(source: str, patterns: Sequence[str]) -> Path:
         except LocalEntryNotFoundError:  # or it lacks some of these files
             return Path(snapshot_download(source, **wanted))
     except Exception as error:
-        raise RuntimeError(
-            f"cannot get the model {source!r}, which is no folder here, from the hub: {why_not(source, error)}"
-        ) from None
+        why = why_not(source, error)
+        raise RuntimeError(f"cannot get the model {source!r}, which is no folder here, from the hub: {why}") from None

@@ -105,9 +105,8 @@ def plan_preference(preset: Preset, stage: str, settings: Preference) -> tuple[T
     try:
         found = plan(config, preset.lora, shape, preset.memory_gib - others)
     except ValueError as error:
-        raise ValueError(
-            f"stage {stage!r}, {sequences} sequences at once: {error}; or lower preference.{stage}.rows_at_once"
-        ) from None
+        fewer = f"lower preference.{stage}.rows_at_once"
+        raise ValueError(f"stage {stage!r}, {sequences} sequences at once: {error}; or {fewer}") from None
     return replace(training, memory_savings=found.memory_savings), replace(found, device_gib=found.device_gib + others)
 
 
