@@ -212,8 +212,8 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path, *, trainable
     try:
         check_rope(model, card.rope)
     except ValueError as error:
-        other = f"the adapter in {adapter} was trained with other RoPE settings, read_card(adapter).rope"
-        raise ValueError(f"{other}: {error}") from None
+        other = f"the adapter in {adapter} was trained with other RoPE settings"
+        raise ValueError(f"{other}: {error}. Its own are read_card(adapter).rope") from None
     found = weights_sha256(base)
     if found != card.base_sha256:
         raise ValueError(
