@@ -222,14 +222,15 @@ def run(asked: argparse.Namespace) -> Path | None:
     """The record that the command wrote, if it writes one."""
     preset = load_preset(asked.preset) if "preset" in asked else None
     if asked.command == "race":
-        from experiments import race_longer
         from experiments.race import race_arms, run_race
+        from experiments.race_longer import longer_race
+        from experiments.race_longer_results import METHODS, SLUG
 
         if asked.times:
-            methods = asked.methods or ["none", "pi", "abf", "xpos_abf"]
-            longer, arms = race_longer.longer_race(preset, asked.times, methods)
+            methods = asked.methods or [*METHODS]
+            longer, arms = longer_race(preset, asked.times, methods)
             options = f" --times {asked.times} --methods {' '.join(methods)}"
-            return run_race(longer, arms, RESULTS / preset.name, race_longer.SLUG, options)
+            return run_race(longer, arms, RESULTS / preset.name, SLUG, options)
         return run_race(preset, race_arms(preset), RESULTS / preset.name)
     if asked.command == "arm":
         from experiments.race import Arm, race_arms, run_arm

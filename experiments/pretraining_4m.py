@@ -38,12 +38,11 @@ import pandas as pd
 
 from experiments.pretraining_cells import AS_SPARSE, SPARSE
 from experiments.pretraining_gpu_results import (
-    HOLDS,
     OPEN,
-    REFUTED,
     as_trained,
     in_nats,
     judge_above,
+    judge_below,
     training_lead,
     worse_if_above,
 )
@@ -122,11 +121,6 @@ def judged_sparse_4m(results: PretrainingResults) -> pd.DataFrame:
             lambda _found: "nothing was expected",
         ),
     )
-
-
-def judge_below(found: Found) -> str:
-    """How "it is below zero, beyond the interval" comes out."""
-    return HOLDS if found["high"] < 0 else REFUTED if found["low"] > 0 else OPEN
 
 
 def equal_seconds_4m(results: PretrainingResults) -> tuple[float, Found]:

@@ -55,6 +55,11 @@ def judge_above(found: dict[str, Any]) -> str:
     return HOLDS if found["low"] > 0 else REFUTED if found["high"] < 0 else OPEN
 
 
+def judge_below(found: dict[str, Any]) -> str:
+    """How "it is below zero, beyond the interval" comes out."""
+    return HOLDS if found["high"] < 0 else REFUTED if found["low"] > 0 else OPEN
+
+
 def judge_no_difference(found: dict[str, Any]) -> str:
     """How "no difference from long throughout is detected" comes out."""
     return REFUTED if found["low"] > 0 else OTHER_WAY if found["high"] < 0 else HOLDS

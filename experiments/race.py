@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import experiments.attention  # noqa: F401 (registers xPos and S2-Attn)
+from experiments.race_results import ZERO_SHOT
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.evaluation.generation import write
@@ -32,7 +33,6 @@ from llama_long_utils.records import papermill_command, read_record, read_table,
 from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings
 from llama_long_utils.training.adapter import train_adapter
 
-ZERO_SHOT, FULL_LENGTH = "zero-shot", "full-length"
 SLUG = "11_ablations"
 QUESTION = "Which way to scale RoPE, and which way to train it, wins on equal terms?"
 VERSION = 1  # of what an arm measures: raise it when its numbers change

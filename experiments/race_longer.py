@@ -24,10 +24,9 @@ C2 to C4 will be judged by these arms, by the rules that judge the race now, onc
 import dataclasses
 from collections.abc import Sequence
 
-from experiments.race import FULL_LENGTH, Arm, race_arms
+from experiments.race import Arm, race_arms
+from experiments.race_results import FULL_LENGTH
 from llama_long_utils.settings import Preset
-
-SLUG = "11_longer_race"
 
 
 def longer_race(preset: Preset, times: int, methods: Sequence[str]) -> tuple[Preset, list[Arm]]:

@@ -20,6 +20,8 @@ from llama_long_utils.paths import RESULTS
 from llama_long_utils.records import Record, read_arrays, read_table
 from llama_long_utils.settings import Preset, TrainingSettings
 
+ZERO_SHOT, FULL_LENGTH = "zero-shot", "full-length"
+
 
 def distances_seen(sequences: Sequence[TrainingSequence], settings: TrainingSettings) -> np.ndarray:
     """How often a training run shows each distance between a query and a key that it attends to.
@@ -230,8 +232,8 @@ def race_results(preset: Preset, path: Path | None = None) -> RaceResults:
 
 
 STYLES = {
-    "zero-shot": {"label": "zero-shot", "color": "0.5", "marker": "o"},
-    "full-length": {"label": "trained at full length", "color": BLUE, "marker": "s"},
+    ZERO_SHOT: {"label": "zero-shot", "color": "0.5", "marker": "o"},
+    FULL_LENGTH: {"label": "trained at full length", "color": BLUE, "marker": "s"},
 }
 LEFT_OUT = ("ntk", "proportional")  # of the drawing of retrieval, where lines would hide each other
 
@@ -257,7 +259,7 @@ def draw_nll(to_abf: pd.DataFrame, folder: Path, slug: str, number: str, caption
 
 def nll_in_words(to_abf: pd.DataFrame, near: float = 0.05) -> str:
     """How many methods read about as ABF does far out after training, and which read worse: a sentence, or ""."""
-    far = to_abf[(to_abf.measure == "NLL far") & (to_abf.training == "full-length")]
+    far = to_abf[(to_abf.measure == "NLL far") & (to_abf.training == FULL_LENGTH)]
     level = far.value.abs() < near
     if level.all() or far.value[~level].min() < 0:  # one that reads better is none "above it"
         return ""
@@ -268,7 +270,7 @@ def nll_in_words(to_abf: pd.DataFrame, near: float = 0.05) -> str:
 
 def retrieving(scores: pd.DataFrame, floors: pd.DataFrame, measure: str) -> list[str]:
     """Methods trained at full length whose whole interval in a measure lies above that of `RaceResults.floors`."""
-    trained = scores[(scores.training == "full-length") & (scores.measure == measure)]
+    trained = scores[(scores.training == FULL_LENGTH) & (scores.measure == measure)]
     return [look(name, "method")["label"] for name in trained.method[trained.low > floors.high[measure]]]
 
 
@@ -305,7 +307,7 @@ def draw_retrieval(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     alt = "Three panels of ROUGE-L against length: zero-shot, trained, and the paper's 7B models, which start near 100."
     message, left_out = "", [look(name, "method")["label"] for name in LEFT_OUT if name in set(scores.method)]
-    if "full-length" in set(scores.training):
+    if FULL_LENGTH in set(scores.training):
         said = [
             f"at {length:,} tokens {', '.join(retrieving(scores, floors, f'ROUGE-L {length:,}')) or 'none'}"
             for length in results.lengths[-2:]

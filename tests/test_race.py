@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from experiments import searches
+from experiments import race_longer_results, searches
 from experiments.__main__ import arguments
+from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED
 from experiments.race import (
-    ZERO_SHOT,
     Arm,
     arm_record,
     arm_rope,
@@ -23,7 +23,10 @@ from experiments.race import (
     run_race,
 )
 from experiments.race_longer import longer_race
+from experiments.race_longer_results import METHODS as OF_THE_PAPER
+from experiments.race_longer_results import judged_longer, longer_results
 from experiments.race_results import (
+    ZERO_SHOT,
     RaceResults,
     distances_seen,
     race_results,
@@ -83,6 +86,61 @@ def test_a_longer_race_differs_in_steps_and_methods_alone(preset):
         assert arm_record(longer, arm, "base") != arm_record(preset, arm, "base")
     with pytest.raises(ValueError, match="name those"):
         longer_race(preset, 8, ["pi", "no such method"])
+
+
+def as_longer(pi_near=0.0, abf_far=-0.1, pi_far=-0.1, copies=(50.0, 20.0), pi_copies=-5.0, xpos_copies=-5.0):
+    """The race as if it had been longer: nats and points of ROUGE-L by which its arms differ, alike in every text."""
+    results = race_results(load_preset("tiny"))
+    arms, arrays = results.arms, {name: array.copy() for name, array in results.arrays.items()}
+    rows = {name: np.flatnonzero((arms.method == name) & (arms.training == "full-length")) for name in OF_THE_PAPER}
+    base = arrays["nats"][np.flatnonzero((arms.method == "none") & (arms.training == "zero-shot"))]
+    near = slice(0, results.edges.index(results.window))
+    far = slice(near.stop, None)
+    for name, nats in {"none": 0.0, "pi": pi_far, "abf": pi_far + abf_far, "xpos_abf": 0.0}.items():
+        arrays["nats"][rows[name], :, far] = (base + nats * arrays["tokens"])[:, :, far]
+    arrays["nats"][rows["pi"], :, near] = (base + pi_near * arrays["tokens"])[:, :, near]
+    shortest, *_, asked, longest = results.lengths
+    arrays[f"rouge_l_{shortest}"][rows["abf"]], arrays[f"rouge_l_{longest}"][rows["abf"]] = copies
+    for name, points in {"abf": 0.0, "pi": pi_copies, "xpos_abf": xpos_copies}.items():
+        arrays[f"rouge_l_{asked}"][rows[name]] = 20 + points
+    return dataclasses.replace(results, arrays=arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "judged"),
+    [
+        ({}, [HOLDS] * 7),
+        (
+            {"pi_near": 0.2, "abf_far": 0.1, "pi_far": 0.1, "copies": (5.0, 5.0), "pi_copies": 5, "xpos_copies": 5},
+            [REFUTED] * 7,
+        ),
+        (
+            {"abf_far": 0.0, "pi_far": 0.0, "pi_copies": 0, "xpos_copies": 0},
+            [HOLDS, HOLDS, OPEN, HOLDS, HOLDS, OPEN, OPEN],
+        ),
+    ],
+)
+def test_each_expectation_of_the_longer_race_can_hold_and_can_be_refuted(changes, judged):
+    short = race_results(load_preset("tiny"))
+    assert list(judged_longer(as_longer(**changes), short).judged) == judged
+
+
+def test_the_longer_race_counts_once_all_four_methods_have_all_seeds(preset, monkeypatch, tmp_path):
+    monkeypatch.setattr(race_longer_results, "RESULTS", tmp_path)
+    assert longer_results(preset) is None
+    (tmp_path / "tiny").mkdir()
+    for suffix in (".json", ".npz"):
+        shutil.copy(RESULTS / "tiny" / f"11_ablations{suffix}", tmp_path / "tiny" / f"11_longer_race{suffix}")
+    assert longer_results(preset).window == preset.base.window
+    path = tmp_path / "tiny" / "11_longer_race.json"
+    content = json.loads(path.read_text())
+    content["tables"]["cost"] = [
+        row
+        for row in content["tables"]["cost"]
+        if (row["method"], row["training"], row["seed"]) != ("pi", "full-length", 2)
+    ]
+    path.write_text(json.dumps(content))
+    assert longer_results(preset) is None
 
 
 def test_methods_without_a_longer_race_are_refused(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.pretraining_results import EQUAL
+from experiments.race_longer_results import KEPT, RECOVERED
 from experiments.race_results import RaceResults, wider_interval
 from llama_long_utils.notebooks import measured
 from llama_long_utils.presets import load_preset
@@ -14,9 +15,7 @@ from llama_long_utils.settings import Preset
 from tools.claims.line import AGREES, DISAGREES, MARGIN, MODELS, UNDECIDED, Interval, Line
 
 POSITIONS = "06_perplexity_by_position"
-RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
 NOT_RECOVERED = "after training PI still reads worse than the base inside the old window"
-KEPT = 0.8  # share of the score at the shortest length that is called kept at the longest
 
 
 def past_the_window(race: RaceResults, figure: dict[str, Any]) -> Line:
@@ -80,8 +79,8 @@ def retrieval(race: RaceResults, figure: dict[str, Any]) -> Line:
     judged = AGREES if held[1] >= 0 and behind[2] < 0 else DISAGREES if held[2] < 0 or behind[1] > 0 else UNDECIDED
     why = ""
     if _not_recovered(race, preset):
-        falls = f"ABF falls from {scores[0]:.0f} to {scores[1]:.0f}, but after a training so short that "
-        why = (falls if held[2] < 0 else "") + "PI still reads worse than the base inside the old window"
+        falls = f"ABF falls from {scores[0]:.0f} to {scores[1]:.0f}, but "
+        why = (falls if held[2] < 0 else "") + NOT_RECOVERED
         judged = f"{UNDECIDED}: {why}"
     at = [figure["rouge_l"][name][-1] for name in ("abf", "pi")]
     return Line(
@@ -158,7 +157,8 @@ def _wider(race: RaceResults, change: np.ndarray, weights: np.ndarray) -> Interv
 
 
 def _race_scale(race: RaceResults) -> str:
-    return f"{MODELS['tiny']}, {race.arms[race.arms.training == 'full-length'].seed.nunique()} seeds"
+    trained = race.arms[race.arms.training == "full-length"]
+    return f"{MODELS['tiny']}, {trained.seed.nunique()} seeds, {trained.tokens.iloc[0]:,} tokens of training"
 
 
 def _by_kinds(preset: str, first: str, second: str, low: int, high: int) -> pd.Series:
