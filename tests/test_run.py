@@ -381,6 +381,12 @@ Path({name!r}).write_text(f"{{os.getpid()}} {{left.item()}}")
     assert len(set(pids)) == 3
     assert len(set(drawn)) == 1  # as from a kernel that has drawn none
     (tmp_path / trains.slug).unlink()
+    card, reader = tmp_path / "runs" / "training" / "x" / "adapter" / "adapter_card.json", others[0]
+    code = f"from pathlib import Path; import time; card, read = Path({str(card)!r}), Path('read')\n"
+    write_small(tmp_path, code=f"{code}assert card.exists(); read.touch()", name=reader.slug)
+    code += "card.parent.mkdir(parents=True); card.touch()\nwhile not read.exists():\n    time.sleep(0.1)"
+    write_small(tmp_path, code=code, name=trains.slug)
+    run_side_by_side(preset, [reader, trains], {}, workers=2)  # it reads while notebook 5 goes on
     write_small(tmp_path, code="assert not fail, 'it fails'; raise ValueError", name=trains.slug)
     with pytest.raises(RuntimeError, match=f"failed, as said above: 01_small, {trains.slug}$"):
         run_side_by_side(preset, [*others, trains], {}, workers=2, again=True)

@@ -32,6 +32,7 @@ from tools.sequence import Notebook, delivered
 TRAINS = "05_finetune_qlora"  # the adapter that others read
 # What takes most time at preset tiny: begun last, one of them would keep one process at work and the other idle.
 LONGEST = ["05", "06", "10", "07", "09", "11", "12", "08", "04"]
+GLANCE = 1.0  # seconds between two looks for an adapter that others wait for
 PAUSE = 15.0  # seconds between two lines that say how far a notebook is
 LITERALS = {"none": None, "null": None, "true": True, "false": False}
 
@@ -90,28 +91,33 @@ def run_side_by_side(
         if any(notebook.needs_base for notebook in chosen):
             _base_sha256(preset)
         run_key(chosen[0], preset, parameters, "")
-        failed = _in_processes(chosen, workers, lambda one: run(preset, [one], parameters, again=again))
+        failed = _in_processes(preset, chosen, workers, lambda one: run(preset, [one], parameters, again=again))
     if failed:
         raise RuntimeError(f"failed, as said above: {', '.join(failed)}")
 
 
-def _in_processes(chosen: list[Notebook], workers: int, execute_one: Callable[[Notebook], None]) -> list[str]:
+def _in_processes(
+    preset: Preset, chosen: list[Notebook], workers: int, execute_one: Callable[[Notebook], None]
+) -> list[str]:
     """Execute each notebook in a fork, longest first; the names of those that failed or could not begin, in order.
 
-    What reads an adapter waits for notebook 5, which trains it.
+    What reads an adapter waits until notebook 5 has trained a new one, or has ended.
     """
+    trained_before = _trained(preset)
     waiting = sorted(chosen, key=lambda one: LONGEST.index(one.slug[:2]) if one.slug[:2] in LONGEST else len(LONGEST))
     running: dict[int, tuple[ForkProcess, Notebook]] = {}
     failed: list[str] = []
     while waiting or running:
         trains = any(one.slug == TRAINS for one in [*waiting, *(one for _, one in running.values())])
+        trains = trains and _trained(preset) == trained_before
         ready = [one for one in waiting if not (trains and one.needs_adapter)]
         for notebook in ready[: workers - len(running)]:
             waiting.remove(notebook)
             process = get_context("fork").Process(target=run_command, args=[partial(execute_one, notebook)])
             process.start()
             running[process.sentinel] = process, notebook
-        for sentinel in connection.wait(list(running)):
+        idle = trains and waiting and len(running) < workers
+        for sentinel in connection.wait(list(running), GLANCE if idle else None):
             process, notebook = running.pop(sentinel)
             process.join()
             if process.exitcode:
@@ -119,6 +125,11 @@ def _in_processes(chosen: list[Notebook], workers: int, execute_one: Callable[[N
                 waiting = [one for one in waiting if one not in left_out]
                 failed += [one.slug for one in (notebook, *left_out)]
     return sorted(failed)
+
+
+def _trained(preset: Preset) -> dict[Path, int]:
+    """The adapters that notebook 5 has left, each put in its place as a whole, and when."""
+    return {card: card.stat().st_mtime_ns for card in preset.run_folder.glob("training/*/adapter/adapter_card.json")}
 
 
 def _shown(path: Path) -> Path:
