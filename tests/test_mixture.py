@@ -15,7 +15,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from experiments.tiny_llama import FOLDER
 from llama_long_utils.cache import Cache, digest
 from llama_long_utils.data import mixture, sources, tokens
 from llama_long_utils.data.documents import Document, Rules, draw, rules_of
@@ -27,6 +26,8 @@ from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import Data, Source
+
+FOLDER = REPOSITORY / "data" / "tiny-llama"  # not from what trains it: two processes import this file
 
 WORDS = (REPOSITORY / "README.md").read_text().split()
 
