@@ -3,8 +3,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
-# Each file's tests stay in one of two processes, and begin in the order that conftest.py gives.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
+WITH ?= test
+# Each file's tests stay in one of so many processes, and begin in the order that conftest.py gives.
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -n
+PROCESSES ?= 2
 PRESET ?= tiny
 # Two small notebooks at a time take less time than one on two threads; a large model has the machine to itself.
 WORKERS ?= $(if $(filter tiny,$(PRESET)),2,1)
@@ -39,7 +41,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo "installing the packages into .venv: some minutes"
 	$(PYTHON) -m venv .venv
-	$(PIP) ".[test]"
+	$(PIP) ".[$(WITH)]"
 	@touch $@
 
 $(READY): $(INSTALLED)
@@ -59,13 +61,13 @@ run: $(READY)
 	$(BIN)/python -m tools.run --preset $(PRESET) --workers $(WORKERS)
 
 test: $(READY)
-	$(PYTEST) --nbval tests notebooks
+	$(PYTEST) $(PROCESSES) --nbval tests notebooks
 
 test-slow: .venv/.workflow
-	$(PYTEST) tests/slow
+	$(PYTEST) 2 tests/slow
 
 test-rehearsal: $(READY)
-	$(PYTEST) tests/rehearsal -m "not long"
+	$(PYTEST) 2 tests/rehearsal -m "not long"
 
 test-rehearsal-long: $(READY)
 	$(BIN)/python -m pytest tests/rehearsal -m long -o faulthandler_timeout=0

@@ -8,6 +8,7 @@ from nbval import kernel
 from tools.kernels import forked, start_server, stop_server
 
 SERVER = pytest.StashKey()
+gc.disable()  # while tests are imported, nothing of which is garbage: to look for some takes a seventh of the time
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +40,7 @@ LONGEST += ["test_notebooks", "test_dose", "test_corpus", "03_long_documents", "
 def pytest_collection_finish() -> None:
     """What was imported is never garbage: to look through it takes half a second, and each training asks for it."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
