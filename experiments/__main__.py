@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_long_utils.commands import run_command
-from llama_long_utils.paths import REPOSITORY, RESULTS
+from llama_long_utils.paths import REPOSITORY, RESULTS, check_adapter
 from llama_long_utils.plan import at_least
-from llama_long_utils.presets import load_preset
-from llama_long_utils.settings import Preset
+from llama_long_utils.presets import closest, load_preset
+from llama_long_utils.settings import METHODS, Preset
 
 
 def above(least: float, what: str, most: float = sys.float_info.max) -> Callable[[str], float]:
@@ -34,6 +34,7 @@ def above(least: float, what: str, most: float = sys.float_info.max) -> Callable
 rope_base = above(1, "RoPE base: give a finite number above 1, for example 1e6")
 share = above(-1e-9, "share: give a number from 0 to 1", most=1.0)
 seconds = above(0, "time: give seconds above 0, for example 435")
+from_zero, some = at_least(int, 0), at_least(int, 1)
 
 
 def arguments() -> argparse.Namespace:
@@ -53,7 +54,7 @@ def arguments() -> argparse.Namespace:
     arm = commands.add_parser("arm", help="one arm of the race (`make race` measures several at a time)")
     arm.add_argument("method", help="a RoPE method")
     arm.add_argument("training", help="a name in [race.trainings], or zero-shot")
-    arm.add_argument("seed", type=int)
+    arm.add_argument("seed", type=from_zero)
     longrope = commands.add_parser("longrope", help="search LongRoPE's factors on training documents (10 minutes)")
     bases = commands.add_parser("rope-bases", help="read training documents at several RoPE bases, untrained")
     bases.add_argument("bases", type=rope_base, nargs="+", metavar="BASE")
@@ -68,10 +69,12 @@ def arguments() -> argparse.Namespace:
         "--questions", choices=["squad", "hotpotqa"], default="squad", help="to ask a real model (default: squad)"
     )
     instruction.add_argument("--arms", nargs="*", metavar="ARM", help="of a real model: measure these only, or none")
-    instruction.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="in place of 0 1 2")
+    instruction.add_argument("--seeds", type=from_zero, nargs="+", metavar="SEED", help="in place of 0 1 2")
     asking = commands.add_parser("self-instruct", help="a chat model asks about a preset's documents, for notebook 9")
     asking.add_argument("--writer", default="qwen2.5-coder-1.5b", help="the preset whose base is the chat model")
-    asking.add_argument("--chunks", type=int, default=60, help="to ask two questions about (default: 60; half an hour)")
+    asking.add_argument(
+        "--chunks", type=some, default=60, help="to ask two questions about (default: 60; half an hour)"
+    )
     preference = commands.add_parser(
         "preference", help="reward model, RL and DPO over seeds, for notebook 10 (half an hour; goes on if stopped)"
     )
@@ -80,11 +83,11 @@ def arguments() -> argparse.Namespace:
     preference.add_argument(
         "--small", action="store_true", help="no controls or averages, texts of 2,048 tokens: for real models"
     )
-    preference.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="in place of 0 1 2")
+    preference.add_argument("--seeds", type=from_zero, nargs="+", metavar="SEED", help="in place of 0 1 2")
     preference.add_argument("--arms", choices=["rl", "dpo"], nargs="+", help="in place of both")
     preference.add_argument(
         "--quoting",
-        type=int,
+        type=some,
         metavar="STEPS",
         help="first tune the extended adapter on short quotations, as asked",
     )
@@ -124,13 +127,13 @@ def arguments() -> argparse.Namespace:
     pretraining.add_argument(
         "--size", help="a size with rates by pilots, with --seed, --speed or --join: 4M, or 16M on a GPU"
     )
-    pretraining.add_argument("--seed", type=int, help="measure this seed's cells; several processes may run at a time")
+    pretraining.add_argument(
+        "--seed", type=from_zero, help="measure this seed's cells; several processes may run at a time"
+    )
     pretraining.add_argument(
         "--seconds", type=seconds, help="begin nothing that would end later (default: 250 on a GPU, on a CPU no end)"
     )
-    pretraining.add_argument(
-        "--steps", type=at_least(int, 1), default=0, help="of each cell (default: the most that fit)"
-    )
+    pretraining.add_argument("--steps", type=some, default=0, help="of each cell (default: the most that fit)")
     pretraining.add_argument("--card", type=share, default=0.5, help="share of the GPU that is ours (default: 0.5)")
     pretraining.add_argument("--speed", action="store_true", help="measure steps, on a GPU that nothing else uses")
     pretraining.add_argument("--join", type=Path, metavar="FOLDER", help="one record of what is in FOLDER/cells")
@@ -218,9 +221,32 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
         raise RuntimeError(f"interrupted: what was read is in {out}; another run begins from the start") from None
 
 
+def check_names(preset: Preset | None, asked: argparse.Namespace) -> None:
+    """ValueError for what a command cannot know or would pass over, before anything heavy is imported."""
+    trainings = [*preset.race.trainings] if preset else []
+    methods, names = (asked.methods or [], []) if asked.command == "race" else ([], getattr(asked, "names", []))
+    if asked.command == "arm":
+        methods, names, trainings = [asked.method], [asked.training], [*trainings, "zero-shot"]
+    for kind, given, known in (("RoPE method", methods, METHODS), ("training", names, trainings)):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"unknown {kind} {name!r}: use one of {[*known]}{closest(name, [*known])}")
+    chosen = asked.command == "instruction" and (asked.arms is not None or asked.seeds or asked.questions != "squad")
+    if chosen and preset.instruction.questions == "quotations":
+        raise ValueError(
+            f"--arms, --seeds and --questions are for a preset whose [instruction] names a record of questions, as "
+            f"smollm2 does: preset {preset.name!r} measures every arm on quotations, so leave them out"
+        )
+    if asked.command == "self-instruct":
+        load_preset(asked.writer)
+    if asked.command == "preference":
+        check_adapter(asked.adapter)
+
+
 def run(asked: argparse.Namespace) -> Path | None:
     """The record that the command wrote, if it writes one."""
     preset = load_preset(asked.preset) if "preset" in asked else None
+    check_names(preset, asked)
     if asked.command == "race":
         from experiments.race import race_arms, run_race
         from experiments.race_longer import longer_race
@@ -255,7 +281,7 @@ def run(asked: argparse.Namespace) -> Path | None:
 
             arms = real.ARMS if asked.arms is None else asked.arms
             if unknown := {*arms} - {*real.ARMS}:
-                raise ValueError(f"no such arm: {', '.join(sorted(unknown))}. There are: {', '.join(real.ARMS)}")
+                raise ValueError(f"no such arm: {sorted(unknown)}. There are: {[*real.ARMS]}")
             return real.tune_and_ask(preset, RESULTS / preset.name, asked.questions, arms, asked.seeds or real.SEEDS)
         from experiments.instruction import ablate
 
@@ -288,8 +314,10 @@ def run(asked: argparse.Namespace) -> Path | None:
     if asked.command == "dose":
         return run_dose_checked(preset, asked)
     if asked.command == "pretraining":
-        from experiments import pretraining
         from experiments.pretraining_cells import checked_cell
+
+        cell = checked_cell(*asked.cell) if asked.cell else None
+        from experiments import pretraining
 
         if asked.size:
             from experiments import pretraining_gpu as gpu
@@ -302,8 +330,8 @@ def run(asked: argparse.Namespace) -> Path | None:
                 return gpu.measure_speed(size)
             gpu.run_seed(size, asked.seed, limit, steps=asked.steps, share=asked.card)
             return None
-        if asked.cell:
-            return pretraining.run_cell(checked_cell(*asked.cell))
+        if cell:
+            return pretraining.run_cell(cell)
         if asked.sparse or asked.sparse_on_short:
             from experiments import pretraining_sparse as sparse
 

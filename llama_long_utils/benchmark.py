@@ -7,7 +7,7 @@ import time
 from llama_long_utils.cache import digest
 from llama_long_utils.commands import run_command, tokens
 from llama_long_utils.evaluation.task_files import check_names
-from llama_long_utils.paths import RESULTS
+from llama_long_utils.paths import RESULTS, check_adapter
 from llama_long_utils.plan import at_least, check_model
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import ARMS
@@ -38,6 +38,7 @@ def main() -> None:
         parser.error(f"--lengths {longest} is above the window of {name}, {preset.extension.window}: use shorter ones")
     check_model(preset.base.source, preset=name)
     check_names(tasks)
+    check_adapter(options["adapter"])
     folder = preset.run_folder / "records" / digest(tasks, options)  # a short run, as notebook 8's, leaves a long one
 
     import pandas as pd

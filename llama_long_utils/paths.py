@@ -14,7 +14,14 @@ ADAPTERS = REPOSITORY / "data" / "adapters"
 RESULTS = REPOSITORY / "data" / "results"
 PUBLISHED = REPOSITORY / "data" / "published"
 PRESETS = REPOSITORY / "presets"
+CARD = "adapter_card.json"  # in the folder of every adapter of ours
 PACKAGED = REPOSITORY / "data" / "packaged_models.json"  # models as GGUF files in PyPI packages
+
+
+def check_adapter(folder: str | Path | None) -> None:
+    """ValueError if one is named, absolute or seen from the repository, that is no adapter of ours."""
+    if folder and not (REPOSITORY / folder / CARD).is_file():
+        raise ValueError(f"{folder} has no {CARD}: it is not an adapter of this collection (05_finetune_qlora)")
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -31,8 +31,9 @@ def preset_names() -> list[str]:
 
 def load_preset(name: str) -> Preset:
     """Read presets/NAME.toml; ValueError names what is wrong in it, and the closest known name."""
-    if name not in preset_names():
-        raise ValueError(f"unknown preset {name!r}: use one of {preset_names()}{closest(name, preset_names())}")
+    if name not in (names := preset_names()):
+        meant = closest(PurePath(name).name.removesuffix(".toml"), names)
+        raise ValueError(f"unknown preset {name!r}: use one of {names}{meant}")
     try:
         values = _read(name)
         follow_window(values)

@@ -116,16 +116,13 @@ class Scaling:
     pretrained: dict[str, Any] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        kind = self.pretrained.get("rope_type")
         if self.pretrained and self.method not in ("none", "abf"):
-            raise ValueError(
-                f"the base has rope_type {self.pretrained.get('rope_type')!r}, which method {self.method!r} would "
-                "replace: use method 'abf', which keeps it and raises its base"
-            )
-        if self.pretrained.get("rope_type") in ("dynamic", "longrope") and self.window > self.original_window:
-            raise ValueError(
-                f"the base has rope_type {self.pretrained['rope_type']!r}, which changes with the length of the text, "
-                "so it cannot be extended: use a base with another rope_type, or its own window"
-            )
+            fix = "use method 'abf', which keeps it and raises its base"
+            raise ValueError(f"the base has rope_type {kind!r}, which method {self.method!r} would replace: {fix}")
+        if kind in ("dynamic", "longrope") and self.window > self.original_window:
+            fix = "so it cannot be extended: use a base with another rope_type, or its own window"
+            raise ValueError(f"the base has rope_type {kind!r}, which changes with the length of the text, {fix}")
         if self.window < self.original_window:
             raise ValueError(f"RoPE cannot be scaled down: window {self.window} < {self.original_window}")
         wanted = self.head_dim // 2 if self.method == "longrope" else 0

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from llama_long_utils.commands import PYTHON, run_command
 from llama_long_utils.data.sources import check_sources
-from llama_long_utils.paths import ADAPTERS
+from llama_long_utils.paths import ADAPTERS, check_adapter
 from llama_long_utils.plan import at_least, check_model
 from llama_long_utils.presets import load_preset, with_numbers
 from llama_long_utils.settings import Preset
@@ -42,21 +42,27 @@ def train() -> None:
     preset = load_preset(chosen.preset)
     check_model(preset.base.source, preset=preset.name)
     check_sources(preset.data.sources, preset.data.held_out)
-    if chosen.stage in ONE_PROCESS and os.environ.get("WORLD_SIZE", "1") != "1":
+    check_adapter(chosen.adapter)
+    processes, shared = int(os.environ.get("WORLD_SIZE", "1")), chosen.context_parallel
+    if chosen.stage in ONE_PROCESS and processes != 1:
         parser.error(f"--stage {chosen.stage} runs in one process: start it without a launcher")
     if chosen.stage != "extension":
-        if any((chosen.control, chosen.context_parallel > 1, chosen.shard_base)):
+        if any((chosen.control, shared > 1, chosen.shard_base)):
             parser.error("--control, --context-parallel and --shard-base are for the extension")
         return tune(preset, chosen)
     if chosen.adapter:
         parser.error("--adapter is where sft, reward, rl and dpo begin: the extension begins at the base")
+    if processes % shared or (chosen.shard_base and processes == 1):
+        needs, many = f"--context-parallel {shared}" if shared > 1 else "--shard-base", max(shared, 2)
+        start = f"torchrun --nproc-per-node {many} -m llama_long_utils.train ..."
+        parser.error(f"{needs} needs {many} processes or a multiple, not {processes}: {start}")
     settings = with_numbers(preset.training, "training", steps=chosen.steps, seed=chosen.seed)
     scaling = preset.control_rope if chosen.control else preset.extended_rope
 
     from llama_long_utils.training.adapter import train_adapter
     from llama_long_utils.training.processes import join_processes
 
-    options = {"context_parallel": chosen.context_parallel, "sharded_base": chosen.shard_base}
+    options = {"context_parallel": shared, "sharded_base": chosen.shard_base}
     trained = train_adapter(preset, settings=settings, scaling=scaling, progress=chosen.report_every, **options)
     if join_processes().is_main_process:
         last, given = trained.log[-1], f" -p {'control_' * chosen.control}adapter {trained.folder}"

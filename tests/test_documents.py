@@ -189,8 +189,10 @@ def test_more_documents_than_a_source_has_are_refused_before_any_text_is_read(tm
     for source, name, count, most in (("sotu", "sotu", 250, 249), (str(texts), "texts", 4, 3)):
         with pytest.raises(ValueError, match=f"cannot hold out {count} documents of '{name}', which has {most}: lower"):
             read_documents(Data([source], {name: count}, minimum_characters=1, split_seed=0), None)
-    (texts / "many.jsonl").write_text('{"text": "A line is a document."}\n' * 9)
+    (texts / "many.jsonl").write_text('{"text": "A line is a document."}\n\n' * 9)
     assert check_sources([str(texts)], {"texts": 12}) == {str(texts): 12}
+    with pytest.raises(ValueError, match="cannot hold out 13 documents of 'texts', which has 12: lower held_out"):
+        check_sources([str(texts)], {"texts": 13})
     (texts / "many.jsonl").rename(texts / "long.txt")
     monkeypatch.setattr("llama_long_utils.data.sources.LONGEST", 100)  # a longer file is several documents
     assert check_sources([str(texts)], {"texts": 12}) == {str(texts): 12}

@@ -9,7 +9,9 @@ import argparse
 from pathlib import Path
 
 from llama_long_utils.commands import run_command
+from llama_long_utils.paths import check_adapter
 from llama_long_utils.presets import load_preset
+from tools.run import check_writable
 
 
 def merge() -> None:
@@ -22,11 +24,14 @@ def merge() -> None:
     preset, folder = load_preset(asked.preset), asked.to.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         parser.error(f"--to {asked.to} is there and is not overwritten: name a new folder")
+    adapter = asked.adapter and Path(asked.adapter).absolute()
+    check_adapter(adapter)
+    check_writable(folder.parent, "merging")
 
     from llama_long_utils.model.adapters import find_adapter, merge_adapter, read_card
     from llama_long_utils.model.weights import locate_base
 
-    adapter = find_adapter(preset, asked.adapter and Path(asked.adapter).absolute())
+    adapter = find_adapter(preset, adapter)
     print(f"merging {adapter}", flush=True)
     merge_adapter(adapter, locate_base(preset), folder, dtype=preset.base.dtype)
     print(f"{folder}: a model in bfloat16 with RoPE {read_card(adapter).rope}")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_long_utils.commands import run_command
-from llama_long_utils.paths import REPOSITORY, RESULTS, file_sha256, write_atomically
+from llama_long_utils.paths import REPOSITORY, RESULTS, check_adapter, file_sha256, write_atomically
 from llama_long_utils.presets import closest, load_preset
 from llama_long_utils.progress import FILE
 from llama_long_utils.settings import Preset
@@ -190,14 +190,14 @@ def _execute_alone(
     return True
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, what: str = "a run") -> None:
     """Make the folder; raise OSError in words if nothing can be written to it, before anything heavy is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"cannot write to {_shown(folder)}: {error.strerror}; a run writes only there") from None
+        raise OSError(f"cannot write to {_shown(folder)}: {error.strerror}; {what} writes only there") from None
 
 
 @contextmanager
@@ -288,6 +288,8 @@ def check_parameters(notebook: Notebook, parameters: dict[str, Any]) -> None:
     for name in parameters:
         if name not in known:
             raise ValueError(f"{notebook.slug} has no parameter {name!r}: it has {known}{closest(name, known)}")
+        if name.endswith("adapter") and isinstance(parameters[name], str):
+            check_adapter(parameters[name])
 
 
 def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base_sha256: str) -> str:

@@ -122,10 +122,8 @@ def generated_dialogues(questions: str) -> Maker:
     """
     path = REPOSITORY / questions
     if not path.is_file():
-        raise ValueError(
-            f"instruction.questions: there is no record {questions}; write one with `python -m experiments "
-            'self-instruct`, or use "quotations"'
-        )
+        fix = 'write one with `python -m experiments self-instruct`, or use "quotations"'
+        raise ValueError(f"instruction.questions: there is no record {questions}; {fix}")
     table = Record(path).table("pairs")
     kept = [row._asdict() for row in table[table.dropped == ""].itertuples(index=False)]
     places: dict[tuple[str, str], range] = {}

@@ -69,10 +69,8 @@ class Mixture:
         for side, tokens, name in zip(sides, (window, length), ("training", "held-out"), strict=True):
             longest = max((len(document.text.encode()) for document in side), default=0)
             if side and longest + 3 < tokens and small == self.sources:  # a token is a byte at least; BOS, EOS, a space
-                raise ValueError(
-                    f"no {name} document has {tokens:,} tokens: the longest of {len(side)} has {longest:,} bytes; add "
-                    "longer documents or ask for fewer tokens"
-                )
+                found = f"no {name} document has {tokens:,} tokens: the longest of {len(side)} has {longest:,} bytes"
+                raise ValueError(f"{found}; add longer documents or ask for fewer tokens")
         self.chosen = {(document.source, document.name) for document in sides[1]}
         trained_on = {(document.source, whole(document.name)) for document in sides[0]}
         self.texts_held_out = {(one.source, whole(one.name)) for one in texts} - trained_on  # their copies, too

@@ -101,10 +101,8 @@ def packed_pieces(
     for documents in buffers:
         longest = max([longest, *(document.tokens for document in documents)])
         if longest < window:
-            raise ValueError(
-                f"no document fills a training window of {window:,} tokens: the longest of {len(documents)} has "
-                f"{longest:,}; add longer documents or lower the window"
-            )
+            found = f"the longest of {len(documents)} has {longest:,}; add longer documents or lower the window"
+            raise ValueError(f"no document fills a training window of {window:,} tokens: {found}")
         pieces: list[np.ndarray] = []
         for document in documents:
             weight = long_document_weight if document.tokens >= window else 1.0

@@ -146,8 +146,9 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) 
             continue
         folder = (REPOSITORY / name).resolve()
         if not folder.is_dir():
+            there = "it is no folder" if folder.exists() else "there is no such folder"
             raise ValueError(
-                f"unknown document source {name!r}: there is no such folder; use one with .txt, .md or .jsonl files, "
+                f"unknown document source {name!r}: {there}; use one with .txt, .md or .jsonl files, "
                 f"hub:owner/name[:split[:column]], or one of {[*sorted(CORPORA), STANDARD_LIBRARY]}"
             )
         if REPOSITORY.is_relative_to(folder):
@@ -160,24 +161,30 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) 
     for given, count in held_out.items():
         meant = [given] if given in names else [name for name in names if Path(name).name == given]
         if len(meant) != 1:
-            raise ValueError(
-                f"held_out names {given!r}, which {'is the name of several' if meant else 'is none'} of the sources "
-                f"{names}: write it as it stands there"
-            )
+            which = f"which {'is the name of several' if meant else 'is none'} of the sources {names}"
+            raise ValueError(f"held_out names {given!r}, {which}: write it as it stands there")
         counts[meant[0]] = count
-        if (most := most_documents(meant[0])) < count:
+        if (most := most_documents(meant[0], count)) < count:
             raise ValueError(f"cannot hold out {count} documents of {given!r}, which has {most}: lower held_out")
     return counts
 
 
-def most_documents(name: str) -> float:
-    """How many documents a source has at most, as far as that is known without reading it: else infinitely many."""
+def most_documents(name: str, enough: int) -> float:
+    """How many documents a source has at most, as far as that is known at once: else infinitely many.
+
+    Files are counted, and non-empty lines of `.jsonl` files, up to `enough` of them.
+    """
     if name in CORPORA:
         return CORPORA[name].documents
     unlisted = name == STANDARD_LIBRARY or name.startswith("hub:")  # takes a second, or cannot be listed
-    files = [] if unlisted else [path for path, _ in _files(Source(name))]
-    one_each = all(path.suffix.lower() != ".jsonl" and path.stat().st_size < LONGEST for path in files)
-    return len(files) if files and one_each else math.inf
+    found = 0
+    for path, _ in [] if unlisted else _files(Source(name)):
+        if path.suffix.lower() != ".jsonl":
+            found += 1 if path.stat().st_size < LONGEST else enough
+        elif found < enough:
+            with path.open("rb") as lines:
+                found += sum(1 for _ in islice(filter(bytes.strip, lines), enough - found))
+    return found or math.inf
 
 
 def _load_corpus(name: str, cache: Path) -> list[Document]:

@@ -115,10 +115,8 @@ def random_stretches(
         stretches += [[document.part(start, start + own) for start in starts]] if starts else []
     if not stretches:
         longest = max((document.tokens for document in documents), default=0)
-        raise ValueError(
-            f"no held-out document has {length:,} tokens: the longest of {len(documents)} has {longest:,}; "
-            "lower evaluation.tokens or hold out longer documents"
-        )
+        missing = f"no held-out document has {length:,} tokens: the longest of {len(documents)} has {longest:,}"
+        raise ValueError(f"{missing}; lower evaluation.tokens or hold out longer documents")
     return stretches
 
 

@@ -130,10 +130,8 @@ def first_sentence_items(
             name, answer = f"{document.source}/{document.name}", " ".join(words[settings.cue_words :])
             items.append(RetrievalItem(name, prompt, answer, answer_ids, number=int(number)))
     if not items:
-        raise ValueError(
-            f"no document holds a sentence of {fewest} to {most} words with {length:,} tokens from there on: "
-            "ask at shorter lengths or hold out longer documents"
-        )
+        missing = f"no document holds a sentence of {fewest} to {most} words with {length:,} tokens from there on"
+        raise ValueError(f"{missing}: ask at shorter lengths or hold out longer documents")
     return items
 
 
@@ -159,10 +157,8 @@ def planted_items(
         raise ValueError(f"unknown task {task!r}: use one of {list(PLANTED)}")
     longest = max((document.tokens - 2 for document in documents), default=0)
     if longest < length:
-        raise ValueError(
-            f"no document has {length:,} tokens for task {task!r}, the longest has {longest:,}: "
-            "ask at shorter lengths (retrieval.lengths) or hold out longer documents"
-        )
+        missing = f"no document has {length:,} tokens for task {task!r}, the longest has {longest:,}"
+        raise ValueError(f"{missing}: ask at shorter lengths (retrieval.lengths) or hold out longer documents")
     reach = max([length, *(other for other in settings.lengths if other <= longest)])
     readable = [document for document in documents if document.tokens - 2 >= reach]
     order = np.random.default_rng(seed).permutation(len(readable))
@@ -294,10 +290,8 @@ def _question_and_answer(
     """Tokens of a question, and those of the answer as they follow it; ValueError if one token spans both."""
     ending, both = _ids(tokenizer, question), _ids(tokenizer, question + answer)
     if not np.array_equal(both[: len(ending)], ending):
-        raise ValueError(
-            f"the tokenizer has one token for the end of {question[-20:]!r} and the beginning of {answer[:20]!r}: "
-            "end cues where a word ends"
-        )
+        between = f"the end of {question[-20:]!r} and the beginning of {answer[:20]!r}"
+        raise ValueError(f"the tokenizer has one token for {between}: end cues where a word ends")
     return ending, both[len(ending) :]
 
 

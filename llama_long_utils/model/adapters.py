@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from llama_long_utils.cache import digest
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.paths import ADAPTERS, REPOSITORY, whole_folder
+from llama_long_utils.paths import ADAPTERS, CARD, REPOSITORY, check_adapter, whole_folder
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
 
-CARD, README = "adapter_card.json", Path(__file__).with_name("adapter_readme.md.in")
+README = Path(__file__).with_name("adapter_readme.md.in")
 OWN_ARM = "quotations"  # what a card says that is no experiment's
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]  # ends of names: "norm" means q_norm and k_norm, too
 # Entries of adapter_config.json that change nothing that the adapter computes.
@@ -190,8 +190,7 @@ def find_adapter(
 
 def read_card(folder: Path) -> AdapterCard:
     """An adapter's card; ValueError if there is none, or if it does not fit the adapter's weights and config."""
-    if not (folder / CARD).is_file():
-        raise ValueError(f"{folder} has no {CARD}: it is not an adapter of this collection (05_finetune_qlora)")
+    check_adapter(folder.absolute())
     try:
         card = TypeAdapter(AdapterCard).validate_json((folder / CARD).read_bytes())
         if not card.config_digest:

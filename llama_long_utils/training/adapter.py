@@ -169,10 +169,8 @@ def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]
         except (OSError, RuntimeError) as error:  # torch does not say that a disk is full
             if shutil.disk_usage(folder.parent).free > FULL:
                 raise
-            raise RuntimeError(
-                f"the disk that holds {folder} is full: make room and run again; training continues from the last "
-                f"whole checkpoint ({error})"
-            ) from error
+            goes_on = f"training continues from the last whole checkpoint ({error})"
+            raise RuntimeError(f"the disk that holds {folder} is full: make room and run again; {goes_on}") from error
     broadcast_object_list([log])
     return log
 

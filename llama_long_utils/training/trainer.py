@@ -227,10 +227,8 @@ def check_lora_gradients(model: PeftModel) -> None:
     matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and ".ref." not in name}
     dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
     if dead:
-        raise RuntimeError(
-            f"{len(dead)} of {len(matrices)} LoRA-B matrices got no gradient, the first {dead[0]}: "
-            "gradient checkpointing or a repacked 4-bit weight cut the graph"
-        )
+        found = f"{len(dead)} of {len(matrices)} LoRA-B matrices got no gradient, the first {dead[0]}"
+        raise RuntimeError(f"{found}: gradient checkpointing or a repacked 4-bit weight cut the graph")
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
