@@ -24,7 +24,7 @@ help:
 	@echo "make test        install, then all tests, notebooks included"
 	@echo "make extras      what test-slow, test-browser and race need besides; they install it themselves"
 	@echo "make test-slow   runs that are killed at 23 moments, disturbed and attacked (two minutes)"
-	@echo "make test-rehearsal  preset llama2-7b from a hub on this machine to notebook 8, with a doll of the model, and the stages after it (350 CPU seconds)"
+	@echo "make test-rehearsal  preset llama2-7b from a hub on this machine to notebook 8, with a doll of the model, and the stages after it (270 CPU seconds)"
 	@echo "make test-rehearsal-long  the same with llama3.1-8b, on sequences of 131,072 tokens (40 minutes on two cores)"
 	@echo "make test-browser  JupyterLab in headless Chromium: Run All, bars, the control, the panel, links, an interruption (three minutes)"
 	@echo "make lab         install, then open the notebooks in JupyterLab"

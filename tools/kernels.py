@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -139,18 +139,20 @@ def wait_for_ended_kernels() -> None:
             pass
 
 
-def serve(listener: socket.socket) -> None:
-    """Fork a kernel for each connection, until standard input ends."""
+def serve(listener: socket.socket, become: Callable[[socket.socket], None] = become_a_kernel) -> None:
+    """Fork a kernel, or what else a fork is to `become`, for each connection, until standard input ends."""
+    gc.disable()  # nothing that is imported is garbage: to look for some takes a seventh of the time
     logging.disable(logging.WARNING)  # a library that misses another says so, where a notebook would not show it
     for name in LIBRARIES:
         importlib.import_module(name)
     logging.disable(logging.NOTSET)
     gc.freeze()
+    gc.enable()
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            become_a_kernel(connection)
+            become(connection)
             return
         connection.close()
         wait_for_ended_kernels()

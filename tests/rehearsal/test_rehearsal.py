@@ -3,7 +3,7 @@
 The presets are the delivered ones in all but how much is trained and evaluated: names on the hub, licences, streams,
 windows, RoPE, LoRA and memory savings. The dolls have every number of the real configuration but width and depth.
 llama2-7b is asked for sentences at lengths up to just beyond that to which answers are written, half of its window.
-It takes 230 CPU seconds. llama3.1-8b took 39 minutes on two cores: a reading of 131,072 tokens takes one core
+It takes 170 CPU seconds. llama3.1-8b took 39 minutes on two cores: a reading of 131,072 tokens takes one core
 a minute, and there are fifty.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from copies import copy_of_the_repository
 from dolls import make_doll
+from forks import Forks, forks
 from hub_server import Hub, serve
 from hub_texts import serve_texts
 
@@ -113,22 +114,22 @@ def environment(hub, repository, tmp_path_factory) -> dict[str, str]:
     return {**os.environ, **hub.environment, **mine}
 
 
-def run(repository: Path, environment: dict[str, str], *command: str, token: str | None = TOKEN):
-    variables = environment | ({"HF_TOKEN": token} if token else {})
-    given = [sys.executable, "-m", *command]
-    return subprocess.run(given, cwd=repository, env=variables, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def commands(repository, environment) -> Iterator[Forks]:
+    with forks(repository, environment) as commands:
+        yield commands
 
 
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, "its licence asks who you are"),
-        ("of nobody", "the hub does not know this token"),
-        ("of somebody else", "this token's owner has not accepted its licence"),
+        ({}, "its licence asks who you are"),
+        ({"HF_TOKEN": "of nobody"}, "the hub does not know this token"),
+        ({"HF_TOKEN": "of somebody else"}, "this token's owner has not accepted its licence"),
     ],
 )
-def test_without_access_one_line_says_what_to_do(rehearsal, repository, environment, token, message):
-    ended = run(repository, environment, "llama_long_utils.train", "--preset", rehearsal.preset, token=token)
+def test_without_access_one_line_says_what_to_do(rehearsal, commands, token, message):
+    ended = commands.run("llama_long_utils.train", "--preset", rehearsal.preset, **token)
     assert ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert f"cannot get the model '{rehearsal.model}'" in line
@@ -136,14 +137,14 @@ def test_without_access_one_line_says_what_to_do(rehearsal, repository, environm
     assert "Traceback" not in ended.stderr
 
 
-def test_the_whole_chain_runs_at_the_real_window(rehearsal, hub, repository, environment):
+def test_the_whole_chain_runs_at_the_real_window(rehearsal, hub, repository, commands):
     hub.losses += rehearsal.lost
 
     def execute(notebook: tuple[str, dict[str, str]]) -> None:
         number, parameters = notebook
         options = [part for name, value in parameters.items() for part in ("-p", name, value)]
         started = time.perf_counter()
-        ended = run(repository, environment, "tools.run", "--preset", "rehearsal", "--only", number, *options)
+        ended = commands.run("tools.run", "--preset", "rehearsal", "--only", number, *options, HF_TOKEN=TOKEN)
         print(f"{rehearsal.preset}, notebook {number}: {time.perf_counter() - started:.0f} s", flush=True)
         assert ended.returncode == 0, f"{number}: {ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
 
@@ -168,8 +169,9 @@ def test_the_whole_chain_runs_at_the_real_window(rehearsal, hub, repository, env
 
 def test_a_data_set_whose_licence_was_not_accepted_is_named(rehearsal, hub, repository, environment, tmp_path):
     hub.licence.add("emozilla/pg19")
-    anew = environment | {"HF_HOME": str(tmp_path / "home"), "LLAMA_LONG_CACHE": str(tmp_path / "cache")}
-    ended = run(repository, anew, "llama_long_utils.train", "--preset", rehearsal.preset)
+    anew = {"HF_HOME": str(tmp_path / "home"), "LLAMA_LONG_CACHE": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "llama_long_utils.train", "--preset", rehearsal.preset]  # which reads HF_HOME
+    ended = subprocess.run(command, cwd=repository, env=environment | anew, capture_output=True, text=True)
     hub.licence.remove("emozilla/pg19")
     assert ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]

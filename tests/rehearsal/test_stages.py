@@ -6,14 +6,13 @@ there are. Instructions are about one long document.
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from copies import copy_of_the_repository
 from dolls import make_doll
+from forks import forks
 from hub_server import serve
 from hub_texts import serve_texts
 
@@ -52,8 +51,7 @@ def train(tmp_path_factory) -> Iterator:
     (repository / "presets" / "few.toml").write_text(LESS, "utf-8")
 
     def run(stage: str) -> tuple[str, dict]:
-        command = [sys.executable, "-m", "llama_long_utils.train", "--preset", "few", "--stage", stage]
-        ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+        ended = commands.run("llama_long_utils.train", "--preset", "few", "--stage", stage)
         assert ended.returncode == 0, f"{stage}: {ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
         assert "Loading weights" not in ended.stderr
         last = next(line for line in ended.stdout.splitlines() if " steps" in line)
@@ -63,7 +61,8 @@ def train(tmp_path_factory) -> Iterator:
     with serve(hub_root, licence={MODEL}, tokens={"mine": {MODEL}}) as hub:
         mine = {"HF_HOME": str(home), "LLAMA_LONG_CACHE": str(home / "cache"), "HF_TOKEN": "mine"}
         environment = {**os.environ, **hub.environment, **mine, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-        yield run
+        with forks(repository, environment, "trl.trainer.dpo_trainer", "trl.trainer.rloo_trainer") as commands:
+            yield run
 
 
 def test_every_stage_runs_from_the_one_before(train):
