@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from copies import copy_of_the_repository
 
+from experiments.race import ZERO_SHOT, Arm, arm_record
+from llama_long_utils import presets
+from llama_long_utils.model.weights import locate_base, weights_sha256
+from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.records import read_table
 
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
@@ -34,22 +38,19 @@ def repository(tmp_path):
     return copy
 
 
-def arms_of(preset: str, repository: Path, environment: dict[str, str]) -> list[str]:
-    """The records of the untrained arms of PI and ABF, which the workflow would write."""
-    code = (
-        "from experiments.race import *\n"
-        f"preset = load_preset('{preset}')\nbase = weights_sha256(locate_base(preset))\n"
-        "for name in ('pi', 'abf'): print(arm_record(preset, Arm(name, ZERO_SHOT, 0), base))"
-    )
-    code = "from llama_long_utils.presets import load_preset\n" + code
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True, text=True, check=True
-    ).stdout.split()
+def arms_of(name: str, repository: Path) -> list[str]:
+    """The records of the untrained arms of PI and ABF, which the workflow would write, as seen from a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, "PRESETS", repository / "presets")
+        preset = presets.load_preset(name)
+    base = weights_sha256(locate_base(preset))
+    paths = [arm_record(preset, Arm(method, ZERO_SHOT, 0), base) for method in ("pi", "abf")]
+    return [str(path.relative_to(REPOSITORY)) for path in paths]
 
 
 def test_arms_run_as_steps_and_a_kill_loses_only_the_one_that_ran(repository):
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    targets = [str(Path(path).relative_to(repository)) for path in arms_of("doll", repository, environment)]
+    targets = arms_of("doll", repository)
     command = [str(SNAKEMAKE), "-s", "experiments/Snakefile", "--cores", "1", "--config", "preset=doll"]
     first, second = (repository / target for target in targets)
 
