@@ -248,6 +248,8 @@ def test_the_ledger_knows_the_peak_of_each_process_that_shares_a_sequence(folder
 
 NOTEBOOK = """
 import sys
+import datasets
+import transformers.models.llama.modeling_llama  # once for both
 from accelerate import notebook_launcher
 
 def work(folder):
