@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from llama_long_utils.commands import PYTHON, run_command, tokens
+from llama_long_utils.data.documents import count_to_hold_out
 from llama_long_utils.data.sources import check_sources, load_documents
 from llama_long_utils.paths import PRESETS, REPOSITORY
 from llama_long_utils.plan import check_model, check_window, gibibytes
@@ -69,8 +70,7 @@ def own_texts(texts: str, window: int) -> dict[str, Any]:
             f"{CHARACTERS * window:,.0f} characters), one to train on, one to test: add longer ones, or lower --window"
         )
     shortest = min(int(CHARACTERS * window), *(count for _, count in sizes[-2:]))
-    long = sum(count >= shortest for _, count in sizes)
-    held_out = 8 if long > 8 and len(sizes) >= 3 * 8 else min(8, max(1, long // 4))
+    held_out = count_to_hold_out(sum(count >= shortest for _, count in sizes))
     trained_on = sum(count for _, count in sizes[:-held_out]) / CHARACTERS  # tokens, if the longest are held out
     tokens = min(STEPS * PER_STEP * window, int(PASSES * trained_on))
     if tokens < PER_STEP * window:

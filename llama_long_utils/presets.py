@@ -171,11 +171,11 @@ def _check_consistency(preset: Preset) -> None:
         if value > window or (name in reached and value < window):
             raise ValueError(f"{where}: {name} = {value} is {'longer' if value > window else 'shorter'} than {follow}")
     sources = [source.name for source in preset.data.mixture]
-    unknown = set(preset.data.held_out) - set(sources) - {PurePath(source).name for source in sources}
+    unknown = set(preset.data.held_out or ()) - set(sources) - {PurePath(source).name for source in sources}
     if unknown:
         raise ValueError(
             f"{where}: data.held_out names {sorted(unknown)}, which data.sources = {sources} does not have: name "
-            "those, or leave held_out out for eight documents"
+            "those, or leave held_out out: then eight are, or a third of few texts"
         )
     edges, tokens = evaluation.bucket_edges, evaluation.tokens
     if tokens <= preset.base.window:

@@ -250,7 +250,7 @@ class Data:
     """Document sources, each by its name or as a table, and how many documents of each are held out."""
 
     sources: Annotated[list[NameOrSource], Field(min_length=1)]  # without weights, a pass reads every document
-    held_out: dict[str, PositiveInt] | None = None  # left out: eight of them, from which on there are intervals
+    held_out: dict[str, PositiveInt] | None = None  # left out: `documents.count_to_hold_out`
     minimum_characters: PositiveInt = dataclasses.field(kw_only=True)  # of a held-out document
     split_seed: Seed = dataclasses.field(kw_only=True)
     passes: PositiveInt = 4  # times a document may be trained on: four cost little beside new text, arXiv:2305.16264
@@ -259,9 +259,6 @@ class Data:
         weights = [source.weight for source in self.mixture]
         if any(weights) and not all(weights):
             raise ValueError(f"sources have the weights {weights}: give a weight above 0 to all of them, or to none")
-        if self.held_out is None:
-            each = dict.fromkeys((source.name for source in self.mixture), -(-8 // len(self.sources)))
-            object.__setattr__(self, "held_out", each)
 
     @property
     def mixture(self) -> list[Source]:

@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,6 +220,18 @@ def test_texts_too_short_for_the_window_are_refused_before_they_are_tokenized(tm
         read_documents(data, None, window=4096)
     with pytest.raises(ValueError, match="no held-out document has 512 tokens: the longest of 1 has 5 bytes"):
         read_documents(data, None, window=4, length=512)
+
+
+@pytest.mark.parametrize(
+    ("texts", "sources", "held_out"), [(2, 1, 1), (9, 1, 3), (24, 1, 8), (50, 1, 8), (12, 2, 4), (7, 2, 2)]
+)
+def test_of_few_texts_a_third_is_held_out_where_nobody_says_how_many(texts, sources, held_out):
+    """Eight of nine were, and the one that was left was trained on fifteen times."""
+    documents = [replace(one, source=f"{number}") for number in range(sources) for one in some(texts)]
+    documents = [replace(one, text=f"{one.source}: {one.text}") for one in documents]
+    training, tested = split_documents(documents, None, minimum_characters=1, seed=0)
+    assert Counter(one.source for one in tested) == {f"{number}": held_out for number in range(sources)}
+    assert len(training) == sources * (texts - held_out)
 
 
 def test_split_leaves_something_to_train_on():

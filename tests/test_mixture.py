@@ -55,6 +55,17 @@ def settings(**numbers):
     return dataclasses.replace(load_preset("tiny").training, **{**plain, **numbers})
 
 
+def test_what_is_not_trained_on_is_counted_where_too_little_is_left(tmp_path, tokenizer):
+    words = np.random.default_rng(0).choice([f"word{number}" for number in range(500)], (5, 300))
+    texts = [json.dumps({"text": " ".join(row)}) for row in words]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "twice.jsonl").write_text("\n".join(texts + texts))
+    found = Mixture(Data([str(tmp_path / "texts")], minimum_characters=1, split_seed=0), tokenizer, cache=tmp_path)
+    assert list(found.counts.values()) == [len(found.held_out())] == [1]
+    with pytest.raises(ValueError, match="of 10 documents 1 are held out, 1 copies of those left out; the other 8 of"):
+        found.reading(settings(steps=4000))
+
+
 def arrays(sequence):
     return [array for array in vars(sequence).values() if array is not None]
 

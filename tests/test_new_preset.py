@@ -248,7 +248,7 @@ def test_it_holds_out_eight_texts_where_twice_as_many_remain_and_else_says_where
 ):
     write_config(tmp_path / "base")
     words = ["--base", tmp_path / "base", "--window", 128, "--memory", 1, "--texts", texts, "--name"]
-    for count, held_out in ((20, 5), (24, 8)):
+    for count, held_out in ((20, 6), (24, 8)):
         for number in range(3, count):
             (texts / f"{number}.txt").write_text(f"Number {number}. " + (texts / "0.txt").read_text())
         command(monkeypatch, *words, f"of-{count}")

@@ -77,7 +77,7 @@ def test_a_preset_that_is_like_another_states_only_what_differs(folder):
     assert (mine.extension.window, mine.training.window, mine.retrieval.lengths[-1]) == (2048, 2048, 2048)
     assert (mine.retrieval.tasks.keys, mine.retrieval.tasks.depths) == (7, tiny.retrieval.tasks.depths)
     assert mine.data == dataclasses.replace(
-        tiny.data, sources=["sotu", "shakespeare"], held_out={"sotu": 4, "shakespeare": 4}, minimum_characters=9216
+        tiny.data, sources=["sotu", "shakespeare"], held_out=None, minimum_characters=9216
     )
     assert mine.extension.rope_base == raised_base(64, 1e4, 512, 2048) != tiny.extension.rope_base  # it follows
     assert (mine.base, mine.lora) == (tiny.base, tiny.lora)

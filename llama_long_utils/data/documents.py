@@ -93,8 +93,13 @@ def excerpts(text: str) -> set[bytes]:
     return {content[start : start + 64] for start in chosen.tolist()}
 
 
+def count_to_hold_out(long: int, sources: int = 1) -> int:
+    """Of a source's `long` texts: its part of eight, from which on there are intervals, but of few only a third."""
+    return max(1, min(-(-8 // sources), long // 3))
+
+
 def split_documents(
-    documents: list[Document], held_out: Mapping[str, int], *, minimum_characters: int, seed: int
+    documents: list[Document], held_out: Mapping[str, int] | None, *, minimum_characters: int, seed: int
 ) -> tuple[list[Document], list[Document]]:
     """(training documents, held-out ones), in their order; ValueError if too few are long.
 
@@ -102,16 +107,18 @@ def split_documents(
     at least five. 21 MB are compared in 0.6 seconds.
 
     Args:
-        held_out: how many documents of each source to hold out, for example {"sotu": 18}.
+        held_out: how many documents of each source to hold out, for example {"sotu": 18}; None: `count_to_hold_out`.
         minimum_characters: only documents at least this long can be held out.
         seed: candidates are taken in the order of `draw`, which a new document hardly changes.
     """
     texts = {(one.source, one.name): " ".join(one.text.split()) for one in documents}
     chosen: set[tuple[str, str]] = set()
-    for source, count in held_out.items():
+    wanted = dict.fromkeys(one.source for one in documents) if held_out is None else held_out
+    for source, count in wanted.items():
         lengths = [len(document.text) for document in documents if document.source == source]
         long = [d for d in documents if d.source == source and len(d.text) >= minimum_characters]
         candidates = {texts[d.source, d.name]: d for d in reversed(long)}.values()
+        count = count or count_to_hold_out(len(candidates), len(wanted))
         if len(candidates) < count:
             shorter = f", or minimum_characters to {sorted(lengths)[-count]}" if len(lengths) > count else ""
             raise ValueError(

@@ -8,6 +8,7 @@ texts and settings only.
 tokens would be of books.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from llama_long_utils.cache import digest
-from llama_long_utils.data.documents import TokenizedDocument, draw, rules_of, split_documents, whole
+from llama_long_utils.data.documents import TokenizedDocument, count_to_hold_out, draw, rules_of, split_documents, whole
 from llama_long_utils.data.sources import check_sources, load_documents, pinned, survey
 from llama_long_utils.data.tokens import TokenizedSource
 from llama_long_utils.paths import CACHE
@@ -52,7 +53,7 @@ class Mixture:
         length: int = 0,  # and the longest held-out one
         cache: Path = CACHE,
     ) -> None:
-        self.data, self.counts = data, check_sources(data.sources, data.held_out)
+        self.data, given = data, check_sources(data.sources, data.held_out)
         self.sources = [pinned(source, cache) for source in data.mixture]
         surveys = {source.name: survey(source) for source in self.sources}
         self.sizes = {name: size for name, (size, _) in surveys.items()}
@@ -63,7 +64,7 @@ class Mixture:
         self.streams = self.small < self.sizes.keys()
         small = [source for source in self.sources if source.name in self.small]
         texts = [document for source in small for document in load_documents(source, cache=cache)]
-        counts = {name: count for name, count in self.counts.items() if name in self.small}
+        counts = None if given is None else {name: count for name, count in given.items() if name in self.small}
         options = {"minimum_characters": data.minimum_characters, "seed": data.split_seed}
         sides = split_documents(texts, counts, **options) if texts else ([], [])
         for side, tokens, name in zip(sides, (window, length), ("training", "held-out"), strict=True):
@@ -72,6 +73,10 @@ class Mixture:
                 found = f"no {name} document has {tokens:,} tokens: the longest of {len(side)} has {longest:,} bytes"
                 raise ValueError(f"{found}; add longer documents or ask for fewer tokens")
         self.chosen = {(document.source, document.name) for document in sides[1]}
+        self.read, kept, chosen = (Counter(one.source for one in side) for side in (texts, *sides))
+        self.copies = self.read - kept - chosen
+        of_each = dict.fromkeys(self.sizes, count_to_hold_out(FEWEST, len(self.sources)))  # of a stream
+        self.counts = {**of_each, **chosen} if given is None else given
         trained_on = {(document.source, whole(document.name)) for document in sides[0]}
         self.texts_held_out = {(one.source, whole(one.name)) for one in texts} - trained_on  # their copies, too
         self.rules = rules_of(tokenizer)
@@ -173,10 +178,11 @@ class Mixture:
                 passes = share * wanted / (drawn_tokens(lengths, settings) or 1.0)
                 allowed, times = source.passes // settings.long_document_weight, passes * settings.long_document_weight
                 if passes > allowed:
-                    steps = int(settings.steps * allowed / passes)
+                    steps, name = int(settings.steps * allowed / passes), source.name
                     fewer = f"training.steps to {steps}" if steps else "training.sequences_per_step or the window"
                     raise ValueError(
-                        f"{source.name}: its {len(lengths)} documents of {lengths.sum():,} tokens would be trained on "
+                        f"{name}: of {self.read[name]} documents {held_out} are held out, {self.copies[name]} copies "
+                        f"of those left out; the other {len(lengths)} of {lengths.sum():,} tokens would be trained on "
                         f"{times:.1f} times, more than passes = {source.passes}: lower {fewer}, add texts, give it "
                         "less weight, lower long_document_weight, or raise passes"
                     )

@@ -136,7 +136,7 @@ def pinned(source: Source, cache: Path = CACHE) -> Source:
     return replace(source, revision=sha)
 
 
-def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) -> dict[str, int]:
+def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int] | None) -> dict[str, int] | None:
     """How many documents of each source to hold out: `held_out`, where a source may go by the last part of its name."""
     names, folders = [source.name for source in in_full(sources)], {}
     for name in names:
@@ -158,7 +158,7 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) 
                 raise ValueError(f"document sources {first!r} and {name!r} hold the same files: name one of them")
         folders[folder] = name
     counts = {}
-    for given, count in held_out.items():
+    for given, count in (held_out or {}).items():
         meant = [given] if given in names else [name for name in names if Path(name).name == given]
         if len(meant) != 1:
             which = f"which {'is the name of several' if meant else 'is none'} of the sources {names}"
@@ -166,7 +166,7 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int]) 
         counts[meant[0]] = count
         if (most := most_documents(meant[0], count)) < count:
             raise ValueError(f"cannot hold out {count} documents of {given!r}, which has {most}: lower held_out")
-    return counts
+    return None if held_out is None else counts
 
 
 def most_documents(name: str, enough: int) -> float:
