@@ -171,7 +171,8 @@ def arguments() -> argparse.Namespace:
 
 def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
     """The dose experiment's record or inputs, after checks that cost nothing."""
-    from experiments.dose_settings import doll, read_doses, read_stages, ways_of
+    from experiments.dose_settings import doll, read_doses, read_stages, way_of_label, ways_of
+    from tools.run import check_writable
 
     doses, out = read_doses(preset.name), asked.out or preset.run_folder / "dose"
     record = RESULTS / preset.name if asked.record else None
@@ -197,6 +198,16 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
         return write_dose_record(asked.record_of, record or out, preset=preset.name)
     if (out / "results.jsonl").exists():
         raise ValueError(f"{out} holds results of an earlier run: name another folder with --out, or remove it")
+    adapters = asked.adapters or ()
+    for file in (asked.inputs, *adapters):
+        if file and not file.is_file():
+            raise ValueError(
+                f"there is no file {file}: --inputs takes what --prepare wrote, --adapters the adapter-*.safetensors "
+                "that an earlier run left in its folder"
+            )
+    for file in adapters:
+        way_of_label(file.stem.removeprefix("adapter-").rpartition("-")[0], ways_of(preset, doses.other_bases))
+    check_writable(asked.prepare.absolute().parent if asked.prepare else out, "the experiment")
     if asked.device == "cpu" or asked.prepare:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
     elif not importlib.import_module("torch").cuda.is_available():
@@ -213,7 +224,7 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
         save_inputs(inputs, asked.prepare)
         return asked.prepare
     options = {"seconds": asked.seconds, "bases": not asked.no_bases, "sixteen_bit": not asked.no_bases}
-    options["adapters"] = asked.adapters or ()
+    options["adapters"] = adapters
     command = " ".join(["python -m experiments", *sys.argv[1:]])
     try:
         return run_dose(preset, doses, inputs, out, **options, command=command, record=record)
@@ -241,6 +252,10 @@ def check_names(preset: Preset | None, asked: argparse.Namespace) -> None:
         load_preset(asked.writer)
     if asked.command == "preference":
         check_adapter(asked.adapter)
+    if asked.command in ("gpu", "corpus"):
+        from tools.run import check_writable
+
+        check_writable(asked.out, "the experiment")
 
 
 def run(asked: argparse.Namespace) -> Path | None:

@@ -306,6 +306,10 @@ ANSWERS = {
     "experiments self-instruct --chunks -3": "-3 must be a number of 1 or more",
     "experiments preference --adapter nowhere": "nowhere has no adapter_card.json: it is not an adapter",
     "experiments preference --quoting -3": "-3 must be a number of 1 or more",
+    "experiments dose --device cpu --inputs nowhere": "there is no file nowhere: --inputs takes what --prepare wrote",
+    "experiments dose --device cpu --adapters README.md": "no way of training is called '': there are [",
+    "experiments dose --device cpu --out README.md/new": "cannot write to README.md/new: Not a directory; the",
+    "experiments corpus --out README.md/new": "cannot write to README.md/new: Not a directory; the experiment writes",
     "experiments pretraining --size 4M": "name what to do: --seed, --speed or --join",
     "llama_long_utils.benchmark --preset no-model": "presets is not a model folder: it has no config.json; use a fol",
 }
