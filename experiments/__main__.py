@@ -15,6 +15,8 @@ from llama_long_utils.plan import at_least
 from llama_long_utils.presets import closest, load_preset
 from llama_long_utils.settings import METHODS, Preset
 
+GPUS = [Path("/dev", name) for name in ("nvidiactl", "nvmap", "dxg", "kfd")]  # one of them is where a GPU is
+
 
 def above(least: float, what: str, most: float = sys.float_info.max) -> Callable[[str], float]:
     """A converter for argparse: a number above `least`, at most `most`; `what` it is and an example for the message."""
@@ -161,6 +163,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--methods is for a longer race: give --times N with it")
     if asked.command == "gpu" and asked.device == "cpu" and not asked.doll:
         parser.error("a CPU is too slow for models of 8B parameters: add --doll")
+    if asked.command == "gpu" and asked.device == "cuda" and not any(map(Path.exists, GPUS)):  # torch takes a minute
+        parser.error("there is no GPU here: --device cpu --doll rehearses the command without one")
     of_a_gpu = asked.command == "pretraining" and (asked.steps or asked.speed or asked.join or asked.seed is not None)
     if of_a_gpu and not asked.size:
         parser.error("--seed, --steps, --speed and --join are for a size with rates by pilots: add --size 4M or 16M")

@@ -15,13 +15,12 @@ from llama_long_utils.settings import Preset, raised_base
 
 CHARACTERS = 4.5  # of a token, more than most texts have
 Numbers = TypeVar("Numbers")  # a dataclass of settings
-REPLACED = (  # (section, key that a preset gives, key of the preset it is like that no longer holds)
-    ("extension", "window", "rope_base"),
-    ("data", "sources", "held_out"),
-    ("data", "sources", "minimum_characters"),
-    ("training", "steps", "tokens"),
-    ("training", "tokens", "steps"),
-)
+REPLACED = {  # (section, key that a preset gives): keys of the preset it is like that no longer hold
+    ("extension", "window"): ("rope_base",),
+    ("data", "sources"): ("held_out", "minimum_characters"),
+    ("training", "steps"): ("tokens", "warmup_steps", "checkpoint_every"),
+    ("training", "tokens"): ("steps", "warmup_steps", "checkpoint_every"),
+}
 
 
 def preset_names() -> list[str]:
@@ -63,9 +62,9 @@ def _read(name: str, *inheriting: str) -> dict[str, Any]:
     if like not in (others := [other for other in preset_names() if other not in (name, *inheriting)]):
         raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {others}{closest(str(like), others)}")
     inherited = _read(like, name, *inheriting)
-    for section, given, follows in REPLACED:
-        if given in _section(values, section):
-            _section(inherited, section).pop(follows, None)
+    for (section, given), follow in REPLACED.items():
+        for key in follow if given in _section(values, section) else ():
+            _section(inherited, section).pop(key, None)
     return _merged(inherited, values)
 
 
@@ -82,7 +81,7 @@ def follow_window(values: dict[str, Any]) -> None:
 
     Every training and evaluation reach the window. Bucket edges and retrieval lengths are the window halved again and
     again, after a few short ones. A held-out document has CHARACTERS for each token that is read of it. The `tokens` of
-    [training] stand for as many steps as they fill, a tenth of which are for warming up.
+    [training] stand for as many steps as they fill. A tenth of them warm up; a checkpoint comes each fourth, or 20.
     """
 
     def tokens_of(section: str, key: str, other: int) -> int:
@@ -114,6 +113,7 @@ def follow_window(values: dict[str, Any]) -> None:
         training["steps"] = max(1, training.pop("tokens") // (numbers[1] * numbers[2]))
     if isinstance(steps := training.get("steps"), int):
         training.setdefault("warmup_steps", steps // 10)
+        training.setdefault("checkpoint_every", min(20, max(1, steps // 4)))
 
 
 def _section(values: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -109,4 +109,4 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(train, "stopped: the same command continues from the last checkpoint, if there is one yet")
+    run_command(train, "stopped before the first step: the same command begins again")

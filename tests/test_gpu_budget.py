@@ -1,10 +1,12 @@
 import json
+import subprocess
+import sys
 
 import torch
 
 from experiments import gpu_budget
 from experiments.gpu_budget import OTHERS, OURS, SLUG, TASKS, measured, run
-from llama_long_utils.paths import RESULTS
+from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.records import read_record
 
 
@@ -55,3 +57,19 @@ def test_what_does_not_fit_is_a_row_with_its_error(monkeypatch):
     (row,) = budget.rows(TASKS[2], left=100)
     assert row["error"] == "OutOfMemoryError: CUDA out of memory"
     assert not gpu_budget.tables([{"kind": "step", **json.loads(json.dumps(row))}])
+
+
+def test_without_a_gpu_it_ends_before_torch_is_imported(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+import experiments.__main__ as main
+main.GPUS, sys.argv[1:] = [Path({str(tmp_path)!r}, "none")], ["gpu"]
+try:
+    main.arguments()
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("False\n", 2)
+    assert "there is no GPU here: --device cpu --doll rehearses the command without one" in done.stderr

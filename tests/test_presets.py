@@ -83,6 +83,15 @@ def test_a_preset_that_is_like_another_states_only_what_differs(folder):
     assert (mine.base, mine.lora) == (tiny.base, tiny.lora)
 
 
+def test_fewer_steps_than_those_of_the_other_preset_have_checkpoints_and_a_warm_up_of_their_own(folder):
+    (folder / "mine.toml").write_text('like = "tiny"\n[training]\nsteps = 21\n')
+    training = load_preset("mine").training
+    assert (training.steps, training.warmup_steps, training.checkpoint_every) == (21, 2, 5)
+    (folder / "mine.toml").write_text('like = "tiny"\n[training]\nsteps = 21\nwarmup_steps = 7\ncheckpoint_every = 9\n')
+    training = load_preset("mine").training
+    assert (training.warmup_steps, training.checkpoint_every) == (7, 9)
+
+
 @pytest.mark.parametrize(
     ("like", "message"),
     [

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -257,14 +258,22 @@ def test_lines_say_how_far_a_long_cell_is(preset, tmp_path, monkeypatch, capsys)
     assert all(not cell.get("outputs") for cell in nbformat.read(notebook, as_version=4).cells)
 
 
-def test_interrupted_commands_end_as_shells_expect(capsys):
-    def interrupt():
-        raise KeyboardInterrupt
+def test_interrupted_commands_end_as_shells_expect(capsys, monkeypatch):
+    def interrupt(*said):
+        raise KeyboardInterrupt(*said)
 
     with pytest.raises(SystemExit) as ended:
         run_command(interrupt)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(SystemExit):
+        run_command(lambda: interrupt("after step 4"))
+    assert capsys.readouterr().err == "after step 4\n"
+    monkeypatch.setattr("llama_long_utils.presets.load_preset", lambda _name: interrupt())
+    monkeypatch.setattr(sys, "argv", ["run"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPOSITORY / "tools" / "run.py"), run_name="__main__")
+    assert capsys.readouterr().err == "interrupted: the same command continues\n"
     code = "from llama_long_utils.commands import run_command; run_command(lambda: print('line\\n' * 100_000))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE

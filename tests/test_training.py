@@ -148,7 +148,7 @@ def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(base_folder, tm
     straight = lora_model(base_folder)
     whole_log = train(straight, sequences(), SETTINGS, tmp_path / "straight")
     stopped = lora_model(base_folder)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="from the checkpoint of step 4"):
         interrupted_after(patch, 5)
         train(stopped, sequences(), SETTINGS, tmp_path / "stopped")
     assert capsys.readouterr().out == ""
@@ -184,7 +184,7 @@ def test_a_run_that_leaves_off_goes_on_with_longer_sequences(tmp_path):
 
 def test_a_run_that_left_no_checkpoint_says_that_it_begins_again(base_folder, tmp_path, monkeypatch, capsys):
     settings = dataclasses.replace(SETTINGS, steps=2, checkpoint_every=100)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="no checkpoint was written yet"):
         interrupted_after(patch, 1)
         train(lora_model(base_folder), sequences(8), settings, tmp_path / "run")
     train(lora_model(base_folder), sequences(8), settings, tmp_path / "run")

@@ -390,4 +390,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "interrupted: the same command continues")

@@ -135,7 +135,7 @@ def train(
         seed=settings.seed,
     )
     trainer, labels = (build or plain_trainer)(model, sequences, division, arguments)
-    log = StepLog(labels, settings, report_every)
+    log = StepLog(labels, settings, report_every, saved=step)
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
     if isinstance(causal_lm(model).model, FSDPModule):  # `shard_base`
@@ -143,7 +143,11 @@ def train(
     model.half_trained = True
     bar = progress_bar(what, settings.steps, already=step) if state.is_main_process else nullcontext(log.report_done)
     with bar as log.report_done:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            kept = f"checkpoint of step {log.saved:,}" if log.saved else "beginning, as no checkpoint was written yet"
+            raise KeyboardInterrupt(f"stopped: the same command continues from the {kept}") from None
     model.half_trained = False
     for hook in hooks:
         hook.remove()
@@ -171,8 +175,8 @@ def plain_trainer(
 class StepLog(TrainerCallback):
     """See the module's docstring."""
 
-    def __init__(self, labels: Labels, settings: TrainingSettings, report_every: int) -> None:
-        self.labels, self.settings, self.report_every = labels, settings, report_every
+    def __init__(self, labels: Labels, settings: TrainingSettings, report_every: int, saved: int = 0) -> None:
+        self.labels, self.settings, self.report_every, self.saved = labels, settings, report_every, saved
         self.checked, self.started = False, time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
 
@@ -205,6 +209,7 @@ class StepLog(TrainerCallback):
 
     def on_save(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
         PartialState().wait_for_everyone()  # each writes a file
+        self.saved = state.global_step
         if not state.is_world_process_zero:
             return
         folder = Path(arguments.output_dir) / f"checkpoint-{state.global_step}"
