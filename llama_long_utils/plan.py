@@ -21,6 +21,7 @@ from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+AT_PEAK = {"saved": "activations", "backward": "workspace"}  # what people call them
 PLAIN = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
 
 
@@ -131,6 +132,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": asked.model,
         "window": window,
+        "packed": packed,
         "dtype": dtype,
         "memory_gib": memory,
         "usable_gib": memory * planner.USABLE,
@@ -174,14 +176,14 @@ def table(found: dict[str, Any]) -> str:
     lora, devices = found["lora"], found["devices"]
     of = f"for the preset's {found['sequences_of_run']:,} sequences"
     run = {gpu: f", {cost(3600 * hours)} {of}" for gpu, hours in found["hours_of_run"].items()}
-    norms = " and the norms" * lora["train_norms"]
+    attended = "attended document by document" if found["packed"] else "each attended as one document"
     lines = {
         "model": f"{found['model']} in NF4, LoRA of rank {lora['rank']} on {len(lora['target_modules'])} "
-        f"linear layers of each decoder layer{norms}",
-        "step": f"{found['sequences_per_step']:,} x {found['window']:,} tokens, {found['dtype']}",
+        "linear layers of each decoder layer" + (" and the norms" if lora["train_norms"] else ", norms not trained"),
+        "step": f"{found['sequences_per_step']:,} x {found['window']:,} tokens, {attended}, {found['dtype']}",
         "plan": found["plan"],
-        "peak": f"{amount(found['peak_gib'])} of {amount(found['usable_gib'])} usable (8% are left free)",
-        **{f"  {name}": amount(gib) for name, gib in found["peak_gib_by_component"].items()},
+        "peak": f"fits: {amount(found['peak_gib'])} of {amount(found['usable_gib'])} usable (8% stay free), at once:",
+        **{f"  {AT_PEAK.get(name, name)}": amount(gib) for name, gib in found["peak_gib_by_component"].items()},
         "host memory": amount(found["host_gib"]),
         "longest window": f"{found['longest_window']:,} tokens, with every saving and "
         f"{amount(found['longest_window_host_gib'])} of host memory",
@@ -199,6 +201,7 @@ def table(found: dict[str, Any]) -> str:
             "sending) are those of one; tokens of a step, longest window and host memory are those of all."
         ]
     shown += ["All of it is predicted. On an H200 up to 6% more memory was measured; that part is counted now."]
+    shown += ["Seconds are those of GPUs. Of a CPU, train says how long it takes once it has run for a minute."]
     return "\n".join(shown)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 
 import pytest
@@ -130,6 +131,18 @@ def test_memory_may_have_a_unit(text):
 def test_memory_in_another_unit_is_refused_with_the_fix(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is no number of GiB: write 24 or 24GB"):
         plan.gibibytes(text)
+
+
+def test_what_the_peak_assumes_is_said(answer, capsys):
+    """The same model had three peaks: with packed documents, without, and without trained norms."""
+    plain, without = (answer(capsys, "--window", "512", "--memory", "24", *words) for words in ((), ("--no-norms",)))
+    assert " and the norms\n" in plain
+    assert ", norms not trained\n" in without
+    assert "512 tokens, each attended as one document, bfloat16" in plain
+    assert re.search(r"peak +fits: .* usable \(8% stay free\), at once:\n  weights ", plain)
+    assert "Seconds are those of GPUs. Of a CPU, train says" in plain
+    found = json.loads(answer(capsys, "--window", "512", "--memory", "24", "--json"))
+    assert "attended document by document" in plan.table(found | {"packed": True})
 
 
 def test_of_a_preset_the_whole_run_is_priced(capsys, monkeypatch):
