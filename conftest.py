@@ -32,9 +32,10 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 # Those that take most time, in this order: begun last, one of them would keep one process at work and the other idle.
 LONGEST = ["05_finetune_qlora", "06_perplexity_by_position", "10_preference_tuning", "07_long_range_retrieval"]
-LONGEST += ["09_instruction_tuning", "12_pretraining_curriculum", "test_processes", "test_pretraining", "test_ledger"]
-LONGEST += ["11_ablations", "test_run", "test_preferences", "test_race", "08_benchmark_deltas", "13_real_models"]
-LONGEST += ["test_notebooks", "test_dose", "test_corpus", "03_long_documents", "04_one_gpu_budget"]
+LONGEST += ["09_instruction_tuning", "test_ledger", "12_pretraining_curriculum", "test_processes", "test_pretraining"]
+LONGEST += ["test_run", "11_ablations", "test_race", "test_dose", "test_gpu_budget", "test_preferences", "test_corpus"]
+LONGEST += ["test_planner", "08_benchmark_deltas", "test_benchmarks", "test_mixture", "test_notebooks"]
+LONGEST += ["test_pretraining_gpu", "test_plan", "03_long_documents", "test_new_preset", "00_overview"]
 
 
 def pytest_collection_finish() -> None:
