@@ -229,8 +229,9 @@ def test_how_far_a_reader_is_can_be_seen(tmp_path, monkeypatch):
     monkeypatch.setenv(progress.FILE, str(tmp_path / "said"))
     model, said = new_llama(seed=0), []
     model.model.register_forward_pre_hook(lambda *_: said.append((tmp_path / "said").read_text()))
-    Reader(model, Cache(tmp_path, 1)).nll([[text(64)], [text(64, "b", 1)]])
-    assert said[0] == "reading, nll: 0%"
+    monkeypatch.setitem(progress.PAUSE, "file", 0.0)
+    Reader(model, Cache(tmp_path, 1)).nll([[text(64), text(64, "c", 2)], [text(64, "b", 1)]])
+    assert [one.split(",")[1] for one in said] == [" nll: 0%", " nll: 33%", " nll: 67%"]
     assert (tmp_path / "said").read_text() == ""
 
 

@@ -250,9 +250,14 @@ def test_an_interrupted_runner_says_nothing_but_that(tmp_path):
 def test_lines_say_how_far_a_long_cell_is(preset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tools.run.PAUSE", 0.3)
     code = "import time\nfrom llama_long_utils.progress import track\nfor _ in track(range(6), 'training'):\n"
-    write_small(tmp_path, code=f"{code}    time.sleep(0.7)")
+    again = (
+        "for _ in range(2):\n    for _ in track(range(1), 'reading'):\n        time.sleep(0.7)\n    time.sleep(0.4)\n"
+    )
+    write_small(tmp_path, code=f"{code}    time.sleep(0.7)\n{again}")
     assert once(preset)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line: training: ")]
+    said = capsys.readouterr().out.splitlines()
+    assert said.count("line: reading: 0%") == 1
+    lines = [line for line in said if line.startswith("line: training: ")]
     assert any(re.fullmatch(r"line: training: \d\d%, about 0:00:0\d left", line) for line in lines), lines
     (notebook,) = outputs(SMALL, preset)
     assert all(not cell.get("outputs") for cell in nbformat.read(notebook, as_version=4).cells)

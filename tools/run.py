@@ -222,9 +222,9 @@ def _lines_of_progress(line: str) -> Iterator[None]:
             while not ended.wait(PAUSE):
                 file.seek(0)
                 text = file.read()
-                if text and text != said:
+                if text and text != said:  # between two bars there is none
                     print(f"{line}: {text}", flush=True)
-                said = text
+                said = text or said
 
         os.environ[FILE] = file.name  # the kernel inherits it
         thread = threading.Thread(target=follow)

@@ -6,7 +6,7 @@ tokens (sum of nats / number of tokens), bands are over documents.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pandas as pd
@@ -89,7 +89,8 @@ class Reader:
             name = f"{what}-{stretch.name}"
             return self.cache.arrays(name, lambda: {"nll": measure(stretch)}, token_ids=stretch.token_ids)["nll"]
 
-        return [np.stack([kept(stretch) for stretch in document]) for document in track(stretches, f"reading, {what}")]
+        rows = iter([kept(stretch) for stretch in track([*chain.from_iterable(stretches)], f"reading, {what}")])
+        return [np.stack([next(rows) for _ in document]) for document in stretches]
 
 
 def random_stretches(
