@@ -232,9 +232,7 @@ COLUMNS["12_curriculum_on_a_gpu"] = {
     "contexts": {"seed", "document", "context", "nats", "tokens"},
     "as_trained": {"size", "seed", "document", "nats", "tokens"},
 }
-COLUMNS["12_curriculum_of_4m"] = {
-    name: columns for name, columns in COLUMNS["12_curriculum_on_a_gpu"].items() if name not in ("speed", "as_trained")
-}
+COLUMNS["12_curriculum_of_4m"] = COLUMNS["12_curriculum_on_a_gpu"]
 COLUMNS["12_sparse_attention"] = {
     "cells": COLUMNS["12_pretraining_curriculum"]["cells"],
     "as_trained": COLUMNS["12_curriculum_on_a_gpu"]["as_trained"],

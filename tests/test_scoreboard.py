@@ -240,7 +240,7 @@ def test_sizes_that_contradict_each_other_leave_a_late_switch_undecided(lines):
     rates = {"long": 2, "short": 1, "highest": 2}
     both = pretraining.with_a_copying_model(line, scratch(a=0.02, b=0.1, c=-0.1), rates, own_rates=[LARGER, GPU_SIZE])
     assert both.verdict.startswith(UNDECIDED)
-    assert "better at 16M, worse at 0.4M and 0.9M (arms at rates of their own at 0.9M and 16M)" in both.why
+    assert "a late switch reads better at 16M, worse at 0.4M and at 0.9M (rates of their own: 0.9M, 16M)" in both.why
     assert "at 16M long throughout has 2 times the rate, the highest tried" in both.verdict
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.pretraining_4m import SIZE, equal_seconds_4m, results_of_4m
 from experiments.pretraining_gpu_results import GPU_SIZE, as_trained, gpu_results
 from experiments.pretraining_rates import LARGER
 from experiments.pretraining_sparse import LOWER, SHORT, equal_operations, equal_seconds, short_results, sparse_results
@@ -32,7 +33,12 @@ def full_attention(attention: dict[str, Any]) -> Line:
     work, time = (pd.Series(one) for one in (equal_operations(small), equal_seconds(small)[1]))
     below, _ = short_results()
     equal = [pd.Series(one) for one in (equal_operations(below, SHORT), equal_seconds(below, SHORT)[1])]
-    why = f"in time, of a 4-bit step; far above 6 h {_reads_better(work, time)}"
+    middle = results_of_4m()
+    of_4m = [pd.Series(one) for one in (equal_operations(middle, size=SIZE), equal_seconds_4m(middle)[1])]
+    said = {LARGER: _reads_better(work, time), SIZE: _reads_better(*of_4m)}
+    alike = f"{said[SIZE]}, at {LARGER} and at {SIZE}"
+    apart = "; ".join(f"at {name} {what}" for name, what in said.items())
+    why = f"in time, of a 4-bit step; above 6 h {alike if said[LARGER] == said[SIZE] else apart}"
     return Line(
         "Below 6 h tokens (h: the model's width) attention is not most of the cost",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
@@ -40,10 +46,11 @@ def full_attention(attention: dict[str, Any]) -> Line:
         f"and PEFT, at most {shares[1]:.0%} of our faster step's, which also recomputes more when longer (notebook 4); "
         f"shifted sparse attention (S2) at equal cost (notebook 12): full minus S2 at {LARGER}, 4,096 tokens, "
         f"{in_nats(work)} nat at equal operations, {in_nats(time)} in seconds (cheaper arms: {LOWER} of the rate); "
+        f"at {SIZE}, one rate, {in_nats(of_4m[0])} and {in_nats(of_4m[1])}; "
         f"512 tokens, {in_nats(equal[0])} and {in_nats(equal[1])}, each arm at its own rate; at {GPU_SIZE} and equal "
         f"tokens S2 minus full {in_nats(sparse)} nat, read as trained {in_nats(own)}",
         f"Llama 2 7B, 4-bit, random weights, one {device}, {len(theirs)} and {len(ours)} lengths, no interval; "
-        f"{GPU_SIZE} and {LARGER} from scratch, {sparse.seeds} seeds each, 4,096 tokens, above 6 h there; "
+        f"{GPU_SIZE}, {SIZE} and {LARGER} from scratch, {sparse.seeds} seeds each, 4,096 tokens, above 6 h there; "
         f"{LARGER}, 512 tokens, 4 h",
         f"{judged}: {why}",
         why,

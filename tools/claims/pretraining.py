@@ -83,7 +83,7 @@ def short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     paper = f"{saved:.0%} fewer operations, {books[0]} against {books[1]} perplexity on books, "
     paper += f"but {qasper[-1]} against {qasper[0]} on Qasper, {quality[-1]} against {quality[0]} on QuALITY "
     paper += "(Tables 10, 11)"
-    claim = "Pretraining short first, then long, costs less at equal quality"
+    claim = "Pretraining on short sequences and switching to long ones late costs less at equal quality"
     if recorded("tiny", CURRICULUM) is None:
         return Line(claim, paper)
     (size, wide), largest = list(larger_sizes().items())[-1], gpu_results()
@@ -99,6 +99,11 @@ def short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     few = rate_factors(results_of_4m())
     own = {LARGER: size != LARGER, SIZE: few["long"] != few["short"], GPU_SIZE: rates["long"] != rates["short"]}
     return with_a_copying_model(Line(claim, paper), scratch, rates, own_rates=[name for name in own if own[name]])
+
+
+def _neither(read: dict[str, str]) -> list[str]:
+    """Sizes at which an arm is neither better nor worse."""
+    return [size for size, word in read.items() if word not in ("better", "worse")]
 
 
 def _late_switch(results: PretrainingResults, size: str) -> Any:
@@ -128,9 +133,10 @@ def with_a_copying_model(
     scale += f"trained on, {late.seeds} orders of the texts, {steps}"
     read = {size: better_or_worse(one) for size, one in scratch.items()}
     found = {word: [size for size in read if read[size] == word] for word in ("better", "worse")}
-    whys = [f"{word} at {' and '.join(sizes)}" for word, sizes in found.items() if sizes]
-    rated = f" (arms at rates of their own at {' and '.join(own_rates)})" if own_rates else ""
-    whys = [f"from scratch it reads {', '.join(whys)}{rated}"] if whys else []
+    whys = [f"{word} at {' and at '.join(sizes)}" for word, sizes in found.items() if sizes]
+    whys += [f"no difference told at {' and at '.join(level)}"] if whys and (level := _neither(read)) else []
+    rated = f" (rates of their own: {', '.join(own_rates)})" if own_rates else ""
+    whys = [f"from scratch a late switch reads {', '.join(whys)}{rated}"] if whys else []
     copies = f"in a model that copies it {'copies less, near and far' if near['high'] < 0 else 'copies less far back'}"
     lost = less["high"] < 0
     why = "; ".join([*whys, *([copies] if lost else [])])
