@@ -287,7 +287,7 @@ def draw_quality(
     labels = {text: mark for panel in ours for mark, text in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels, ncols=3, loc="outside lower center")
     late = {size: row_verdict(table.set_index("arm").loc["switch-80"]) for size, table in tables.items()}
-    told = {"better": "reads better at", "worse": "reads worse at", NO_DIFFERENCE: "is not told from it at"}
+    told = {"better": "reads better at", "worse": "reads worse at", NO_DIFFERENCE: "shows no difference at"}
     found = {says: [size for size in sizes if late[size] == word] for word, says in told.items()}
     read = "; ".join(f"{says} {' and '.join(at)}" for says, at in found.items() if at)
     caption = f"**Beside long throughout, a switch at 80% {read}.** Below the line is better, to the left cheaper. "

@@ -111,7 +111,7 @@ def read_besides(results: PretrainingResults, size: str = GPU_SIZE) -> pd.DataFr
         f"training loss, short steps minus long ones, steps 1 to {EARLY}": early,
         "the same, steps 301 to 320": late,
     }
-    return pd.DataFrame([(what, in_nats(one)) for what, one in rows.items()], columns=["read besides", "nats"])
+    return pd.DataFrame([(what, in_nats(one)) for what, one in rows.items()], columns=["also measured", "nats"])
 
 
 def training_lead(results: PretrainingResults, first: int, last: int, size: str = GPU_SIZE) -> dict[str, Any]:

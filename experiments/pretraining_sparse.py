@@ -206,10 +206,10 @@ def judged_sparse() -> pd.DataFrame:
         equal, time = equal_seconds(results)
         few = results.cost(LARGER, LONG.fewer, LONG.steps)
         rows = {
-            "S2 is worse at equal tokens": (whole, worse_if_above(whole)),
-            "S2, read with its own attention: no difference is detected": (own, judge_no_difference(own)),
-            f"full attention is worse at S2's operations, in {few:.0f} steps": (work, judge_above(work)),
-            "full attention is worse in S2's seconds": (time, judge_above(time)),
+            "S2 minus full, equal tokens: S2 is worse": (whole, worse_if_above(whole)),
+            "S2, read with its own attention, minus full: no difference is detected": (own, judge_no_difference(own)),
+            f"full minus S2, equal operations ({few:.0f} steps): full is worse": (work, judge_above(work)),
+            "full minus S2, equal seconds: full is worse": (time, judge_above(time)),
         }
         table["expected"] = list(rows)
         told = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
@@ -244,8 +244,8 @@ def judged_short() -> pd.DataFrame:
             "full minus S2, equal seconds: no difference is detected": (
                 f"{_no_difference(time)}: {in_nats(time)}, {way} to {equal:.0f} steps"
             ),
-            "besides: S2, read with its own attention, minus full": in_nats(own),
-            "besides: S2 minus full in the first 15 tokens of a text": in_nats(first),
+            "also: S2, read with its own attention, minus full": in_nats(own),
+            "also: S2 minus full in the first 15 tokens of a text": in_nats(first),
         }
         table["expected"] = list(rows)
         table[title] = list(rows.values())

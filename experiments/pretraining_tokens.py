@@ -92,7 +92,7 @@ def judged_tokens(results: PretrainingResults, wide: PretrainingResults, large: 
     rows = [
         ("the switch at 80% loses less than with fewer tokens", fall, fell),
         ("it is no longer worse than long throughout", late, REFUTED if late["low"] > 0 else HOLDS),
-        (f"it is not better either, as at {GPU_SIZE}", late, REFUTED if late["high"] < 0 else HOLDS),
+        (f"it is not better either (at {GPU_SIZE} it is)", late, REFUTED if late["high"] < 0 else HOLDS),
         (f"with as many tokens, context still saves {GPU_SIZE} more", larger, judge_above(larger)),
         ("with more tokens, context saves more than with fewer", more, judge_above(more)),
     ]

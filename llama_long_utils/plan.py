@@ -182,10 +182,10 @@ def table(found: dict[str, Any]) -> str:
         "linear layers of each decoder layer" + (" and the norms" if lora["train_norms"] else ", norms not trained"),
         "step": f"{found['sequences_per_step']:,} x {found['window']:,} tokens, {attended}, {found['dtype']}",
         "plan": found["plan"],
-        "peak": f"fits: {amount(found['peak_gib'])} of {amount(found['usable_gib'])} usable (8% stay free), at once:",
+        "peak": f"fits: {amount(found['peak_gib'])} of {amount(found['usable_gib'])} usable (8% kept free), at once:",
         **{f"  {AT_PEAK.get(name, name)}": amount(gib) for name, gib in found["peak_gib_by_component"].items()},
         "host memory": amount(found["host_gib"]),
-        "longest window": f"{found['longest_window']:,} tokens, with every saving and "
+        "longest window": f"{found['longest_window']:,} tokens, with every memory saving switched on and "
         f"{amount(found['longest_window_host_gib'])} of host memory",
         "seconds a step": f"at {found['utilisation']:.0%} of a GPU's peak, {found['flops']:.3g} operations on each",
         **{f"  {gpu}": cost(seconds) + run.get(gpu, "") for gpu, seconds in found["seconds_per_step"].items()},
@@ -200,8 +200,8 @@ def table(found: dict[str, Any]) -> str:
             f"Each of {devices} GPUs holds {base} and takes {takes}. Peak and seconds (without those for "
             "sending) are those of one; tokens of a step, longest window and host memory are those of all."
         ]
-    shown += ["All of it is predicted. On an H200 up to 6% more memory was measured; that part is counted now."]
-    shown += ["Seconds are those of GPUs. Of a CPU, train says how long it takes once it has run for a minute."]
+    shown += ["All numbers are predictions. Before, they were up to 6% too low on an H200; that part is counted now."]
+    shown += ["The seconds are for GPUs. On a CPU, train prints its own estimate after a minute."]
     return "\n".join(shown)
 
 

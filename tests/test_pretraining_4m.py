@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.pretraining_4m import SIZE, equal_seconds_4m, judged_4m, judged_sparse_4m
+from experiments.pretraining_4m import SIZE, cost_of_an_early_end, equal_seconds_4m, judged_4m, judged_sparse_4m
 from experiments.pretraining_cells import PILOTED, SIZES
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED, gpu_results
 from experiments.pretraining_results import larger_results
@@ -56,6 +56,16 @@ def test_at_equal_seconds_full_attention_has_the_mean_of_what_was_timed_before_a
     assert found["each"] == pytest.approx([-0.1] * 3, abs=1e-5)
 
 
+def test_what_an_early_end_costs_is_read_in_the_last_steps_of_the_shorter_run():
+    results = changed(0.0, 0.0, 0.0)
+    loss = results.arrays["loss"]
+    loss[results.cells.index[results.cells.arm == "long-as-s2"], 160:180] += 0.3
+    loss[results.cells.index[results.cells.arm == "long-as-s2"], 180:] = np.nan  # behind its end
+    found = cost_of_an_early_end(results)
+    assert found["each"] == pytest.approx([0.299, 0.3, 0.301], abs=1e-4)
+    assert found["low"] < 0.3 < found["high"]
+
+
 def test_what_too_few_seeds_say_is_open():
     results = changed(0.1, 0.1, 0.1)
     fewer = replace(results, cells=results.cells[(results.cells.arm == "long") | (results.cells.seed < 2)])
@@ -64,7 +74,7 @@ def test_what_too_few_seeds_say_is_open():
     assert all(judged.startswith(OPEN) for judged in judged_sparse_4m(fewer).judged)
     none = replace(results, cells=results.cells[results.cells.arm == "long"])
     assert judged_4m(none, larger_results()).found[0] == "no such arm"
-    assert list(judged_sparse_4m(none).found) == ["no such arm"] * 4
+    assert list(judged_sparse_4m(none).found) == ["no such arm"] * 5
 
 
 def test_pilots_have_the_rates_of_the_arms_that_they_choose_for():

@@ -240,7 +240,8 @@ def test_sizes_that_contradict_each_other_leave_a_late_switch_undecided(lines):
     rates = {"long": 2, "short": 1, "highest": 2}
     both = pretraining.with_a_copying_model(line, scratch(a=0.02, b=0.1, c=-0.1), rates, own_rates=[LARGER, GPU_SIZE])
     assert both.verdict.startswith(UNDECIDED)
-    assert "a late switch reads better at 16M, worse at 0.4M and at 0.9M (rates of their own: 0.9M, 16M)" in both.why
+    assert "a late switch reads better at 16M, worse at 0.4M and at 0.9M" in both.why
+    assert "arms with rates of their own: 0.9M, 16M" in both.scale
     assert "at 16M long throughout has 2 times the rate, the highest tried" in both.verdict
 
 
@@ -283,8 +284,8 @@ def test_the_brief_answers_each_question_as_the_intervals_and_seeds_say():
         assert f"**{answer}**{apart}: {found.found[0]:+.3f} [" in row.split(" | ")[2]
     told = next(line for line in in_brief().splitlines() if line.startswith("- **SmolLM2"))
     assert f"gains {-own.found[0]:.3f} nats per token" in told
-    assert "not told from its control" in told
-    assert f"it reads {inside.found[0]:.3f} nats worse" in told
+    assert "no difference from its control is detected" in told
+    assert f"the model reads {inside.found[0]:.3f} nats worse" in told
     harmed = compared(read_dose_results(["qwen2.5-coder-1.5b"])["qwen2.5-coder-1.5b"], "fair", whole=True)
     assert f"**no, it reads worse**: {harmed.found[0]:+.3f}" in rows["... where the control's window is nearly full?"]
 

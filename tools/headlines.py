@@ -68,17 +68,20 @@ def in_brief() -> str:
     return "\n\n".join([told, table, IN_BRIEF, claims, _longest_step()])
 
 
+NO_GAIN = "no difference from its control is detected"
+
+
 def _told(results: DoseResults) -> str:
     """One model in two sentences, for those who read no table."""
     own, far, inside = compared(results, "full"), compared(results, "fair"), compared(results, "fair", "inside")
     window = load_preset(results.preset).base.window
     gain = f"gains {-own.found[0]:.3f} nats per token" if own.gains else "is not shown to gain"
-    beside = "ahead of" if far.gains else "behind" if far.found[1] > 0 else "not told from"
+    ahead = "it is ahead of its control" if far.gains else "it is behind its control" if far.found[1] > 0 else ""
     cost = f"{inside.found[0]:.3f} nats worse" if inside.found[1] > 0 else "not measurably worse"
     return (
         f"- **{MODELS[results.preset]}**, trained on {own.tokens / 1e6:.1f} million tokens of whole long texts, {gain} "
-        f"by what lies beyond its old window of {window:,} tokens. There it is {beside} its control, and within the "
-        f"old window it reads {cost}."
+        f"by what lies beyond its old window of {window:,} tokens. Beyond it, {ahead or NO_GAIN}; within it, the model "
+        f"reads {cost}."
     )
 
 

@@ -36,9 +36,9 @@ def full_attention(attention: dict[str, Any]) -> Line:
     middle = results_of_4m()
     of_4m = [pd.Series(one) for one in (equal_operations(middle, size=SIZE), equal_seconds_4m(middle)[1])]
     said = {LARGER: _reads_better(work, time), SIZE: _reads_better(*of_4m)}
-    alike = f"{said[SIZE]}, at {LARGER} and at {SIZE}"
+    alike = f"{said[SIZE]}, at {SIZE}, and at {LARGER} at a lower rate"
     apart = "; ".join(f"at {name} {what}" for name, what in said.items())
-    why = f"in time, of a 4-bit step; above 6 h {alike if said[LARGER] == said[SIZE] else apart}"
+    why = f"in time, of a 4-bit step; not judged by it: above 6 h {alike if said[LARGER] == said[SIZE] else apart}"
     return Line(
         "Below 6 h tokens (h: the model's width) attention is not most of the cost",
         f"attention takes half of the operations only at {crossing['70B']:,} tokens at 70B (section 2.1)",
