@@ -4,9 +4,8 @@ INSTALLED := .venv/.installed
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 WITH ?= test
-# Each file's tests stay in one of so many processes, and begin in the order that conftest.py gives.
-PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -n
-PROCESSES ?= 2
+# Each file's tests stay in one of two processes, and begin in the order that conftest.py gives.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 PRESET ?= tiny
 # Two small notebooks at a time take less time than one on two threads; a large model has the machine to itself.
 WORKERS ?= $(if $(filter tiny,$(PRESET)),2,1)
@@ -61,13 +60,13 @@ run: $(READY)
 	$(BIN)/python -m tools.run --preset $(PRESET) --workers $(WORKERS)
 
 test: $(READY)
-	$(PYTEST) $(PROCESSES) --nbval tests notebooks
+	$(PYTEST) --nbval tests notebooks
 
 test-slow: .venv/.workflow
-	$(PYTEST) 2 tests/slow
+	$(PYTEST) tests/slow
 
 test-rehearsal: $(READY)
-	$(PYTEST) 2 tests/rehearsal -m "not long"
+	$(PYTEST) tests/rehearsal -m "not long"
 
 test-rehearsal-long: $(READY)
 	$(BIN)/python -m pytest tests/rehearsal -m long -o faulthandler_timeout=0

@@ -176,7 +176,7 @@ print(drawn, "settings drawn")
     notebook.cells = [nbformat.v4.new_code_cell(elsewhere), *notebook.cells, nbformat.v4.new_code_cell(moving)]
     environment = {**os.environ, "JPY_SESSION_NAME": "02_rope_scaling.ipynb"}
     with forked():
-        NotebookClient(notebook).execute(env=environment, cwd=str(FOLDER))
+        NotebookClient(notebook, timeout=300).execute(env=environment, cwd=str(FOLDER))  # a reply was lost once
     settings = stdout(notebook.cells[-1]).split()
     assert int(settings[0]) >= 15
 

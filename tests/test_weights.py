@@ -33,8 +33,8 @@ from llama_long_utils.training.planner import model_shape
 
 @pytest.fixture
 def broken(base_folder, tmp_path):
-    """A copy of the small Llama, to be damaged."""
-    return Path(shutil.copytree(base_folder, tmp_path / "broken"))
+    """A copy of the small Llama, to be damaged; without the tokenizer that another test may have put there."""
+    return Path(shutil.copytree(base_folder, tmp_path / "broken", ignore=shutil.ignore_patterns("tokenizer*")))
 
 
 def change_weights(folder, changes):
