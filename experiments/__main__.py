@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +164,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--methods is for a longer race: give --times N with it")
     if asked.command == "gpu" and asked.device == "cpu" and not asked.doll:
         parser.error("a CPU is too slow for models of 8B parameters: add --doll")
-    if asked.command == "gpu" and asked.device == "cuda" and not any(map(Path.exists, GPUS)):  # torch takes a minute
+    maybe = any(map(Path.exists, GPUS)) or shutil.which("nvidia-smi")  # torch, which knows, takes a minute
+    if asked.command == "gpu" and asked.device == "cuda" and not maybe:
         parser.error("there is no GPU here: --device cpu --doll rehearses the command without one")
     of_a_gpu = asked.command == "pretraining" and (asked.steps or asked.speed or asked.join or asked.seed is not None)
     if of_a_gpu and not asked.size:
