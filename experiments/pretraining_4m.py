@@ -53,7 +53,6 @@ from experiments.pretraining_gpu_results import (
 from experiments.pretraining_rates import LARGER
 from experiments.pretraining_results import FEWEST_SEEDS, FOUR_SLUG, PretrainingResults, pretraining_results
 from experiments.pretraining_sparse import LONG, equal_operations, equal_seconds
-from experiments.race_results import student_reach
 from llama_long_utils.paths import RESULTS
 
 SIZE = "4M"
@@ -144,16 +143,8 @@ def cost_of_an_early_end(results: PretrainingResults) -> Found:
 
     The learning rate of the shorter run has decayed there, that of the other has not. Keys as `training_lead`.
     """
-    cells, loss = results.cells, results.arrays["loss"]
-    end = int(cells[cells.arm == AS_SPARSE].long_steps.iloc[0])
-    rows = {arm: cells.index[(cells.arm == arm) & (cells["size"] == SIZE)] for arm in ("long", AS_SPARSE)}
-    seeds = results.seeds(SIZE, *rows)
-    mean = {
-        arm: pd.Series(loss[at, end - LAST : end].mean(axis=1), cells.seed[at]).loc[seeds] for arm, at in rows.items()
-    }
-    each = (mean[AS_SPARSE] - mean["long"]).to_numpy()
-    half = student_reach(each)
-    return {"value": each.mean(), "low": each.mean() - half, "high": each.mean() + half, "each": list(each)}
+    end = int(results.cost(SIZE, AS_SPARSE, "long_steps"))
+    return training_lead(results, end - LAST, end, SIZE, AS_SPARSE)
 
 
 def equal_seconds_4m(results: PretrainingResults) -> tuple[float, Found]:

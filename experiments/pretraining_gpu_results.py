@@ -114,15 +114,17 @@ def read_besides(results: PretrainingResults, size: str = GPU_SIZE) -> pd.DataFr
     return pd.DataFrame([(what, in_nats(one)) for what, one in rows.items()], columns=["also measured", "nats"])
 
 
-def training_lead(results: PretrainingResults, first: int, last: int, size: str = GPU_SIZE) -> dict[str, Any]:
-    """Training loss of the switch at 80% minus that of long throughout, steps `first` to `last`, as `difference`.
+def training_lead(
+    results: PretrainingResults, first: int, last: int, size: str = GPU_SIZE, arm: str = "switch-80"
+) -> dict[str, Any]:
+    """Training loss of an arm minus that of long throughout, steps `first` to `last`, as `difference`.
 
     On the same tokens; the interval is Student's t of the seeds.
     """
     loss, rows = results.arrays["loss"], results.cells[results.cells["size"] == size].reset_index()
     at = rows.set_index(["arm", "seed"])["index"]
-    seeds = results.seeds(size, "switch-80", "long")
-    each = pd.Series([(loss[at["switch-80", one]] - loss[at["long", one]])[first:last].mean() for one in seeds])
+    seeds = results.seeds(size, arm, "long")
+    each = pd.Series([(loss[at[arm, one]] - loss[at["long", one]])[first:last].mean() for one in seeds])
     half = student_reach(each.to_numpy())
     return {"value": each.mean(), "low": each.mean() - half, "high": each.mean() + half, "each": list(each)}
 

@@ -106,13 +106,10 @@ def intervals(
 ) -> None:
     """One line of the figure for each value of column `row`, top down: a marker at `value`, a bar from low to high.
 
-    Args:
-        table: columns `row`, `value`, low, high (missing of fewer than eight samples), and those named below.
-        colour: column that tells markers in one line apart; they stand below each other, and a legend names them.
-        samples: column with a sequence of numbers in each cell, which are drawn as well.
-        zero: where to draw the line of no difference.
-        styles: how the values of `colour` look, where they are no arms.
-        names: the values of `row` in their order, where panels share them; default: as they come.
+    The table has columns `row`, `value`, low and high (missing of fewer than eight samples). Column `colour` tells
+    markers in one line apart, which stand below each other and have a legend; `styles` says how its values look, where
+    they are no arms. Column `samples` has a sequence of numbers in each cell, drawn as well. The line of no difference
+    is at `zero`. `names` are the values of `row` in their order, where panels share them; default: as they come.
     """
     names = list(dict.fromkeys([*names, *table[row]]))
     groups = list(dict.fromkeys(table[colour])) if colour else [None]

@@ -31,10 +31,8 @@ def preset_names() -> list[str]:
 def load_preset(name: str) -> Preset:
     """Read presets/NAME.toml; ValueError names what is wrong in it, and the closest known name."""
     if name not in (names := preset_names()):
-        meant = closest(PurePath(name).name.removesuffix(".toml"), names)
-        raise ValueError(
-            f"unknown preset {name!r}: use one of {names}{meant}; python -m llama_long_utils.new_preset writes one"
-        )
+        known = f"use one of {names}{closest(PurePath(name).name.removesuffix('.toml'), names)}"
+        raise ValueError(f"unknown preset {name!r}: {known}; python -m llama_long_utils.new_preset writes one")
     try:
         values = _read(name)
         follow_window(values)

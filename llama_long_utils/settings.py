@@ -127,8 +127,8 @@ class Scaling:
             raise ValueError(f"RoPE cannot be scaled down: window {self.window} < {self.original_window}")
         wanted = self.head_dim // 2 if self.method == "longrope" else 0
         if len(self.pair_factors) != wanted:
-            takes = f"takes {wanted} pair_factors, got {len(self.pair_factors)}"
-            raise ValueError(f"method {self.method!r} {takes}: 'longrope' needs one for each pair, the others none")
+            takes = f"takes {wanted} pair_factors, got {len(self.pair_factors)}: 'longrope' needs one for each pair"
+            raise ValueError(f"method {self.method!r} {takes}, the other methods none")
 
     @property
     def factor(self) -> float:

@@ -90,7 +90,7 @@ def test_ntk_leaves_the_fastest_pair_and_interpolates_the_slowest():
         ({"method": "yran"}, "yran"),
         ({"window": 256}, "cannot be scaled down"),
         ({"method": "longrope"}, "takes 32 pair_factors"),
-        ({"pair_factors": (2.0,)}, "the others none"),
+        ({"pair_factors": (2.0,)}, "the other methods none"),
         ({"rotated_share": 0.0}, "rotated_share"),
     ],
 )

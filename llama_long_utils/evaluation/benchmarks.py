@@ -51,11 +51,10 @@ def measure(
     Every answer is kept in runs/PRESET/benchmarks as soon as it is given, and a stopped run goes on from there. What is
     unknown, does not fit or cannot be had is refused before a model is loaded.
 
-    Args:
-        names: of tasks in `folder`, or of tasks and groups of the harness ("hub:mmlu" where both have one).
-        items: of each task, evenly spread over it; None: all of a short task, `long_count` of a long one per length.
-        lengths: of the long tasks' prompts in tokens; empty: those of the preset's [retrieval].
-        allow_execution: run written programs without bubblewrap too, and those of the harness' own tasks.
+    `names` are of tasks in `folder`, or of tasks and groups of the harness ("hub:mmlu" where both have one). Of each,
+    `items` are asked, evenly spread; None: all of a short task, `long_count` of a long one per length. `lengths` are
+    tokens of long prompts; empty: those of the preset's [retrieval]. `allow_execution` runs written programs without
+    bubblewrap, too, and those of the harness' own tasks.
     """
     check_names(names, folder)
     for name, number in (("items", items), ("long_count", long_count)):

@@ -44,7 +44,7 @@ def nll_in_windows(model: Model, document: TokenizedDocument, window: int) -> np
     the length is not a multiple of half a window.
     """
     if document.tokens < window or document.tokens % (window // 2):
-        raise ValueError(f"a text of {document.tokens} tokens cannot be read in windows of {window} by {window // 2}")
+        raise ValueError(f"a text of {document.tokens} tokens cannot be read in windows of {window} sliding by half")
     ids = torch.from_numpy(document.token_ids).long().to(model.device)
     windows = ids.unfold(0, window, window // 2).clone()
     windows[:, 0] = ids[0]

@@ -121,9 +121,8 @@ def next_token_nll(
 ) -> torch.Tensor:
     """Negative log-likelihood of each next token, in nats, in fp32, from hidden states (batch, length, hidden).
 
-    Args:
-        labels: shape (batch, length), not shifted; positions with label -100 count nothing.
-        reduction: "sum", or "none" for shape (batch, length - 1), 0 where no label counts.
+    Labels have shape (batch, length) and are not shifted; positions with label -100 count nothing. The sum, or with
+    `reduction` "none" shape (batch, length - 1), 0 where no label counts.
     """
     nll = labelled_nll(hidden, head, _shifted(labels), chunk=chunk)
     return nll.sum() if reduction == "sum" else nll[:, :-1]

@@ -55,13 +55,9 @@ def train_adapter(
     The run folder, runs/PRESET/training/NAME-KEY, is named by everything that the weights depend on. Processes that a
     launcher started train together, and the first of them writes; the weights are those of one, up to rounding.
 
-    Args:
-        settings: in place of the preset's [training]; the planner adds what the preset's memory needs.
-        scaling: RoPE in place of the preset's extended one.
-        name: how the run folder's name begins; default: the RoPE method.
-        progress: a line every so many steps; 0: none.
-        context_parallel: so many processes share each sequence.
-        sharded_base: each process keeps a part of the base's layers.
+    `settings` and `scaling` come in place of the preset's [training] and its extended RoPE; the planner adds what the
+    preset's memory needs. The run folder's name begins with `name`, or the RoPE method. A line is printed every
+    `progress` steps. `context_parallel` processes share each sequence; with `sharded_base` each has a part of the base.
 
     Raises:
         ValueError: a number, the base or the documents do not fit the preset, no plan fits the memory, or a step does

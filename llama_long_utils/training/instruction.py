@@ -107,17 +107,10 @@ def tune_instructions(
 ) -> TrainedAdapter:
     """Train the extended model's adapter on instructions; as `train_adapter`, in runs/PRESET/instruction.
 
-    Args:
-        settings: in place of the preset's [instruction].
-        adapter: where to begin; default: what `find_adapter` finds.
-        extended: False trains a new adapter on the base with its RoPE as it is, on short sequences.
-        long_dialogue: what makes a long document's dialogue, in place of what the settings name.
-        name: how the run folder's name begins; another is an experiment's arm, which `find_adapter` passes over.
-        trainer_class: what trains, with another loss for instance.
-        progress: a line every so many steps; 0: none.
-
-    Raises:
-        ValueError, RuntimeError: as `train_adapter` and `find_adapter`.
+    `settings` come in place of the preset's [instruction], `long_dialogue` in place of the maker that they name. It
+    begins at `adapter`, or at what `find_adapter` finds; not `extended`, at a new one on the base with its RoPE as it
+    is, on short sequences. The run folder's name begins with `name`: another is an experiment's arm, which
+    `find_adapter` passes over. `trainer_class` may have another loss. Raises as `train_adapter` and `find_adapter`.
     """
     settings, state = settings or preset.instruction, join_processes()
     dialogue_maker(settings)  # there is one

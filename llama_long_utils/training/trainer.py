@@ -71,11 +71,8 @@ def train(
     Checkpoints go to `folder`; a second call with the same arguments and a new model continues from the last whole
     one, or only reads it if the run had finished.
 
-    Args:
-        report_every: print a line every so many steps; 0: none.
-        gaps_gib: free memory that may stay resident (`give_back_gaps`).
-        context_parallel: so many processes share a sequence.
-        build: what makes the `Trainer`; default: `plain_trainer`.
+    A line is printed every `report_every` steps, `gaps_gib` of free memory may stay resident (`give_back_gaps`), and
+    `context_parallel` processes share a sequence. `build` makes the `Trainer`.
 
     Raises:
         ValueError: `sequences` are not what the settings ask for, or do not divide among the processes.

@@ -25,7 +25,7 @@ from experiments.pretraining_results import (
 )
 from experiments.pretraining_results import SLUG as CURRICULUM
 from experiments.pretraining_tokens import tokens_results
-from llama_long_utils.notebooks import measured
+from llama_long_utils.notebooks import NO_DIFFERENCE, measured
 from llama_long_utils.records import recorded
 from tools.claims.line import AGREES, BOUNDS, DISAGREES, MARGIN, MODELS, UNDECIDED, Line, better_or_worse, in_nats
 
@@ -104,11 +104,6 @@ def short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
     return replace(line, verdict=line.verdict + higher)
 
 
-def _neither(read: dict[str, str]) -> list[str]:
-    """Sizes at which an arm is neither better nor worse."""
-    return [size for size, word in read.items() if word not in ("better", "worse")]
-
-
 def _late_switch(results: PretrainingResults, size: str) -> Any:
     """The switch at 80% beside long throughout."""
     return results.curriculum(size).set_index("arm").loc["switch-80"]
@@ -138,9 +133,10 @@ def with_a_copying_model(
     scale = f"Llamas of {', '.join(scratch)} from scratch, {scratch[GPU_SIZE].seeds} seeds each; {MODELS['tiny']}, "
     scale += f"trained on, {late.seeds} orders of the texts, {steps}"
     read = {size: better_or_worse(one) for size, one in scratch.items()}
-    found = {word: [size for size in read if read[size] == word] for word in ("better", "worse")}
-    whys = [f"{word} at {' and at '.join(sizes)}" for word, sizes in found.items() if sizes]
-    whys += [f"no difference is detected at {' and at '.join(level)}"] if whys and (level := _neither(read)) else []
+    words = {"better": "better", "worse": "worse", NO_DIFFERENCE: "no difference is detected"}
+    found = {word: [size for size in read if read[size] == word] for word in words}
+    whys = [f"{words[word]} at {' and at '.join(sizes)}" for word, sizes in found.items() if sizes]
+    whys = whys if found["better"] or found["worse"] else []
     scale += f"; arms with rates of their own: {', '.join(own_rates)}" if own_rates else ""
     whys = [f"from scratch a late switch reads {', '.join(whys)}"] if whys else []
     copies = f"a model that copies then copies less, {'near and far' if near['high'] < 0 else 'far back'}"
