@@ -346,7 +346,8 @@ def run(asked: argparse.Namespace) -> Path | None:
             size = gpu.checked_size(asked.size)
             if asked.join:
                 return gpu.join(size, asked.join, asked.out, asked.commit, add=asked.add)
-            limit = gpu.checked_seconds(size, asked.seconds, gpu.torch.cuda.is_available())
+            on_gpu = importlib.import_module("torch").cuda.is_available()
+            limit = gpu.checked_seconds(size, asked.seconds, on_gpu)
             if asked.speed:
                 return gpu.measure_speed(size)
             gpu.run_seed(size, asked.seed, limit, steps=asked.steps, share=asked.card)

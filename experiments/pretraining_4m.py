@@ -32,7 +32,7 @@ operations and in equal seconds, as at 0.9M at a lower rate. All arms have the r
 context is worth next to nothing to a model that has read so little. And full attention's shorter run, whose schedule
 ends early, trains worse at its end than the whole run does at the same steps: a part of the difference is that
 schedule, and another one was not tried. By other clocks (CPU seconds of the cells, the fastest steps) full attention
-has 284 to 323 steps in S2's seconds, and still reads worse. Short throughout was not trained to its end.
+still reads worse. Short throughout was not trained to its end.
 """
 
 from collections.abc import Callable, Sequence

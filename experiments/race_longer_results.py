@@ -1,11 +1,14 @@
 """Reading the longer race (race_longer.py): what was expected of it, and how each came out."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED, in_nats, judge_below
 from experiments.pretraining_results import EQUAL
 from experiments.race_results import FULL_LENGTH, ZERO_SHOT, RaceResults, race_results
+from llama_long_utils.figures import BLUE, intervals, look, mark_window, plt, save_figure, token_axis
 from llama_long_utils.notebooks import measured
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.settings import Preset
@@ -75,3 +78,51 @@ def judged_longer(longer: RaceResults, short: RaceResults) -> pd.DataFrame:
 
 def _in_points(found: dict[str, float]) -> str:
     return measured(found["value"], found["low"], found["high"], digits=0)
+
+
+def draw_longer(longer: RaceResults, short: RaceResults, folder: Path, slug: str, number: str, caption: str) -> None:
+    """After few and after many steps: NLL in the far half of the old window, NLL far, and ROUGE-L by length."""
+    forms = [{"color": "0.5", "marker": "o"}, {"color": BLUE, "marker": "s"}]
+    named = {f"{_tokens(race):,} tokens": race for race in (short, longer)}
+    styles = {name: {**form, "label": name} for name, form in zip(named, forms, strict=True)}
+    names = {method: look(method, "method")["label"] for method in METHODS}
+    near, far = [], []
+    for trained, race in named.items():
+        places = ((near, (longer.window // 2, longer.window), ("none", ZERO_SHOT)),)
+        places += ((far, (longer.window, longer.edges[-1]), ("abf", FULL_LENGTH)),)
+        for rows, place, beside in places:
+            other, tokens = race.nll(*beside, *place)
+            for method in METHODS:
+                if (method, FULL_LENGTH) != beside:
+                    change = race.nll(method, FULL_LENGTH, *place)[0] - other
+                    rows.append({"method": names[method], "trained": trained, **race.mean(change, tokens)})
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.9), width_ratios=(1, 1, 1.25))
+    told = ("inside the old window, minus\nthe untrained base's NLL (nats)", "past it, minus ABF's NLL (nats)")
+    for panel, rows, label in zip(panels, (near, far), told, strict=False):
+        table = pd.DataFrame(rows)
+        intervals(panel, table, row="method", colour="trained", zero=0, styles=styles, names=list(names.values()))
+        panel.set_xlabel(label)
+    panels[1].get_legend().remove()
+    panels[1].set_yticklabels([])
+    for race, line in ((short, {"linestyle": ":", "marker": "", "alpha": 0.8}), (longer, {"linestyle": "-"})):
+        for place, method in enumerate(METHODS):
+            found = pd.DataFrame(race.mean(*race.rouge_l(method, FULL_LENGTH, length)) for length in race.lengths)
+            beside, form = np.array(race.lengths) * 1.04 ** (place - 1.5), {**look(method, "method"), **line}
+            if race is longer:
+                panels[2].vlines(beside, found.low, found.high, color=form["color"], alpha=0.5, linewidth=1.2)
+            panels[2].plot(beside, found.value, markersize=4, **form | {"label": names[method] * (race is longer)})
+    panels[2].set(ylabel="ROUGE-L, first sentence", ylim=(0, 112), yticks=range(0, 101, 20))
+    token_axis(panels[2], longer.lengths, "length (tokens); dotted: few steps")
+    mark_window(panels[2], longer.window)
+    panels[2].legend(loc="upper right", fontsize=9)
+    before, after = (row["value"] for row in near if row["method"] == names["pi"])
+    message = (
+        f"**Inside the old window PI is {before:+.2f} nat from the base after few steps, {after:+.2f} after many.**"
+    )
+    alt = "Rows of methods with dots for few and for many steps, near and far; then ROUGE-L by length, four lines each."
+    save_figure(figure, folder, slug, number, f"{message} {caption}", alt)
+
+
+def _tokens(race: RaceResults) -> int:
+    """How many an arm was trained on at full length."""
+    return int(race.arms[race.arms.training == FULL_LENGTH].tokens.iloc[0])

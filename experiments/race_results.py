@@ -343,3 +343,27 @@ def trainings_in_words(cheaper: pd.DataFrame) -> str:
     said += f" In {kept[-2]} the lead is larger still: {'; '.join(told)}." * bool(leads)
     nll = cheaper[cheaper.measure.str.startswith("NLL")]
     return f"{said} Of the {len(nll)} NLL differences {((nll.low > 0) | (nll.high < 0)).sum()} exclude zero."
+
+
+def way_in_words(way: str, measure: str, beside: pd.Series) -> str:
+    """A cheaper way's retrieval beside full length's: a line, from the difference's value, low and high."""
+    verdict = "more than" if beside.low > 0 else "less than" if beside.high < 0 else "not detectably more or less than"
+    told = measured(beside.value, beside.low, beside.high, digits=0)
+    return f"{way} retrieves {verdict} full length, {measure}: {told}"
+
+
+def skips_in_words(results: RaceResults) -> str:
+    """What PoSE's skips give ABF beside short training without them, and which share of its score it keeps far out."""
+    shortest, *_, asked, longest = results.lengths
+    short = results.table(training="short").query("method == 'abf' and training == 'pose'").set_index("measure")
+    added = short.loc[["NLL far", f"ROUGE-L {asked:,}"], ["value", "low", "high"]]
+    nll, points = (measured(*row, digits=n) for row, n in zip(added.itertuples(index=False), (3, 1), strict=True))
+    scores = results.table().query("method == 'abf'").set_index(["training", "measure"]).value
+    at = {(way, n): scores[way, f"ROUGE-L {n:,}"] for way in ("pose", FULL_LENGTH) for n in results.lengths}
+    kept = {way: at[way, asked] / at[way, shortest] for way in ("pose", FULL_LENGTH)}
+    return (
+        f"PoSE's skips, against short training without them: {nll} nat far out, {points} points at {asked:,} tokens. "
+        f"Of its score at {shortest:,} tokens PoSE keeps {kept['pose']:.0%} there, full length "
+        f"{kept[FULL_LENGTH]:.0%}; at {longest:,} tokens the means are {at['pose', longest]:.1f} and "
+        f"{at[FULL_LENGTH, longest]:.1f}."
+    )

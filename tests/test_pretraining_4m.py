@@ -8,6 +8,7 @@ from experiments.pretraining_4m import SIZE, cost_of_an_early_end, equal_seconds
 from experiments.pretraining_cells import PILOTED, SIZES
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED, gpu_results
 from experiments.pretraining_results import larger_results
+from experiments.pretraining_sparse import equal_seconds
 
 
 def changed(switch: float, sparse: float, saved: float):
@@ -54,6 +55,14 @@ def test_at_equal_seconds_full_attention_has_the_mean_of_what_was_timed_before_a
     steps, found = equal_seconds_4m(changed(0.0, 0.1, 0.0))
     assert steps == pytest.approx(400 * 20 / 32)
     assert found["each"] == pytest.approx([-0.1] * 3, abs=1e-5)
+
+
+def test_by_other_clocks_too_full_attention_reads_worse_in_as_many_seconds():
+    """Of the record: CPU seconds of the cells, and the fastest steps."""
+    results = results_of_4m()
+    fastest = results.record.table("speed").groupby("arm").fastest.min()
+    clocks = [None, {"long": fastest[["long", "long, eager"]].mean(), "s2": fastest["s2"]}]
+    assert all(equal_seconds(results, size=SIZE, step_seconds=clock)[1]["low"] > 0 for clock in clocks)
 
 
 def test_what_an_early_end_costs_is_read_in_the_last_steps_of_the_shorter_run():
