@@ -4,7 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.pretraining_4m import SIZE, cost_of_an_early_end, equal_seconds_4m, judged_4m, judged_sparse_4m
+from experiments.pretraining_4m import (
+    SIZE,
+    cost_of_an_early_end,
+    equal_seconds_4m,
+    judged_4m,
+    judged_sparse_4m,
+    results_of_4m,
+)
 from experiments.pretraining_cells import PILOTED, SIZES
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED, gpu_results
 from experiments.pretraining_results import larger_results
