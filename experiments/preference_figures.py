@@ -238,7 +238,7 @@ def controls_in_words(table: pd.DataFrame, limit: float) -> str:
         kept = "in every seed" if not above else f"but for {above} of {len(new.ends)} seeds"
         tests.append(f"{called(arm.removesuffix(NEW))} {kept}, preferred {in_brackets(new, 'preferred')}")
     return f"""- **Words fell with the learnt reward, not with gold.** With gold as the reward {gold.words_right:.0%}
-  of greedy answers begin right. Long context costs nearly as much: {gold.cost:.3f} nat, with the learnt reward
+  of greedy answers begin right. Reading costs nearly as much: {gold.cost:.3f} nat, with the learnt reward
   {table.cost["rl"]:.3f}.
 - **With a text beside the pairs DPO costs less**: {text.cost:.3f} nat, not {dpo.cost:.3f}. On new seeds and unread
   documents it keeps within {limit:g} nat: {"; ".join(tests) or "not tested"}."""

@@ -142,11 +142,16 @@ class DoseResults:
 
     def doses_that_pay(self) -> pd.DataFrame:
         """In words for a table: from which dose on each line of `worth` is `ahead`, and what the largest dose reads."""
-        rows, whole = [], self.worth(whole=True).groupby("line").tail(1).set_index("line")
+        rows, every, whole = [], self.worth(r"\d+"), self.worth(whole=True).groupby("line").tail(1).set_index("line")
         for line, part in self.worth().groupby("line"):
-            last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min() / 1e6
+            last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min()
             row = {"trained on": f"{LINES[line]}, {last.tokens_trained / 1e6:.1f}M tokens"}
-            row |= {"pays from": f"{pays:.1f}M" if pays > 0 else "no dose"}
+            seeds = int((every[every.line == line].tokens_trained == pays).sum())
+            row |= {
+                "pays from": f"{pays / 1e6:.1f}M, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
+                if pays > 0
+                else "no dose"
+            }
             row |= {"far half": measured(last.nats, last.low, last.high, digits=3)}
             row |= {"nearly full windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
             row |= {"texts that gain": f"{last.below_zero} of {last.documents}"}
@@ -329,13 +334,13 @@ def worth_in_words(doses: Mapping[str, DoseResults]) -> str:
     for name, results in doses.items():
         table = results.doses_that_pay()
         paid = [
-            f"{row['trained on'].rpartition(', ')[0]}, from {row['pays from']} tokens on"
+            f"{row['trained on'].rpartition(', ')[0]}, from {row['pays from'].replace(',', ' tokens on,')} there"
             for _, row in table[table["pays from"] != "no dose"].iterrows()
         ]
         parts.append(f"{'; '.join(paid) or 'nothing that was run'} ({NAMES.get(name, name)})")
     said = f"The longer window pays for {', and for '.join(parts)}."
     never = all("control" not in part for part in parts)
-    return said + " Against the windows of a control that was trained as long it pays nowhere." * never
+    return said + " Against the windows of a control that was trained as long it is not shown to pay." * never
 
 
 def four_bits_in_words(table: pd.DataFrame) -> str:
@@ -543,6 +548,13 @@ def attention_share(steps: pd.DataFrame, context: int) -> float:
     """
     slope, rest = np.polyfit(steps.context, 1 / steps.tokens_per_second, 1)
     return slope * context / (slope * context + rest)
+
+
+def our_faster_steps(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of our steps of Llama 2 7B without a cap, at each context of the `Trainer`'s, the faster of two plans."""
+    steps = steps[(steps.model == "Llama 2 7B") & steps.cap_gib.isna() & ~steps.tokens_per_second.isna()]
+    ours = steps[(steps.contender == "ours") & steps.context.isin(steps.context[steps.contender == "Trainer + PEFT"])]
+    return ours.sort_values("tokens_per_second").groupby("context").tail(1)
 
 
 def training_in_words(record: Record) -> str:

@@ -283,9 +283,9 @@ def test_the_brief_answers_each_question_as_the_intervals_and_seeds_say():
         apart = f" (seeds lie {far.spread:.3f} apart)" if found == far else ""
         assert f"**{answer}**{apart}: {found.found[0]:+.3f} [" in row.split(" | ")[2]
     told = next(line for line in in_brief().splitlines() if line.startswith("- **SmolLM2"))
-    assert f"gains {-own.found[0]:.3f} nats per token" in told
+    assert f"reads far text {-own.found[0]:.3f} nats per token better" in told
     assert "no difference from its control is detected" in told
-    assert f"the model reads {inside.found[0]:.3f} nats worse" in told
+    assert f"it reads {inside.found[0]:.3f} nats worse than the control" in told
     harmed = compared(read_dose_results(["qwen2.5-coder-1.5b"])["qwen2.5-coder-1.5b"], "fair", whole=True)
     assert f"**no, it reads worse**: {harmed.found[0]:+.3f}" in rows["... where the control's window is nearly full?"]
 

@@ -74,14 +74,17 @@ NO_GAIN = "no difference from its control is detected"
 def _told(results: DoseResults) -> str:
     """One model in two sentences, for those who read no table."""
     own, far, inside = compared(results, "full"), compared(results, "fair"), compared(results, "fair", "inside")
-    window = load_preset(results.preset).base.window
-    gain = f"gains {-own.found[0]:.3f} nats per token" if own.gains else "is not shown to gain"
+    window, nearly = load_preset(results.preset).base.window, compared(results, "full", whole=True)
+    gain = "is not shown to read far text better"
+    if own.gains:
+        gain = f"reads far text {-own.found[0]:.3f} nats per token better"
+    where = f"{-nearly.found[0]:.3f}" if nearly.gains else "not shown" if own.gains else "nor"
     ahead = "it is ahead of its control" if far.gains else "it is behind its control" if far.found[1] > 0 else ""
-    cost = f"{inside.found[0]:.3f} nats worse" if inside.found[1] > 0 else "not measurably worse"
+    cost = f"{inside.found[0]:.3f} nats worse than the control" if inside.found[1] > 0 else "not measurably worse"
     return (
         f"- **{MODELS[results.preset]}**, trained on {own.tokens / 1e6:.1f} million tokens of whole long texts, {gain} "
-        f"by what lies beyond its old window of {window:,} tokens. Beyond it, {ahead or NO_GAIN}; within it, the model "
-        f"reads {cost}."
+        f"with full context than through sliding windows of {window:,} tokens ({where} where these are nearly full). "
+        f"Far out, {ahead or NO_GAIN}; within the old window it reads {cost}."
     )
 
 

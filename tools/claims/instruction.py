@@ -48,8 +48,8 @@ def instruction_tuning(table: dict[str, Any]) -> list[Line]:
     why = f"with answers kept at full weight, a control that was added afterwards, {_told(full)} at tiny"
     reason = f"{why}{', and the model reads better' if kept[2] < 0 else ''}"
     if exact[2] < 0:
-        why = f"as in the paper it costs exact answers at tiny; {why}"
-        reason += "; done as in the paper, where it dilutes answers, it costs exact ones"
+        why = f"as a mean over all labels it costs exact answers at tiny; {why}"
+        reason += "; as a mean over all labels, which dilutes answers, it costs exact ones"
         reason += ", and so does dilution alone" if alone[2] < 0 else ""
     reason += "; compared at one learning rate"
     loss = replace(loss, ours=ours, scale=scale, verdict=f"{verdict}: {reason}", why=why)

@@ -30,7 +30,7 @@ from llama_long_utils.records import recorded
 from tools.claims.line import AGREES, BOUNDS, DISAGREES, MARGIN, MODELS, UNDECIDED, Line, better_or_worse, in_nats
 
 TRAINED_ON = "tiny-llama"  # the model of notebook 12 that copies from its context
-MORE_READ = f"{LARGER} on the tokens of {GPU_SIZE}"
+MORE_READ = f"{LARGER} on {GPU_SIZE}'s tokens"
 FROM_SCRATCH = "0.4M"  # parameters of the models of notebook 12 that have all arms and seeds
 
 
@@ -91,8 +91,8 @@ def short_then_long(flops: dict[str, Any], perplexity: dict[str, Any]) -> Line:
         FROM_SCRATCH: _late_switch(pretraining_results(), FROM_SCRATCH),
         LARGER: _late_switch(wide, size),
         SIZE: _late_switch(results_of_4m(), SIZE),
-        MORE_READ: _late_switch(tokens_results(), MORE_TOKENS),
         GPU_SIZE: _late_switch(largest, GPU_SIZE),
+        MORE_READ: _late_switch(tokens_results(), MORE_TOKENS),
     }
     scratch = {name: found for name, found in scratch.items() if found.seeds >= FEWEST_SEEDS}
     rates = rate_factors(largest)
@@ -130,7 +130,9 @@ def with_a_copying_model(
     )
     ours += f"operations; in the tiny Llama, which copies, {points} points copied from over 1,024 tokens back"
     steps = f"{late.long_steps:.0f} of {late.short_steps + late.long_steps:.0f} steps long"
-    scale = f"Llamas of {', '.join(scratch)} from scratch, {scratch[GPU_SIZE].seeds} seeds each; {MODELS['tiny']}, "
+    sizes = ", ".join(size for size in scratch if size != MORE_READ)
+    scale = f"Llamas of {sizes} from scratch{f', and {MORE_READ}' * (MORE_READ in scratch)}, "
+    scale += f"{scratch[GPU_SIZE].seeds} seeds each; {MODELS['tiny']}, "
     scale += f"trained on, {late.seeds} orders of the texts, {steps}"
     read = {size: better_or_worse(one) for size, one in scratch.items()}
     words = {"better": "better", "worse": "worse", NO_DIFFERENCE: "no difference is detected"}
