@@ -147,11 +147,8 @@ class DoseResults:
             last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min()
             row = {"trained on": f"{LINES[line]}, {last.tokens_trained / 1e6:.1f}M tokens"}
             seeds = int((every[every.line == line].tokens_trained == pays).sum())
-            row |= {
-                "pays from": f"{pays / 1e6:.1f}M, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
-                if pays > 0
-                else "no dose"
-            }
+            there = "one seed" if seeds == 1 else f"{seeds} seeds"
+            row |= {"pays from": f"{pays / 1e6:.1f}M, {there}" if pays > 0 else "no dose"}
             row |= {"far half": measured(last.nats, last.low, last.high, digits=3)}
             row |= {"nearly full windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
             row |= {"texts that gain": f"{last.below_zero} of {last.documents}"}
