@@ -203,9 +203,8 @@ class Budget:
 
 def give_back(buffers: HostBuffers, release: Callable[[torch.Tensor], Any]) -> None:
     """Release the buffers that are free: steps of another length need others."""
-    for free in buffers.free.values():
-        while free:
-            release(free.pop())
+    while buffers.free:
+        release(buffers.free.pop())
 
 
 def unlock(buffer: torch.Tensor) -> None:

@@ -325,6 +325,11 @@ def draw_worth(
     save_figure(figure, folder, slug, number, caption, alt)
 
 
+def unpadded(array: np.ndarray) -> list[np.ndarray]:
+    """The rows of `padded`, one stretch of each document: float32 arrays of shape (1, tokens - 1)."""
+    return [row[np.isfinite(row)][None].astype(np.float32) for row in array]
+
+
 def worth_in_words(doses: Mapping[str, DoseResults]) -> str:
     """On which lines of `DoseResults.worth` the longer window pays, and from which dose: a sentence."""
     parts = []

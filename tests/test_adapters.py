@@ -128,6 +128,33 @@ def test_every_lora_b_gets_a_gradient_with_and_without_checkpointing(base_folder
         check_lora_gradients(model)
 
 
+def test_gradients_that_are_all_zero_as_of_equal_rewards_are_looked_at_again(base_folder):
+    model = with_lora(base_folder).train()
+    (0 * next_token_nll(hidden_states(model, IDS), causal_lm(model).get_output_embeddings(), IDS)).backward()
+    assert not check_lora_gradients(model)
+    backward(model)
+    assert check_lora_gradients(model)
+
+
+def test_a_loaded_adapter_is_called_in_bf16_by_whoever_calls_it(base_folder, adapter):
+    model = load_adapter(load_base(base_folder, RAISED, dtype="bfloat16"), adapter, base_folder)
+    with torch.no_grad():
+        assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_an_adapter_that_was_merged_in_place_is_not_added_again(base_folder):
+    model = with_lora(base_folder)
+    layers = [module for module in model.modules() if type(module) is AdaptedLinear]
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B["default"].weight.normal_()
+        model.merge_adapter()
+        ours = hidden_states(model, IDS)
+        for layer in layers:
+            layer.__class__ = Linear4bit
+        assert torch.equal(ours, hidden_states(model, IDS))
+
+
 def test_evaluation_before_training_does_not_repack_4_bit_weights_and_cut_the_gradients(base_folder):
     model = with_lora(base_folder).eval()
     with torch.no_grad():

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -96,6 +98,15 @@ def test_a_rule_that_changes_with_the_length_is_not_extended(rule, tmp_path):
         ValueError, match=f"rope_type '{rule}', which changes with the length of the text, so it cannot"
     ):
         arms.load_arm(preset, "extended")
+
+
+def test_greedy_is_without_the_penalties_that_a_base_is_published_with(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
+    published = {"repetition_penalty": 1.1, "do_sample": True, "temperature": 0.7}
+    (tmp_path / "generation_config.json").write_text(json.dumps(published))
+    model = load_base(tmp_path, RAISED, dtype="float32")
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

@@ -4,6 +4,7 @@ import torch
 
 from conftest import functions_of, new_llama
 from experiments.power_law import fit_power_law, power_law
+from experiments.real_models import unpadded
 from llama_long_utils import progress
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
@@ -19,7 +20,6 @@ from llama_long_utils.evaluation.perplexity import (
     random_stretches,
     sliding_window,
     token_nll,
-    unpadded,
 )
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.records import read_published

@@ -36,7 +36,7 @@ from llama_long_utils.evaluation.statistics import mean_interval
 from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, read_card, save_adapter
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import hidden_states, next_token_nll
-from llama_long_utils.model.weights import load_tokenizer, weights_sha256
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.plan import PLAIN
 from llama_long_utils.presets import load_preset
@@ -278,6 +278,23 @@ def test_a_reward_model_sees_whether_a_text_has_ended_though_padding_is_eos(pres
         sees = model(torch.tensor([[*row, EOS]])).logits.item()
     assert blind == pytest.approx(open_, rel=1e-2)
     assert sees == pytest.approx(ended, rel=1e-2)
+
+
+def test_a_reward_model_is_padded_by_what_ends_no_text(preset, start, monkeypatch):
+    """Also where a tokenizer's padding, BOS and EOS are one token, as Qwen2.5's."""
+    tokenizer, given = load_tokenizer(locate_base(preset)), []
+    tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
+    monkeypatch.setattr(preferences, "load_tokenizer", lambda _base: tokenizer)
+
+    def stop(**options):
+        given.append(tokenizer.convert_tokens_to_ids(options["pad_token"]))
+        raise InterruptedError
+
+    monkeypatch.setattr(preferences, "RewardConfig", stop)
+    ends = {number for one in pairs() for number in (one.chosen[-1], one.rejected[-1])}
+    with pytest.raises(InterruptedError):
+        preferences.train_reward_model(preset, pairs(), start, settings=NUMBERS)
+    assert given[0] not in {tokenizer.eos_token_id, *ends}
 
 
 class Stop(TrainerCallback):

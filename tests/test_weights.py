@@ -318,6 +318,11 @@ def test_a_licence_that_was_accepted_gives_the_model(hub, monkeypatch, base_fold
     assert weights_sha256(locate_model("owner/licensed")) == weights_sha256(base_folder)
 
 
+def test_what_another_program_left_of_a_model_is_completed(hub, base_folder):
+    huggingface_hub.hf_hub_download("owner/name", "config.json")
+    assert weights_sha256(locate_model("owner/name")) == weights_sha256(base_folder)
+
+
 def test_hub_model_without_network_is_one_clear_message(hub):
     hub.stop()
     with pytest.raises(RuntimeError, match=r"cannot get the model 'owner/name'.*no connection.*again.*'tiny' runs"):

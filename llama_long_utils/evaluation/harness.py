@@ -133,7 +133,7 @@ class Llama(TemplateLM):
 def check_lengths(requests: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, window: int) -> None:
     """Raise ValueError unless every prompt fits into the window, with its continuation or room to write."""
     over: dict[int, int] = {}
-    for request in requests:
+    for request in (one for one in requests if len(one.args) == 2):  # whole texts are refused where they are asked
         prompt, after = request.args
         if isinstance(after, str):
             texts = {prompt + after: 0}

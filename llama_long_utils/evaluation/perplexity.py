@@ -49,9 +49,8 @@ def nll_in_windows(model: Model, document: TokenizedDocument, window: int) -> np
     windows = ids.unfold(0, window, window // 2).clone()
     windows[:, 0] = ids[0]
     head = causal_lm(model).get_output_embeddings()
-    rows = [
-        next_token_nll(hidden_states(model, batch), head, batch, reduction="none").cpu() for batch in windows.split(16)
-    ]
+    parts = windows.split(max(1, min(16, 2**17 // window)))
+    rows = [next_token_nll(hidden_states(model, part), head, part, reduction="none").cpu() for part in parts]
     return torch.cat(rows).numpy()
 
 
@@ -138,11 +137,6 @@ def padded(nll: Sequence[np.ndarray]) -> np.ndarray:
     longest = max(rows.shape[1] for rows in nll)
     filled = [np.pad(rows, ((0, 0), (0, longest - rows.shape[1])), constant_values=np.nan) for rows in nll]
     return np.concatenate(filled).astype(np.float16)
-
-
-def unpadded(array: np.ndarray) -> list[np.ndarray]:
-    """The rows of `padded`, one stretch of each document: float32 arrays of shape (1, tokens - 1)."""
-    return [row[np.isfinite(row)][None].astype(np.float32) for row in array]
 
 
 def nll_table(

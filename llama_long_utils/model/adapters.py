@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from llama_long_utils.cache import digest
 from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.loss import compute_in_base_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import ADAPTERS, CARD, REPOSITORY, check_adapter, whole_folder
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
@@ -75,7 +76,7 @@ class AdaptedLinear(Linear4bit):
     """On a CPU the same sum in fewer passes over memory: PEFT copies the base's result, scales LoRA's and adds both."""
 
     def forward(self, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        if self.disable_adapters or hidden.is_cuda or isinstance(hidden, FakeTensor):  # which count memory as on a GPU
+        if self.disable_adapters or self.merged or hidden.is_cuda or isinstance(hidden, FakeTensor):  # as on a GPU
             return super().forward(hidden, *arguments, **options)
         (name,), result = self.active_adapters, self.base_layer(hidden.flatten(0, -2))
         low = (self.lora_A[name](hidden) * self.scaling[name]).flatten(0, -2)
@@ -230,6 +231,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path, *, trainable
     if hasattr(model, "score"):
         weights.setdefault("base_model.model.score.weight", model.score.weight)  # a new one, on another adapter
     set_peft_model_state_dict(adapted, weights)
+    compute_in_base_dtype(adapted)
     return adapted
 
 

@@ -73,6 +73,8 @@ def load_base(
             # with AVX512-BF16, and from then on most LoRA matrices would silently get no gradient.
             module.support_avx512bf16_for_cpu = False
     model.config.xpos_window = rope.original_window
+    if not reward:  # without penalties on repetition and the like, which "greedy" would obey, too
+        model.generation_config = type(model.generation_config).from_model_config(model.config)
     check_rope(model, rope)
     return model
 

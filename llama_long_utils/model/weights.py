@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,11 @@ def _packaged(name: str, cache: Path = CACHE) -> Path:
 def _download(source: str, patterns: Sequence[str]) -> Path:
     wanted = {"allow_patterns": list(patterns), "ignore_patterns": ["consolidated*"]}  # Mistral's weights once more
     try:
-        try:
-            return Path(snapshot_download(source, local_files_only=True, **wanted))
-        except LocalEntryNotFoundError:  # or it lacks some of these files
-            return Path(snapshot_download(source, **wanted))
+        with suppress(LocalEntryNotFoundError):
+            found = Path(snapshot_download(source, local_files_only=True, **wanted))
+            if any(found.glob(patterns[0])):  # else another program has fetched some other files only
+                return found
+        return Path(snapshot_download(source, **wanted))
     except Exception as error:
         why = why_not(source, error)
         raise RuntimeError(f"cannot get the model {source!r}, which is no folder here, from the hub: {why}") from None

@@ -141,12 +141,13 @@ class HostBuffers:
 
     def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
         self.allocate = allocate
-        self.free: dict[int, list[torch.Tensor]] = {}
+        self.free: list[torch.Tensor] = []
+        self.least = 0  # bytes of each: those of the longest sequence, so that shorter ones need no others
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Bytes, shape (nbytes,)."""
-        free = self.free.setdefault(nbytes, [])
-        return free.pop() if free else self.allocate(nbytes)
+        """At least so many bytes, in one dimension."""
+        fits = [(buffer.nbytes, place) for place, buffer in enumerate(self.free) if buffer.nbytes >= nbytes]
+        return self.free.pop(min(fits)[1]) if fits else self.allocate(max(nbytes, self.least))
 
 
 class HostCopy:
@@ -154,8 +155,8 @@ class HostCopy:
 
     def __init__(self, tensor: torch.Tensor, buffers: HostBuffers) -> None:
         buffer, self.device = buffers.take(tensor.nbytes), tensor.device
-        self.host = buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
-        weakref.finalize(self, buffers.free[tensor.nbytes].append, buffer)
+        self.host = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+        weakref.finalize(self, buffers.free.append, buffer)
 
 
 def _page_locked(nbytes: int) -> torch.Tensor:
@@ -177,7 +178,8 @@ def succeeded(error: Any) -> bool:
 PINNED = HostBuffers(_page_locked)
 
 
-def offload_checkpoints(model: Model) -> None:
-    """Let every forward pass of the decoder leave its checkpoints on the host."""
+def offload_checkpoints(model: Model, tokens: int) -> None:
+    """Let every forward pass of the decoder leave its checkpoints, of at most so many tokens, on the host."""
     decoder = causal_lm(model).model
+    PINNED.least = tokens * decoder.config.hidden_size * decoder.dtype.itemsize
     decoder.forward = OffloadedCheckpoints(decoder.config.hidden_size)(decoder.forward)

@@ -22,7 +22,6 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, 
 from llama_long_utils.cache import digest
 from llama_long_utils.model.adapters import keep_copies_fp32, load_adapter, read_card
 from llama_long_utils.model.base import check_rope, load_base
-from llama_long_utils.model.loss import compute_in_base_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.stages import Preference
@@ -119,9 +118,10 @@ def train_reward_model(
     ]
 
     def build(model: PeftModel, rows: Sequence[dict], shared: dict, tokenizer: Any, _beta: float) -> Trainer:
-        padding = tokenizer.pad_token or tokenizer.eos_token
-        if padding == tokenizer.eos_token:  # the number would be read before EOS, blind to whether a text has ended
-            padding = tokenizer.bos_token or tokenizer.unk_token
+        # The number is read before padding, so no text may end with that: EOS, which BOS and padding may be, does.
+        ends = {ids[-1] for row in rows for ids in row.values()} | {tokenizer.eos_token_id}
+        usual = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *range(len(tokenizer))
+        padding = tokenizer.convert_ids_to_tokens(next(one for one in usual if one not in {None, *ends}))
         config = RewardConfig(**shared, max_length=None, pad_token=padding)
         use_one_gpu(config)
         return RewardTrainer(model, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer)
@@ -216,11 +216,8 @@ def _tune(
 
     def load() -> PeftModel:
         if stage == "reward":
-            model = load_reward_model(preset, adapter, trainable=True, seed=settings.seed)
-        else:
-            model = load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base, trainable=True)
-        compute_in_base_dtype(model)
-        return model
+            return load_reward_model(preset, adapter, trainable=True, seed=settings.seed)
+        return load_adapter(load_base(base, rope, dtype=preset.base.dtype), adapter, base, trainable=True)
 
     def build_trainer(
         model: PeftModel, rows: Sequence[dict], _division: Any, arguments: dict

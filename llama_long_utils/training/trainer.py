@@ -103,7 +103,7 @@ def train(
     set_seed(settings.seed)
     apply_memory_savings(model, settings.memory_savings)
     if settings.memory_savings.offload_checkpoints:
-        offload_checkpoints(model)
+        offload_checkpoints(model, settings.window // context_parallel * settings.sequences_at_once)
     if causal_lm(model).get_output_embeddings() is not None:  # a reward model has no tokens to lose
         patch_loss(model)
     if context_parallel > 1:
@@ -181,9 +181,7 @@ class StepLog(TrainerCallback):
         self.report_done: Callable[[float], None] = lambda _steps: None
 
     def on_pre_optimizer_step(self, *_: Any, model: Model, **_options: Any) -> None:
-        if not self.checked and isinstance(model, PeftModel):
-            check_lora_gradients(model)
-        self.checked = True
+        self.checked = self.checked or not isinstance(model, PeftModel) or check_lora_gradients(model)
 
     def on_log(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
         row = state.log_history[-1]
@@ -224,13 +222,15 @@ def in_words(row: dict[str, float]) -> str:
     return f"loss {row['loss']:.3f}"
 
 
-def check_lora_gradients(model: PeftModel) -> None:
-    """Raise RuntimeError if, after a backward pass, a LoRA-B matrix has no gradient."""
+def check_lora_gradients(model: PeftModel) -> bool:
+    """Raise RuntimeError if a LoRA-B matrix has no gradient; False if all are 0, as of answers with equal rewards."""
     matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and ".ref." not in name}
     dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
-    if dead:
+    equal = len(dead) == len(matrices) and all(weight.grad is not None for weight in matrices.values())
+    if dead and not equal:
         found = f"{len(dead)} of {len(matrices)} LoRA-B matrices got no gradient, the first {dead[0]}"
         raise RuntimeError(f"{found}: gradient checkpointing or a repacked 4-bit weight cut the graph")
+    return not equal
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
