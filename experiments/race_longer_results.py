@@ -53,7 +53,11 @@ def judged_longer(longer: RaceResults, short: RaceResults) -> pd.DataFrame:
     before, after = short.rouge_l("abf", FULL_LENGTH, longest)[0].mean(), retrieved("abf", longest).mean()
     behind, xpos = (longer.mean(retrieved(name, asked) - retrieved("abf", asked), ones) for name in ("pi", "xpos_abf"))
     rows = [
-        ("PI recovers inside the old window", in_nats(recovery), REFUTED if recovery["low"] > RECOVERED else HOLDS),
+        (
+            f"PI recovers inside the old window: at most {RECOVERED} nat above the base",
+            in_nats(recovery),
+            HOLDS if recovery["high"] < RECOVERED else REFUTED if recovery["low"] > RECOVERED else OPEN,
+        ),
         (
             "far, ABF reads no worse than PI",
             in_nats(abf),
@@ -115,11 +119,17 @@ def draw_longer(longer: RaceResults, short: RaceResults, folder: Path, slug: str
     token_axis(panels[2], longer.lengths, "length (tokens); dotted: few steps")
     mark_window(panels[2], longer.window)
     panels[2].legend(loc="upper right", fontsize=9)
-    before, after = (row["value"] for row in near if row["method"] == names["pi"])
-    message = (
-        f"**Inside the old window PI is {before:+.2f} nat from the base after few steps, {after:+.2f} after many.**"
-    )
-    alt = "Rows of methods with dots for few and for many steps, near and far; then ROUGE-L by length, four lines each."
+    said = [
+        "; ".join(f"{row['method']} {in_nats(row)}" for row in rows if row["trained"] == trained)
+        for rows in (near, far)
+    ]
+    asked = longer.lengths[-2]
+    scores = {method: longer.rouge_l(method, FULL_LENGTH, asked)[0].mean() for method in METHODS}
+    plain = next(row for row in far[::-1] if row["method"] == names["none"])
+    alike = "not shown to read worse than ABF" if plain["low"] <= 0 else "read worse than ABF"
+    message = f"**After many steps unscaled RoPE is {alike} past the old window, {in_nats(plain)} nat. At {asked:,} "
+    message += f"tokens it retrieves {scores['none']:.0f}, ABF {scores['abf']:.0f}.**"
+    alt = f"After many steps, in nats, inside the old window minus the base: {said[0]}; past it minus ABF: {said[1]}."
     save_figure(figure, folder, slug, number, f"{message} {caption}", alt)
 
 

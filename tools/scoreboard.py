@@ -29,7 +29,7 @@ def scoreboard() -> dict[str, Line]:
     longer = longer_results(preset) or race
     more = read_published("llama2_long_benchmarks")
     lines = [
-        past_the_window(race, published["figure_5b"]),
+        past_the_window(race, longer, published["figure_5b"]),
         perplexity(longer, published["table_5"]),
         retrieval(longer, published["figure_5b"]),
         xpos(longer, published["table_5"], published["figure_5b"]),
