@@ -59,18 +59,18 @@ def judged_longer(longer: RaceResults, short: RaceResults) -> pd.DataFrame:
             HOLDS if recovery["high"] < RECOVERED else REFUTED if recovery["low"] > RECOVERED else OPEN,
         ),
         (
-            "far, ABF reads no worse than PI",
+            "past the old window, ABF reads no worse than PI",
             in_nats(abf),
             HOLDS if abf["high"] < EQUAL else REFUTED if abf["low"] > 0 else OPEN,
         ),
-        ("far, PI reads better than plain RoPE", in_nats(plain), judge_below(plain)),
+        ("past the old window, PI reads better than plain RoPE", in_nats(plain), judge_below(plain)),
         (
             f"ABF does not keep {KEPT:.0%} of its score from {shortest:,} to {longest:,} tokens",
             f"{_in_points(kept)} against that share",
             HOLDS if kept["high"] < 0 else REFUTED if kept["low"] >= 0 else OPEN,
         ),
         (
-            f"ABF retrieves more at {longest:,} tokens than after few steps",
+            f"ABF retrieves more at {longest:,} tokens than after few steps (means)",
             f"{after:.0f}, before {before:.0f}",
             HOLDS if after > before else REFUTED,
         ),
@@ -84,7 +84,9 @@ def _in_points(found: dict[str, float]) -> str:
     return measured(found["value"], found["low"], found["high"], digits=0)
 
 
-def draw_longer(longer: RaceResults, short: RaceResults, folder: Path, slug: str, number: str, caption: str) -> None:
+def draw_longer(
+    longer: RaceResults, short: RaceResults, floors: pd.DataFrame, folder: Path, slug: str, number: str, caption: str
+) -> None:
     """After few and after many steps: NLL in the far half of the old window, NLL far, and ROUGE-L by length."""
     forms = [{"color": "0.5", "marker": "o"}, {"color": BLUE, "marker": "s"}]
     named = {f"{_tokens(race):,} tokens": race for race in (short, longer)}
@@ -115,6 +117,8 @@ def draw_longer(longer: RaceResults, short: RaceResults, folder: Path, slug: str
             if race is longer:
                 panels[2].vlines(beside, found.low, found.high, color=form["color"], alpha=0.5, linewidth=1.2)
             panels[2].plot(beside, found.value, markersize=4, **form | {"label": names[method] * (race is longer)})
+    panels[2].plot(longer.lengths, floors.value, color="0.4", linestyle="--", linewidth=1)
+    panels[2].fill_between(longer.lengths, floors.low, floors.high, color="0.5", alpha=0.2, linewidth=0)
     panels[2].set(ylabel="ROUGE-L, first sentence", ylim=(0, 112), yticks=range(0, 101, 20))
     token_axis(panels[2], longer.lengths, "length (tokens); dotted: few steps")
     mark_window(panels[2], longer.window)
@@ -129,6 +133,12 @@ def draw_longer(longer: RaceResults, short: RaceResults, folder: Path, slug: str
     alike = "not shown to read worse than ABF" if plain["low"] <= 0 else "read worse than ABF"
     message = f"**After many steps unscaled RoPE is {alike} past the old window, {in_nats(plain)} nat. At {asked:,} "
     message += f"tokens it retrieves {scores['none']:.0f}, ABF {scores['abf']:.0f}.**"
+    change = np.subtract(*(race.rouge_l("abf", FULL_LENGTH, asked)[0] for race in (longer, short)))
+    first = longer.edges[longer.edges.index(longer.window) + 1]
+    (one, tokens), (other, _) = (longer.nll(name, FULL_LENGTH, longer.window, first) for name in ("none", "abf"))
+    caption += f" Unscaled RoPE minus ABF up to {first:,} tokens: {in_nats(longer.mean(one - other, tokens))} nat. "
+    caption += f"ABF's retrieval at {asked:,} tokens, after many steps minus after few: "
+    caption += f"{_in_points(longer.mean(change, np.ones(change.shape[1])))}. Dashed: the floor, as in Figure 11.3."
     alt = f"After many steps, in nats, inside the old window minus the base: {said[0]}; past it minus ABF: {said[1]}."
     save_figure(figure, folder, slug, number, f"{message} {caption}", alt)
 

@@ -33,7 +33,9 @@ def past_the_window(race: RaceResults, longer: RaceResults, figure: dict[str, An
     scores = [figure["rouge_l"][name][figure["length"].index(new)] for name in ("none", "abf")]
     fails = by_kind.min() > 0 and max(trained[2], many[2]) < 0
     steps = longer.arms.tokens.max()
-    alike = "; by NLL, trained for many steps, it is not shown to" if longer is not race and nats[1] <= 0 else ""
+    alike = ""
+    if longer is not race and nats[1] <= 0:
+        alike = "; after many steps its loss past the window is not shown to be above ABF's"
     return Line(
         "Plain RoPE fails past its window",
         f"{scores[0]:.0f} against ABF's {scores[1]:.0f} ROUGE-L at {new:,} tokens, both trained (Figure 5b)",
@@ -41,7 +43,7 @@ def past_the_window(race: RaceResults, longer: RaceResults, figure: dict[str, An
         f"{measured(by_kind.min())} in each kind of text; trained, {length:,} tokens: {measured(*trained, digits=0)} "
         f"ROUGE-L against ABF; on {steps:,} tokens {measured(*many, digits=0)}, NLL from {edges[0]:,} on "
         f"{measured(*nats)} nat",
-        f"{MODELS['smollm2']}, {len(untrained)} documents of {len(by_kind)} kinds; {_race_scale(race)}",
+        f"{MODELS['smollm2']}, {len(untrained)} documents of {len(by_kind)} kinds; {_race_scale(race, longer)}",
         AGREES if fails else DISAGREES if by_kind.max() < 0 or trained[1] > 0 else f"{UNDECIDED}: by kind or interval",
         f"untrained it fails in every kind of text; trained it retrieves less than ABF{alike}" if fails else "",
     )
@@ -66,7 +68,7 @@ def perplexity(race: RaceResults, table: dict[str, Any]) -> Line:
         f"{low:,} to {high:,}: ABF minus PI {measured(*first)} nat, PI minus plain {measured(*second)} nat",
         _race_scale(race),
         judged,
-        NOT_RECOVERED if lost else "",
+        f"{NOT_RECOVERED}{', and past it worse than plain RoPE' * (second[1] > 0)}" if lost else "",
     )
 
 
@@ -113,7 +115,7 @@ def xpos(race: RaceResults, table: dict[str, Any], figure: dict[str, Any]) -> Li
     same = verdicts[0] == verdicts[1]
     better = "better" if nats[0] < 0 else "worse"
     whys = {
-        "it harms retrieval": retrieved[2] < 0,
+        f"it harms retrieval at {length:,} tokens, the length chosen beforehand": retrieved[2] < 0,
         f"it reads {abs(nats[0]):.2f} nat {better}, by more than {EQUAL} or not is open": verdicts[0] == UNDECIDED,
     }
     return Line(
@@ -164,9 +166,10 @@ def _wider(race: RaceResults, change: np.ndarray, weights: np.ndarray) -> Interv
     return found["value"], found["low"], found["high"]
 
 
-def _race_scale(race: RaceResults) -> str:
-    trained = race.arms[race.arms.training == "full-length"]
-    return f"{MODELS['tiny']}, {trained.seed.nunique()} seeds, {trained.tokens.iloc[0]:,} tokens of training"
+def _race_scale(*races: RaceResults) -> str:
+    trained = races[0].arms[races[0].arms.training == "full-length"]
+    tokens = " and ".join(f"{many:,}" for many in sorted({int(race.arms.tokens.max()) for race in races}))
+    return f"{MODELS['tiny']}, {trained.seed.nunique()} seeds, {tokens} tokens of training"
 
 
 def _by_kinds(preset: str, first: str, second: str, low: int, high: int) -> pd.Series:
