@@ -32,7 +32,6 @@ def past_the_window(race: RaceResults, longer: RaceResults, figure: dict[str, An
     nats = _difference(longer, "none", "abf", *edges)
     scores = [figure["rouge_l"][name][figure["length"].index(new)] for name in ("none", "abf")]
     fails = by_kind.min() > 0 and max(trained[2], many[2]) < 0
-    steps = longer.arms.tokens.max()
     alike = ""
     if longer is not race and nats[1] <= 0:
         alike = "; after many steps its loss past the window is not shown to be above ABF's"
@@ -41,7 +40,7 @@ def past_the_window(race: RaceResults, longer: RaceResults, figure: dict[str, An
         f"{scores[0]:.0f} against ABF's {scores[1]:.0f} ROUGE-L at {new:,} tokens, both trained (Figure 5b)",
         f"untrained, {old:,} to {new:,}: {measured(untrained.mean())} nat against its own windows, at least "
         f"{measured(by_kind.min())} in each kind of text; trained, {length:,} tokens: {measured(*trained, digits=0)} "
-        f"ROUGE-L against ABF; on {steps:,} tokens {measured(*many, digits=0)}, NLL from {edges[0]:,} on "
+        f"ROUGE-L against ABF; on {_trained_on(longer):,} tokens {measured(*many, digits=0)}, NLL from {edges[0]:,} on "
         f"{measured(*nats)} nat",
         f"{MODELS['smollm2']}, {len(untrained)} documents of {len(by_kind)} kinds; {_race_scale(race, longer)}",
         AGREES if fails else DISAGREES if by_kind.max() < 0 or trained[1] > 0 else f"{UNDECIDED}: by kind or interval",
@@ -167,9 +166,14 @@ def _wider(race: RaceResults, change: np.ndarray, weights: np.ndarray) -> Interv
 
 
 def _race_scale(*races: RaceResults) -> str:
-    trained = races[0].arms[races[0].arms.training == "full-length"]
-    tokens = " and ".join(f"{many:,}" for many in sorted({int(race.arms.tokens.max()) for race in races}))
-    return f"{MODELS['tiny']}, {trained.seed.nunique()} seeds, {tokens} tokens of training"
+    seeds = races[0].arms.seed[races[0].arms.training == "full-length"].nunique()
+    tokens = " and ".join(f"{many:,}" for many in sorted({*map(_trained_on, races)}))
+    return f"{MODELS['tiny']}, {seeds} seeds, {tokens} tokens of training"
+
+
+def _trained_on(race: RaceResults) -> int:
+    """Tokens of full-length training."""
+    return int(race.arms.tokens[race.arms.training == "full-length"].iloc[0])
 
 
 def _by_kinds(preset: str, first: str, second: str, low: int, high: int) -> pd.Series:
