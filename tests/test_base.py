@@ -107,6 +107,7 @@ def test_greedy_is_without_the_penalties_that_a_base_is_published_with(base_fold
     model = load_base(tmp_path, RAISED, dtype="float32")
     assert model.generation_config.repetition_penalty in (None, 1.0)
     assert model.generation_config.eos_token_id == model.config.eos_token_id
+    assert model.generation_config.use_cache  # whatever the config says
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

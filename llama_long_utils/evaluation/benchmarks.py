@@ -30,7 +30,7 @@ from llama_long_utils.settings import Preset
 
 SLUG = "08_benchmark_deltas"
 KEYS = ["task", "length", "arm", "item", "asked", "written"]  # columns that are no metrics
-ANSWERS = 2  # raised by hand when the code that asks a model changes: kept answers are then asked again
+ANSWERS = 3  # raised by hand when the code that asks a model changes: kept answers are then asked again
 BINARY = {"accuracy", "accuracy_per_character", "exact_match", "passed", "acc", "acc_norm"}  # 0 or 1 for each item
 
 

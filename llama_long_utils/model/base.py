@@ -75,6 +75,7 @@ def load_base(
     model.config.xpos_window = rope.original_window
     if not reward:  # without penalties on repetition and the like, which "greedy" would obey, too
         model.generation_config = type(model.generation_config).from_model_config(model.config)
+        model.generation_config.use_cache = True
     check_rope(model, rope)
     return model
 
