@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from conftest import LORA
 from experiments import bench
@@ -186,14 +186,19 @@ print(json.dumps([measured_peak(**task, packed=packed)["peak_gib_above_weights"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells how much a process held")
-def test_a_real_step_needs_what_the_ledger_says():
+@pytest.mark.parametrize("model", ["tiny", "qwen3"])
+def test_a_real_step_needs_what_the_ledger_says(tmp_path, model):
     """With real tensors, in a process of its own, as far as the kernel can tell; the record holds more such steps."""
-    task = {"model": "tiny", "length": 2048, "dtype": "float32", "memory_savings": asdict(PLAIN), "layers": None}
+    if model == "qwen3":  # whose heads have norms of their own
+        model, heads = str(tmp_path), {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+        shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
+        Qwen3Config(**shape, **heads).save_pretrained(model)
+    task = {"model": model, "length": 2048, "dtype": "float32", "memory_savings": asdict(PLAIN), "layers": None}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     command = [sys.executable, "-c", PEAKS, json.dumps(task)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     for packed, measured in zip((False, True), json.loads(done.stdout.splitlines()[-1]), strict=True):
-        found = ledger(model_shape("tiny"), bench.LORA, StepShape(2048, "float32", PLAIN, packed=packed))
+        found = ledger(model_shape(model), bench.LORA, StepShape(2048, "float32", PLAIN, packed=packed))
         assert bench.above_weights(found) / GIB == pytest.approx(measured, rel=0.05)
 
 

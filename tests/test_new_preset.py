@@ -93,10 +93,12 @@ def test_a_preset_of_each_family_loads_plans_and_trains(family, written, texts, 
     assert preset.data.held_out == {"my texts.v2": 1}
     settings = with_numbers(preset.training, "training", steps=2)
     assert 0 < plan_training(preset, settings).device_gib < 1
-    assert (model_shape(str(base)).attention_bias, model_shape(str(base)).tie_word_embeddings) == (
-        family == "qwen2",
-        family == "qwen3",
-    )
+    with torch.device("meta"):  # biases, norms of heads and ties are planned for, too
+        planned = AutoModelForCausalLM.from_config(model_shape(str(base)))
+    assert planned.config.tie_word_embeddings == (family == "qwen3")
+    assert {name: weight.shape for name, weight in planned.state_dict().items()} == {
+        name: weight.shape for name, weight in model.state_dict().items()
+    }
     trained = train_adapter(preset, settings=settings)
     assert [math.isfinite(row["loss"]) for row in trained.log] == [True, True]
     extended = load_arm(preset, "extended", adapter=trained.folder)

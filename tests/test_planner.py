@@ -246,7 +246,7 @@ def test_models_built_like_llama_are_read_from_a_folder_and_others_refused(tmp_p
     Qwen2Config(**shape, tie_word_embeddings=True).save_pretrained(tmp_path / "qwen")
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     found = model_shape(str(tmp_path / "qwen"))
-    assert (found.head_dim, found.attention_bias, found.tie_word_embeddings) == (32, True, True)
+    assert (found.model_type, found.head_dim, found.tie_word_embeddings) == ("qwen2", 32, True)
     with pytest.raises(ValueError, match="has model_type 'gpt2'"):
         model_shape(str(tmp_path / "gpt2"))
     (tmp_path / "gpt2" / "config.json").write_text("{")

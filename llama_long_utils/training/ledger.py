@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from llama_long_utils.cache import Cache
 from llama_long_utils.model.loss import causal_lm
@@ -130,7 +130,7 @@ def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> int:
     return batch * heads * (length * (4 * width + 4) + shared)
 
 
-def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of the linear layers in one decoder layer."""
     hidden, middle = config.hidden_size, config.intermediate_size
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -139,7 +139,7 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     return shapes | {"o_proj": (queries, hidden), "down_proj": (middle, hidden)}
 
 
-def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
+def ledger(config: PreTrainedConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     """Bytes of each of COMPONENTS at the moment when one training step needs most memory, and the most on the "host".
 
     Linear layers are taken as NF4 with double quantisation, but for the head; the optimizer's state exists.
@@ -182,9 +182,12 @@ def ledger(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, int]:
     return total | {HOST: round(host)}
 
 
-def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
+def _trace_at(config: PreTrainedConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
     """The trace of a step of any length, by the line through two short ones with as many tiles."""
-    model = json.dumps(config.to_dict() | {"num_hidden_layers": LAYERS_RUN}), json.dumps(asdict(lora))
+    few = {"num_hidden_layers": LAYERS_RUN}
+    if getattr(config, "layer_types", None):
+        few["layer_types"] = None  # one for each layer, all alike
+    model = json.dumps(config.to_dict() | few), json.dumps(asdict(lora))
     wanted = replace(shape.memory_savings, recomputed_layers=PLAIN)
     savings = replace(wanted, optimizer="adamw_torch_fused")
     shape = replace(shape, accumulated=False, processes=1, sharded=False, memory_savings=savings)
@@ -212,13 +215,13 @@ def _trace_at(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np
 @cache
 def _kept_trace(config_json: str, lora_json: str, shape: StepShape) -> dict[str, np.ndarray]:
     """The trace of a run, from data/cache if it was run before."""
-    config, lora = LlamaConfig(**json.loads(config_json)), Lora(**json.loads(lora_json))
+    config, lora = AutoConfig.for_model(**json.loads(config_json)), Lora(**json.loads(lora_json))
     kept = Cache(CACHE / "ledgers", VERSION, {"versions": package_versions()})
     inputs = {"config": json.loads(config_json), "lora": lora, "shape": shape}
     return kept.arrays("trace", lambda: _trace(config, lora, shape), **inputs)
 
 
-def _trace(config: LlamaConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
+def _trace(config: PreTrainedConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
     """What a step of three layers allocates, by segment: arrays with one column for each of COLUMNS.
 
     A row after each allocation, in bytes above those before the segment; the last row is after its end. Besides:

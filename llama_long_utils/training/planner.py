@@ -7,9 +7,9 @@ its forward pass, not twice as much. Attention is counted causal (half of the sq
 import bisect
 from dataclasses import dataclass, replace
 
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from llama_long_utils.model.weights import model_config
+from llama_long_utils.model.weights import model_config, pretrained_numbers
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
 from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger, linear_shapes
@@ -21,9 +21,10 @@ TILED = 1.13  # seconds of an operation with tiles, by those without: Llama 2 7B
 MLP = ("gate_proj", "up_proj", "down_proj")
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPE += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+SHAPE += ("attention_bias", "mlp_bias")  # of some architectures
 
 
-def model_shape(name: str) -> LlamaConfig:
+def model_shape(name: str) -> PreTrainedConfig:
     """The configuration of a model, without its weights; raises as `model_config` does.
 
     `name` is one in data/published/model_shapes.json or the source given there, a folder with config.json, or a model
@@ -34,12 +35,12 @@ def model_shape(name: str) -> LlamaConfig:
         if name in models or shape.get("source") == name:
             return LlamaConfig(**{key: value for key, value in shape.items() if key != "source"})
     found = model_config(name)
-    shape = {key: getattr(found, key) for key in SHAPE}
-    biased = found.model_type == "qwen2" or getattr(found, "attention_bias", False)
-    return LlamaConfig(**shape, head_dim=getattr(found, "head_dim", None), attention_bias=biased)
+    shape = {key: getattr(found, key) for key in SHAPE if hasattr(found, key)}
+    width = pretrained_numbers(found)["head_dim"]
+    return AutoConfig.for_model(found.model_type, **shape, head_dim=width, sliding_window=None)
 
 
-def step_flops(config: LlamaConfig, lora: Lora, length: int, memory_savings: MemorySavings) -> dict[str, int]:
+def step_flops(config: PreTrainedConfig, lora: Lora, length: int, memory_savings: MemorySavings) -> dict[str, int]:
     """Floating-point operations of one training step on one sequence of `length` tokens, recomputation included.
 
     By kind: "linear" (frozen linear layers), "adapters", "attention" and "head".
@@ -96,7 +97,7 @@ def plan_training(preset: Preset, settings: TrainingSettings, division: Division
     return plan(model_shape(preset.base.source), preset.lora, shape, preset.memory_gib)
 
 
-def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
+def plan(config: PreTrainedConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
     """The memory savings, beside those of the shape, with which a step fits and takes the least time.
 
     First as few recomputed layers as fit, without tiles or with them, which take `TILED` times as long. Then come
@@ -124,7 +125,7 @@ def plan(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:
     )
 
 
-def leanest(config: LlamaConfig, length: int, wanted: MemorySavings) -> MemorySavings:
+def leanest(config: PreTrainedConfig, length: int, wanted: MemorySavings) -> MemorySavings:
     """Every saving at once; tiles as `wanted` has them, if it has any."""
     return MemorySavings(config.num_hidden_layers, wanted.tile or tile_for(length), True, "paged_adamw_8bit")
 
@@ -134,7 +135,7 @@ def tile_for(length: int) -> int:
     return max(256, length // 16)
 
 
-def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int | None = None) -> Plan:
+def predict(config: PreTrainedConfig, lora: Lora, shape: StepShape, recomputed: int | None = None) -> Plan:
     """What a step needs; with `recomputed` so many layers are recomputed, whatever the shape says."""
     if recomputed is not None:
         shape = replace(shape, memory_savings=replace(shape.memory_savings, recomputed_layers=recomputed))
@@ -144,7 +145,7 @@ def predict(config: LlamaConfig, lora: Lora, shape: StepShape, recomputed: int |
     return Plan(shape.memory_savings, device, found[HOST] / GIB, shape.sequences * sum(flops.values()) // shape.context)
 
 
-def longest_context(config: LlamaConfig, lora: Lora, shape: StepShape, gib: float) -> int:
+def longest_context(config: PreTrainedConfig, lora: Lora, shape: StepShape, gib: float) -> int:
     """The most tokens, 1,024 more at a time on a device, with which a step fits in its usable `gib`, leanest plan."""
 
     def peak(steps: int) -> float:

@@ -11,7 +11,7 @@ from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -102,7 +102,7 @@ def training_steps(
 
 
 def random_llama(
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     lora: Lora,
     dtype: str,
     *,
@@ -119,7 +119,7 @@ def random_llama(
     config = type(config)(**{**config.to_dict(), "dtype": dtype})
     config._attn_implementation = DOCUMENTS if packed else UNMASKED
     with unset_fake_temporarily(), torch.device("meta"):
-        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
         model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=nf4(dtype))
         model.is_loaded_in_4bit = True
         adapted = add_lora(model, lora, seed=0)
