@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import ADAPTERS, REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import BaseModel, Data
+from llama_long_utils.training import trainer
 from llama_long_utils.training.adapter import _alone, train_adapter
 from llama_long_utils.training.trainer import StepLog
 
@@ -145,6 +147,21 @@ def test_interrupted_and_called_again_it_ends_in_the_same_weights(preset, expect
     assert f"an interrupted run continues after step {3 * (step // 3)} of 8" in capsys.readouterr().out
     assert_equal_weights(trained.folder, expected[0])
     assert numbers(trained.log) == numbers(expected[1])
+
+
+def test_a_run_that_stopped_on_another_device_is_named_when_it_begins_anew(preset, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_at(patch, 4)
+        patch.setattr(trainer, "device_name", lambda: "another GPU")
+        train_adapter(preset, name="mine")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_at(patch, 4)
+        train_adapter(preset, settings=dataclasses.replace(preset.training, seed=1), name="mine")
+    assert "stopped unfinished" not in capsys.readouterr().out  # another seed is another run
+    train_adapter(preset, name="mine")
+    said = capsys.readouterr().out
+    assert re.search(r"^mine-\w{16} stopped unfinished on another GPU, .*; on .*it begins anew$", said, re.MULTILINE)
+    assert said.count("stopped unfinished") == 1
 
 
 def test_a_run_on_a_stream_goes_on_at_the_exact_token(preset, tmp_path, monkeypatch):

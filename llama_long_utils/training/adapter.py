@@ -4,6 +4,7 @@ Every stage has its own folder in runs/PRESET, "training" for the extension itse
 """
 
 import fcntl
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, sa
 from llama_long_utils.model.attention import DOCUMENTS
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.paths import write_atomically
+from llama_long_utils.progress import in_kernel
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.training.planner import USABLE, Plan, plan_training
@@ -147,6 +150,7 @@ def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]
 
     def begin() -> list[dict[str, float]]:
         broadcast_object_list([None])  # so that the others begin, too
+        _tell_of_others(runs, name)
         return work()
 
     if not state.is_main_process:
@@ -170,6 +174,18 @@ def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]
             raise RuntimeError(f"the disk that holds {folder} is full: make room and run again; {goes_on}") from error
     broadcast_object_list([log])
     return log
+
+
+def _tell_of_others(runs: Cache, name: str) -> None:
+    """Say which runs, alike but for device or libraries, stopped before their end: this one begins anew."""
+    mark, own = runs.path(name, {}, ".begun"), runs.key(name, {})
+    write_atomically(mark, json.dumps(own).encode())
+    for other in sorted({*mark.parent.glob("*.begun")} - {mark}):
+        stopped = other.with_suffix("").is_dir() and not other.with_suffix(".json").exists()
+        key = json.loads(other.read_bytes())
+        if stopped and not in_kernel() and own == key | {place: own[place] for place in ("device", "versions")}:
+            then, now = (f"{one['device']}, {one['versions']}" for one in (key, own))
+            print(f"{other.stem} stopped unfinished on {then}; on {now} it begins anew", flush=True)
 
 
 def _is_whole(adapter: Path) -> bool:
