@@ -202,6 +202,13 @@ def test_a_rope_that_changes_with_the_length_leaves_no_file(written, tmp_path, m
     assert not [*written.iterdir()]
 
 
+def test_numbers_of_a_rope_that_its_config_leaves_empty_are_left_out(written, tmp_path, monkeypatch):
+    rule = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    write_config(tmp_path / "base", rope_parameters={**rule, "attention_factor": None})
+    command(monkeypatch, "--base", tmp_path / "base", "--window", 128, "--memory", 1, "--name", "mine")
+    assert load_preset("mine").base.rope_scaling == {name: rule[name] for name in rule if name != "rope_theta"}
+
+
 @pytest.mark.parametrize(
     ("config", "words", "said"),
     [

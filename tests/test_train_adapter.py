@@ -149,6 +149,17 @@ def test_interrupted_and_called_again_it_ends_in_the_same_weights(preset, expect
     assert numbers(trained.log) == numbers(expected[1])
 
 
+def test_what_cannot_be_evaluated_afterwards_is_said_before_the_training(preset, capsys):
+    """It stops nothing: evaluation.tokens may be lowered when the adapter is there."""
+    train_adapter(preset, progress=8)
+    said = capsys.readouterr().out
+    found = re.search(r"no held-out document has evaluation.tokens = 4,096: the longest of 1 has ([\d,]+)\n", said)
+    assert "fewer than eight documents are held out: no intervals\n" in said
+    fits = dataclasses.replace(preset.evaluation, tokens=int(found[1].replace(",", "")))
+    train_adapter(dataclasses.replace(preset, evaluation=fits), name="fits", progress=8)
+    assert "evaluation.tokens" not in capsys.readouterr().out
+
+
 def test_a_run_that_stopped_on_another_device_is_named_when_it_begins_anew(preset, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped_at(patch, 4)

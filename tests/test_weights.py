@@ -181,6 +181,13 @@ def test_base_that_sees_a_sliding_window_only_is_refused(broken):
         model_shape(str(broken))  # which the planner reads: it does not promise what training refuses
 
 
+def test_base_whose_heads_rotate_in_part_is_refused(broken):
+    """Llama's layers would turn whole heads, and say nothing."""
+    change_config(broken, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    with pytest.raises(ValueError, match=r"has partial_rotary_factor 0.5, which no Llama knows: use another base"):
+        locate_base(small_preset(broken))
+
+
 def test_a_tokenizer_without_bos_begins_texts_as_the_configuration_says(tmp_path):
     """Qwen's tokenizers have none; what cannot be used is said before a text is read."""
     file = tmp_path / "config.json"

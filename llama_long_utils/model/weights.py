@@ -69,7 +69,7 @@ def model_config(source: str) -> PreTrainedConfig:
 
 def pretrained_numbers(config: PreTrainedConfig) -> dict[str, Any]:
     """What a preset's [base] says about a configuration: window, rope_base, head_dim and rope_scaling."""
-    rule = dict(config.rope_parameters)
+    rule = {name: value for name, value in config.rope_parameters.items() if value is not None}
     return {
         "window": config.max_position_embeddings,
         "rope_base": float(rule.pop("rope_theta")),
@@ -164,6 +164,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
     if sliding := getattr(config, "sliding_window", None):
         raise ValueError(f"{folder} attends to the last {sliding:,} tokens only (sliding_window): use another base")
+    if (share := config.rope_parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"{folder} has partial_rotary_factor {share:g}, which no Llama knows: use another base")
     return config
 
 

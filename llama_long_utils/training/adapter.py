@@ -78,7 +78,7 @@ def train_adapter(
     tokenizer = load_tokenizer(base)
     documents = Mixture(preset.data, tokenizer, window=settings.window)
     reading = documents.reading(settings)
-    documents.held_out()  # too few of them are said now, not after the training
+    lengths = [document.tokens for document in documents.held_out()]  # too few are said now, not after the training
     sequences = TrainingData(documents, settings, tokenizer)
 
     def build() -> PeftModel:
@@ -89,8 +89,13 @@ def train_adapter(
 
     def load() -> PeftModel:
         if progress and state.is_main_process:
-            few = "\nfewer than eight documents are held out: no intervals" * (sum(documents.counts.values()) < 8)
-            print(reading_table(reading).to_string(index=False) + few, flush=True)
+            lines = [reading_table(reading).to_string(index=False)]
+            if len(lengths) < 8:
+                lines.append("fewer than eight documents are held out: no intervals")
+            if lengths and max(lengths) < preset.evaluation.tokens:
+                found = f"the longest of {len(lengths)} has {max(lengths):,}"
+                lines.append(f"no held-out document has evaluation.tokens = {preset.evaluation.tokens:,}: {found}")
+            print("\n".join(lines), flush=True)
         return shard_base(build) if sharded_base else build()
 
     given = {"depends_on": {"data": sequences.key, "base_bits": "nf4"}, "noted": {"read": reading}}
