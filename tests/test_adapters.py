@@ -131,9 +131,11 @@ def test_every_lora_b_gets_a_gradient_with_and_without_checkpointing(base_folder
 def test_gradients_that_are_all_zero_as_of_equal_rewards_are_looked_at_again(base_folder):
     model = with_lora(base_folder).train()
     (0 * next_token_nll(hidden_states(model, IDS), causal_lm(model).get_output_embeddings(), IDS)).backward()
-    assert not check_lora_gradients(model)
+    assert not check_lora_gradients(model, rewarded=True)
+    with pytest.raises(RuntimeError, match="matrices got no gradient"):
+        check_lora_gradients(model)  # of plain training
     backward(model)
-    assert check_lora_gradients(model)
+    assert check_lora_gradients(model, rewarded=True)
 
 
 def test_a_loaded_adapter_is_called_in_bf16_by_whoever_calls_it(base_folder, adapter):

