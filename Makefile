@@ -75,7 +75,7 @@ test-browser: .venv/.browser
 	$(BIN)/python -m pytest tests/browser
 
 lab: $(READY)
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 data: $(INSTALLED)
 	$(BIN)/python -m llama_long_utils.data.sources

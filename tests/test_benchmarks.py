@@ -251,6 +251,14 @@ def test_next_sentence_is_the_right_choice_and_the_others_are_not_shown(tokenize
     assert {row["max_length"] for row in some} == {128}
 
 
+def test_no_next_sentence_is_asked_for_twice(tokenizer):
+    text = "".join(f"The people of town {n} have sent their greetings to the States again. " for n in range(60))
+    documents = tokenize_documents([Document("mine", "one", text)], tokenizer)
+    rows = long_prompts.next_sentence_rows(documents, tokenizer, [128], count=200, seed=0)
+    names = [row["name"] for row in rows]
+    assert len({*names}) == len(names)
+
+
 def test_where_texts_hold_fewer_next_sentences_than_asked_for_a_line_says_how_many_and_why(tokenizer, capsys):
     prose = "".join(f"The people of town {n} have sent their greetings to the States again. " for n in range(400))
     texts = [Document("mine", "prose", prose), Document("mine", "code", "value = function(other)\n" * 1500)]

@@ -205,7 +205,7 @@ def next_sentence_rows(
 ) -> list[dict[str, Any]]:
     """Which of four sentences comes next? The wrong ones are from the same document.
 
-    They lie outside of what is shown and not right behind it. At every length the same sentence is asked for.
+    They lie outside of what is shown and not right behind it. At every length the same sentence is asked for, no other time.
 
     Args:
         lengths: tokens of the prompt and the longest choice, about; those that no document is long enough for, which
@@ -224,7 +224,7 @@ def next_sentence_rows(
             "ask at shorter lengths or hold out longer documents"
         )
     fitting = [document for document in documents if document.tokens > 2 * max(lengths)]
-    rows = []
+    rows, asked_for = [], set()
     for number in range(count):
         document = fitting[number % len(fitting)]
         generator = np.random.default_rng([seed, number])
@@ -234,7 +234,13 @@ def next_sentence_rows(
         late = [match for match in found if match.start() > shown]
         if len(late) < 2:
             continue
-        right = late[int(generator.integers(len(late)))]
+        drawn = int(generator.integers(len(late)))
+        names = [f"{document.source}/{document.name}/{match.start()}" for match in late]
+        places = (place % len(late) for place in range(drawn, drawn + len(late)))
+        place = next((place for place in places if names[place] not in asked_for), None)
+        if place is None:  # each was asked for once
+            continue
+        right = late[place]
         outside = [m for m in found if not right.start() - shown <= m.start() <= right.end() + shown // 4]
         if len(outside) < 3:
             continue
@@ -246,7 +252,8 @@ def next_sentence_rows(
         room = max(_tokens(tokenizer, f" {choice}") for choice in choices) + 1
         if len(spans["offset_mapping"]) < max(lengths):
             continue
-        row = {"name": f"{document.source}/{document.name}/{right.start()}", "choices": choices, "answer": answer}
+        asked_for.add(names[place])
+        row = {"name": names[place], "choices": choices, "answer": answer}
         for length in lengths:
             first = spans["offset_mapping"][-(length - room)][0]
             rows.append({**row, "prompt": before[first:], "max_length": length})
