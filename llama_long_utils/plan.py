@@ -200,8 +200,7 @@ def table(found: dict[str, Any]) -> str:
             f"Each of {devices} GPUs holds {base} and takes {takes}. Peak and seconds (without those for "
             "sending) are those of one; tokens of a step, longest window and host memory are those of all."
         ]
-    shown += ["All numbers are predictions. They used to be up to 6% too low on an H200; that part is counted now."]
-    shown += ["The seconds are for GPUs. On a CPU, train prints its own estimate after a minute."]
+    shown += ["All numbers are predictions, seconds those of GPUs. On a CPU, train prints an estimate after a minute."]
     return "\n".join(shown)
 
 

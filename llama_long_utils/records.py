@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import shlex
 import subprocess
 import zipfile
@@ -69,7 +70,8 @@ def write_record(
         "tables": {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()},
     }
     text = json.dumps(_rounded(record), indent=1, allow_nan=False) + "\n"
-    return write_atomically(folder / f"{slug}.json", text.encode())
+    text = re.sub(r"(?<=[\[{])\n {4,}|\n {3,}(?=[]}])", "", text)  # a table's row is a line
+    return write_atomically(folder / f"{slug}.json", re.sub(r"\n {4,}", " ", text).encode())
 
 
 def papermill_command(slug: str, parameters: dict[str, Any]) -> str:

@@ -140,7 +140,7 @@ def test_what_the_peak_assumes_is_said(answer, capsys):
     assert ", norms not trained\n" in without
     assert "512 tokens, each attended as one document, bfloat16" in plain
     assert re.search(r"peak +fits: .* usable \(8% kept free\), at once:\n  weights ", plain)
-    assert "The seconds are for GPUs. On a CPU, train prints" in plain
+    assert "seconds those of GPUs. On a CPU, train prints" in plain
     found = json.loads(answer(capsys, "--window", "512", "--memory", "24", "--json"))
     assert "attended document by document" in plan.table(found | {"packed": True})
 

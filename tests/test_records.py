@@ -379,6 +379,9 @@ def test_round_trip(tmp_path):
     path = write(tmp_path)
     assert read_table(path, "training").loss.tolist() == [3.12346, 2.5]
     assert [file.name for file in tmp_path.iterdir()] == ["05_finetune_qlora.json"]
+    text = path.read_text()
+    assert '  "training": [\n   {"step": 1, "loss": 3.12346, "tokens_per_second": 10.0},\n   {"step": 2, ' in text
+    assert '\n   "torch": ' in text  # what is no row has a line for each entry
 
 
 @pytest.mark.parametrize(

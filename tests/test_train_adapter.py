@@ -153,7 +153,7 @@ def test_what_cannot_be_evaluated_afterwards_is_said_before_the_training(preset,
     """It stops nothing: evaluation.tokens may be lowered when the adapter is there."""
     train_adapter(preset, progress=8)
     said = capsys.readouterr().out
-    found = re.search(r"no held-out document has evaluation.tokens = 4,096: the longest of 1 has ([\d,]+)\n", said)
+    found = re.search(r"evaluation.tokens = 4,096: the longest of 1 held-out documents has ([\d,]+) tokens\n", said)
     assert "fewer than eight documents are held out: no intervals\n" in said
     fits = dataclasses.replace(preset.evaluation, tokens=int(found[1].replace(",", "")))
     train_adapter(dataclasses.replace(preset, evaluation=fits), name="fits", progress=8)

@@ -205,7 +205,8 @@ def next_sentence_rows(
 ) -> list[dict[str, Any]]:
     """Which of four sentences comes next? The wrong ones are from the same document.
 
-    They lie outside of what is shown and not right behind it. At every length the same sentence is asked for, no other time.
+    They lie outside of what is shown and not right behind it. At every length the same sentence is asked for,
+    once.
 
     Args:
         lengths: tokens of the prompt and the longest choice, about; those that no document is long enough for, which

@@ -93,8 +93,8 @@ def train_adapter(
             if len(lengths) < 8:
                 lines.append("fewer than eight documents are held out: no intervals")
             if lengths and max(lengths) < preset.evaluation.tokens:
-                found = f"the longest of {len(lengths)} has {max(lengths):,}"
-                lines.append(f"no held-out document has evaluation.tokens = {preset.evaluation.tokens:,}: {found}")
+                wanted = f"evaluation.tokens = {preset.evaluation.tokens:,}"
+                lines.append(f"{wanted}: the longest of {len(lengths)} held-out documents has {max(lengths):,} tokens")
             print("\n".join(lines), flush=True)
         return shard_base(build) if sharded_base else build()
 

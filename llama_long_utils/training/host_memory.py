@@ -5,14 +5,11 @@ import os
 import platform
 import resource
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-
-if TYPE_CHECKING:  # which take seconds to import, also where a notebook has no model
-    from llama_long_utils.model.loss import Model
 
 GAPS_GIB = 0.5  # free memory that may stay resident: less costs page faults
 
@@ -33,7 +30,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def give_back_gaps(model: "Model", limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
+def give_back_gaps(model: nn.Module, limit_gib: float = GAPS_GIB) -> list[RemovableHandle]:
     """After each decoder layer, give free memory back if more than `limit_gib` is resident above the most allocated.
 
     glibc aligns torch's blocks and rarely finds the old place again for a new one. Without this, a step of 2,048 tokens
@@ -42,7 +39,7 @@ def give_back_gaps(model: "Model", limit_gib: float = GAPS_GIB) -> list[Removabl
     """
     if not _glibc():
         return []
-    from llama_long_utils.model.loss import causal_lm
+    from llama_long_utils.model.loss import causal_lm  # seconds to import, also where a notebook has no model
 
     libc, highest = ctypes.CDLL(None), 0
     libc.mallinfo2.restype = _MallocInfo

@@ -184,10 +184,9 @@ def ledger(config: PreTrainedConfig, lora: Lora, shape: StepShape) -> dict[str, 
 
 def _trace_at(config: PreTrainedConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
     """The trace of a step of any length, by the line through two short ones with as many tiles."""
-    few = {"num_hidden_layers": LAYERS_RUN}
-    if getattr(config, "layer_types", None):
-        few["layer_types"] = None  # one for each layer, all alike
-    model = json.dumps(config.to_dict() | few), json.dumps(asdict(lora))
+    alike = {"layer_types": None} if getattr(config, "layer_types", None) else {}  # a list with one for each layer
+    few = config.to_dict() | {"num_hidden_layers": LAYERS_RUN} | alike
+    model = json.dumps(few), json.dumps(asdict(lora))
     wanted = replace(shape.memory_savings, recomputed_layers=PLAIN)
     savings = replace(wanted, optimizer="adamw_torch_fused")
     shape = replace(shape, accumulated=False, processes=1, sharded=False, memory_savings=savings)

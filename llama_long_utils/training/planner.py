@@ -28,9 +28,9 @@ def model_shape(name: str) -> PreTrainedConfig:
     on the hub, of which only config.json is fetched.
     """
     models = read_published("model_shapes")["models"]
-    for shape in [models[name]] if name in models else models.values():
-        if name in models or shape.get("source") == name:
-            return LlamaConfig(**{key: value for key, value in shape.items() if key != "source"})
+    known = models | {shape["source"]: shape for shape in models.values()}
+    if name in known:
+        return LlamaConfig(**{key: value for key, value in known[name].items() if key != "source"})
     found = model_config(name)
     return AutoConfig.for_model(**found.to_dict() | {"head_dim": pretrained_numbers(found)["head_dim"]})
 

@@ -135,7 +135,7 @@ def train(
         seed=settings.seed,
     )
     trainer, labels = (build or plain_trainer)(model, sequences, division, arguments)
-    log = StepLog(labels, settings, report_every, saved=step, rewarded=bool(build))
+    log = StepLog(labels, settings, report_every, step, rewarded=bool(build))
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
     if isinstance(causal_lm(model).model, FSDPModule):  # `shard_base`
@@ -161,10 +161,7 @@ Build = Callable[[Model, Sequence[Any], Division, dict[str, Any]], tuple[Trainer
 
 
 def plain_trainer(
-    model: Model,
-    sequences: Sequence[TrainingSequence],
-    division: Division,
-    arguments: dict[str, Any],
+    model: Model, sequences: Sequence[TrainingSequence], division: Division, arguments: dict[str, Any]
 ) -> tuple[Trainer, Labels]:
     """transformers' `Trainer`, and where it counts labels."""
     config, data = TrainingArguments(**arguments), SharedSequences(sequences, division)
@@ -175,10 +172,8 @@ def plain_trainer(
 class StepLog(TrainerCallback):
     """See the module's docstring."""
 
-    def __init__(
-        self, labels: Labels, settings: TrainingSettings, report_every: int, saved: int = 0, rewarded: bool = False
-    ) -> None:
-        self.labels, self.settings, self.report_every, self.saved = labels, settings, report_every, saved
+    def __init__(self, labels: Labels, settings: TrainingSettings, every: int, saved: int, rewarded: bool) -> None:
+        self.labels, self.settings, self.report_every, self.saved = labels, settings, every, saved
         self.checked, self.rewarded, self.started = False, rewarded, time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
 
