@@ -247,6 +247,19 @@ def test_a_reward_model_trains_where_trl_mixes_fp32_and_bf16(preset, start):
     assert np.mean(np.array(better) > worse) >= 5 / 6
 
 
+def test_a_reward_model_computes_in_the_base_dtype_where_embeddings_are_trained(preset, tmp_path):
+    base = Path(preset.base.source)
+    lora = dataclasses.replace(LORA, train_embeddings=True)
+    model = add_lora(load_base(base, RAISED, dtype=preset.base.dtype), lora, seed=0)
+    save_adapter(model, AdapterCard(str(base), weights_sha256(base), RAISED, {}, {}, {}), tmp_path / "adapter")
+    loaded = load_reward_model(preset, tmp_path / "adapter", trainable=True)
+    found = loaded(input_ids=torch.tensor([[0, 5, 6, 1]])).logits
+    assert np.isclose(found.item(), rewards(loaded, [[0, 5, 6, 1]])[0])
+    found.sum().backward()
+    copy = loaded.get_input_embeddings().modules_to_save.default.weight
+    assert copy.dtype == torch.float32 and copy.grad.any()
+
+
 def test_a_new_head_is_not_reported_but_other_weights_that_are_missing_are_refused(preset, start, tmp_path, capfd):
     handler = logging.StreamHandler()  # on the standard error of this test
     with pytest.MonkeyPatch.context() as patch:

@@ -37,8 +37,7 @@ def causal_lm(model: Model) -> PreTrainedModel:
 
 def in_compute_dtype(model: Model) -> AbstractContextManager:
     """bf16 autocast if the base is bf16 (LoRA matrices and trained norms are fp32 beside it), else nothing."""
-    inner = causal_lm(model)
-    weight = (inner.get_output_embeddings() or inner.get_input_embeddings()).weight  # a reward model has only these
+    weight = next(causal_lm(model).parameters())  # the embedding's own, which comes before a copy that is trained
     return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
