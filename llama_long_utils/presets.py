@@ -14,6 +14,7 @@ from llama_long_utils.paths import PRESETS
 from llama_long_utils.settings import Preset, raised_base
 
 CHARACTERS = 4.5  # of a token, more than most texts have
+RAISED = ("abf", "xpos_abf")  # methods with a RoPE base of their own
 Numbers = TypeVar("Numbers")  # a dataclass of settings
 REPLACED = {  # (section, key that a preset gives): keys of the preset it is like that no longer hold
     ("extension", "window"): ("rope_base",),
@@ -36,6 +37,9 @@ def load_preset(name: str) -> Preset:
     try:
         values = _read(name)
         follow_window(values)
+        if "tokens" in (training := _section(values, "training")):
+            given = f"presets/{name}.toml: training.tokens = {training['tokens']!r}"
+            raise ValueError(f"{given}: give a whole number above 0, and no steps beside it")
         if _section(values, "base").get("dtype") == "auto":
             values["base"]["dtype"] = fastest_dtype()
         # As JSON, because pydantic's strict mode takes dataclasses from nothing else.
@@ -94,6 +98,8 @@ def follow_window(values: dict[str, Any]) -> None:
     plain = [base.get(key) for key in ("head_dim", "rope_base")]
     if extension.get("method") == "abf" and all(isinstance(n, int | float) and 1 < n < 1e12 for n in plain):
         extension.setdefault("rope_base", raised_base(*plain, old, max(old, window)))
+    elif extension.get("method") not in RAISED:
+        extension.setdefault("rope_base", base.get("rope_base"))
     halved = {window >> times for times in range(8) if window >> times >= 128}
     edges = sorted({1, 4, 16, 64} | halved | {mark for mark in (old, tokens) if 64 < mark < window})
     lengths = sorted({min(256, window)} | {window >> times for times in range(6) if window >> times >= 256})
@@ -162,6 +168,10 @@ def _check_consistency(preset: Preset) -> None:
         preset.extended_rope  # noqa: B018 (its own checks run)
     except ValidationError as error:
         raise ValueError(f"{where}, [extension]: {_explain(error)}") from None
+    raised, plain, method = preset.extension.rope_base, preset.base.rope_base, preset.extension.method
+    if raised < plain or (method not in RAISED and raised != plain):
+        wanted = "is below" if method in RAISED else f"of method {method!r} must be"
+        raise ValueError(f"{where}: extension.rope_base = {raised:g} {wanted} base.rope_base = {plain:g}: leave it out")
     lengths, evaluation = preset.retrieval.lengths, preset.evaluation
     races = preset.race.trainings
     follow = f"extension.window = {window}: leave it out, then it follows the window"
@@ -170,13 +180,6 @@ def _check_consistency(preset: Preset) -> None:
     for name, value in {**reached, **within, "retrieval.lengths": lengths[-1]}.items():
         if value > window or (name in reached and value < window):
             raise ValueError(f"{where}: {name} = {value} is {'longer' if value > window else 'shorter'} than {follow}")
-    sources = [source.name for source in preset.data.mixture]
-    unknown = set(preset.data.held_out or ()) - set(sources) - {PurePath(source).name for source in sources}
-    if unknown:
-        raise ValueError(
-            f"{where}: data.held_out names {sorted(unknown)}, which data.sources = {sources} does not have: name "
-            "those, or leave held_out out: then eight are, or a third of few texts"
-        )
     edges, tokens = evaluation.bucket_edges, evaluation.tokens
     if tokens <= preset.base.window:
         raise ValueError(

@@ -358,9 +358,12 @@ def test_the_lines_in_an_adapters_readme_load_it_with_peft_alone(base_folder, ad
     assert (plain - expected).norm() < 0.02 * expected.norm()
 
 
-def test_lora_on_a_layer_that_does_not_exist_is_refused(base_folder):
-    wrong = dataclasses.replace(LORA, target_modules=["q_proj", "k_porj"])
-    with pytest.raises(ValueError, match=r"names \['k_porj'\]: the model's linear layers are"):
+@pytest.mark.parametrize("other", ["k_porj", "lm_head"])
+def test_lora_on_a_layer_that_does_not_exist_or_is_the_head_is_refused(base_folder, other):
+    wrong = dataclasses.replace(LORA, target_modules=["q_proj", other])
+    with pytest.raises(
+        ValueError, match=rf"names \['{other}'\]: the model's linear layers are \['down_proj', 'g.*'v_proj'\]"
+    ):
         add_lora(load_base(base_folder, RAISED, dtype="float32"), wrong, seed=0)
 
 
@@ -377,6 +380,17 @@ def test_named_adapter_for_other_rope_settings_is_refused_before_anything_is_loa
     other = dataclasses.replace(preset, extension=dataclasses.replace(preset.extension, rope_base=1e6))
     with pytest.raises(ValueError, match="trained with rope = abf, base 500,000"):
         find_adapter(other, adapter)
+
+
+def test_a_merged_model_ends_its_answers_where_the_base_does(base_folder, adapter, tmp_path):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    ends = {"eos_token_id": [1, 5], "pad_token_id": 1, "do_sample": True, "temperature": 0.6}
+    (base / "generation_config.json").write_text(json.dumps(ends))
+    assert load_base(base, RAISED, dtype="float32").generation_config.eos_token_id == [1, 5]
+    merged = merge_adapter(adapter, base, tmp_path / "merged", dtype="float32")
+    assert json.loads((merged / "generation_config.json").read_text()) == ends
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (merged / name).read_bytes() == (base / name).read_bytes()
 
 
 def test_merging_that_fails_leaves_the_model_of_before(base_folder, adapter, tmp_path):

@@ -203,6 +203,9 @@ def test_a_rope_that_changes_with_the_length_leaves_no_file(written, tmp_path, m
 
 
 def test_numbers_of_a_rope_that_its_config_leaves_empty_are_left_out(written, tmp_path, monkeypatch):
+    write_config(tmp_path / "plain", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "factor": 1.0})
+    command(monkeypatch, "--base", tmp_path / "plain", "--window", 128, "--memory", 1, "--name", "plain")
+    assert load_preset("plain").base.rope_scaling == {}  # plain RoPE has no factor
     rule = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
     write_config(tmp_path / "base", rope_parameters={**rule, "attention_factor": None})
     command(monkeypatch, "--base", tmp_path / "base", "--window", 128, "--memory", 1, "--name", "mine")

@@ -106,15 +106,20 @@ def test_a_preset_that_is_like_none_is_refused(folder, like, message):
         load_preset("mine")
 
 
+def test_a_method_that_raises_no_base_has_the_pretrained_one(folder):
+    (folder / "mine.toml").write_text('like = "tiny"\n[extension]\nwindow = 2048\nmethod = "yarn"\n')
+    assert load_preset("mine").extension.rope_base == 10_000
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("[extension]\nwindw = 2048", r"unknown key 'extension.windw' \(did you mean 'window'\?\)"),
         ("window = 2048", r"unknown key 'window' \(it is a key of \[base\] or \[extension\] or \[training\] or \["),
-        (
-            "[data]\nheld_out = { sotus = 2 }",
-            r"data.held_out names \['sotus'\], which .*: name those, or leave held_out",
-        ),
+        ("[training]\ntokens = 0", "training.tokens = 0: give a whole number above 0, and no steps beside it"),
+        ("[training]\ntokens = 4096\nsteps = 3", "training.tokens = 4096: give a whole number above 0, and no st"),
+        ("[extension]\nmethod = 'none'\nrope_base = 5e5", "rope_base = 500000 of method 'none' must be base.rope_b"),
+        ("[extension]\nrope_base = 5e3", "extension.rope_base = 5000 is below base.rope_base = 10000: leave it out"),
         ('[[data.sources]]\nname = "sotu"\nwight = 1.0', r"'data.sources.0.wight' \(did you mean 'weight'\?\)"),
         ("[evaluation]\ntokens = 512", "evaluation.tokens = 512 is not above base.window = 512"),
     ],
@@ -223,7 +228,6 @@ def test_unknown_preset_names_the_known_ones():
         ("threshold = 0.5", "threshold = 50", r"retrieval\.tasks\.threshold = 50"),
         ("depths = [0.0, 0.25", "depths = [0.25, 0.0", r"retrieval\.tasks\.depths must rise, got \[0\.25, 0\.0"),
         ("depths = [0.0, 0.25", "depths = [0.0, 1.25", r"retrieval\.tasks\.depths\.1 = 1\.25"),
-        ("{ sotu = 18", "{ sotuu = 18", r"held_out names \['sotuu'\]"),
         (
             "[extension]\nwindow = 4096",
             "[extension]\nwindow = 256",

@@ -15,13 +15,12 @@ from llama_long_utils import train as train_command
 from llama_long_utils.data import mixture, tokens
 from llama_long_utils.data.mixture import read_documents
 from llama_long_utils.evaluation.perplexity import token_nll
-from llama_long_utils.model.adapters import read_card
+from llama_long_utils.model.adapters import find_adapter, read_card
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import ADAPTERS, REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import BaseModel, Data
-from llama_long_utils.training import trainer
 from llama_long_utils.training.adapter import _alone, train_adapter
 from llama_long_utils.training.trainer import StepLog
 
@@ -160,19 +159,22 @@ def test_what_cannot_be_evaluated_afterwards_is_said_before_the_training(preset,
     assert "evaluation.tokens" not in capsys.readouterr().out
 
 
-def test_a_run_that_stopped_on_another_device_is_named_when_it_begins_anew(preset, monkeypatch, capsys):
+def test_a_run_goes_on_with_other_threads_libraries_and_checkpoints(preset, expected, monkeypatch, capsys):
+    """What a rented machine has is not what the last one had; and a person may want a checkpoint sooner."""
+    threads = torch.get_num_threads()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped_at(patch, 4)
-        patch.setattr(trainer, "device_name", lambda: "another GPU")
-        train_adapter(preset, name="mine")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stopped_at(patch, 4)
-        train_adapter(preset, settings=dataclasses.replace(preset.training, seed=1), name="mine")
-    assert "stopped unfinished" not in capsys.readouterr().out  # another seed is another run
-    train_adapter(preset, name="mine")
-    said = capsys.readouterr().out
-    assert re.search(r"^mine-\w{16} stopped unfinished on another GPU, .*; on .*it begins anew$", said, re.MULTILINE)
-    assert said.count("stopped unfinished") == 1
+        patch.setattr("llama_long_utils.records.version", lambda _name: "0.1")
+        torch.set_num_threads(threads + 1)
+        try:
+            train_adapter(preset)
+        finally:
+            torch.set_num_threads(threads)
+    other = dataclasses.replace(preset.training, checkpoint_every=2)
+    trained = train_adapter(preset, settings=other)
+    assert "an interrupted run continues after step 3 of 8" in capsys.readouterr().out
+    assert [row["loss"] for row in trained.log] == pytest.approx([row["loss"] for row in expected[1]], rel=1e-4)
+    assert find_adapter(dataclasses.replace(preset, training=preset.training)) == trained.folder
 
 
 def test_a_run_on_a_stream_goes_on_at_the_exact_token(preset, tmp_path, monkeypatch):

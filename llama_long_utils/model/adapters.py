@@ -5,6 +5,7 @@ adapter travels with a card that names all of these by hash, and is compared wit
 """
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from llama_long_utils.cache import digest
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import compute_in_base_dtype
-from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.model.weights import TOKENIZER, load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import ADAPTERS, CARD, REPOSITORY, check_adapter, whole_folder
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
 
@@ -56,6 +57,7 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
     dtype, so that a bf16 residual stream stays bf16. PEFT's `prepare_model_for_kbit_training` would make it fp32.
     """
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear -= {"lm_head", "score"}  # which the loss reads in chunks
     unknown = set(settings.target_modules) - linear
     if unknown:
         raise ValueError(f"lora.target_modules names {sorted(unknown)}: the model's linear layers are {sorted(linear)}")
@@ -158,7 +160,8 @@ def find_adapter(
                 )
         return REPOSITORY / folder
     own = asdict(getattr(preset, stage))
-    own.pop("memory_savings", None)  # they change no gradient
+    for without_effect in ("memory_savings", "checkpoint_every"):  # on a gradient
+        own.pop(without_effect, None)
     numbers = {**(own if stage == "training" else {stage: own}), "lora": asdict(preset.lora)}
     numbers = json.loads(json.dumps({**numbers, "data": asdict(preset.data)}))  # tuples as a card has them
     others: list[str] = []
@@ -176,7 +179,7 @@ def find_adapter(
         if all(getattr(card, name) == value for name, value in needed.items()):
             given = {**card.training, "data": {**card.data, "passes": preset.data.passes}}  # a cap changes nothing
             if stage in given:  # numbers that there were not then are as their defaults
-                given[stage] = {**asdict(type(getattr(preset, stage))()), **given[stage]}
+                given[stage] = {name: {**asdict(type(getattr(preset, stage))()), **given[stage]}[name] for name in own}
             other = {name: given.get(name) for name, value in numbers.items() if given.get(name) != value}
             if not other:
                 return path.parent
@@ -247,7 +250,10 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Pat
     merged = load_adapter(model, adapter, base).merge_and_unload()
     with whole_folder(folder) as scratch:
         merged.to(torch.bfloat16).save_pretrained(scratch)
-        load_tokenizer(base).save_pretrained(scratch)
+        load_tokenizer(base)  # raises if there is none; its files are copied, and what ends an answer
+        for pattern in (*TOKENIZER, "generation_config.json"):
+            for file in base.glob(pattern):
+                shutil.copy(file, scratch / file.name)
         path, rope = scratch / "config.json", card.rope.parameters()
         # What is older than transformers 5 looks here, and would take a base of 10,000 without a word.
         older = {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}

@@ -72,10 +72,15 @@ def load_base(
             # A forward without gradients in eval mode would repack the weights for inference on CPUs
             # with AVX512-BF16, and from then on most LoRA matrices would silently get no gradient.
             module.support_avx512bf16_for_cpu = False
-    model.config.xpos_window = rope.original_window
+    if rope.method == "xpos_abf":
+        model.config.xpos_window = rope.original_window
     if not reward:  # without penalties on repetition and the like, which "greedy" would obey, too
-        model.generation_config = type(model.generation_config).from_model_config(model.config)
-        model.generation_config.use_cache = True
+        plain, ends = (
+            type(model.generation_config).from_model_config(model.config),
+            model.generation_config.eos_token_id,
+        )
+        plain.update(use_cache=True, eos_token_id=ends or plain.eos_token_id)
+        model.generation_config = plain
     check_rope(model, rope)
     return model
 

@@ -26,7 +26,7 @@ from llama_long_utils.settings import ARCHITECTURES, Preset
 
 LOCAL = dict(local_files_only=True, trust_remote_code=False)
 CONFIG = ("config.json",)  # what is fetched from the hub
-TOKENIZER = ("tokenizer*", "config.json", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*_token*.json", "chat_template*")
 WEIGHTS = ("*.safetensors", "*.json", *TOKENIZER)
 
 
@@ -74,13 +74,13 @@ def pretrained_numbers(config: PreTrainedConfig) -> dict[str, Any]:
         "window": config.max_position_embeddings,
         "rope_base": float(rule.pop("rope_theta")),
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "rope_scaling": {} if rule == {"rope_type": "default"} else rule,
+        "rope_scaling": {} if rule["rope_type"] == "default" else rule,  # which has no other numbers
     }
 
 
 def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, for which no weights are needed; raises as `locate_model`, or if config.json has fewer."""
-    folder = _located(str(source), TOKENIZER)
+    folder = _located(str(source), (*TOKENIZER, *CONFIG))
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has no tokenizer (neither tokenizer.json nor tokenizer.model): {_mend(folder)}")
     tokenizer, file = AutoTokenizer.from_pretrained(folder, **LOCAL), folder / "config.json"

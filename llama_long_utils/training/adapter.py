@@ -4,7 +4,6 @@ Every stage has its own folder in runs/PRESET, "training" for the extension itse
 """
 
 import fcntl
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, sa
 from llama_long_utils.model.attention import DOCUMENTS
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.paths import write_atomically
-from llama_long_utils.progress import in_kernel
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.training.planner import USABLE, Plan, plan_training
@@ -55,8 +52,8 @@ def train_adapter(
 ) -> TrainedAdapter:
     """Train LoRA on a preset's base, from a new adapter or the last whole checkpoint; a finished run is only read.
 
-    The run folder, runs/PRESET/training/NAME-KEY, is named by everything that the weights depend on. Processes that a
-    launcher started train together, and the first of them writes; the weights are those of one, up to rounding.
+    The run folder, runs/PRESET/training/NAME-KEY, is named by everything that the weights depend on, up to rounding. So
+    a run goes on with another device, other libraries, or more processes of a launcher, the first of which writes.
 
     `settings` and `scaling` come in place of the preset's [training] and its extended RoPE; the planner adds what the
     preset's memory needs. The run folder's name begins with `name`, or the RoPE method. A line is printed every
@@ -127,7 +124,11 @@ def train_stage(
     (stage, name), savings, base_sha256 = folder, plan.memory_savings, weights_sha256(locate_base(preset))
     asked = replace(settings.memory_savings, optimizer=savings.optimizer)  # what else a plan saves changes no gradient
     depends_on = {"base": base_sha256, "rope": rope, "dtype": preset.base.dtype, "lora": preset.lora, **depends_on}
-    runs = Cache(preset.run_folder / stage, VERSION, run_key(replace(settings, memory_savings=asked), **depends_on))
+    runs = Cache(
+        preset.run_folder / stage,
+        VERSION,
+        run_key(replace(settings, memory_savings=asked, checkpoint_every=1), **depends_on),
+    )
     settings, run = replace(settings, memory_savings=savings), runs.path(name, {}, "")
 
     def work() -> list[dict[str, float]]:
@@ -155,7 +156,6 @@ def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]
 
     def begin() -> list[dict[str, float]]:
         broadcast_object_list([None])  # so that the others begin, too
-        _tell_of_others(runs, name)
         return work()
 
     if not state.is_main_process:
@@ -179,18 +179,6 @@ def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]
             raise RuntimeError(f"the disk that holds {folder} is full: make room and run again; {goes_on}") from error
     broadcast_object_list([log])
     return log
-
-
-def _tell_of_others(runs: Cache, name: str) -> None:
-    """Say which runs, alike but for device or libraries, stopped before their end: this one begins anew."""
-    mark, own = runs.path(name, {}, ".begun"), runs.key(name, {})
-    write_atomically(mark, json.dumps(own).encode())
-    for other in sorted({*mark.parent.glob("*.begun")} - {mark}):
-        stopped = other.with_suffix("").is_dir() and not other.with_suffix(".json").exists()
-        key = json.loads(other.read_bytes())
-        if stopped and not in_kernel() and own == key | {place: own[place] for place in ("device", "versions")}:
-            then, now = (f"{one['device']}, {one['versions']}" for one in (key, own))
-            print(f"{other.stem} stopped unfinished on {then}; on {now} it begins anew", flush=True)
 
 
 def _is_whole(adapter: Path) -> bool:

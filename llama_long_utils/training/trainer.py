@@ -27,7 +27,6 @@ from llama_long_utils.model.attention import share_context
 from llama_long_utils.model.loss import Model, causal_lm, patch_loss
 from llama_long_utils.paths import file_sha256, write_atomically
 from llama_long_utils.progress import in_kernel, progress_bar
-from llama_long_utils.records import device_name, package_versions
 from llama_long_utils.settings import TrainingSettings
 from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
 from llama_long_utils.training.memory_savings import apply_memory_savings, offload_checkpoints
@@ -255,9 +254,8 @@ VERSION = 2  # of what a run computes: raise it when this loop, the loss, `load_
 
 
 def run_key(settings: TrainingSettings, data: str, **other: Any) -> dict[str, Any]:
-    """Everything that the numbers of a run depend on; equal weights need equal libraries and threads, too.
+    """Everything that the numbers of a run depend on, up to rounding, which differs with libraries and devices.
 
     `data` is a digest of the texts that settings and seed make sequences of, such as `TrainingData.key`.
     """
-    versions = {"training": VERSION, **package_versions()}
-    return {"settings": settings, "data": data, "device": device_name(), "versions": versions, **other}
+    return {"settings": settings, "data": data, "training": VERSION, **other}
