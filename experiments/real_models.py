@@ -12,6 +12,7 @@ from experiments.dose_record import SECOND_SLUG, SEEN, Readings
 from llama_long_utils.evaluation.statistics import FEWEST
 from llama_long_utils.figures import BLACK, BLUE, GREY, PINK, RED, TEAL, intervals, plt, save_figure
 from llama_long_utils.notebooks import measured
+from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, recorded
 
@@ -252,8 +253,11 @@ def read_other_texts(results: DoseResults) -> OtherTexts | None:
 
 
 def read_dose_results(presets: list[str]) -> dict[str, DoseResults]:
-    """The dose records of those presets that have one."""
+    """The dose records of those presets that have one; ValueError if none has."""
     found = {preset: recorded(preset, "06_dose_response") for preset in presets}
+    if not any(found.values()):
+        have = sorted(path.parent.name for path in RESULTS.glob("*/06_dose_response.json"))
+        raise ValueError(f"no preset of {presets} has a record 06_dose_response: name one of {have}")
     return {preset: DoseResults(preset, record) for preset, record in found.items() if record}
 
 

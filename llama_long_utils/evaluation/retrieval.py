@@ -49,8 +49,9 @@ def replies(model: PreTrainedModel | PeftModel, items: Sequence[RetrievalItem], 
     ids = torch.from_numpy(np.stack([item.token_ids for item in items]))
     cache = DynamicCache(config=inner.config) if generate else None
     with in_compute_dtype(model):
-        kept = {"past_key_values": cache, "use_cache": generate}
-        hidden = inner.model(input_ids=ids.to(model.device), **kept).last_hidden_state
+        hidden = inner.model(
+            input_ids=ids.to(model.device), past_key_values=cache, use_cache=generate
+        ).last_hidden_state
     logits = head(hidden[:, -most - 1 : -1].to(head.weight.dtype)).float().cpu()  # the last token has none after it
     answers, likeliest = ids[:, -most:], logits.argmax(-1)
     log_probabilities = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
