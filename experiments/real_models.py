@@ -252,10 +252,10 @@ def read_other_texts(results: DoseResults) -> OtherTexts | None:
     return OtherTexts(sets, results.largest("full"), control, other.table("held_out").repeats_itself.to_numpy())
 
 
-def read_dose_results(presets: list[str]) -> dict[str, DoseResults]:
-    """The dose records of those presets that have one; ValueError if none has."""
+def read_dose_results(presets: list[str], *, needed: bool = False) -> dict[str, DoseResults]:
+    """The dose records of those presets that have one; ValueError if one is `needed`, and none has."""
     found = {preset: recorded(preset, "06_dose_response") for preset in presets}
-    if not any(found.values()):
+    if needed and not any(found.values()):
         have = sorted(path.parent.name for path in RESULTS.glob("*/06_dose_response.json"))
         raise ValueError(f"no preset of {presets} has a record 06_dose_response: name one of {have}")
     return {preset: DoseResults(preset, record) for preset, record in found.items() if record}

@@ -41,6 +41,8 @@ def results():
 def test_only_presets_with_a_record_are_read(results):
     assert results.preset == "smollm2"
     assert read_dose_results(["no such preset"]) == {}
+    with pytest.raises(ValueError, match=r"06_dose_response: name one of \['qwen2.5-coder-1.5b', 'smollm2'\]"):
+        read_dose_results(["no such preset"], needed=True)
     assert all(table.empty for table in read_tasks("no such preset"))
 
 
