@@ -23,8 +23,8 @@ def why_not(page: str, error: BaseException) -> str:
             return f"there is no huggingface.co/{page}, or it is private: check the name, or {TOKEN}"
         if status == 401:
             return f"the hub does not know this token: {TOKEN}"
-    if any(type(one).__name__ in ("DatasetNotFoundError", "RevisionNotFoundError") for one in causes):
-        return f"huggingface.co/{page} has no such data set or revision: check both"
+    if {type(one).__name__ for one in causes} & {"DatasetNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
+        return f"the hub has no {page}, or not in this revision: check both, names there are owner/name"
     return (
         f"no connection ({type(error).__name__}): run again when there is one, what is here already is not fetched "
         "again; without a network the preset 'tiny' runs"
