@@ -210,7 +210,7 @@ def run_preference(preset: Preset, adapter: Path, out: Path, scope: Scope = Scop
     held_out = mixture.held_out()
     test, start = ask(held_out, tokenizer, preset, TESTED, 1000), load_policy(preset, adapter)
     arms, rows, logs, rated = [("sft", 0, adapter, {})], [], [], []
-    key = {"start": weights_sha256(adapter), "device": device_name(), "base": weights_sha256(locate_base(preset))}
+    key = {"start": weights_sha256(adapter), "base": weights_sha256(locate_base(preset))}
     for seed in scope.seeds:
         settings = replace(preset.preference, seed=seed)
         seeded = replace(preset, preference=settings)

@@ -28,9 +28,10 @@ from llama_long_utils.evaluation.retrieval_items import first_sentence_items
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import RESULTS
+from llama_long_utils.presets import RAISED
 from llama_long_utils.progress import track
 from llama_long_utils.records import papermill_command, read_record, read_table, write_arrays, write_record
-from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings
+from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings, raised_base
 from llama_long_utils.training.adapter import train_adapter
 
 SLUG = "11_ablations"
@@ -67,10 +68,18 @@ def arm_rope(preset: Preset, method: str) -> Scaling:
     return dataclasses.replace(
         preset.control_rope,
         method=method,
-        base=preset.extension.rope_base if method in ("abf", "xpos_abf") else preset.base.rope_base,
+        base=raised(preset) if method in RAISED else preset.base.rope_base,
         pair_factors=preset.race.pair_factors if method == "longrope" else (),
         rotated_share=preset.race.rotated_share if method == "proportional" else 1.0,
     )
+
+
+def raised(preset: Preset) -> float:
+    """The extension's RoPE base, or what it would be if its method raised one."""
+    base, extension = preset.base, preset.extension
+    if extension.method in RAISED:
+        return extension.rope_base
+    return raised_base(base.head_dim, base.rope_base, base.window, extension.window)
 
 
 def arm_training(preset: Preset, arm: Arm) -> TrainingSettings | None:

@@ -58,15 +58,14 @@ class Cache:
     def path(self, name: str, inputs: Mapping[str, Any], suffix: str) -> Path:
         """Where a result is kept: a readable name and the digest of its key."""
         readable = re.sub(r"[^A-Za-z0-9._-]+", ".", name)[:80]
-        return self.folder / f"{readable}-{digest(self.key(name, inputs))}{suffix}"
+        return self.folder / f"{readable}-{digest(self._key(name, inputs))}{suffix}"
 
-    def key(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that a result depends on, as JSON has it."""
+    def _key(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(_as_json({"name": name, "version": self.version, **self.inputs, **inputs}))
 
     def kept(self, name: str, inputs: Mapping[str, Any], suffix: str) -> Any:
         """What a file holds; None if it is not there, or not whole, which a line says."""
-        path, key = self.path(name, inputs, suffix), self.key(name, inputs)
+        path, key = self.path(name, inputs, suffix), self._key(name, inputs)
         if not path.is_file():
             return None
         try:
@@ -89,7 +88,7 @@ class Cache:
         """Arrays by name, as `make` returns them, from their file or made now."""
         found = self.kept(name, inputs, ".npz")
         if found is None:
-            found, key = make(), np.array(_as_json(self.key(name, inputs)))
+            found, key = make(), np.array(_as_json(self._key(name, inputs)))
             write_arrays(self.path(name, inputs, ".npz"), {**found, KEY: key})  # a zip: each member has a CRC
         return found
 
@@ -102,7 +101,7 @@ class Cache:
         return found
 
     def _keep(self, name: str, inputs: Mapping[str, Any], content: Any) -> None:
-        stored = {"key": self.key(name, inputs), "sha256": _checksum(content), "content": content}
+        stored = {"key": self._key(name, inputs), "sha256": _checksum(content), "content": content}
         write_atomically(self.path(name, inputs, ".json"), json.dumps(stored).encode())
 
     def items(

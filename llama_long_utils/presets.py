@@ -18,6 +18,7 @@ RAISED = ("abf", "xpos_abf")  # methods with a RoPE base of their own
 Numbers = TypeVar("Numbers")  # a dataclass of settings
 REPLACED = {  # (section, key that a preset gives): keys of the preset it is like that no longer hold
     ("extension", "window"): ("rope_base",),
+    ("extension", "method"): ("rope_base",),
     ("data", "sources"): ("held_out", "minimum_characters"),
     ("training", "steps"): ("tokens", "warmup_steps", "checkpoint_every"),
     ("training", "tokens"): ("steps", "warmup_steps", "checkpoint_every"),
@@ -98,8 +99,8 @@ def follow_window(values: dict[str, Any]) -> None:
     plain = [base.get(key) for key in ("head_dim", "rope_base")]
     if extension.get("method") == "abf" and all(isinstance(n, int | float) and 1 < n < 1e12 for n in plain):
         extension.setdefault("rope_base", raised_base(*plain, old, max(old, window)))
-    elif extension.get("method") not in RAISED:
-        extension.setdefault("rope_base", base.get("rope_base"))
+    elif extension.get("method") not in RAISED and "rope_base" in base:
+        extension.setdefault("rope_base", base["rope_base"])
     halved = {window >> times for times in range(8) if window >> times >= 128}
     edges = sorted({1, 4, 16, 64} | halved | {mark for mark in (old, tokens) if 64 < mark < window})
     lengths = sorted({min(256, window)} | {window >> times for times in range(6) if window >> times >= 256})
@@ -114,9 +115,10 @@ def follow_window(values: dict[str, Any]) -> None:
     }.items():
         section = _section(values, *names)
         section.update({**defaults, **section})
-    numbers = [training.get(key) for key in ("tokens", "window", "sequences_per_step")]
-    if "steps" not in training and all(isinstance(number, int) and number > 0 for number in numbers):
-        training["steps"] = max(1, training.pop("tokens") // (numbers[1] * numbers[2]))
+    sizes = [training.get(key) for key in ("window", "sequences_per_step")]
+    if "steps" not in training and isinstance(tokens := training.get("tokens"), int) and tokens > 0:
+        whole = all(isinstance(size, int) and size > 0 for size in sizes)  # else they are refused later
+        training["steps"] = max(1, training.pop("tokens") // (sizes[0] * sizes[1] if whole else tokens))
     if isinstance(steps := training.get("steps"), int):
         training.setdefault("warmup_steps", steps // 10)
         training.setdefault("checkpoint_every", min(20, max(1, steps // 4)))

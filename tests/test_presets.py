@@ -107,7 +107,7 @@ def test_a_preset_that_is_like_none_is_refused(folder, like, message):
 
 
 def test_a_method_that_raises_no_base_has_the_pretrained_one(folder):
-    (folder / "mine.toml").write_text('like = "tiny"\n[extension]\nwindow = 2048\nmethod = "yarn"\n')
+    (folder / "mine.toml").write_text('like = "tiny"\n[extension]\nmethod = "yarn"\n')
     assert load_preset("mine").extension.rope_base == 10_000
 
 
@@ -117,6 +117,7 @@ def test_a_method_that_raises_no_base_has_the_pretrained_one(folder):
         ("[extension]\nwindw = 2048", r"unknown key 'extension.windw' \(did you mean 'window'\?\)"),
         ("window = 2048", r"unknown key 'window' \(it is a key of \[base\] or \[extension\] or \[training\] or \["),
         ("[training]\ntokens = 0", "training.tokens = 0: give a whole number above 0, and no steps beside it"),
+        ("[training]\ntokens = 4096\nsequences_per_step = 0", "training.sequences_per_step = 0: Input should be great"),
         ("[training]\ntokens = 4096\nsteps = 3", "training.tokens = 4096: give a whole number above 0, and no st"),
         ("[extension]\nmethod = 'none'\nrope_base = 5e5", "rope_base = 500000 of method 'none' must be base.rope_b"),
         ("[extension]\nrope_base = 5e3", "extension.rope_base = 5000 is below base.rope_base = 10000: leave it out"),

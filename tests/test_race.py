@@ -41,7 +41,7 @@ from llama_long_utils.model.weights import locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_table, recorded, write_record
-from llama_long_utils.settings import METHODS
+from llama_long_utils.settings import METHODS, raised_base
 from tools.kernels import forked
 
 EQUAL_SECONDS = "-equal-seconds"
@@ -167,6 +167,12 @@ def test_base_is_raised_for_abf_only(preset):
     raised = {method for method in METHODS if method != "longrope"
               if arm_rope(preset, method).base == preset.extension.rope_base}  # fmt: skip
     assert raised == {"abf", "xpos_abf"}
+
+
+def test_base_is_raised_where_the_extension_has_a_method_that_raises_none(preset):
+    other = dataclasses.replace(preset.extension, method="yarn", rope_base=preset.base.rope_base)
+    bases = [arm_rope(dataclasses.replace(preset, extension=other), method).base for method in ("none", "abf")]
+    assert bases == [preset.base.rope_base, raised_base(64, preset.base.rope_base, 512, 4096)]
 
 
 def test_unknown_arm_is_one_clear_error(preset):

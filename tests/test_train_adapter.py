@@ -171,8 +171,12 @@ def test_a_run_goes_on_with_other_threads_libraries_and_checkpoints(preset, expe
         finally:
             torch.set_num_threads(threads)
     other = dataclasses.replace(preset.training, checkpoint_every=2)
-    trained = train_adapter(preset, settings=other)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_at(patch, 5)
+        train_adapter(preset, settings=other)
     assert "an interrupted run continues after step 3 of 8" in capsys.readouterr().out
+    trained = train_adapter(preset, settings=other)
+    assert "an interrupted run continues after step 4 of 8" in capsys.readouterr().out
     assert [row["loss"] for row in trained.log] == pytest.approx([row["loss"] for row in expected[1]], rel=1e-4)
     assert find_adapter(dataclasses.replace(preset, training=preset.training)) == trained.folder
 

@@ -212,7 +212,7 @@ def next_sentence_rows(
         lengths: tokens of the prompt and the longest choice, about; those that no document is long enough for, which
             has to have more than twice as many, are left out.
         count: questions at each length, from the documents in turn; fewer, which a line says, where a document has no
-            fitting sentences.
+            fitting sentences, or no more of them.
 
     Raises:
         ValueError: no document is long enough for any of them, or none has sentences.
@@ -266,6 +266,7 @@ def next_sentence_rows(
     if (asked := len(rows) // len(lengths)) < count:
         print(
             f"next_sentence: {asked} questions at each length, not {count}: the other tries found no four sentences to "
-            f"choose among, or too little text before them ({len(fitting)} held-out documents are long enough)"
+            f"choose among, none that was not asked for yet, or too little text before them "
+            f"({len(fitting)} held-out documents are long enough)"
         )
     return rows

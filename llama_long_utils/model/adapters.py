@@ -29,6 +29,7 @@ from llama_long_utils.model.weights import TOKENIZER, load_tokenizer, locate_bas
 from llama_long_utils.paths import ADAPTERS, CARD, REPOSITORY, check_adapter, whole_folder
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
 
+NO_GRADIENT = {"memory_savings", "checkpoint_every"}  # settings that change none
 README = Path(__file__).with_name("adapter_readme.md.in")
 OWN_ARM = "quotations"  # what a card says that is no experiment's
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]  # ends of names: "norm" means q_norm and k_norm, too
@@ -159,9 +160,7 @@ def find_adapter(
                     f"{preset.name!r} has {value}: use the preset it was trained with"
                 )
         return REPOSITORY / folder
-    own = asdict(getattr(preset, stage))
-    for without_effect in ("memory_savings", "checkpoint_every"):  # on a gradient
-        own.pop(without_effect, None)
+    own = {name: value for name, value in asdict(getattr(preset, stage)).items() if name not in NO_GRADIENT}
     numbers = {**(own if stage == "training" else {stage: own}), "lora": asdict(preset.lora)}
     numbers = json.loads(json.dumps({**numbers, "data": asdict(preset.data)}))  # tuples as a card has them
     others: list[str] = []
@@ -250,10 +249,9 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Pat
     merged = load_adapter(model, adapter, base).merge_and_unload()
     with whole_folder(folder) as scratch:
         merged.to(torch.bfloat16).save_pretrained(scratch)
-        load_tokenizer(base)  # raises if there is none; its files are copied, and what ends an answer
-        for pattern in (*TOKENIZER, "generation_config.json"):
-            for file in base.glob(pattern):
-                shutil.copy(file, scratch / file.name)
+        load_tokenizer(base)  # raises if there is none
+        for file in (file for pattern in TOKENIZER for file in base.glob(pattern)):
+            shutil.copy(file, scratch)
         path, rope = scratch / "config.json", card.rope.parameters()
         # What is older than transformers 5 looks here, and would take a base of 10,000 without a word.
         older = {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}

@@ -79,7 +79,7 @@ def load_base(
             type(model.generation_config).from_model_config(model.config),
             model.generation_config.eos_token_id,
         )
-        plain.update(use_cache=True, eos_token_id=ends or plain.eos_token_id)
+        plain.update(use_cache=True, eos_token_id=plain.eos_token_id if ends is None else ends)
         model.generation_config = plain
     check_rope(model, rope)
     return model

@@ -164,7 +164,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder}/config.json: {' '.join(str(error).split())}") from None
     if sliding := getattr(config, "sliding_window", None):
         raise ValueError(f"{folder} attends to the last {sliding:,} tokens only (sliding_window): use another base")
-    if (share := config.rope_parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+    if (share := config.rope_parameters.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError(f"{folder} has partial_rotary_factor {share:g}, which no Llama knows: use another base")
     return config
 

@@ -53,7 +53,7 @@ def train_adapter(
     """Train LoRA on a preset's base, from a new adapter or the last whole checkpoint; a finished run is only read.
 
     The run folder, runs/PRESET/training/NAME-KEY, is named by everything that the weights depend on, up to rounding. So
-    a run goes on with another device, other libraries, or more processes of a launcher, the first of which writes.
+    a run goes on with another device of the same dtype, other libraries, or more processes, the first of which writes.
 
     `settings` and `scaling` come in place of the preset's [training] and its extended RoPE; the planner adds what the
     preset's memory needs. The run folder's name begins with `name`, or the RoPE method. A line is printed every

@@ -24,7 +24,6 @@ from llama_long_utils.model.adapters import load_adapter, read_card
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.loss import Model, causal_lm, hidden_states, in_compute_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.records import device_name
 from llama_long_utils.settings import Preset
 from llama_long_utils.stages import Preference
 from llama_long_utils.training.planner import GIB, model_shape
@@ -170,7 +169,7 @@ def collect(preset: Preset, adapter: Path) -> tuple[list[Asked], list[Comparison
         own = {"seed": int(digest(settings.seed, part[0])[:8], 16), "at_once": at_once}
         return sample_answers(model(), tokenizer, [prompts[number] for number in part], settings, **own)
 
-    depends_on = {"start": weights_sha256(adapter), "device": device_name(), "prompts": digest(prompts)}
+    depends_on = {"start": weights_sha256(adapter), "prompts": digest(prompts)}
     depends_on |= {"settings": [settings.answer_tokens, settings.temperature, settings.seed], "at_once": at_once}
     kept = Cache(preset.run_folder / "answers", VERSION, depends_on)
     found = kept.items("sampled", order, write, item_key=int, at_once=at_once, progress="sampling answers")

@@ -230,9 +230,10 @@ def _tune(
             trainer.add_callback(callback)
         return trainer, {number: sum(len(row.get(side, ())) for side in ANSWERS) for number, row in enumerate(rows)}
 
-    began = {"start": weights_sha256(adapter), "preference": asdict(settings)}
+    once = {name: replace(getattr(settings, name), checkpoint_every=1) for name in ("reward", "rl", "dpo")}
+    began = {"start": weights_sha256(adapter), "preference": asdict(replace(settings, **once))}
     given = {"depends_on": {"data": digest(rows), "reward": reward, **began}, "noted": {"stage": stage, **began}}
-    options = {"report_every": progress, "build": build_trainer}
+    options = {"report_every": progress, "build": build_trainer, "rewarded": stage == "rl"}
     return train_stage(preset, (stage, name or stage), training, plan, rope, load, rows, **given, **options)
 
 

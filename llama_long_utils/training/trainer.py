@@ -64,6 +64,7 @@ def train(
     gaps_gib: float = GAPS_GIB,
     context_parallel: int = 1,
     build: "Build | None" = None,
+    rewarded: bool = False,
 ) -> list[dict[str, float]]:
     """Train in place and return one row per step: step, tokens, loss (nats), learning_rate, ...
 
@@ -71,7 +72,7 @@ def train(
     one, or only reads it if the run had finished.
 
     A line is printed every `report_every` steps, `gaps_gib` of free memory may stay resident (`give_back_gaps`), and
-    `context_parallel` processes share a sequence. `build` makes the `Trainer`.
+    `context_parallel` processes share a sequence. `build` makes the `Trainer`; answers `rewarded` may be alike.
 
     Raises:
         ValueError: `sequences` are not what the settings ask for, or do not divide among the processes.
@@ -134,7 +135,7 @@ def train(
         seed=settings.seed,
     )
     trainer, labels = (build or plain_trainer)(model, sequences, division, arguments)
-    log = StepLog(labels, settings, report_every, step, rewarded=bool(build))
+    log = StepLog(labels, settings, report_every, step, rewarded)
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
     if isinstance(causal_lm(model).model, FSDPModule):  # `shard_base`
@@ -175,6 +176,9 @@ class StepLog(TrainerCallback):
         self.labels, self.settings, self.report_every, self.saved = labels, settings, every, saved
         self.checked, self.rewarded, self.started = False, rewarded, time.perf_counter()
         self.report_done: Callable[[float], None] = lambda _steps: None
+
+    def on_train_begin(self, arguments: TrainingArguments, state: TrainerState, *_: Any, **_options: Any) -> None:
+        state.save_steps = arguments.save_steps  # not those of the run that is continued
 
     def on_pre_optimizer_step(self, *_: Any, model: Model, **_options: Any) -> None:
         self.checked = self.checked or not isinstance(model, PeftModel) or check_lora_gradients(model, self.rewarded)
@@ -254,8 +258,5 @@ VERSION = 2  # of what a run computes: raise it when this loop, the loss, `load_
 
 
 def run_key(settings: TrainingSettings, data: str, **other: Any) -> dict[str, Any]:
-    """Everything that the numbers of a run depend on, up to rounding, which differs with libraries and devices.
-
-    `data` is a digest of the texts that settings and seed make sequences of, such as `TrainingData.key`.
-    """
+    """All that a run's numbers depend on, but for rounding; `data` is a digest of its texts, as `TrainingData.key`."""
     return {"settings": settings, "data": data, "training": VERSION, **other}
