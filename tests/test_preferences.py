@@ -43,6 +43,7 @@ from llama_long_utils.presets import load_preset
 from llama_long_utils.records import recorded
 from llama_long_utils.stages import Preference, PreferenceStage
 from llama_long_utils.training import comparisons, preferences
+from llama_long_utils.training import trainer as trainer_module
 from llama_long_utils.training.comparisons import Asked, Comparison, compare, load_reward_model, rewards, sample_answers
 from llama_long_utils.training.ledger import StepShape, ledger
 from llama_long_utils.training.planner import GIB, USABLE, leanest, model_shape, predict
@@ -245,6 +246,21 @@ def test_a_reward_model_trains_where_trl_mixes_fp32_and_bf16(preset, start):
         rewards(model, [[*one.prompt, *getattr(one, side)] for one in pairs()]) for side in ("chosen", "rejected")
     )
     assert np.mean(np.array(better) > worse) >= 5 / 6
+
+
+def test_only_sampled_answers_may_be_rewarded_alike(preset, start, monkeypatch):
+    """Elsewhere gradients that are all zero are a fault, and stop the training."""
+    seen = []
+    monkeypatch.setattr(trainer_module, "check_lora_gradients", lambda _model, rewarded: seen.append(rewarded) or True)
+    preferences.train_reward_model(preset, pairs(), start, name="looked-at")
+    preferences.optimise_policy(preset, random_rows(4), any_reward, start, name="looked-at")
+    assert seen == [False, True]
+
+
+def test_a_run_is_the_same_whenever_its_checkpoints_come(preset, start):
+    trained = preferences.train_dpo(preset, pairs(), start, name="often")
+    often = dataclasses.replace(NUMBERS, dpo=dataclasses.replace(STAGE, checkpoint_every=2))
+    assert preferences.train_dpo(preset, pairs(), start, name="often", settings=often).folder == trained.folder
 
 
 def test_a_reward_model_computes_in_the_base_dtype_where_embeddings_are_trained(preset, tmp_path):
