@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,7 +229,7 @@ def test_a_copy_of_a_patched_model_computes_with_its_own_weights():
 
 def test_a_head_that_is_no_plain_product_is_refused():
     """The weight alone would silently leave its adapter, its bias or a scale out."""
-    on_head = add_lora(new_llama(seed=0), dataclasses.replace(LORA, target_modules=["lm_head"]), seed=0)
+    on_head = get_peft_model(new_llama(seed=0), LoraConfig(target_modules=["lm_head"]))
     with_bias, capped = new_llama(seed=0), new_llama(seed=0)
     with_bias.lm_head = torch.nn.Linear(64, 128)
     capped.config.final_logit_softcapping = 30.0
