@@ -68,8 +68,9 @@ def _read(name: str, *inheriting: str) -> dict[str, Any]:
         raise ValueError(f"presets/{name}.toml: like = {like!r}: use one of {others}{closest(str(like), others)}")
     inherited = _read(like, name, *inheriting)
     for (section, given), follow in REPLACED.items():
-        for key in follow if given in _section(values, section) else ():
-            _section(inherited, section).pop(key, None)
+        own, theirs = _section(values, section), _section(inherited, section)
+        for key in follow if given in own and own[given] != theirs.get(given) else ():
+            theirs.pop(key, None)
     return _merged(inherited, values)
 
 
@@ -97,7 +98,7 @@ def follow_window(values: dict[str, Any]) -> None:
     tokens = tokens_of("evaluation", "tokens", window)
     extension, base, training = (_section(values, name) for name in ("extension", "base", "training"))
     plain = [base.get(key) for key in ("head_dim", "rope_base")]
-    if extension.get("method") == "abf" and all(isinstance(n, int | float) and 1 < n < 1e12 for n in plain):
+    if extension.get("method") in RAISED and all(isinstance(n, int | float) and 1 < n < 1e12 for n in plain):
         extension.setdefault("rope_base", raised_base(*plain, old, max(old, window)))
     elif extension.get("method") not in RAISED and "rope_base" in base:
         extension.setdefault("rope_base", base["rope_base"])

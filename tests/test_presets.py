@@ -111,6 +111,12 @@ def test_a_method_that_raises_no_base_has_the_pretrained_one(folder):
     assert load_preset("mine").extension.rope_base == 10_000
 
 
+@pytest.mark.parametrize(("method", "base"), [("abf", 500_000), ("xpos_abf", 640_000)])
+def test_a_method_that_raises_the_base_has_the_inherited_one_only_if_it_is_the_same(folder, method, base):
+    (folder / "mine.toml").write_text(f'like = "tiny"\n[extension]\nmethod = "{method}"\n')
+    assert load_preset("mine").extension.rope_base == base
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -178,7 +178,8 @@ def find_adapter(
         if all(getattr(card, name) == value for name, value in needed.items()):
             given = {**card.training, "data": {**card.data, "passes": preset.data.passes}}  # a cap changes nothing
             if stage in given:  # numbers that there were not then are as their defaults
-                given[stage] = {name: {**asdict(type(getattr(preset, stage))()), **given[stage]}[name] for name in own}
+                whole = {**asdict(type(getattr(preset, stage))()), **given[stage]}
+                given[stage] = {name: whole[name] for name in own}
             other = {name: given.get(name) for name, value in numbers.items() if given.get(name) != value}
             if not other:
                 return path.parent

@@ -75,10 +75,8 @@ def load_base(
     if rope.method == "xpos_abf":
         model.config.xpos_window = rope.original_window
     if not reward:  # without penalties on repetition and the like, which "greedy" would obey, too
-        plain, ends = (
-            type(model.generation_config).from_model_config(model.config),
-            model.generation_config.eos_token_id,
-        )
+        published = model.generation_config
+        plain, ends = type(published).from_model_config(model.config), published.eos_token_id
         plain.update(use_cache=True, eos_token_id=plain.eos_token_id if ends is None else ends)
         model.generation_config = plain
     check_rope(model, rope)

@@ -124,11 +124,8 @@ def train_stage(
     (stage, name), savings, base_sha256 = folder, plan.memory_savings, weights_sha256(locate_base(preset))
     asked = replace(settings.memory_savings, optimizer=savings.optimizer)  # what else a plan saves changes no gradient
     depends_on = {"base": base_sha256, "rope": rope, "dtype": preset.base.dtype, "lora": preset.lora, **depends_on}
-    runs = Cache(
-        preset.run_folder / stage,
-        VERSION,
-        run_key(replace(settings, memory_savings=asked, checkpoint_every=1), **depends_on),
-    )
+    key = run_key(replace(settings, memory_savings=asked, checkpoint_every=1), **depends_on)
+    runs = Cache(preset.run_folder / stage, VERSION, key)
     settings, run = replace(settings, memory_savings=savings), runs.path(name, {}, "")
 
     def work() -> list[dict[str, float]]:

@@ -72,7 +72,8 @@ def train(
     one, or only reads it if the run had finished.
 
     A line is printed every `report_every` steps, `gaps_gib` of free memory may stay resident (`give_back_gaps`), and
-    `context_parallel` processes share a sequence. `build` makes the `Trainer`; answers `rewarded` may be alike.
+    `context_parallel` processes share a sequence. `build` makes the `Trainer`. If answers are `rewarded`, they
+    may be equally good, and a step have no gradient.
 
     Raises:
         ValueError: `sequences` are not what the settings ask for, or do not divide among the processes.
