@@ -54,6 +54,8 @@ def arguments() -> argparse.Namespace:
         help="instead: full-length training of --methods in N times as many steps, in a record of its own",
     )
     race.add_argument("--methods", nargs="+", metavar="METHOD", help="with --times (default: none pi abf xpos_abf)")
+    rate = above(0, "learning rate: give a number above 0, for example 5e-4")
+    race.add_argument("--learning-rate", type=rate, help="with --times (default: the preset's)")
     arm = commands.add_parser("arm", help="one arm of the race (`make race` measures several at a time)")
     arm.add_argument("method", help="a RoPE method")
     arm.add_argument("training", help="a name in [race.trainings], or zero-shot")
@@ -160,8 +162,9 @@ def arguments() -> argparse.Namespace:
     corpus.add_argument("--out", type=Path, default=RESULTS / "tiny", metavar="FOLDER", help="of the record")
     commands.add_parser("tiny-llama", help="train data/tiny-llama again (one to two hours; needs a C++ compiler)")
     asked = parser.parse_args()
-    if asked.command == "race" and asked.methods and not asked.times:
-        parser.error("--methods is for a longer race: give --times N with it")
+    for name in ("methods", "learning_rate"):
+        if asked.command == "race" and getattr(asked, name) and not asked.times:
+            parser.error(f"--{name.replace('_', '-')} is for a longer race: give --times N with it")
     if asked.command == "gpu" and asked.device == "cpu" and not asked.doll:
         parser.error("a CPU is too slow for models of 8B parameters: add --doll")
     maybe = any(map(Path.exists, GPUS)) or shutil.which("nvidia-smi")  # torch, which knows, takes a minute
@@ -271,13 +274,14 @@ def run(asked: argparse.Namespace) -> Path | None:
     if asked.command == "race":
         from experiments.race import race_arms, run_race
         from experiments.race_longer import longer_race
-        from experiments.race_longer_results import METHODS, SLUG
+        from experiments.race_longer_results import METHODS, OTHER_RATE, SLUG
 
         if asked.times:
-            methods = asked.methods or [*METHODS]
-            longer, arms = longer_race(preset, asked.times, methods)
+            methods, rate = asked.methods or [*METHODS], asked.learning_rate
+            longer, arms = longer_race(preset, asked.times, methods, rate)
             options = f" --times {asked.times} --methods {' '.join(methods)}"
-            return run_race(longer, arms, RESULTS / preset.name, SLUG, options)
+            options += f" --learning-rate {rate:g}" if rate else ""
+            return run_race(longer, arms, RESULTS / preset.name, OTHER_RATE if rate else SLUG, options)
         return run_race(preset, race_arms(preset), RESULTS / preset.name)
     if asked.command == "arm":
         from experiments.race import Arm, race_arms, run_arm

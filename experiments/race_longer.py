@@ -24,6 +24,18 @@ What came out. (1) is open: PI's interval holds 0.1 nat. (As committed, without 
 and (6) hold, (4) in its first part: ABF has no more at 4,096 tokens than before. (5) is open. (3) is refuted: plain
 RoPE, trained as long, reads better past the old window than PI, and nearly as well as ABF. But it does not retrieve
 there. (The paper's 20% is that of its main models. Its ablation, 80B tokens, is 4% of Llama 2's training, as here.)
+
+Does its learning rate decide that? It is the race's, for 16 times as many steps, and was not tuned. So PI, ABF and
+unscaled RoPE were trained again at a quarter of it (`--times 16 --learning-rate 5e-4`), all else equal.
+Expected, written before any of these arms was trained:
+(7) At 2,048 tokens ABF retrieves more at the lower rate than at the higher, beyond the interval. Refuted if it
+retrieves less beyond it.
+(8) There it does not retrieve less than after 20 steps. Refuted if it does, beyond the interval; it holds if the mean
+is not below.
+(9) Unscaled RoPE reads worse than ABF past the old window, beyond the interval. Refuted if the difference, with its
+interval, is below 0.01 nat.
+(10) PI reads worse than unscaled RoPE there, as at the higher rate. Refuted if it reads better beyond the interval.
+If (7) and (9) hold, the rate explains what notebook 11 leaves open. If (7) is refuted, it does not.
 """
 
 import dataclasses
@@ -34,8 +46,12 @@ from experiments.race_results import FULL_LENGTH
 from llama_long_utils.settings import Preset
 
 
-def longer_race(preset: Preset, times: int, methods: Sequence[str]) -> tuple[Preset, list[Arm]]:
+def longer_race(
+    preset: Preset, times: int, methods: Sequence[str], learning_rate: float | None = None
+) -> tuple[Preset, list[Arm]]:
     """A preset whose race is full-length training of some methods, in `times` as many steps, and its arms.
+
+    `learning_rate` is the preset's unless it is given.
 
     Raises:
         ValueError: the race has no full-length training, or not of such a method.
@@ -46,5 +62,7 @@ def longer_race(preset: Preset, times: int, methods: Sequence[str]) -> tuple[Pre
             f"preset {preset.name!r} trains {way.methods if way else 'no method'} at full length: name those"
         )
     way = dataclasses.replace(way, methods=list(methods), steps=times * way.steps)
-    longer = dataclasses.replace(preset, race=dataclasses.replace(preset.race, trainings={FULL_LENGTH: way}))
+    training = dataclasses.replace(preset.training, learning_rate=learning_rate or preset.training.learning_rate)
+    race = dataclasses.replace(preset.race, trainings={FULL_LENGTH: way})
+    longer = dataclasses.replace(preset, race=race, training=training)
     return longer, [arm for arm in race_arms(longer) if arm.method in methods]

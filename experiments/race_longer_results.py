@@ -14,6 +14,7 @@ from llama_long_utils.paths import RESULTS
 from llama_long_utils.settings import Preset
 
 SLUG = "11_longer_race"
+OTHER_RATE = "11_longer_race_at_another_rate"
 METHODS = ("none", "pi", "abf", "xpos_abf")  # the paper's
 RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
 KEPT = 0.8  # share of the score at the shortest length that is called kept at the longest

@@ -84,6 +84,9 @@ def test_a_longer_race_differs_in_steps_and_methods_alone(preset):
         before = arm_training(preset, arm)
         assert arm_training(longer, arm) == dataclasses.replace(before, steps=8 * before.steps)
         assert arm_record(longer, arm, "base") != arm_record(preset, arm, "base")
+        slower, _ = longer_race(preset, 8, ["pi", "abf"], learning_rate=5e-4)
+        assert arm_training(slower, arm) == dataclasses.replace(arm_training(longer, arm), learning_rate=5e-4)
+        assert arm_record(slower, arm, "base") != arm_record(longer, arm, "base")
     with pytest.raises(ValueError, match="name those"):
         longer_race(preset, 8, ["pi", "no such method"])
 
@@ -143,11 +146,12 @@ def test_the_longer_race_counts_once_all_four_methods_have_all_seeds(preset, mon
     assert longer_results(preset) is None
 
 
-def test_methods_without_a_longer_race_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["experiments", "race", "--methods", "pi"])
+@pytest.mark.parametrize("option", [("--methods", "pi"), ("--learning-rate", "5e-4")])
+def test_methods_or_a_rate_without_a_longer_race_are_refused(option, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["experiments", "race", *option])
     with pytest.raises(SystemExit):
         arguments()
-    assert "--methods is for a longer race: give --times N with it" in capsys.readouterr().err
+    assert f"{option[0]} is for a longer race: give --times N with it" in capsys.readouterr().err
 
 
 def test_equal_seconds_are_equal_to_a_fifth():
