@@ -1,5 +1,6 @@
 """Attention that transformers does not have: importing this file lets `load_base` build "xpos" and "s2"."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,9 +11,33 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from llama_long_utils.model.base import XPOS
-from llama_long_utils.rope import xpos_decay
 
 S2_GROUPS = 4  # LongLoRA's choice, arXiv:2309.12307, section 3.2
+
+
+def xpos_decay(head_dim: int) -> torch.Tensor:
+    """How much each pair's share of the score shrinks per original window of distance: shape (head_dim / 2,).
+
+    zeta_j = (2j / d + 0.8) / 1.8. With Llama 2's window of 4,096 this gives the xPos ABF curve of Figure 4 of Llama 2
+    Long, which prints no formula; the form is that of xPos (arXiv:2212.10554, section 3.2) with gamma = 0.8.
+    """
+    return (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim + 0.8) / 1.8
+
+
+def attention_score(
+    inv_freq: torch.Tensor, distance: torch.Tensor, decay: torch.Tensor | None = None, decay_window: int = 1
+) -> torch.Tensor:
+    """Attention score of two all-ones vectors at a distance, scaled by 1/sqrt(d).
+
+    The curves of Figure 4 of Llama 2 Long (arXiv:2309.16039):
+    s(D) = (1 / sqrt(d)) * sum_j 2 cos(inv_freq[j] * D) * decay[j] ** (D / decay_window).
+
+    Shapes: inv_freq (d/2,), distance (n,) in tokens, decay (d/2,) from `xpos_decay`; scores (n,), in float64.
+    """
+    terms = 2 * (distance[:, None].double() * inv_freq[None, :].double()).cos()
+    if decay is not None:
+        terms = terms * decay.double() ** (distance[:, None].double() / decay_window)
+    return terms.sum(dim=1) / math.sqrt(2 * len(inv_freq))
 
 
 def xpos_attention(

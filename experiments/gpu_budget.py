@@ -26,10 +26,10 @@ from transformers import LlamaConfig
 from experiments.bench import MODULES, PLAIN, run_trainer, run_trl
 from experiments.gpu_checks import Machine, Row, kernels, run_checks
 from experiments.gpu_training import train_for
+from llama_long_utils.model.memory_savings import PINNED, HostBuffers, apply_memory_savings, succeeded
 from llama_long_utils.records import write_record
 from llama_long_utils.settings import Lora
 from llama_long_utils.training import planner
-from llama_long_utils.training.memory_savings import PINNED, HostBuffers, apply_memory_savings, succeeded
 from llama_long_utils.training.planner import Plan
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 

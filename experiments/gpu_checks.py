@@ -18,8 +18,8 @@ from transformers import LlamaConfig
 
 from experiments.bench import MODULES, PLAIN
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.memory_savings import OffloadedCheckpoints, apply_memory_savings
 from llama_long_utils.settings import Lora, MemorySavings
-from llama_long_utils.training.memory_savings import OffloadedCheckpoints, apply_memory_savings
 from llama_long_utils.training.planner import GIB
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 

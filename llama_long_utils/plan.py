@@ -107,7 +107,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     print("counting what a step allocates: some seconds ...", file=sys.stderr, flush=True)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled: without it imports are a second shorter
     from llama_long_utils.training import planner
-    from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger
+    from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger, reading
 
     preset = asked.preset
     lora = preset.lora if preset else Lora(16, 32, LINEAR, train_norms=True, train_embeddings=False)
@@ -125,6 +125,8 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     longest = planner.longest_context(config, lora, shape, memory)
     savings = planner.leanest(config, longest // context, savings)
     lean = replace(shape, length=longest // context, memory_savings=savings)
+    text = asked.window or preset.extension.window
+    read, kept = (reading(config, lora, dtype, text, kept=kept) / planner.GIB for kept in (False, True))
     gpus = [row for row in read_published("gpus")["rows"] if row["memory_gb"] >= memory]
     seconds = {row["gpu"]: plan.flops / row["bf16_tflops"] / 1e12 / asked.utilisation for row in gpus}
     sequences = asked.devices // context * asked.sequences
@@ -148,6 +150,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
         "host_gib": plan.host_gib * asked.devices,
         "longest_window": longest,
         "longest_window_host_gib": planner.predict(config, lora, lean).host_gib * asked.devices,
+        "evaluation": {"tokens": text, "read_gib": read, "kept_gib": kept},
         "flops": plan.flops,
         "utilisation": asked.utilisation,
         "seconds_per_step": seconds,
@@ -173,7 +176,7 @@ def cost(seconds: float) -> str:
 
 def table(found: dict[str, Any]) -> str:
     """The predictions for people."""
-    lora, devices = found["lora"], found["devices"]
+    lora, devices, text = found["lora"], found["devices"], found["evaluation"]
     of = f"for the preset's {found['sequences_of_run']:,} sequences"
     run = {gpu: f", {cost(3600 * hours)} {of}" for gpu, hours in found["hours_of_run"].items()}
     attended = "attended document by document" if found["packed"] else "each attended as one document"
@@ -187,6 +190,8 @@ def table(found: dict[str, Any]) -> str:
         "host memory": amount(found["host_gib"]),
         "longest window": f"{found['longest_window']:,} tokens, with every memory saving switched on and "
         f"{amount(found['longest_window_host_gib'])} of host memory",
+        "evaluation": f"{amount(text['read_gib'])} to read {text['tokens']:,} tokens, {amount(text['kept_gib'])} "
+        "with all keys and values kept for an answer",
         "seconds a step": f"at {found['utilisation']:.0%} of a GPU's peak, {found['flops']:.3g} operations on each",
         **{f"  {gpu}": cost(seconds) + run.get(gpu, "") for gpu, seconds in found["seconds_per_step"].items()},
         **({} if found["seconds_per_step"] else {"  no GPU listed": "has so much memory; see --devices"}),

@@ -15,8 +15,8 @@ from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.attention import DOCUMENTS, TILE, _CausalOnCPU, document_starts
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.loss import hidden_states, patch_loss
+from llama_long_utils.model.memory_savings import HostBuffers, OffloadedCheckpoints, apply_memory_savings
 from llama_long_utils.settings import MemorySavings
-from llama_long_utils.training.memory_savings import HostBuffers, OffloadedCheckpoints, apply_memory_savings
 
 
 class Module(torch.nn.Module):

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from experiments.gpu_checks import Machine, gradients, nf4, optimizers
 from llama_long_utils.model.attention import DOCUMENTS
-from llama_long_utils.training.memory_savings import PINNED
+from llama_long_utils.model.memory_savings import PINNED
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, Qwen3Config
 
 from conftest import LORA
 from experiments import bench
+from llama_long_utils.model.loss import hidden_states
+from llama_long_utils.model.memory_savings import apply_memory_savings
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.records import read_table
 from llama_long_utils.settings import Lora, MemorySavings
@@ -28,6 +30,7 @@ from llama_long_utils.training.ledger import (
     attention_workspace,
     ledger,
     random_llama,
+    reading,
     training_steps,
 )
 from llama_long_utils.training.planner import GIB, leanest, model_shape, predict
@@ -200,6 +203,26 @@ def test_a_real_step_needs_what_the_ledger_says(tmp_path, model):
     for packed, measured in zip((False, True), json.loads(done.stdout.splitlines()[-1]), strict=True):
         found = ledger(model_shape(model), bench.LORA, StepShape(2048, "float32", PLAIN, packed=packed))
         assert bench.above_weights(found) / GIB == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_to_read_a_text_takes_what_is_predicted_and_less_than_without_tiles(dtype, monkeypatch):
+    """By every allocation of real tensors."""
+    needed = {}
+    for tile in (0, 512):
+        monkeypatch.setattr(ledger_module, "READING", replace(PLAIN, tile=tile))
+        empty, needed[tile] = (reading(config(5), LORA, dtype, tokens) for tokens in (1, 2048))
+    model = random_llama(config(5), LORA, dtype).eval()
+    apply_memory_savings(model, replace(PLAIN, tile=512))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        hidden_states(model, torch.zeros((1, 2048), dtype=torch.long))
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    assert needed[512] - empty == pytest.approx(allocated.max(), rel=0.03)
+    assert needed[512] - empty < 0.85 * (needed[0] - empty)
+    keys = 2 * 5 * 512 * 2048 * getattr(torch, dtype).itemsize
+    assert reading(config(5), LORA, dtype, 2048, kept=True) == needed[512] + keys
 
 
 def test_recorded_peaks_are_within_5_percent_of_predicted_ones():

@@ -11,9 +11,9 @@ from conftest import LORA, new_llama
 from experiments.gpu_budget import give_back
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.memory_savings import HostBuffers, HostCopy, OffloadedCheckpoints, apply_memory_savings
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.settings import MemorySavings
-from llama_long_utils.training.memory_savings import HostBuffers, HostCopy, OffloadedCheckpoints, apply_memory_savings
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 
 IDS = torch.randint(2, 100, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -58,6 +58,14 @@ def test_recomputing_and_tiling_change_neither_loss_nor_gradients(tile, recomput
     assert lean_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         assert (lean_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_what_is_read_in_tiles_reads_the_same():
+    model = lora_model().eval()
+    with torch.no_grad():
+        expected = hidden_states(model, IDS)
+        apply_memory_savings(model, replace(PLAIN, tile=24))
+        assert torch.allclose(hidden_states(model, IDS), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

@@ -44,6 +44,16 @@ def test_the_plan_fits_and_so_does_the_longest_window(answer, capsys):
         answer(capsys, "--window", str(2 * found["longest_window"]), "--memory", "0.25")
 
 
+def test_what_evaluation_takes_is_said_beside_the_step(answer, capsys):
+    words = ("--window", "8192", "--memory", "0.25")
+    text = json.loads(answer(capsys, *words, "--json"))["evaluation"]
+    assert text["tokens"] == 8192
+    keys = 2 * 4 * 2 * 32 * 8192 * 2  # of 4 layers and 2 heads of 32 numbers, in 16 bits
+    assert text["kept_gib"] - text["read_gib"] == pytest.approx(keys / 2**30)
+    shown = answer(capsys, *words)
+    assert re.search(r"evaluation +[\d.]+ MiB to read 8,192 tokens, [\d.]+ MiB with all keys and values kept", shown)
+
+
 def test_several_gpus_take_more_sequences_or_longer_ones(answer, capsys):
     words = ("--window", "8192", "--memory", "0.25")
     one, two, shared = (

@@ -1,3 +1,4 @@
+import re
 import time
 from dataclasses import replace
 
@@ -13,13 +14,13 @@ from conftest import LORA
 from experiments.roofline import MovedBytes, Rates, step_seconds
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import hidden_states
+from llama_long_utils.model.memory_savings import apply_memory_savings
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_table
 from llama_long_utils.settings import MemorySavings
 from llama_long_utils.training import ledger as ledger_module
 from llama_long_utils.training.ledger import StepShape, ledger
-from llama_long_utils.training.memory_savings import apply_memory_savings
 from llama_long_utils.training.planner import (
     GIB,
     TILED,
@@ -30,6 +31,7 @@ from llama_long_utils.training.planner import (
     predict,
     step_flops,
     tile_for,
+    unreadable,
 )
 from llama_long_utils.training.random_llama import random_llama
 
@@ -229,6 +231,16 @@ def test_of_a_sharded_base_the_ledger_counts_a_share_and_three_whole_layers():
     layer = sum(weight.nbytes for weight in weights) / SMALL.num_hidden_layers
     assert whole["weights"] - shared["weights"] == 4 * layer - (4 * layer / 4 + 3 * layer)
     assert {**whole, "weights": 0} == {**shared, "weights": 0}
+
+
+def test_what_evaluation_cannot_read_is_named_with_what_it_would_take():
+    preset = replace(load_preset("llama3.1-8b"), name="mine")
+    assert unreadable(preset) == []
+    tasks = replace(preset.retrieval.tasks, generate_up_to=131_072)
+    asked = replace(preset, memory_gib=16.0, retrieval=replace(preset.retrieval, tasks=tasks))
+    read, answered = unreadable(asked)
+    assert re.fullmatch(r"evaluation.far_tokens: 262,144 tokens take 2\d.\d GiB \(predicted\) of 14.7 usable: .*", read)
+    assert answered.startswith("retrieval.tasks.generate_up_to: 131,072 tokens take 2")
 
 
 def test_shapes_of_models_are_known_by_name():

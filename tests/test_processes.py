@@ -21,12 +21,12 @@ from llama_long_utils.data.packing import join_pieces
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.attention import share_context
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.memory_savings import apply_memory_savings
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import BaseModel, Data, MemorySavings
 from llama_long_utils.training.adapter import train_adapter
 from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger
-from llama_long_utils.training.memory_savings import apply_memory_savings
 from llama_long_utils.training.planner import GIB, model_shape
 from llama_long_utils.training.processes import divide, join_processes, shard_base
 from llama_long_utils.training.random_llama import random_llama

@@ -10,10 +10,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conftest import PLAIN, RAISED
-from experiments.attention import xpos_attention
+from experiments.attention import attention_score, xpos_attention, xpos_decay
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import hidden_states
-from llama_long_utils.rope import attention_score, inverse_frequencies, rotation, wavelengths, xpos_decay
+from llama_long_utils.rope import inverse_frequencies, rotation, wavelengths
 from llama_long_utils.settings import METHODS, Scaling
 
 IN_TRANSFORMERS = [name for name in METHODS if name != "xpos_abf"]

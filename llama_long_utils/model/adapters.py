@@ -76,10 +76,12 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
 
 
 class AdaptedLinear(Linear4bit):
-    """On a CPU the same sum in fewer passes over memory: PEFT copies the base's result, scales LoRA's and adds both."""
+    """On CPUs, and where nothing is trained, the same sum with less memory: PEFT copies, scales and adds anew."""
 
     def forward(self, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        if self.disable_adapters or self.merged or hidden.is_cuda or isinstance(hidden, FakeTensor):  # as on a GPU
+        on_gpu = hidden.is_cuda or isinstance(hidden, FakeTensor)  # which stands for one
+        trained = self.training or torch.is_grad_enabled()
+        if self.disable_adapters or self.merged or (on_gpu and trained):
             return super().forward(hidden, *arguments, **options)
         (name,), result = self.active_adapters, self.base_layer(hidden.flatten(0, -2))
         low = (self.lora_A[name](hidden) * self.scaling[name]).flatten(0, -2)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from llama_long_utils.model.adapters import find_adapter, load_adapter
 from llama_long_utils.model.base import load_base
 from llama_long_utils.model.loss import Model
+from llama_long_utils.model.memory_savings import READING, apply_memory_savings
 from llama_long_utils.model.weights import locate_base, weights_sha256
 from llama_long_utils.settings import ARMS, Preset, Scaling
 
@@ -43,8 +44,10 @@ def load_arm(
     """
     rope, base = scaling or arm_scaling(preset, arm), locate_base(preset)
     found = find_adapter(preset, adapter, rope) if arm in ADAPTED else None
-    model = load_base(base, rope, **{"dtype": preset.base.dtype, **options})
-    return (load_adapter(model, found, base) if found else model).eval()
+    model: Model = load_base(base, rope, **{"dtype": preset.base.dtype, **options})
+    model = (load_adapter(model, found, base) if found else model).eval()
+    apply_memory_savings(model, READING)
+    return model
 
 
 def arm_inputs(

@@ -23,7 +23,7 @@ from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
-from llama_long_utils.training.planner import USABLE, Plan, plan_training
+from llama_long_utils.training.planner import USABLE, Plan, plan_training, unreadable
 from llama_long_utils.training.processes import divide, join_processes, shard_base
 from llama_long_utils.training.trainer import VERSION, run_key, train
 
@@ -92,7 +92,7 @@ def train_adapter(
             if lengths and max(lengths) < preset.evaluation.tokens:
                 wanted = f"evaluation.tokens = {preset.evaluation.tokens:,}"
                 lines.append(f"{wanted}: the longest of {len(lengths)} held-out documents has {max(lengths):,} tokens")
-            print("\n".join(lines), flush=True)
+            print("\n".join([*lines, *unreadable(preset)]), flush=True)
         return shard_base(build) if sharded_base else build()
 
     given = {"depends_on": {"data": sequences.key, "base_bits": "nf4"}, "noted": {"read": reading}}

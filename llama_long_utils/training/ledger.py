@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedConfig
 
 from llama_long_utils.cache import Cache
-from llama_long_utils.model.loss import causal_lm
+from llama_long_utils.model.loss import causal_lm, hidden_states
+from llama_long_utils.model.memory_savings import READING, OffloadedCheckpoints, apply_memory_savings
 from llama_long_utils.paths import CACHE
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Lora, MemorySavings
-from llama_long_utils.training.memory_savings import OffloadedCheckpoints
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
 
 # Frozen weights; trainable weights; their gradients; what the optimizer keeps; what the forward pass leaves for the
@@ -97,7 +97,7 @@ class StorageTracker(TorchDispatchMode):
             self.now[self.component] -= workspace
         return output
 
-    def add(self, tensor: torch.Tensor, component: str | None = None) -> None:
+    def add(self, tensor: torch.Tensor, component: str | None = None, _name: str = "") -> None:
         """Count a tensor's storage, once; with `component`, move it there."""
         storage = tensor.untyped_storage()
         key, component = storage._cdata, component or self.component
@@ -182,11 +182,35 @@ def ledger(config: PreTrainedConfig, lora: Lora, shape: StepShape) -> dict[str, 
     return total | {HOST: round(host)}
 
 
+def reading(config: PreTrainedConfig, lora: Lora, dtype: str, tokens: int, *, kept: bool = False) -> int:
+    """Bytes on the device at the peak while a model with adapters reads so many tokens at once and trains nothing.
+
+    With `kept` it keeps the keys and values of all of them, from which an answer is written.
+    """
+    two, three = (_read_once(_with_layers(config, layers), lora, dtype, tokens) for layers in (2, 3))
+    of_layer, keys = three - two, linear_shapes(config)["k_proj"][1] * tokens * getattr(torch, dtype).itemsize
+    return two - 2 * of_layer + config.num_hidden_layers * (of_layer + 2 * keys * kept)
+
+
+def _read_once(config: PreTrainedConfig, lora: Lora, dtype: str, tokens: int) -> int:
+    tracker = StorageTracker()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = random_llama(config, lora, dtype, made=tracker.add).eval()
+        apply_memory_savings(model, READING)
+        tracker.enter("saved")
+        with tracker, torch.no_grad():
+            hidden_states(model, torch.zeros((1, tokens), dtype=torch.long))
+    return round(max(map(ON_DEVICE.dot, tracker.segments["saved"])))
+
+
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    alike = {"layer_types": None} if getattr(config, "layer_types", None) else {}  # a list with one for each layer
+    return AutoConfig.for_model(**config.to_dict() | {"num_hidden_layers": layers} | alike)
+
+
 def _trace_at(config: PreTrainedConfig, lora: Lora, shape: StepShape) -> dict[str, np.ndarray]:
     """The trace of a step of any length, by the line through two short ones with as many tiles."""
-    alike = {"layer_types": None} if getattr(config, "layer_types", None) else {}  # a list with one for each layer
-    few = config.to_dict() | {"num_hidden_layers": LAYERS_RUN} | alike
-    model = json.dumps(few), json.dumps(asdict(lora))
+    model = json.dumps(_with_layers(config, LAYERS_RUN).to_dict()), json.dumps(asdict(lora))
     wanted = replace(shape.memory_savings, recomputed_layers=PLAIN)
     savings = replace(wanted, optimizer="adamw_torch_fused")
     shape = replace(shape, accumulated=False, processes=1, sharded=False, memory_savings=savings)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from llama_long_utils.model.weights import model_config, pretrained_numbers
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
-from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger, linear_shapes
+from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger, linear_shapes, reading
 from llama_long_utils.training.processes import Division, divide
 
 GIB = 2**30
@@ -90,6 +90,21 @@ def plan_training(preset: Preset, settings: TrainingSettings, division: Division
         sharded=division.sharded_base,
     )
     return plan(model_shape(preset.base.source), preset.lora, shape, preset.memory_gib)
+
+
+def unreadable(preset: Preset) -> list[str]:
+    """What evaluation would read, or keep to write an answer, beyond the preset's memory: a line for each setting."""
+    (long, up_to), lines = (preset.evaluation.far_tokens, preset.retrieval.tasks.generate_up_to), []
+    answered = max([1, *(length for length in preset.retrieval.lengths if length <= up_to)])
+    for name, tokens in (("evaluation.far_tokens", long), ("retrieval.tasks.generate_up_to", answered)):
+        kept, config = tokens == answered, model_shape(preset.base.source)
+        gib, usable = (
+            reading(config, preset.lora, preset.base.dtype, tokens, kept=kept) / GIB,
+            preset.memory_gib * USABLE,
+        )
+        if gib > usable:
+            lines.append(f"{name}: {tokens:,} tokens take {gib:.1f} GiB (predicted) of {usable:.1f} usable: lower it")
+    return lines
 
 
 def plan(config: PreTrainedConfig, lora: Lora, shape: StepShape, gib: float) -> Plan:

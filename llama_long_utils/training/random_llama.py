@@ -19,8 +19,8 @@ from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.attention import DOCUMENTS, ContextShare, share_context
 from llama_long_utils.model.base import nf4
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.memory_savings import OffloadedCheckpoints, apply_memory_savings
 from llama_long_utils.settings import Lora, MemorySavings
-from llama_long_utils.training.memory_savings import OffloadedCheckpoints, apply_memory_savings
 
 # Whole sequences need no mask. transformers sees that in the data, and fake tensors have none.
 UNMASKED = "sdpa_unmasked"

@@ -25,11 +25,11 @@ from transformers.trainer_utils import set_seed
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.model.attention import share_context
 from llama_long_utils.model.loss import Model, causal_lm, patch_loss
+from llama_long_utils.model.memory_savings import apply_memory_savings, offload_checkpoints
 from llama_long_utils.paths import file_sha256, write_atomically
 from llama_long_utils.progress import in_kernel, progress_bar
 from llama_long_utils.settings import TrainingSettings
 from llama_long_utils.training.host_memory import GAPS_GIB, give_back_gaps, keep_freed_memory, peak_memory_gib
-from llama_long_utils.training.memory_savings import apply_memory_savings, offload_checkpoints
 from llama_long_utils.training.processes import (
     Division,
     SharedSequences,
