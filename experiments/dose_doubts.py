@@ -11,6 +11,7 @@ from experiments.dose_settings import read_doses
 from experiments.real_models import ENDS, NAMES, DoseResults
 from llama_long_utils.evaluation.statistics import FEWEST
 from llama_long_utils.notebooks import measured, verdict
+from llama_long_utils.presets import load_preset
 
 BOUNDS, REPEATS = ["nats", "low", "high"], 0.1
 WITHOUT = "without the strongest"
@@ -123,20 +124,32 @@ def pose_in_words(results: DoseResults, old: int) -> str:
 
 
 def leads_by_text(results: DoseResults, asked: pd.DataFrame) -> str:
-    """Statements found by whole sequences minus those of each untrained rival, in each text of the greatest length."""
-    part = asked[(asked.model == results.preset) & asked.arm.isin(["full", "raised", "yarn"])]
-    length = part[part.right > 0].length.max()
-    full = np.array(results.found_in_texts(results.largest("full"), length))
+    """Statements found by whole sequences minus those of each rival, text by text, at lengths past the old window."""
+    rivals = {"raised-nf4": "RoPE base raised", "yarn-nf4": "YaRN", results.largest("pose"): "PoSE, trained as long"}
+    part = asked[(asked.model == results.preset) & (asked.length > load_preset(results.preset).base.window)]
     lines = [
-        f"**{results.preset}**, {length:,} tokens: right answers of whole sequences minus those of an untrained base, "
-        f"in each text, of {part.questions.max() * 5 // len(full)}; and their mean, with Student's t over texts:\n"
+        f"**{results.preset}**, past the old window: right answers of whole sequences minus those of a rival, in each "
+        "text, and their mean, with Student's t over texts:\n"
     ]
-    for rival, name in {"raised": "RoPE base raised", "yarn": "YaRN"}.items():
-        lead = full - np.array(results.found_in_texts(f"{rival}-nf4", length))
-        mean, reach = lead.mean(), stats.t.ppf(0.975, len(lead) - 1) * stats.sem(lead)
-        each = ", ".join(f"{one:+d}" for one in lead)
-        lines.append(f"- {name}: {each}; {measured(mean, mean - reach, mean + reach, digits=1)}")
+    for length in sorted(part.length.unique()):
+        for rival, name in rivals.items():
+            if rival:
+                each = leads(results, rival, length)
+                told = ", ".join(f"{one:+d}" for one in each)
+                lines.append(f"- {length:,} tokens, {name}: {told}; {measured(*mean_lead(each), digits=1)}")
     return "\n".join(lines)
+
+
+def leads(results: DoseResults, rival: str, length: int) -> np.ndarray:
+    """Statements that whole sequences found minus those that a rival's reading found, in each text of a length."""
+    full, other = (results.found_in_texts(name, length) for name in (results.largest("full"), rival))
+    return np.subtract(full, other)
+
+
+def mean_lead(each: np.ndarray) -> tuple[float, float, float]:
+    """Mean over texts, and Student's 95% interval."""
+    reach = stats.t.ppf(0.975, len(each) - 1) * stats.sem(each)
+    return each.mean(), each.mean() - reach, each.mean() + reach
 
 
 def practice_in_words(asked: pd.DataFrame) -> Iterator[str]:

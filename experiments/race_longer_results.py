@@ -1,5 +1,6 @@
 """Reading the longer race (race_longer.py): what was expected of it, and how each came out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +21,20 @@ RECOVERED = 0.1  # nat: a method further above the base inside the old window ha
 KEPT = 0.8  # share of the score at the shortest length that is called kept at the longest
 
 
-def longer_results(preset: Preset) -> RaceResults | None:
-    """The longer race from its committed record; None until the paper's four methods are in it with all seeds."""
-    path = RESULTS / preset.name / f"{SLUG}.json"
+def longer_results(preset: Preset, slug: str = SLUG, methods: Sequence[str] = METHODS) -> RaceResults | None:
+    """The longer race from its committed record; None until these methods are in it with all seeds."""
+    path = RESULTS / preset.name / f"{slug}.json"
     if not path.is_file():
         return None
     results = race_results(preset, path)
     seeds = results.arms[results.arms.training == FULL_LENGTH].groupby("method").seed.nunique()
-    return results if all(seeds.get(method, 0) == len(preset.race.seeds) for method in METHODS) else None
+    return results if all(seeds.get(method, 0) == len(preset.race.seeds) for method in methods) else None
 
 
-def judged_longer(longer: RaceResults, short: RaceResults) -> pd.DataFrame:
+def judged_longer(longer: RaceResults, short: RaceResults, slower: RaceResults | None = None) -> pd.DataFrame:
     """A row for each expectation above: expected, found, in nats or points of ROUGE-L, and judged.
 
-    `short` is the race of few steps.
+    `short` is the race of few steps, `slower` that of many at a lower learning rate.
     """
     old, new = longer.window, longer.edges[-1]
     lengths = longer.lengths
@@ -78,7 +79,35 @@ def judged_longer(longer: RaceResults, short: RaceResults) -> pd.DataFrame:
         (f"PI retrieves less than ABF at {asked:,} tokens", _in_points(behind), judge_below(behind)),
         (f"xPos on ABF retrieves less than ABF at {asked:,} tokens", _in_points(xpos), judge_below(xpos)),
     ]
+    if slower:
+        rows += _at_a_lower_rate(slower, longer, short)
     return pd.DataFrame(rows, columns=["expected", "found", "judged"])
+
+
+def _at_a_lower_rate(slower: RaceResults, longer: RaceResults, short: RaceResults) -> list[tuple[str, str, str]]:
+    asked, places = slower.lengths[-2], (slower.window, slower.edges[-1])
+    copied = [race.rouge_l("abf", FULL_LENGTH, asked)[0] for race in (slower, longer, short)]
+    higher, before = (slower.mean(copied[0] - other, np.ones(copied[0].shape[1])) for other in copied[1:])
+    (plain, tokens), (abf, _) = (slower.nll(method, FULL_LENGTH, *places) for method in ("none", "abf"))
+    loss, rate = slower.mean(plain - abf, tokens), "at a quarter of the learning rate"
+    more, less = higher["low"] > 0, before["high"] < 0
+    return [
+        (
+            f"{rate} ABF retrieves more at {asked:,} tokens",
+            _in_points(higher),
+            HOLDS if more else REFUTED if higher["high"] < 0 else OPEN,
+        ),
+        (
+            f"{rate} ABF retrieves no less there than after few steps",
+            _in_points(before),
+            REFUTED if less else HOLDS if before["value"] >= 0 else OPEN,
+        ),
+        (
+            f"{rate} plain RoPE reads worse than ABF past the old window",
+            in_nats(loss),
+            HOLDS if loss["low"] > 0 else REFUTED if loss["high"] < EQUAL else OPEN,
+        ),
+    ]
 
 
 def _in_points(found: dict[str, float]) -> str:

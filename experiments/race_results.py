@@ -14,7 +14,7 @@ from scipy.signal import correlate
 
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import FEWEST, Bootstrap
-from llama_long_utils.figures import BLUE, intervals, look, mark_window, plt, save_figure, token_axis
+from llama_long_utils.figures import AMBER, BLUE, RED, TEAL, intervals, look, mark_window, plt, save_figure, token_axis
 from llama_long_utils.notebooks import measured, show_table
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.records import Record, read_arrays, read_table
@@ -231,6 +231,12 @@ def race_results(preset: Preset, path: Path | None = None) -> RaceResults:
     return RaceResults(read_table(path, "cost"), edges, arrays, bootstrap, preset.base.window)
 
 
+TRAININGS = {
+    "full-length": ("full length", BLUE),
+    "short": ("short", RED),
+    "pose": ("PoSE", TEAL),
+    "s2": ("S2-Attn", AMBER),
+}
 STYLES = {
     ZERO_SHOT: {"label": "zero-shot", "color": "0.5", "marker": "o"},
     FULL_LENGTH: {"label": "trained at full length", "color": BLUE, "marker": "s"},

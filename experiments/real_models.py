@@ -143,16 +143,20 @@ class DoseResults:
 
     def doses_that_pay(self) -> pd.DataFrame:
         """In words for a table: from which dose on each line of `worth` is `ahead`, and what the largest dose reads."""
-        rows, every, whole = [], self.worth(r"\d+"), self.worth(whole=True).groupby("line").tail(1).set_index("line")
+        rows, every, nearly = [], self.worth(r"\d+"), self.worth(whole=True)
+        whole = nearly.groupby("line").tail(1).set_index("line")
         for line, part in self.worth().groupby("line"):
             last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min()
             row = {"trained on": f"{LINES[line]}, {last.tokens_trained / 1e6:.1f}M tokens"}
             seeds = int((every[every.line == line].tokens_trained == pays).sum())
             there = "one seed" if seeds == 1 else f"{seeds} seeds"
             row |= {"pays from": f"{pays / 1e6:.1f}M, {there}" if pays > 0 else "no dose"}
-            row |= {"far half": measured(last.nats, last.low, last.high, digits=3)}
+            hollow = nearly[nearly.line == line]
+            full = hollow[self.ahead(hollow, line, whole=True)].tokens_trained.min()
+            row |= {"nearly full: from": f"{full / 1e6:.1f}M" if full > 0 else "no dose"}
+            gain = f"{last.below_zero} of {last.documents} texts gain"
+            row |= {"far half": f"{measured(last.nats, last.low, last.high, digits=3)}, {gain}"}
             row |= {"nearly full windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
-            row |= {"texts that gain": f"{last.below_zero} of {last.documents}"}
             row |= {"without the strongest": f"{last.without_one:+.3f}; {whole.without_one[line]:+.3f}"}
             apart = [self.apart(line, part) for part in (False, True)]
             apart = "; ".join(f"{nats:.3f}" for nats in apart) if any(apart) else "one seed"
@@ -300,10 +304,11 @@ def draw_worth(
     ends = []
     for (name, results), axes in zip(doses.items(), panels[0], strict=True):
         worth, whole, every = results.worth(), results.worth(whole=True), results.worth(r"\d+")
+        aside = 1.05 if len({*worth.tokens_trained}) > 1 else 1.02
         for place, (line, (form, colour)) in enumerate(FORMS.items()):
             if line not in lines:
                 continue
-            part, hollow, beside = worth[worth.line == line], whole[whole.line == line], 1.05**place
+            part, hollow, beside = worth[worth.line == line], whole[whole.line == line], aside**place
             lengths = [part.nats - part.low, part.high - part.nats]
             others = every[(every.line == line) & ~every.nats.isin(part.nats)]
             axes.plot(others.tokens_trained * beside, others.nats, "x", color=colour, ms=6, zorder=1)
@@ -341,6 +346,7 @@ def worth_in_words(doses: Mapping[str, DoseResults]) -> str:
         table = results.doses_that_pay()
         paid = [
             f"{row['trained on'].rpartition(', ')[0]}, from {row['pays from'].replace(',', ' tokens on,')} there"
+            f" (nearly full windows: from {row['nearly full: from']})"
             for _, row in table[table["pays from"] != "no dose"].iterrows()
         ]
         parts.append(f"{'; '.join(paid) or 'nothing that was run'} ({NAMES.get(name, name)})")

@@ -44,13 +44,7 @@ METHODS = {
     "xpos_abf": ("xPos ABF", BLACK, "h"),
     "proportional": ("proportional", GREY, "<"),
 }
-TRAININGS = {
-    "full-length": ("full length", BLUE, "s"),
-    "short": ("short", RED, "o"),
-    "pose": ("PoSE", TEAL, "^"),
-    "s2": ("S2-Attn", AMBER, "v"),
-}
-KINDS = {"arm": ARMS, "method": METHODS, "training": TRAININGS}
+KINDS = {"arm": ARMS, "method": METHODS}
 COLOURS = {name: colour for name, (_, colour, _) in ARMS.items()}
 
 
@@ -61,7 +55,7 @@ def use_style() -> None:
 
 
 def look(name: str, kind: str = "arm") -> dict[str, Any]:
-    """Label, colour, marker and line style of an arm, a "method" or a "training", for any of matplotlib's plots."""
+    """Label, colour, marker and line style of an arm or a "method", for any of matplotlib's plots."""
     label, colour, marker = KINDS[kind][name]
     return {"label": label, "color": colour, "marker": marker, "linestyle": "-" if marker else "--"}
 

@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from llama_long_utils.commands import PYTHON, run_command, tokens
-from llama_long_utils.data.documents import count_to_hold_out
+from llama_long_utils.data.documents import count_to_hold_out, whole
 from llama_long_utils.data.sources import check_sources, load_documents
 from llama_long_utils.paths import PRESETS, REPOSITORY
 from llama_long_utils.plan import check_model, check_window, gibibytes
@@ -62,16 +62,19 @@ def toml(value: Any) -> str:
 def own_texts(texts: str, window: int) -> dict[str, Any]:
     """[data] and the tokens to train on of texts of one's own; ValueError if they are too short or too few."""
     name = Path(texts).name or texts
-    different = {" ".join(one.text.split()): one.text for one in load_documents(texts)}.values()
-    sizes = sorted((len(text.encode()), len(text)) for text in different)
+    parts: dict[str, list[str]] = {}  # of each text: a long one is several documents
+    for one in {" ".join(one.text.split()): one for one in load_documents(texts)}.values():
+        parts.setdefault(whole(one.name), []).append(one.text)
+    longest = ((max(of_one, key=len), sum(map(len, of_one))) for of_one in parts.values())
+    sizes = sorted((len(text.encode()), len(text), total) for text, total in longest)
     if len(sizes) < 2 or sizes[-2][0] + 3 < window:  # a token is a byte at least
         raise ValueError(
             f"two of the {len(sizes)} texts in {texts}, copies left out, must fill {window:,} tokens (about "
             f"{CHARACTERS * window:,.0f} characters), one to train on, one to test: add longer ones, or lower --window"
         )
-    shortest = min(int(CHARACTERS * window), *(count for _, count in sizes[-2:]))
-    held_out = count_to_hold_out(sum(count >= shortest for _, count in sizes))
-    trained_on = sum(count for _, count in sizes[:-held_out]) / CHARACTERS  # tokens, if the longest are held out
+    shortest = min(int(CHARACTERS * window), *(count for _, count, _ in sizes[-2:]))
+    held_out = count_to_hold_out(sum(count >= shortest for _, count, _ in sizes))
+    trained_on = sum(count for *_, count in sizes[:-held_out]) / CHARACTERS  # tokens, if the longest are held out
     tokens = min(STEPS * PER_STEP * window, int(PASSES * trained_on))
     if tokens < PER_STEP * window:
         raise ValueError(

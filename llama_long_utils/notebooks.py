@@ -131,8 +131,6 @@ def save(
     """
     folder, defaults = preset.run_folder, _defaults(slug)
     changed = {name: value for name, value in _run["parameters"].items() if defaults.get(name, _run) != value}
-    if arrays:
-        write_arrays(folder / "records" / f"{slug}.npz", dict(arrays))
     write_record(
         folder / "records",
         slug,
@@ -144,6 +142,8 @@ def save(
         parameters=changed,
         provenance={"device": f"{device_name()}, {preset.base.dtype}"},
     )
+    if arrays:
+        write_arrays(folder / "records" / f"{slug}.npz", dict(arrays))
     shutil.rmtree(folder / "measuring" / slug[:2], ignore_errors=True)
     print("recorded:", ", ".join(tables))
 

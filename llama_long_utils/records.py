@@ -67,7 +67,7 @@ def write_record(
             "seconds": round(seconds, 1),
             **(provenance or {}),
         },
-        "tables": {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()},
+        "tables": {key: json.loads(t.to_json(orient="records", double_precision=15)) for key, t in tables.items()},
     }
     text = json.dumps(_rounded(record), indent=1, allow_nan=False) + "\n"
     text = re.sub(r"(?<=[\[{])\n {4,}|\n {3,}(?=[]}])", "", text)  # a table's row is a line
@@ -172,7 +172,7 @@ def device_name() -> str:
 
 def _commit() -> str:
     """The commit of the code; "unknown" without git or outside a clone."""
-    code = ["llama_long_utils", "presets", "data/tiny-llama", "data/adapters"]
+    code = ["llama_long_utils", "experiments", "presets", "data/tiny-llama", "data/adapters", "data/tasks"]
     asked = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", *code])
     try:
         head, changed = (

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import experiments.attention  # noqa: F401 (registers xPos)
 from conftest import LORA, RAISED, new_llama, small_preset
@@ -22,7 +22,6 @@ from llama_long_utils.model.adapters import (
     add_lora,
     find_adapter,
     load_adapter,
-    merge_adapter,
     read_card,
     save_adapter,
 )
@@ -33,6 +32,7 @@ from llama_long_utils.paths import ADAPTERS
 from llama_long_utils.presets import load_preset, preset_names
 from llama_long_utils.records import package_versions
 from llama_long_utils.training.trainer import check_lora_gradients
+from tools.merge import merge_adapter
 
 IDS = torch.arange(64)[None] % 100
 
@@ -393,6 +393,15 @@ def test_a_merged_model_ends_its_answers_where_the_base_does(base_folder, adapte
     assert "max_length" not in published  # of the old window
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (merged / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_merged_model_s_tokenizer_cuts_no_text_at_the_old_window(base_folder, adapter, tmp_path):
+    """vLLM takes the tokenizer's length for the window, too."""
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 64}))
+    merged = merge_adapter(adapter, base, tmp_path / "merged", dtype="float32")
+    assert AutoTokenizer.from_pretrained(merged).model_max_length == RAISED.window
 
 
 def test_merging_that_fails_leaves_the_model_of_before(base_folder, adapter, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -393,9 +394,39 @@ def test_a_prompt_is_read_once_for_the_answer_that_is_written_and_the_one_that_i
     assert (max(counts[1:]), counts[2:]) == (llama.tokens[read.args], [1] * (len(counts) - 2))
 
 
-def test_answers_drawn_at_random_are_not_offered(llama):
-    with pytest.raises(ValueError, match="draws its answers at random"):
-        llama.generate_until([Instance("generate_until", {}, ("The", {"until": [], "do_sample": True}), 0)])
+NOT_ANSWERED = {
+    "measures perplexity on whole texts": ["output_type: loglikelihood_rolling"],
+    "draws its answers at random": ["output_type: generate_until", "generation_kwargs: {do_sample: true, until: []}"],
+}
+
+
+@pytest.mark.parametrize(("said", "lines"), NOT_ANSWERED.items())
+def test_tasks_that_are_not_answered_here_are_refused_before_a_model_is_loaded(said, lines, preset, tmp_path):
+    folder = shutil.copytree(TASKS, tmp_path / "tasks")
+    kept = [line for line in (TASKS / "mmlu.yaml").read_text().splitlines() if not line.startswith("output_type")]
+    (folder / "own.yaml").write_text("\n".join([*kept, *lines]).replace("task: mmlu", "task: own"))
+    asked = preset.run_folder / "benchmarks"
+    before = {*asked.rglob("*")}
+    with pytest.raises(ValueError, match=f"own {said}"):
+        measure(preset, ["mmlu", "own"], items=2, folder=folder)
+    assert {*asked.rglob("*")} == before
+
+
+def test_a_task_with_a_rule_of_its_own_keeps_it_and_a_share_is_no_right_or_wrong():
+    """TruthfulQA's second form has several right choices, and its accuracy is their part of the probability."""
+    choices = [("Why?", " Because."), ("Why?", " Why not.")]
+    sample = {"doc_id": 0, "doc": {}, "arguments": choices, "resps": [[(-2.0, False)], [(-1.0, True)]], "target": 0}
+    sample |= {"filter": "none", "metrics": ["acc"], "acc": 0.27, "prompt_hash": "p", "target_hash": "t"}
+    tokens = dict.fromkeys(choices, 2)
+    assert logged_items("mc", "base", {"mc": [sample]}, tokens).accuracy.tolist() == [0.0]
+    own = []
+    for arm, acc in (("base", 0.3), ("extended", 0.9)):
+        twenty = [{**sample, "doc_id": number, "acc": acc} for number in range(20)]
+        own.append(logged_items("mc", arm, {"mc": twenty}, tokens, ["mc"]))
+    found = delta_table(pd.concat(own)).iloc[0]
+    assert (found.metric, found.difference) == ("acc", pytest.approx(0.6))
+    assert np.isnan(found.discordant)
+    assert score_table(pd.concat(own)).value.tolist() == pytest.approx([0.3, 0.9])
 
 
 def test_bos_starts_a_text_where_the_tokenizer_adds_none(llama):

@@ -10,8 +10,10 @@ import pytest
 from tokenizers import normalizers
 
 from experiments.tiny_llama import FOLDER
-from llama_long_utils.data.documents import Document, draw, split_documents, tokenize_documents
-from llama_long_utils.data.mixture import read_documents
+from llama_long_utils.data import mixture
+from llama_long_utils.data import sources as sources_module
+from llama_long_utils.data.documents import Document, draw, split_documents, tokenize_documents, whole
+from llama_long_utils.data.mixture import Mixture, read_documents
 from llama_long_utils.data.packages import fetch_package
 from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, check_sources, load_documents
 from llama_long_utils.model.weights import load_tokenizer
@@ -288,6 +290,27 @@ def test_a_near_copy_of_a_held_out_text_is_not_trained_on_and_a_text_that_quotes
     training, held_out = split_documents(documents, {"mine": 1}, minimum_characters=1, seed=seed)
     assert [one.name for one in held_out] == ["0"]
     assert [one.name for one in training] == [*"12345678", "10"]
+
+
+def test_the_parts_of_one_text_count_as_one(tmp_path, tokenizer, monkeypatch):
+    """Else eight held-out "documents", by whose number intervals are judged, may be one book."""
+    monkeypatch.setattr(sources_module, "LONGEST", 4096)
+    for book in range(6):
+        (tmp_path / f"book {book}.txt").write_text("\n".join(f"Line {line} of book {book}." for line in range(900)))
+    documents = load_documents(str(tmp_path))
+    assert len(documents) > 24
+    training, held_out = split_documents(documents, None, minimum_characters=1000, seed=0)
+    books = {whole(document.name) for document in held_out}
+    assert len(held_out) == len(books) == 2  # a third
+    assert {whole(document.name) for document in training} == {f"book {book}.txt" for book in range(6)} - books
+    monkeypatch.setattr(mixture, "SMALL", 0)
+    monkeypatch.setattr(mixture, "HELD_OUT", "8")
+    stream = Mixture(
+        Data(sources=[str(tmp_path)], held_out={tmp_path.name: 2}, minimum_characters=1000, split_seed=0),
+        tokenizer,
+        cache=tmp_path / "cache",
+    )
+    assert len({whole(document.name) for document in stream.held_out()}) == 2
 
 
 def test_files_that_are_passed_over_are_named_once(tmp_path, capsys):

@@ -105,6 +105,12 @@ def test_shares_and_lengths_of_sequences(tokenizer, documents):
     assert min(questions) >= 7  # but one that would not fit is left out
 
 
+def test_shares_that_fill_all_sequences_make_no_more_than_there_are_steps(tokenizer, documents):
+    settings = dataclasses.replace(SETTINGS, steps=3, sequences_per_step=1, long_share=0.5, text_share=0.5)
+    texts = training_sequences(documents, 1024, 3, padding_id=1, seed=0)
+    assert len(instruction_sequences(documents, tokenizer, settings, 1024, texts=texts)) == 3
+
+
 def test_a_document_that_is_too_short_is_refused_in_words(tokenizer, documents):
     with pytest.raises(ValueError, match=r"no document has .* tokens for 64 questions in a window of 8,192"):
         quotation_dialogue(documents, tokenizer, 8192, SETTINGS, np.random.default_rng(0))

@@ -32,7 +32,10 @@ def test_the_merged_tiny_llama_rotates_as_its_preset_says_in_plain_transformers(
         (["--preset", "tinny", "--to", "NEW"], "unknown preset 'tinny'"),
         (["--preset", "tiny", "--to", "."], "--to . is there and is not overwritten: name a new folder"),
         (["--preset", "tiny", "--to", "NEW", "--adapter", "nowhere"], "is not an adapter of this collection"),
-        (["--preset", "tiny", "--to", "NEW", "--adapter", ADAPTERS / "smollm2"], "use the preset it was trained with"),
+        (
+            ["--preset", "tiny", "--to", "NEW", "--adapter", ADAPTERS / "smollm2"],
+            "it was trained for",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(words, said, tmp_path, monkeypatch, capsys):

@@ -34,6 +34,7 @@ from experiments.race_results import student_reach, wider
 from llama_long_utils.evaluation.generation import likelihoods
 from llama_long_utils.evaluation.statistics import mean_interval
 from llama_long_utils.model.adapters import AdapterCard, add_lora, load_adapter, read_card, save_adapter
+from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import hidden_states, next_token_nll
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
@@ -246,6 +247,12 @@ def test_a_reward_model_trains_where_trl_mixes_fp32_and_bf16(preset, start):
         rewards(model, [[*one.prompt, *getattr(one, side)] for one in pairs()]) for side in ("chosen", "rejected")
     )
     assert np.mean(np.array(better) > worse) >= 5 / 6
+
+
+def test_a_reward_model_is_no_language_model(preset, start, tmp_path):
+    trained = preferences.train_reward_model(preset, pairs(), start, name="no-language-model")
+    with pytest.raises(ValueError, match="is a reward model's, which rates answers and writes none"):
+        load_arm(preset, "extended", adapter=trained.folder)
 
 
 def test_only_sampled_answers_may_be_rewarded_alike(preset, start, monkeypatch):

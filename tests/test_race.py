@@ -128,6 +128,21 @@ def test_each_expectation_of_the_longer_race_can_hold_and_can_be_refuted(changes
     assert list(judged_longer(as_longer(**changes), short).judged) == judged
 
 
+def test_what_is_expected_at_a_lower_rate_can_hold_and_can_be_refuted():
+    short, longer = race_results(load_preset("tiny")), as_longer()
+    for points, nats, judged in ((10.0, 0.1, HOLDS), (-10.0, -0.1, REFUTED)):
+        slower = as_longer()
+        arms, asked = slower.arms, slower.lengths[-2]
+        rows = {name: (arms.method == name) & (arms.training == "full-length") for name in ("none", "abf")}
+        both = np.maximum, np.minimum
+        beyond = both[points < 0](*(race.arrays[f"rouge_l_{asked}"][rows["abf"]] for race in (longer, short)))
+        slower.arrays[f"rouge_l_{asked}"][rows["abf"]] = beyond + points
+        far = slice(slower.edges.index(slower.window), None)
+        tokens = slower.arrays["tokens"][:, far]
+        slower.arrays["nats"][rows["none"], :, far] = slower.arrays["nats"][rows["abf"], :, far] + nats * tokens
+        assert list(judged_longer(longer, short, slower).judged[-3:]) == [judged] * 3
+
+
 def test_the_longer_race_counts_once_all_four_methods_have_all_seeds(preset, monkeypatch, tmp_path):
     monkeypatch.setattr(race_longer_results, "RESULTS", tmp_path)
     assert longer_results(preset) is None

@@ -177,7 +177,8 @@ def test_statements_say_who_was_not_asked(results):
     assert found_in_words(asked).endswith("The control was not asked there.")
     assert not found_in_words(asked[asked.length == asked.length.min()]).endswith("was not asked there.")
     leads = np.subtract(*(results.found_in_texts(name, 32_768) for name in (results.largest("full"), "yarn-nf4")))
-    assert f"- YaRN: {', '.join(f'{one:+d}' for one in leads)}; {leads.mean():+.1f} [" in leads_by_text(results, asked)
+    told = f"- 32,768 tokens, YaRN: {', '.join(f'{one:+d}' for one in leads)}; {leads.mean():+.1f} ["
+    assert told in leads_by_text(results, asked)
 
 
 def test_prices_name_dose_rate_and_passes(results):

@@ -184,6 +184,11 @@ COLUMNS = {
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
         "cost": {"method", "training", "seed", "tokens", "seconds"},
     },
+    "11_longer_race_at_another_rate": {
+        "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
+        "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},
+        "cost": {"method", "training", "seed", "tokens", "seconds"},
+    },
     "11_longer_race": {
         "nll_by_position": {"method", "training", "seed", "position_low", "position_high", "value"},
         "first_sentence_retrieval": {"method", "training", "seed", "length", "value"},

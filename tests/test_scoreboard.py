@@ -114,7 +114,13 @@ def test_a_base_at_chance_decides_nothing_about_short_tasks(lines):
 
 @pytest.mark.parametrize(
     ("low", "control", "judged"),
-    [(-0.01, True, AGREES), (-0.01, False, UNDECIDED), (-0.03, True, UNDECIDED), (-0.2, True, DISAGREES)],
+    [
+        (-0.01, -0.01, AGREES),
+        (-0.01, None, UNDECIDED),
+        (-0.01, -0.05, UNDECIDED),  # the control gained what the extension did not
+        (-0.03, -0.01, UNDECIDED),
+        (-0.2, -0.01, DISAGREES),
+    ],
 )
 def test_short_tasks_agree_only_beside_a_control_and_without_a_loss_of_the_margin(low, control, judged, monkeypatch):
     asked = ("qwen2.5-coder-1.5b", short_tasks.BENCHMARKS)
@@ -123,7 +129,7 @@ def test_short_tasks_agree_only_beside_a_control_and_without_a_loss_of_the_margi
     rows = (deltas.task == "mmlu") & (deltas.metric == "accuracy") & (deltas.pair == "base -> extended")
     deltas.loc[rows, ["low", "high"]] = low, low + 0.1
     if control:
-        deltas = pd.concat([deltas, deltas[rows].assign(pair="base -> rope_unchanged")])
+        deltas = pd.concat([deltas, deltas[rows].assign(pair="rope_unchanged -> extended", low=control)])
     changed.content["tables"]["deltas"] = deltas.to_dict("records")
     monkeypatch.setattr(short_tasks, "recorded", lambda *names: changed if names == asked else recorded(*names))
     line = short_tasks.short_tasks(read_published("llama2_long_benchmarks")["table_1"])
@@ -280,7 +286,7 @@ def test_the_brief_answers_each_question_as_the_intervals_and_seeds_say():
     assert inside.found[1] > 0
     helps, more, cost = (row for question, row in rows.items() if question.startswith(("Far beyond", "Does it")))
     for row, answer, found in ((helps, "yes", own), (more, "not shown", far), (cost, "yes, it reads worse", inside)):
-        apart = f" (seeds lie {far.spread:.3f} apart)" if found == far else ""
+        apart = f" (seeds lie {far.spread:.3f} apart at {far.widest})" if found == far else ""
         assert f"**{answer}**{apart}: {found.found[0]:+.3f} [" in row.split(" | ")[2]
     told = next(line for line in in_brief().splitlines() if line.startswith("- **SmolLM2"))
     assert f"reads far text {-own.found[0]:.3f} nats per token better" in told

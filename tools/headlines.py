@@ -3,9 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
-from experiments.dose_doubts import WITHOUT, nearly_full
+from experiments.dose_doubts import WITHOUT, leads, mean_lead, nearly_full
 from experiments.real_models import DoseResults, OtherTexts, read_dose_results, read_other_texts
 from llama_long_utils.notebooks import NO_DIFFERENCE, measured
 from llama_long_utils.presets import load_preset
@@ -53,7 +51,7 @@ IN_BRIEF = """\
 The *control* is a copy trained as long without the extension, and read through windows of the old length. Losses in \
 nats per token; 0.01 less means one percent more probability. Brackets: the outer ends of two 95% intervals, one over \
 texts, one over kinds of text. A gain is a *yes* only if its bracket lies below zero and it is larger than seeds lie \
-apart, where several were trained; one seed tells nothing of others. Sentences have no interval. *Not shown* does not \
+apart, where several were trained; one seed tells nothing of others. *Not shown* does not \
 mean that there is nothing."""
 
 
@@ -80,11 +78,14 @@ def _told(results: DoseResults) -> str:
         gain = f"reads far text {-own.found[0]:.3f} nats per token better"
     where = f"{-nearly.found[0]:.3f}" if nearly.gains else "not shown" if own.gains else "nor"
     ahead = "it is ahead of its control" if far.gains else "it is behind its control" if far.found[1] > 0 else ""
+    fully = compared(results, "fair", whole=True).found
+    fuller = fully[1] > 0 and not ahead
+    behind = f", and it reads {fully[0]:.3f} nats worse where the control's windows are nearly full" * bool(fuller)
     cost = f"{inside.found[0]:.3f} nats worse than the control" if inside.found[1] > 0 else "not measurably worse"
     return (
         f"- **{MODELS[results.preset]}**, trained on {own.tokens / 1e6:.1f} million tokens of whole long texts, {gain} "
         f"with full context than through sliding windows of {window:,} tokens ({where} where these are nearly full). "
-        f"Far out, {ahead or NO_GAIN}; within the old window it reads {cost}."
+        f"Far out, {ahead or NO_GAIN}{behind}; within the old window it reads {cost}."
     )
 
 
@@ -96,7 +97,8 @@ def _answers(results: DoseResults) -> dict[str, str]:
     untrained = [statements_found(results, arm, 2 * old) for arm in ("raised-nf4", "yarn-nf4")]
     best = max(untrained, key=lambda found: int(found.split()[0]))
     rival = ("raised-nf4", "yarn-nf4")[untrained.index(best)]
-    lead = np.subtract(*(results.found_in_texts(arm, 2 * old) for arm in (full, rival)))
+    lead = leads(results, rival, 2 * old)
+    window = int(results.record.table("arms").set_index("arm").window[full.rpartition("-")[0]].max())
     again, others, control = read_other_texts(results), "not read", "not read"
     if again:
         found = again.compare().set_index(["quantity", "texts"])[["nats", "low", "high"]]
@@ -108,12 +110,12 @@ def _answers(results: DoseResults) -> dict[str, str]:
     read = results.record.table("held_out").tokens.max()
     return {
         "": f"{MODELS[results.preset]}, {old:,} to {new:,} tokens" + (f", read to {read:,}" if read < new else ""),
-        "trained in 4 bits on whole long sequences": f"{own.tokens / 1e6:.1f} million tokens, {own.runs}",
+        "trained in 4 bits": f"{own.tokens / 1e6:.1f} million tokens in whole sequences of {window:,}, {own.runs}",
         "Far beyond the old window, does the whole text help more than a sliding window of the old length?": (
             _answered(own)
         ),
         "... where that window is nearly full?": _nearly_full(results),
-        f"... in texts that repeat less than {HARDLY:.0%} of themselves?": _in_plain_texts(results),
+        f"... there, in texts that repeat less than {HARDLY:.0%} of themselves?": _in_plain_texts(results),
         "... on other texts, read after every choice was made?": others,
         "Does it help more than the same training without the extension (the control)?": (_answered(far)),
         "... where the control's window is nearly full?": _answered(compared(results, "fair", whole=True)),
@@ -123,7 +125,7 @@ def _answers(results: DoseResults) -> dict[str, str]:
             results, full, 2 * old
         ),
         "... by the better of two untrained methods": best,
-        "... by how many more than that, text by text": ", ".join(f"{more:+d}" for more in sorted(lead)[::-1]),
+        "... by how many more than that, of 20 in each text": measured(*mean_lead(lead), digits=1),
         "... in texts of four times the old window": statements_found(results, full, 4 * old),
     }
 
@@ -132,7 +134,7 @@ def _answered(found: Comparison, better_is: int = 1) -> str:
     """Yes, no or not shown, with the numbers; the question asks for a gain, or with -1 for a loss."""
     gains, loses = ("yes", "no, it reads worse") if better_is > 0 else ("no, it gains", "yes, it reads worse")
     answer = gains if found.gains else loses if found.found[1] > 0 else "not shown"
-    apart = f" (seeds lie {found.spread:.3f} apart)" if found.found[2] < 0 and not found.gains else ""
+    apart = f" (seeds lie {found.spread:.3f} apart at {found.widest})" if found.found[2] < 0 and not found.gains else ""
     return f"**{answer}**{apart}: {measured(*found.found, digits=3)}"
 
 
@@ -170,10 +172,9 @@ def headlines() -> str:
 
 
 def _in_plain_texts(results: DoseResults) -> str:
-    """The gain over own windows in texts that hardly repeat themselves."""
-    texts = results.gains_of_texts()
-    plain = texts[texts.repeats_itself < HARDLY].nats
-    return f"{plain.mean():+.3f} on average of {len(plain)} of {len(texts)} texts"
+    """The gain over own nearly full windows in texts that hardly repeat themselves."""
+    row = nearly_full(results).query("line == 'full'").iloc[-1]
+    return f"{measured(row.nats, row.low, row.high, digits=3)}, {row.documents} texts"
 
 
 def _on_other_texts(again: OtherTexts, spread: float) -> str:

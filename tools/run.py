@@ -296,9 +296,11 @@ def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base
     """A hash of everything that a notebook's results depend on; comments and prose are no part of it."""
     cells = [cell for cell in json.loads(notebook.path.read_bytes())["cells"] if cell["cell_type"] == "code"]
     code = [_without_comments("".join(cell["source"])) for cell in cells]
-    files = [path for name in ("llama_long_utils", "experiments") for path in sorted((REPOSITORY / name).rglob("*.py"))]
+    packages = ("llama_long_utils", "experiments", "tools")
+    files = [path for name in packages for path in sorted((REPOSITORY / name).rglob("*.py"))]
     code += [_without_comments(path.read_text("utf-8")) for path in files]
-    named = [source.name for source in preset.data.mixture]
+    named = ["data/tasks", "data/results", "data/published", "data/adapters"]
+    named += [source.name for source in preset.data.mixture]
     named += [value for value in parameters.values() if isinstance(value, str)]
     folders = {name: folder_state(REPOSITORY / name) for name in named}
     adapter = ""

@@ -117,7 +117,11 @@ def split_documents(
     for source, count in wanted.items():
         lengths = [len(document.text) for document in documents if document.source == source]
         long = [d for d in documents if d.source == source and len(d.text) >= minimum_characters]
-        candidates = {texts[d.source, d.name]: d for d in reversed(long)}.values()
+        different = {texts[d.source, d.name]: d for d in reversed(long)}.values()
+        of_text: dict[str, Document] = {}  # one part of each
+        for document in sorted(different, key=lambda d: draw(seed, d.source, d.name)):
+            of_text.setdefault(whole(document.name), document)
+        candidates = list(of_text.values())
         count = count or count_to_hold_out(len(candidates), len(wanted))
         if len(candidates) < count:
             shorter = f", or minimum_characters to {sorted(lengths)[-count]}" if len(lengths) > count else ""
@@ -126,7 +130,7 @@ def split_documents(
                 f"{len(candidates)} of its {len(lengths)}, copies left out, are that long (the longest has "
                 f"{max(lengths, default=0):,}); lower held_out{shorter}"
             )
-        chosen |= {(d.source, d.name) for d in sorted(candidates, key=lambda d: draw(seed, d.source, d.name))[:count]}
+        chosen |= {(d.source, d.name) for d in candidates[:count]}
     tested = {texts[one] for one in chosen}
     found = [excerpts(text) for text in tested]
     copies = set(tested)

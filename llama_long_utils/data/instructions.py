@@ -200,7 +200,8 @@ def instruction_sequences(
     """
     short_dialogue = dialogue_maker(settings)
     count = settings.steps * settings.sequences_per_step
-    long, plain = (round(count * share) for share in (settings.long_share, settings.text_share))
+    long = round(count * settings.long_share)
+    plain = round(count * (settings.long_share + settings.text_share)) - long
     kinds = ["long"] * long + ["text"] * plain + ["short"] * (count - long - plain)
     generator, texts = np.random.default_rng(settings.seed), iter(texts)
     short, sequences = min(settings.short_window, window), []

@@ -108,12 +108,13 @@ class Mixture:
         if source.held_out_split:
             other = replace(source, split=source.held_out_split, held_out_split="")
             tokens = TokenizedSource(other, survey(other)[1], self.rules, tokens.folder)
-        chosen: list[TokenizedDocument] = []
+        chosen: dict[str, TokenizedDocument] = {}  # a part of each text
         passed_over = 0
         for document, characters in tokens:
             passed_over += document.tokens
-            if characters >= shortest and (source.held_out_split or self.is_held_out(source, document.name)):
-                chosen.append(document)
+            held_out = source.held_out_split or self.is_held_out(source, document.name)
+            if held_out and characters >= shortest and whole(document.name) not in chosen:
+                chosen[whole(document.name)] = document
                 passed_over = 0
             if len(chosen) == count or passed_over > PATIENCE:
                 break
@@ -121,9 +122,9 @@ class Mixture:
             rare = f", and none was found in the last {passed_over:,} tokens" if passed_over > PATIENCE else ""
             raise ValueError(
                 f"cannot hold out {count} documents of {source.name!r} with at least {shortest:,} characters: only "
-                f"{len(chosen)} may be held out{rare}; lower held_out or minimum_characters"
+                f"{len(chosen)} may be held out{rare}; lower held_out or minimum_characters, or change split_seed"
             )
-        return chosen
+        return [*chosen.values()]
 
     def training(self, source: Source, shortest: int = 0) -> Iterator[TokenizedDocument]:
         """The documents of one source to train on, in one pass; ValueError if a stream has none for long."""

@@ -7,7 +7,7 @@ metrics that tell small changes, and the paired comparison.
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from llama_long_utils.cache import Cache
 from llama_long_utils.evaluation.generation import Model
-from llama_long_utils.evaluation.harness import Llama, check_lengths
+from llama_long_utils.evaluation.harness import Llama, check_kind, check_lengths
 from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_accuracy, paired_mean, share_interval
 from llama_long_utils.evaluation.task_files import HUB, TASKS, check_names, is_ours
 from llama_long_utils.model.arms import arm_inputs, load_arm
@@ -31,7 +31,7 @@ from llama_long_utils.settings import Preset
 SLUG = "08_benchmark_deltas"
 KEYS = ["task", "length", "arm", "item", "asked", "written"]  # columns that are no metrics
 ANSWERS = 3  # raised by hand when the code that asks a model changes: kept answers are then asked again
-BINARY = {"accuracy", "accuracy_per_character", "exact_match", "passed", "acc", "acc_norm"}  # 0 or 1 for each item
+BINARY = {"accuracy", "accuracy_per_character", "exact_match", "passed", "acc", "acc_norm"}  # mostly 0 or 1 for an item
 
 
 def measure(
@@ -75,6 +75,7 @@ def measure(
     for leaf, task in leaves.items():
         if getattr(task, "UNSAFE_CODE", False) and not allow_execution:
             raise ValueError(f"{leaf} runs written programs without a sandbox: accept that with allow_execution")
+        check_kind(task)
     chosen = {leaf: spread(task.eval_docs, items) for leaf, task in leaves.items()} if items else None
     options = {"samples": chosen, "bootstrap_iters": 0, "confirm_run_unsafe_code": allow_execution}
     measured = []
@@ -89,7 +90,8 @@ def measure(
         with contextlib.redirect_stderr(io.StringIO()):  # bars: the cache prints how far it is
             samples = evaluate(llama, {"tasks": leaves}, **options)["samples"]
         for name, group in tasks.items():
-            measured.append(logged_items(name, arm, {leaf: samples[leaf] for leaf in group}, llama.tokens))
+            own = {leaf for leaf, task in group.items() if getattr(task.config, "process_results", None)}
+            measured.append(logged_items(name, arm, {leaf: samples[leaf] for leaf in group}, llama.tokens, own))
     return pd.concat(measured, ignore_index=True)
 
 
@@ -133,13 +135,18 @@ def spread(docs: Iterable[dict[str, Any]], count: int) -> list[int]:
 
 
 def logged_items(
-    name: str, arm: str, samples: dict[str, list[dict[str, Any]]], tokens: Mapping[tuple[str, str], int]
+    name: str,
+    arm: str,
+    samples: dict[str, list[dict[str, Any]]],
+    tokens: Mapping[tuple[str, str], int],
+    own_scores: Collection[str] = (),
 ) -> pd.DataFrame:
     """One row for each item, from what the harness logged of one task or group.
 
     Columns: task, length (tokens of the prompts; 0: of no given length), arm, item (its name), asked (a hash of prompt
     and right answer), written (text, if any was written), and one for each metric. `samples` are by the harness' own
-    name of a task, one for each of its filters; `tokens` those of each (prompt, continuation) that was read.
+    name of a task, one for each of its filters; `tokens` those of each (prompt, continuation) that was read. Tasks in
+    `own_scores` have a rule of their own, such as several right choices: theirs are the metrics then.
     """
     rows = []
     for leaf, logged in samples.items():
@@ -151,7 +158,8 @@ def logged_items(
             named = first["doc"].get("name") or f"{leaf}/{number}"
             row = {"task": name, "length": length, "arm": arm, "item": named}
             asked = first["prompt_hash"] + first["target_hash"]
-            rows.append({**row, "asked": asked, **_metrics(item, str(length), tokens)})
+            scored = [{**one, "target": None} for one in item] if leaf in own_scores else item
+            rows.append({**row, "asked": asked, **_metrics(scored, str(length), tokens)})
     return pd.DataFrame(rows)
 
 
@@ -195,8 +203,8 @@ def choice_metrics(costs: np.ndarray, tokens: Sequence[int], characters: Sequenc
     return {**metrics, "answer_nll": float(per_token[right]), "contrast": contrast}
 
 
-def _is_binary(metric: str) -> bool:
-    return metric.partition(" (")[0] in BINARY  # in brackets: the harness' filter
+def _is_binary(metric: str, *values: np.ndarray) -> bool:
+    return metric.partition(" (")[0] in BINARY and bool(np.isin(values, (0, 1)).all())  # in brackets: a filter's name
 
 
 def score_table(items: pd.DataFrame) -> pd.DataFrame:
@@ -207,8 +215,9 @@ def score_table(items: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for names, part in items.groupby(["task", "length", "arm"], sort=False):
         for metric, values in _metrics_of(part):
-            bounds = share_interval(int(values.sum()), len(values)) if _is_binary(metric) else mean_interval(values)
-            rows.append((*names, metric, len(values), values.mean(), *bounds))
+            binary, total = _is_binary(metric, values), len(values)
+            bounds = share_interval(int(values.sum()), total) if binary else mean_interval(values)
+            rows.append((*names, metric, total, values.mean(), *bounds))
     return pd.DataFrame(rows, columns=["task", "length", "arm", "metric", "items", "value", "low", "high"])
 
 
@@ -227,7 +236,7 @@ def delta_table(items: pd.DataFrame, before: str = "base", after: str = "extende
             raise ValueError(f"{task}: {before!r} and {after!r} were asked other items, measure them together")
         entry = {"task": task, "length": length, "pair": f"{before} -> {after}"}
         for (metric, one), (_, other) in zip(_metrics_of(first), _metrics_of(second), strict=True):
-            found = (paired_accuracy if _is_binary(metric) else paired_mean)(one, other)
+            found = (paired_accuracy if _is_binary(metric, one, other) else paired_mean)(one, other)
             rows.append({**entry, "metric": metric, "items": len(one), **asdict(found)})
     return pd.DataFrame(rows)
 
@@ -258,8 +267,7 @@ def write_results(
 
     `deltas` are of `delta_table`; None: extended minus base.
     """
-    write_arrays(folder / f"{SLUG}.npz", item_arrays(items))
-    return write_record(
+    path = write_record(
         folder,
         SLUG,
         preset=preset.name,
@@ -268,3 +276,5 @@ def write_results(
         seeds={"items": SEED, "bootstrap": SEED, "split": preset.data.split_seed},
         **options,
     )
+    write_arrays(folder / f"{SLUG}.npz", item_arrays(items))
+    return path

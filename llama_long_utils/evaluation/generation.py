@@ -91,9 +91,9 @@ def likelihoods(
         hidden = hidden_states(model, ids)
         needed = [row[first : len(texts[text])] for row, first, text in zip(hidden, firsts, batch, strict=True)]
         scores = (torch.cat(needed).float() @ head.T).log_softmax(-1)
-        best = scores.argmax(-1).cpu()
-        for text, first, part in zip(batch, firsts, scores.split([len(rows) for rows in needed]), strict=True):
-            likeliest, best = best[: len(part)], best[len(part) :]
+        lengths = [len(rows) for rows in needed]
+        parts = zip(scores.split(lengths), scores.argmax(-1).cpu().split(lengths), strict=True)
+        for text, first, (part, likeliest) in zip(batch, firsts, parts, strict=True):
             for number in groups[text]:
                 context, continuation = asked[number]
                 start, right = len(context) - 1 - first, torch.tensor(continuation)

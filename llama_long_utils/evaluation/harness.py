@@ -75,8 +75,7 @@ class Llama(TemplateLM):
         return self._kept("read_and_write", requests, lambda part: [self._read_and_write(request) for request in part])
 
     def loglikelihood_rolling(self, requests: list[Instance], **_options: Any) -> list[float]:
-        """Raise ValueError: notebook 6 measures that."""
-        raise ValueError(f"{requests[0].task_name} measures perplexity on whole texts: use 06_perplexity_by_position")
+        raise NotImplementedError  # `check_kind` has refused such a task
 
     def _kept(self, kind: str, requests: list[Instance], ask: Callable[[list[Instance]], list[Any]]) -> list[Any]:
         """Answers in the order of the requests; one file for each task, shortest prompts first."""
@@ -109,8 +108,6 @@ class Llama(TemplateLM):
         written = []
         for given, group in itertools.groupby(requests, key=lambda request: request.args[1]):
             settings = normalize_gen_kwargs(given)
-            if settings["do_sample"]:
-                raise ValueError(f"{requests[0].task_name} draws its answers at random: only greedy ones are written")
             prompts = [np.array(self.tok_encode(request.args[0])) for request in group]
             stops = [stop for stop in settings["until"] if stop]
             options |= {"tokens": settings["max_gen_toks"], "stops": stops}
@@ -128,6 +125,14 @@ class Llama(TemplateLM):
         cache.crop(-len(right))
         (written,) = self._write([request], past_key_values=cache)
         return {"answer_nll": -float(likelihood) / len(right), "written": written}
+
+
+def check_kind(task: Any) -> None:
+    """Raise ValueError if what a task asks for is not answered here: whole texts, and answers drawn at random."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise ValueError(f"{task.config.task} measures perplexity on whole texts: use 06_perplexity_by_position")
+    if normalize_gen_kwargs(getattr(task.config, "generation_kwargs", None) or {})["do_sample"]:
+        raise ValueError(f"{task.config.task} draws its answers at random: only greedy ones are written")
 
 
 def check_lengths(requests: Sequence[Instance], tokenizer: PreTrainedTokenizerBase, window: int) -> None:

@@ -10,6 +10,7 @@ asked depth), and `multi_key` and `variables` in the manner of RULER (arXiv:2404
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,7 +96,7 @@ def first_sentence_items(
     seed: int,
     exact: bool = False,
 ) -> list[RetrievalItem]:
-    """Questions about as many documents as the settings say, prompt and answer `length` tokens together.
+    """Questions about as many documents as the settings say, `length` tokens with the room for an answer.
 
     The passage begins at a random sentence, the same at every length, since openings may be known by heart. ValueError
     if no document has a fitting sentence with enough text after it. `exact` leaves room for exactly the answer's tokens
@@ -115,13 +116,15 @@ def first_sentence_items(
         sentences = [m for m in SENTENCE.finditer(text) if fewest <= len(m[0].split()) <= most]
         sentences = [sentences[index] for index in generator.permutation(len(sentences))]
         early = [m for m in sentences if m.start() < last_start][:TRIED]
-        sentence = next((m for m in early if len(_ids(tokenizer, text[m.start() :][: 12 * reach])) >= reach), None)
-        if sentence is None:
+        for sentence in (m for m in early if len(_ids(tokenizer, text[m.start() :][: 12 * reach])) >= reach):
+            words = sentence[0].split()
+            whole = sentence[0] if exact else " ".join(words)
+            cue = re.match(rf"(?:\S+\s+){{{settings.cue_words - 1}}}\S+", whole)[0]
+            with suppress(ValueError):  # some tokenizers have a token of which the cue is a part
+                ending, answer_ids = _question_and_answer(tokenizer, f"\n\n{cue}", whole[len(cue) :])
+                break
+        else:
             continue
-        words = sentence[0].split()
-        whole = sentence[0] if exact else " ".join(words)
-        cue = re.match(rf"(?:\S+\s+){{{settings.cue_words - 1}}}\S+", whole)[0]
-        ending, answer_ids = _question_and_answer(tokenizer, f"\n\n{cue}", whole[len(cue) :])
         after = len(answer_ids) if exact else settings.answer_tokens
         room = length - after - len(ending) - 1
         passage = _ids(tokenizer, text[sentence.start() : sentence.start() + 12 * length])[: max(room, 0)]

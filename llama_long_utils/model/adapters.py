@@ -1,11 +1,10 @@
-"""LoRA adapters: adding, saving, finding, loading and merging them.
+"""LoRA adapters: adding, saving, finding and loading them.
 
 PEFT loads an adapter onto another base, with another RoPE, or with an edited config, and says nothing. So each
 adapter travels with a card that names all of these by hash, and is compared with it when it is found.
 """
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from llama_long_utils.cache import digest
-from llama_long_utils.model.base import check_rope, load_base
+from llama_long_utils.model.base import check_rope
 from llama_long_utils.model.loss import compute_in_base_dtype
-from llama_long_utils.model.weights import TOKENIZER, load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.model.weights import locate_base, weights_sha256
 from llama_long_utils.paths import ADAPTERS, CARD, REPOSITORY, check_adapter, whole_folder
 from llama_long_utils.settings import STRICT, Lora, Preset, Scaling
 
@@ -159,7 +158,7 @@ def find_adapter(
             if getattr(card, name) != value:
                 raise ValueError(
                     f"the adapter in {folder} was trained with {name} = {getattr(card, name)}, while preset "
-                    f"{preset.name!r} has {value}: use the preset it was trained with"
+                    f"{preset.name!r} asks for {value}: use the preset, and the arm, it was trained for"
                 )
         return REPOSITORY / folder
     own = {name: value for name, value in asdict(getattr(preset, stage)).items() if name not in NO_GRADIENT}
@@ -233,30 +232,10 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path, *, trainable
     config.base_model_name_or_path = None  # the card's hash was compared, not a name, which PEFT would warn of
     adapted = _wrap(model, config)
     weights = load_file(adapter / "adapter_model.safetensors")
+    if not hasattr(model, "score") and any("score" in name for name in weights):
+        raise ValueError(f"the adapter in {adapter} is a reward model's, which rates answers and writes none")
     if hasattr(model, "score"):
         weights.setdefault("base_model.model.score.weight", model.score.weight)  # a new one, on another adapter
     set_peft_model_state_dict(adapted, weights)
     compute_in_base_dtype(adapted)
     return adapted
-
-
-def merge_adapter(adapter: Path, base: Path, folder: Path, *, dtype: str) -> Path:
-    """`folder` with the adapter merged into the 16-bit base: a standalone bf16 model with the right RoPE in its config.
-
-    The arithmetic is done in `dtype`. ValueError if the adapter needs xPos, which plain transformers does not have.
-    """
-    card = read_card(adapter)
-    if card.rope.method == "xpos_abf":
-        raise ValueError(f"the adapter in {adapter} needs xPos, which no config.json can ask for: load it unmerged")
-    model = load_base(base, card.rope, dtype=dtype, quantized=False)
-    merged = load_adapter(model, adapter, base).merge_and_unload()
-    with whole_folder(folder) as scratch:
-        merged.to(torch.bfloat16).save_pretrained(scratch)
-        load_tokenizer(base)  # raises if there is none
-        for file in (file for pattern in TOKENIZER for file in base.glob(pattern)):
-            shutil.copy(file, scratch)
-        path, rope = scratch / "config.json", card.rope.parameters()
-        # What is older than transformers 5 looks here, and would take a base of 10,000 without a word.
-        older = {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
-        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | older, indent=2) + "\n", encoding="utf-8")
-    return folder

@@ -1,5 +1,6 @@
 """Loading a base in NF4 with its RoPE scaled, and checking that it rotates as asked."""
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from llama_long_utils.model.weights import LOCAL
 from llama_long_utils.rope import rotation
 from llama_long_utils.settings import Scaling
 
-XPOS = "xpos"  # this attention and "s2" are in experiments/attention.py
+XPOS = "xpos"
 
 
 def nf4(dtype: str) -> BitsAndBytesConfig:
@@ -41,6 +42,8 @@ def load_base(
         attention: as transformers names it; xPos brings its own.
         reward: with a new head for one number in place of the one for tokens.
     """
+    if rope.method == "xpos_abf" or attention == "s2":
+        import_module("experiments.attention")  # has both
     quantization, kind, options = nf4(dtype) if quantized else None, AutoModelForCausalLM, {}
     if reward:
         kind, options = AutoModelForSequenceClassification, {"num_labels": 1}

@@ -30,13 +30,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_long_utils.model.adapters import merge_adapter
 from llama_long_utils.model.weights import locate_base
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import read_record, write_record
 from llama_long_utils.settings import Preset
 from llama_long_utils.training.adapter import train_adapter
+from tools.merge import merge_adapter
 
 STEPS, EVERY = 6, 2  # checkpoints after 2, 4 and 6, of which two are kept
 WINDOW = 128

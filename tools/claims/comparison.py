@@ -29,6 +29,11 @@ class Comparison:
         return max((max(values) - min(values) for values in self.seeds.values()), default=0.0)
 
     @property
+    def widest(self) -> str:
+        """After how many tokens they do."""
+        return f"{max(self.seeds, key=lambda dose: max(self.seeds[dose]) - min(self.seeds[dose])) / 1e6:.1f}M tokens"
+
+    @property
     def gains(self) -> bool:
         """Below zero by its interval, and by more than seeds lie apart."""
         return self.found[2] < 0 and -self.found[0] > self.spread

@@ -42,8 +42,12 @@ def short_tasks(table: dict[str, Any]) -> Line:
         judged = f"{UNDECIDED}: the base answers at chance"
     elif mmlu.high < 0:
         judged = f"{DISAGREES}: on MMLU"
-    elif mmlu.low > -MARGIN and "base -> rope_unchanged" in accuracy.index:
-        judged = f"{AGREES}: on MMLU, beside a control; other tasks have too few items"
+    elif mmlu.low > -MARGIN and "rope_unchanged -> extended" in accuracy.index:
+        beside = accuracy.loc["rope_unchanged -> extended"]
+        if beside.low > -MARGIN:
+            judged = f"{AGREES}: on MMLU, beside a control; other tasks have too few items"
+        else:
+            judged = f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points against the control is not excluded"
     elif mmlu.low > -MARGIN:
         judged = f"{UNDECIDED}: MMLU {'rises' if mmlu.low > 0 else 'does not fall'} over the same 4-bit base, but the "
         judged += "control was not tested on it; other tasks have too few items"
