@@ -346,7 +346,7 @@ def worth_in_words(doses: Mapping[str, DoseResults]) -> str:
         table = results.doses_that_pay()
         paid = [
             f"{row['trained on'].rpartition(', ')[0]}, from {row['pays from'].replace(',', ' tokens on,')} there"
-            f" (nearly full windows: from {row['nearly full: from']})"
+            f", in nearly full windows from {row['nearly full: from']}"
             for _, row in table[table["pays from"] != "no dose"].iterrows()
         ]
         parts.append(f"{'; '.join(paid) or 'nothing that was run'} ({NAMES.get(name, name)})")

@@ -12,6 +12,7 @@ from conftest import functions_of, new_llama
 from experiments.tiny_llama import FOLDER
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import Document, tokenize_documents
+from llama_long_utils.evaluation import retrieval_items
 from llama_long_utils.evaluation.generation import write
 from llama_long_utils.evaluation.retrieval import (
     _wrote,
@@ -75,6 +76,23 @@ def test_same_seed_asks_for_the_same_sentences_at_every_length(texts, tokenizer)
     assert [item.answer for item in short] == [item.answer for item in long]
     other = first_sentence_items(texts, tokenizer, 128, SETTINGS, seed=1)
     assert [item.answer for item in short] != [item.answer for item in other]
+
+
+def test_a_sentence_whose_cue_ends_within_a_token_gives_way_to_another(texts, tokenizer, monkeypatch):
+    """Qwen's tokenizer has a token for a comma and a line break."""
+    plain, asked = retrieval_items._question_and_answer, []
+
+    def first_fails(*arguments):
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise ValueError("one token for both")
+        return plain(*arguments)
+
+    before = first_sentence_items(texts, tokenizer, 128, SETTINGS, seed=0, exact=True)
+    monkeypatch.setattr(retrieval_items, "_question_and_answer", first_fails)
+    items = first_sentence_items(texts, tokenizer, 128, SETTINGS, seed=0, exact=True)
+    assert [item.document for item in items] == [item.document for item in before]
+    assert [item.answer == other.answer for item, other in zip(items, before, strict=True)] == [False, True, True]
 
 
 def test_texts_that_are_too_short_are_refused(texts, tokenizer):

@@ -125,7 +125,7 @@ def _answers(results: DoseResults) -> dict[str, str]:
             results, full, 2 * old
         ),
         "... by the better of two untrained methods": best,
-        "... by how many more than that, of 20 in each text": measured(*mean_lead(lead), digits=1),
+        "... by how many more than that, of 20 in each of five texts": measured(*mean_lead(lead), digits=1),
         "... in texts of four times the old window": statements_found(results, full, 4 * old),
     }
 
