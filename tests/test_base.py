@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
 from llama_long_utils.model.weights import locate_base
+from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.rope import inverse_frequencies, ntk_by_parts, position_interpolation
 from llama_long_utils.training.trainer import check_lora_gradients
@@ -98,6 +102,23 @@ def test_a_rule_that_changes_with_the_length_is_not_extended(rule, tmp_path):
         ValueError, match=f"rope_type '{rule}', which changes with the length of the text, so it cannot"
     ):
         arms.load_arm(preset, "extended")
+
+
+def test_attention_of_the_experiments_is_there_for_a_preset_that_asks_for_it(tmp_path):
+    """In a process that has imported no experiment, as the training command's."""
+    new_llama(seed=0).save_pretrained(tmp_path)
+    code = (
+        "import dataclasses, sys; from pathlib import Path; from conftest import RAISED\n"
+        "from llama_long_utils.model.base import load_base\n"
+        "xpos = dataclasses.replace(RAISED, method='xpos_abf')\n"
+        "for rope, attention in ((RAISED, 's2'), (xpos, 'sdpa')):\n"
+        "    model = load_base(Path(sys.argv[1]), rope, dtype='float32', attention=attention)\n"
+        "    print(model.config._attn_implementation)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["s2", "xpos"], done.stderr
 
 
 def test_greedy_is_without_the_penalties_that_a_base_is_published_with(base_folder, tmp_path):

@@ -232,7 +232,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path, *, trainable
     config.base_model_name_or_path = None  # the card's hash was compared, not a name, which PEFT would warn of
     adapted = _wrap(model, config)
     weights = load_file(adapter / "adapter_model.safetensors")
-    if not hasattr(model, "score") and any("score" in name for name in weights):
+    if not hasattr(model, "score") and "base_model.model.score.weight" in weights:
         raise ValueError(f"the adapter in {adapter} is a reward model's, which rates answers and writes none")
     if hasattr(model, "score"):
         weights.setdefault("base_model.model.score.weight", model.score.weight)  # a new one, on another adapter

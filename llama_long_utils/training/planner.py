@@ -94,14 +94,12 @@ def plan_training(preset: Preset, settings: TrainingSettings, division: Division
 
 def unreadable(preset: Preset) -> list[str]:
     """What evaluation would read, or keep to write an answer, beyond the preset's memory: a line for each setting."""
-    (long, up_to), lines = (preset.evaluation.far_tokens, preset.retrieval.tasks.generate_up_to), []
-    answered = max([1, *(length for length in preset.retrieval.lengths if length <= up_to)])
-    for name, tokens in (("evaluation.far_tokens", long), ("retrieval.tasks.generate_up_to", answered)):
-        kept, config = tokens == answered, model_shape(preset.base.source)
-        gib, usable = (
-            reading(config, preset.lora, preset.base.dtype, tokens, kept=kept) / GIB,
-            preset.memory_gib * USABLE,
-        )
+    config, usable, tasks = model_shape(preset.base.source), preset.memory_gib * USABLE, preset.retrieval.tasks
+    answered = max([1, *(length for length in preset.retrieval.lengths if length <= tasks.generate_up_to)])
+    asked = {"evaluation.far_tokens": preset.evaluation.far_tokens, "retrieval.tasks.generate_up_to": answered}
+    lines = []
+    for kept, (name, tokens) in enumerate(asked.items()):  # keys and values only for what is answered in writing
+        gib = reading(config, preset.lora, preset.base.dtype, tokens, kept=bool(kept)) / GIB
         if gib > usable:
             lines.append(f"{name}: {tokens:,} tokens take {gib:.1f} GiB (predicted) of {usable:.1f} usable: lower it")
     return lines
