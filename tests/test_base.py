@@ -115,7 +115,7 @@ def test_attention_of_the_experiments_is_there_for_a_preset_that_asks_for_it(tmp
         "    model = load_base(Path(sys.argv[1]), rope, dtype='float32', attention=attention)\n"
         "    print(model.config._attn_implementation)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])}
     words = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["s2", "xpos"], done.stderr
