@@ -36,6 +36,9 @@ is not below.
 interval, is below 0.01 nat.
 (10) PI reads worse than unscaled RoPE there, as at the higher rate. Refuted if it reads better beyond the interval.
 If (7) and (9) hold, the rate explains what notebook 11 leaves open. If (7) is refuted, it does not.
+
+What came out. (7) is open: ABF retrieves about as much at either rate. (8) is refuted, (9) holds. So the rate decides
+how near unscaled RoPE comes in loss, and is not shown to be why ABF retrieves less after many steps. (10) was not run.
 """
 
 import dataclasses
