@@ -11,7 +11,13 @@ from conftest import LORA, new_llama
 from experiments.gpu_budget import give_back
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
-from llama_long_utils.model.memory_savings import HostBuffers, HostCopy, OffloadedCheckpoints, apply_memory_savings
+from llama_long_utils.model.memory_savings import (
+    READING,
+    HostBuffers,
+    HostCopy,
+    OffloadedCheckpoints,
+    apply_memory_savings,
+)
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.settings import MemorySavings
 from llama_long_utils.training.random_llama import StepShape, random_llama, training_steps
@@ -161,6 +167,18 @@ def test_tiling_in_bf16_stays_within_the_rounding_of_bf16():
     assert tiled_loss == pytest.approx(loss, rel=1e-3)
     for name, gradient in gradients.items():
         assert (tiled[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("tile", [16, 2**15])
+def test_norms_are_trained_of_a_model_that_was_read_in_tiles_before(tile):
+    """PEFT copies each norm to train the copy: its forward must run its own weight, not that of the original."""
+    model = new_llama(seed=0)
+    apply_memory_savings(model, replace(READING, tile=tile))
+    model = add_lora(model, replace(LORA, train_norms=True), seed=0).train()
+    nll(model, IDS).backward()
+    trained = gradients(model)
+    assert any("layernorm" in name for name in trained)
+    assert [name for name, gradient in trained.items() if gradient is None] == []
 
 
 def test_only_the_first_layers_are_recomputed():

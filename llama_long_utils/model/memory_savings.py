@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from contextlib import ContextDecorator, suppress
+from types import MethodType
 from typing import Any
 
 import torch
@@ -87,23 +88,20 @@ def apply_memory_savings(model: Model, memory_savings: MemorySavings) -> None:
             layer.gradient_checkpointing = False
     for layer in (module for module in model.modules() if hasattr(module, "mlp") and hasattr(module, "self_attn")):
         for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            if hasattr(module.forward, "plain_forward"):
-                module.forward = module.forward.plain_forward
+            if "plain_forward" in vars(module):
+                module.forward = vars(module).pop("plain_forward")
             if memory_savings.tile:
-                module.forward = _tiled(module, memory_savings.tile)
+                module.plain_forward, module.tile = module.forward, memory_savings.tile
+                module.forward = MethodType(_in_tiles, module)
 
 
-def _tiled(module: nn.Module, tile: int) -> Forward:
-    forward = module.forward
-
-    def run(hidden: torch.Tensor) -> torch.Tensor:
-        if hidden[..., 0].numel() <= tile:
-            return forward(hidden)
-        trained = [weight for weight in module.parameters() if weight.requires_grad]
-        return _Compute.apply(_Recompute.apply(hidden, forward, tile, *trained), forward, tile)
-
-    run.plain_forward = forward
-    return run
+def _in_tiles(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """A method, bound anew when a module is copied: PEFT trains a copy of a norm, which must run its own weight."""
+    forward, tile = module.plain_forward, module.tile
+    if hidden[..., 0].numel() <= tile:
+        return forward(hidden)
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    return _Compute.apply(_Recompute.apply(hidden, forward, tile, *trained), forward, tile)
 
 
 class OffloadedCheckpoints(saved_tensors_hooks, ContextDecorator):
