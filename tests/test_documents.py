@@ -304,13 +304,25 @@ def test_the_parts_of_one_text_count_as_one(tmp_path, tokenizer, monkeypatch):
     assert len(held_out) == len(books) == 2  # a third
     assert {whole(document.name) for document in training} == {f"book {book}.txt" for book in range(6)} - books
     monkeypatch.setattr(mixture, "SMALL", 0)
-    monkeypatch.setattr(mixture, "HELD_OUT", "8")
+    monkeypatch.setattr(mixture, "HELD_OUT", "g")  # all
     stream = Mixture(
         Data(sources=[str(tmp_path)], held_out={tmp_path.name: 2}, minimum_characters=1000, split_seed=0),
         tokenizer,
         cache=tmp_path / "cache",
     )
     assert len({whole(document.name) for document in stream.held_out()}) == 2
+
+
+def test_a_folder_that_was_moved_holds_out_the_same_documents():
+    """An adapter trained on a cluster would otherwise be judged at home on texts that it has read."""
+    names = [f"{number}.txt" for number in range(40)]
+
+    def held_out(source):
+        documents = [Document(source, name, f"Text of {name}") for name in names]
+        return [one.name for one in split_documents(documents, {source: 9}, minimum_characters=1, seed=3)[1]]
+
+    assert held_out("/data/books") == held_out("/home/me/books") == held_out("books/")
+    assert held_out("/data/books") != held_out("/data/plays")
 
 
 def test_files_that_are_passed_over_are_named_once(tmp_path, capsys):

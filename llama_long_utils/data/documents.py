@@ -76,8 +76,8 @@ def tokenize_documents(documents: list[Document], tokenizer: "PreTrainedTokenize
 
 
 def draw(seed: int, source: str, name: str) -> str:
-    """A hash of a document's name, by which documents are held out, whatever others there are."""
-    return hashlib.sha256(f"{seed}:{source}:{name}".encode()).hexdigest()
+    """A hash by which documents are held out, whatever others there are, and wherever a source's folder stands."""
+    return hashlib.sha256(f"{seed}:{source.rstrip('/').rpartition('/')[2]}:{name}".encode()).hexdigest()
 
 
 def whole(name: str) -> str:
