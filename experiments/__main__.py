@@ -108,6 +108,9 @@ def arguments() -> argparse.Namespace:
     )
     dose.add_argument("--inputs", type=Path, metavar="FILE", help="what --prepare wrote, maybe on another machine")
     dose.add_argument("--stages", nargs="+", metavar="WAY:STEPS", help="in place of those in experiments/dose.toml")
+    dose.add_argument(
+        "--tokens-at-once", type=some, metavar="TOKENS", help="of sequences trained together (a CPU has no room)"
+    )
     dose.add_argument("--adapters", type=Path, nargs="+", metavar="FILE", help="of an earlier run: read, train none")
     dose.add_argument("--no-bases", action="store_true", help="do not read the untrained arms again")
     dose.add_argument("--record-of", type=Path, nargs="+", metavar="FOLDER", help="write the record of earlier runs")
@@ -193,6 +196,8 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
         raise ValueError("a doll's numbers are no record: leave out --record or --doll")
     if asked.doll:
         doses = doll(doses, preset)
+    if asked.tokens_at_once:
+        doses = dataclasses.replace(doses, tokens_at_once=asked.tokens_at_once)
     if asked.stages:
         ways = ways_of(preset, doses.other_bases)
         doses = dataclasses.replace(doses, stages=read_stages(asked.stages, ways))
@@ -205,7 +210,8 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
 
                 print(write_task_record(preset, run, record or out, doses.tasks))
         return write_dose_record(asked.record_of, record or out, preset=preset.name)
-    if (out / "results.jsonl").exists():
+    results = out / "results.jsonl"
+    if results.exists() and '"kind": "end"' in results.read_text():
         raise ValueError(f"{out} holds results of an earlier run: name another folder with --out, or remove it")
     adapters = asked.adapters or ()
     for file in (asked.inputs, *adapters):
@@ -238,7 +244,7 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
     try:
         return run_dose(preset, doses, inputs, out, **options, command=command, record=record)
     except KeyboardInterrupt:
-        raise RuntimeError(f"interrupted: what was read is in {out}; another run begins from the start") from None
+        raise RuntimeError(f"interrupted: the same command goes on from what is kept in {out}") from None
 
 
 def check_names(preset: Preset | None, asked: argparse.Namespace) -> None:

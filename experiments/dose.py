@@ -4,7 +4,8 @@ A way of training has one trunk with a constant rate. For each dose a branch lea
 tokens and lets the rate fall to zero, so that every dose is a finished run. Four doses of up to 10.5 million tokens
 then take 11.4 million, where four runs of their own would take 15.0; Trainer has one schedule and no way back, so the
 loop is written out. At each dose the held-out texts are read, with full context and in windows, and questions asked.
-Stages that would not fit into the time are left out, by the speed measured so far.
+Stages that would not fit into the time are left out, by the speed measured so far. What was interrupted goes on where
+it was: on a CPU one dose takes hours.
 
 The frozen weights are NF4's, dequantised once: the numbers that bitsandbytes multiplies with, without unpacking them
 at each product. SmolLM2's first arms were trained by an earlier form of this script, with LoRA written out in one flat
@@ -16,7 +17,8 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from experiments.dose_questions import COLUMNS, ask
 from experiments.dose_record import BIN, write_dose_record
 from experiments.dose_settings import Doses, Way, way_of_label, ways_of
 from experiments.task_requests import answer
+from llama_long_utils.cache import Cache
+from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.data.sequences import TrainingData
 from llama_long_utils.evaluation.perplexity import nll_in_windows, sliding_window, token_nll
@@ -47,6 +51,8 @@ from llama_long_utils.settings import Preset, Scaling
 
 WARMUP_STEPS, DECAY = 4, 0.2  # DECAY: last share of a dose's tokens, in which the rate falls to zero
 CHUNK = 4096  # tokens whose logits exist at once
+VERSION = 1  # raised when what a step or a reading gives changes
+KEEP_EVERY = 300.0  # seconds of training after which a dose is kept, unfinished
 # By speed, forward and backward at 16,384 tokens on an H200: 2.8 ms a layer by cuDNN, 4.5 by flash attention.
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Model = PreTrainedModel | PeftModel
@@ -56,6 +62,16 @@ def linear_layers(model: Model) -> list[nn.Linear]:
     """The frozen linear layers, in order, with or without LoRA beside them."""
     named = causal_lm(model).named_modules()
     return [m for name, m in named if isinstance(m, nn.Linear) and name.removesuffix(".base_layer").endswith("_proj")]
+
+
+def ids_of(text: TokenizedDocument) -> np.ndarray:
+    """All that a reading of it depends on."""
+    return text.token_ids
+
+
+def adapter_weights(model: Model) -> list[torch.Tensor]:
+    """LoRA's, in order; none of a base."""
+    return [weight for name, weight in model.named_parameters() if "lora_" in name]
 
 
 def load(preset: Preset, rope: Scaling, *, four_bit: bool) -> PreTrainedModel:
@@ -103,6 +119,21 @@ class Arm:
 
     def trained(self) -> list[nn.Parameter]:
         return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The trained weights and AdamW's state, as `resume` takes them."""
+        found = {}
+        for index, weight in enumerate(self.trained()):
+            for name, value in {"weight": weight, **self.optimizer.state[weight]}.items():
+                found[f"{index} {name}"] = value.detach().cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    def resume(self, arrays: dict[str, np.ndarray]) -> None:
+        for index, weight in enumerate(self.trained()):
+            state = {name: torch.from_numpy(arrays[f"{index} {name}"]) for name in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[weight] = {name: value.to(weight.device) for name, value in state.items()}
+            weight.copy_(torch.from_numpy(arrays[f"{index} weight"]))
 
     def snapshot(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
         return [weight.detach().clone() for weight in self.trained()], copy.deepcopy(self.optimizer.state_dict())
@@ -153,6 +184,8 @@ class _Experiment:
     def __init__(self, preset: Preset, doses: Doses, inputs: Inputs, out: Path, limit: float) -> None:
         self.preset, self.doses, self.inputs, self.out, self.limit = preset, doses, inputs, out, limit
         self.begun, self.sums = time.perf_counter(), {}
+        key = {"preset": preset.name, "rank": doses.rank, "alpha": doses.alpha}
+        self.kept = Cache(out / "unfinished", VERSION, {**key, "training": list(map(ids_of, inputs.training))})
         self.seconds: dict[str, float] = {}  # of readings and questions, by kind; of a step, by its way's window
         self.tokenizer = load_tokenizer(locate_base(preset))
         self.step_tokens = preset.extension.window // 2
@@ -164,32 +197,41 @@ class _Experiment:
 
     def write(self, kind: str, **row: Any) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "results.jsonl").open("a") as file:
+        with (self.out / "results.jsonl").open("w" if kind == "start" else "a") as file:
             file.write(json.dumps({"kind": kind, **row, "at": round(self.elapsed(), 2)}) + "\n")
 
     def read(self, name: str, model: Model, ways: Sequence[str], longest: int, **about: Any) -> None:
-        """Read all texts with full context ("full") or in windows ("window"), and ask behind up to `longest` tokens."""
-        window = self.preset.base.window
+        """Ask behind up to `longest` tokens, and read all texts with full context ("full") or in windows ("window")."""
+        window, texts = self.preset.base.window, self.inputs.texts
+        key = {"adapter": [weight.float().numpy(force=True) for weight in adapter_weights(model)]}
+        stacks = [stack for stack in self.inputs.haystacks if stack.length <= longest]
+        if stacks:
+            begin = time.perf_counter()
+            asked = self.kept.items(
+                f"ask {name}", stacks, lambda part: [ask(model, one) for one in part], item_key=asdict, **key
+            )
+            self.seconds[f"ask {longest}"] = time.perf_counter() - begin
+            self.write("retrieval", name=name, columns=COLUMNS, rows=[row for rows in asked for row in rows], **about)
+
+        def binned(way: str, part: Sequence[TokenizedDocument]) -> list[list[float]]:
+            rows = []
+            for text in part:
+                costs = token_nll(model, text) if way == "full" else sliding_window(nll_in_windows(model, text, window))
+                of_positions = np.concatenate([[0.0], costs])  # position 0 costs nothing
+                rows.append(of_positions.reshape(-1, BIN).sum(axis=1, dtype=np.float64).tolist())
+            return rows
+
         for way in ways:
-            begin, rows = time.perf_counter(), []
-            for text in self.inputs.texts:
-                rows.append(
-                    token_nll(model, text) if way == "full" else sliding_window(nll_in_windows(model, text, window))
-                )
-            sums = np.full((len(rows), max(text.tokens for text in self.inputs.texts) // BIN), np.nan, dtype=np.float32)
-            for line, costs in zip(sums, rows, strict=True):  # position 0 costs nothing
-                bins = np.concatenate([[0.0], costs]).reshape(-1, BIN).sum(axis=1, dtype=np.float64)
+            begin = time.perf_counter()
+            rows = self.kept.items(f"read {name} {way}", texts, partial(binned, way), item_key=ids_of, **key)
+            sums = np.full((len(rows), max(map(len, rows))), np.nan, dtype=np.float32)
+            for line, bins in zip(sums, rows, strict=True):
                 line[: len(bins)] = bins
             self.sums[f"{name}/{way}"] = sums
             write_arrays(self.out / "nll.npz", self.sums)
             self.seconds[way] = time.perf_counter() - begin
             self.write("nll", name=name, way=way, seconds=round(self.seconds[way], 2), **about)
             print(f"{self.elapsed():6.0f} s  {name} {way}: {np.nansum(sums) / np.isfinite(sums).sum() / BIN:.4f} nats")
-        if longest and self.inputs.haystacks:
-            begin = time.perf_counter()
-            table = [row for stack in self.inputs.haystacks if stack.length <= longest for row in ask(model, stack)]
-            self.seconds[f"ask {longest}"] = time.perf_counter() - begin
-            self.write("retrieval", name=name, columns=COLUMNS, rows=table, **about)
 
     def ask_tasks(self, name: str, model: Model, *, written: bool) -> None:
         """Ask every task, or only those whose answers are read, not `written`; the answers go into a file."""
@@ -230,11 +272,8 @@ class _Experiment:
     def train(self, arm: Arm, first: int, rates: list[float], what: str) -> None:
         if not rates:
             return
-        begin = time.perf_counter()
-        arm.model.train()
-        losses = [arm.step(first + index, rate, self.doses.tokens_at_once) for index, rate in enumerate(rates)]
-        arm.model.eval()
-        per_step = (time.perf_counter() - begin) / len(rates)
+        losses, seconds = self.take_steps(arm, first, rates, what)
+        per_step = seconds / len(rates)
         self.seconds[f"step {arm.way.window}"] = per_step
         tokens = arm.per_step * arm.way.window
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
@@ -248,6 +287,25 @@ class _Experiment:
         self.write("training", arm=arm.way.label, what=what, **about, **speed)
         if not np.isfinite(losses).all():
             raise RuntimeError(f"{arm.way.label} diverged: a loss is not finite")
+
+    def take_steps(self, arm: Arm, first: int, rates: list[float], what: str) -> tuple[list[float], float]:
+        """Losses and seconds of some steps; those of an interrupted run are not trained again."""
+        name, losses, seconds = f"{arm.way.label} {what}", [], 0.0
+        key = {"way": arm.way, "first": first, "rates": rates, "at_once": self.doses.tokens_at_once}
+        if kept := self.kept.kept(name, key, ".npz"):
+            arm.resume(kept)
+            losses, seconds = kept["losses"].tolist(), float(kept["seconds"])
+        begin = last = time.perf_counter()
+        arm.model.train()
+        for index in range(len(losses), len(rates)):
+            losses.append(arm.step(first + index, rates[index], self.doses.tokens_at_once))
+            now = time.perf_counter()
+            if now - last > KEEP_EVERY or (index == len(rates) - 1 and now - begin > KEEP_EVERY):
+                so_far = {"losses": np.array(losses), "seconds": np.array(seconds + now - begin)}
+                self.kept.keep(name, key, {**arm.arrays(), **so_far}, ".npz")
+                last = now
+        arm.model.eval()
+        return losses, seconds + time.perf_counter() - begin
 
     def give(self, arm: Arm, steps: int, sixteen_bit: bool) -> None:
         """Train the trunk to where the dose's branch leaves it, then the branch; read there, and go back."""

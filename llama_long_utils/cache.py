@@ -88,21 +88,24 @@ class Cache:
         """Arrays by name, as `make` returns them, from their file or made now."""
         found = self.kept(name, inputs, ".npz")
         if found is None:
-            found, key = make(), np.array(_as_json(self._key(name, inputs)))
-            write_arrays(self.path(name, inputs, ".npz"), {**found, KEY: key})  # a zip: each member has a CRC
+            self.keep(name, inputs, found := make(), ".npz")
         return found
 
     def value(self, name: str, make: Callable[[], T], **inputs: Any) -> T:
         """A value as JSON has it, from its file or made now."""
         found = self.kept(name, inputs, ".json")
         if found is None:
-            found = make()
-            self._keep(name, inputs, found)
+            self.keep(name, inputs, found := make())
         return found
 
-    def _keep(self, name: str, inputs: Mapping[str, Any], content: Any) -> None:
-        stored = {"key": self._key(name, inputs), "sha256": _checksum(content), "content": content}
-        write_atomically(self.path(name, inputs, ".json"), json.dumps(stored).encode())
+    def keep(self, name: str, inputs: Mapping[str, Any], content: Any, suffix: str = ".json") -> None:
+        """Write what `kept` reads, over what was there."""
+        path, key = self.path(name, inputs, suffix), self._key(name, inputs)
+        if suffix == ".npz":  # a zip: each member has a CRC
+            write_arrays(path, {**content, KEY: np.array(_as_json(key))})
+        else:
+            stored = {"key": key, "sha256": _checksum(content), "content": content}
+            write_atomically(path, json.dumps(stored).encode())
 
     def items(
         self,
@@ -128,7 +131,7 @@ class Cache:
                 part = waiting[first : first + at_once]
                 results = measure([items[number] for number in part])
                 done |= {keys[number]: result for number, result in zip(part, results, strict=True)}
-                self._keep(name, inputs, done)
+                self.keep(name, inputs, done)
                 report(len(items) - len(waiting) + first + len(part))
         return [done[item_digest] for item_digest in keys]
 

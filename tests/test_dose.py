@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
+import experiments.dose
 from experiments import __main__ as command
 from experiments import dose_settings
-from experiments.dose import Arm, load
+from experiments.dose import Arm, load, run_dose
 from experiments.dose_inputs import Inputs, join_neighbours, load_inputs, save_inputs
 from experiments.dose_questions import ROOM, Haystack, Question, ask
 from experiments.dose_record import BIN, SLUG, Readings, write_dose_record
@@ -28,7 +29,7 @@ from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import PRESETS, REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import read_record, read_table, write_arrays
+from llama_long_utils.records import read_arrays, read_record, read_table, write_arrays
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,48 @@ def test_after_a_branch_the_trunk_goes_on_as_if_there_had_been_none(preset):
         return found + [arm.step(number, 1e-3, 4096) for number in range(2, 6)]
 
     assert losses(branch=True) == losses(branch=False)
+
+
+def test_an_interrupted_dose_goes_on_to_the_same_numbers(preset, tmp_path, monkeypatch):
+    """Interrupted in the trunk, in the branch and while reading: adapters, losses and readings equal to the bit."""
+    preset = dataclasses.replace(preset, extension=dataclasses.replace(preset.extension, window=1024))
+    doses = dataclasses.replace(read_doses("tiny"), asked=(256,), stages=(("pose", 10),))
+    stack = Haystack(200, 0, document(200, 5).token_ids.astype(np.int64), [Question("key", 0, 0.5, [5, 6, 7], [8, 9])])
+    inputs = Inputs([document(1500, n) for n in range(3)], [document(1024, n) for n in (7, 8)], [], [stack] * 2, [])
+    monkeypatch.setattr(experiments.dose, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(experiments.dose, "write_dose_record", lambda *_arguments, **_options: None)
+
+    def run(folder, stop_at=None):
+        calls = iter(range(100))
+
+        def until(function):
+            def call(*arguments):
+                if next(calls) == stop_at:
+                    raise KeyboardInterrupt
+                return function(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Arm, "step", until(Arm.step))
+            patch.setattr(experiments.dose, "token_nll", until(token_nll))
+            run_dose(preset, doses, inputs, folder, seconds=9e9, bases=False, sixteen_bit=False)
+        return next(calls)
+
+    assert run(tmp_path / "whole") == 12  # ten steps, and two texts with full context
+    for stop_at in (3, 6, 2):  # after 3 of 8, after 9, while reading the last text
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", stop_at)
+    assert run(tmp_path / "parts") == 1
+    whole, parts = (read_arrays(tmp_path / name / "nll.npz") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all((whole[name] == parts[name]).all() for name in whole)
+    (file,) = (tmp_path / "whole").glob("adapter-*.safetensors")
+    assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
+    timed = ("at", "seconds", "seconds_per_step", "tokens_per_second", "peak_gib")
+    lines = [(tmp_path / name / "results.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    first, second = ([{k: v for k, v in json.loads(line).items() if k not in timed} for line in of] for of in lines)
+    assert first == second
 
 
 def test_equal_stretches_have_equal_hashes_wherever_they_stand():
