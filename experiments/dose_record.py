@@ -20,7 +20,7 @@ from scipy import stats
 
 from llama_long_utils.evaluation.statistics import SAMPLES, SEED, Bootstrap, share_interval
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import Record, read_arrays, write_arrays, write_record
+from llama_long_utils.records import Record, read_arrays, write_record
 
 SLUG, SECOND_SLUG = "06_dose_response", "06_dose_second_texts"
 BIN = 128  # positions whose NLL is summed up in the arrays
@@ -182,10 +182,10 @@ def write_dose_record(
     seeds = sorted(set(tables["arms"].seed)) if "arms" in tables else []
     arrays = {"nats": np.stack(list(nats.values())), "readings": np.array(list(nats))}
     arrays |= (before.losses_and_questions() if before else {}) | _losses(rows) | _asked(rows)
-    write_arrays(folder / f"{slug}.npz", arrays)
     return write_record(
         folder,
         slug,
+        arrays=arrays,
         preset=preset,
         question="From how many trained tokens on does a longer context pay?",
         tables=tables,

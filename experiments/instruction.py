@@ -29,7 +29,7 @@ from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import causal_lm, hidden_states, labelled_nll
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.progress import track
-from llama_long_utils.records import device_name, package_versions, write_arrays, write_record
+from llama_long_utils.records import device_name, package_versions, write_record
 from llama_long_utils.settings import IGNORED_LABEL, Preset
 from llama_long_utils.stages import Instruction
 from llama_long_utils.training.adapter import TrainedAdapter
@@ -243,10 +243,10 @@ def _write(
     trained = [
         {"arm": arm, "seed": seed, "labels": one["labels"]} for (arm, seed), one in zip(runs, measured, strict=True)
     ]
-    write_arrays(folder / f"{SLUG}.npz", arrays)
     return write_record(
         folder,
         SLUG,
+        arrays=arrays,
         preset=preset.name,
         question=QUESTION,
         tables={

@@ -62,7 +62,7 @@ from llama_long_utils.model.loss import causal_lm, in_compute_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.progress import track
-from llama_long_utils.records import Record, device_name, package_versions, read_record, write_arrays, write_record
+from llama_long_utils.records import Record, device_name, package_versions, read_record, write_record
 from llama_long_utils.settings import Preset
 from llama_long_utils.training.instruction import instruction_settings
 
@@ -344,10 +344,10 @@ def _write(
     if path.is_file():
         earlier = read_record(path)["provenance"]
         about = {name: f"{earlier[name].removesuffix(' and later')} and later" for name in ("commit", "date")}
-    write_arrays(folder / f"{of.slug}.npz", arrays)
     return write_record(
         folder,
         of.slug,
+        arrays=arrays,
         preset=preset.name,
         question=QUESTION,
         tables={"answers": pd.DataFrame(rows), "runs": pd.DataFrame(trained), "floors": floors},

@@ -15,7 +15,7 @@ from experiments.race_results import student_reach, wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import Record, read_record, read_table, write_arrays, write_record
+from llama_long_utils.records import Record, read_record, read_table, write_record
 
 SLUG = "12_pretraining_curriculum"
 LARGER_SLUG = "12_curriculum_of_a_larger_model"
@@ -348,7 +348,7 @@ def collect(
         named = [cells.loc[[cell], NAMES].merge(table, "cross") for cell, table in enumerate(copied)]
         sums = pd.concat(named).groupby([*NAMES, "distance_low", "distance_high"], sort=False)[["hits", "tokens"]].sum()
         by_distance[name] = (sums.hits / sums.tokens)[sums.tokens > 0].rename("value").reset_index()
-    write_arrays(folder / f"{slug}.npz", arrays | {"documents": np.array(documents), "ways": np.array(ways)})
+    arrays |= {"documents": np.array(documents), "ways": np.array(ways)}
     by_context = {}
     if contexts:
         table = pd.concat([read_table(path, "contexts") for path in contexts], ignore_index=True)
@@ -374,6 +374,7 @@ def collect(
     return write_record(
         folder,
         slug,
+        arrays=arrays,
         preset=contents[0]["preset"],
         question=contents[0]["question"],
         tables={"cells": cells, **by_distance, **by_context, **more},
@@ -432,7 +433,6 @@ def add_cells(
     training = {int(seed) for seed in tables["cells"].seed}
     provenance["seeds"] = {**provenance["seeds"], "training": sorted(training)}
     provenance["seconds"] = round(provenance["seconds"] + new["seconds"], 1)
-    write_arrays(record.with_suffix(".npz"), arrays)
     about = {name: content[name] for name in ("preset", "question")}
     rest = {"tables": tables, "seeds": provenance["seeds"], "seconds": provenance["seconds"]}
-    return write_record(record.parent, record.stem, **about, **rest, provenance=provenance)
+    return write_record(record.parent, record.stem, **about, **rest, provenance=provenance, arrays=arrays)

@@ -30,7 +30,7 @@ from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import RAISED
 from llama_long_utils.progress import track
-from llama_long_utils.records import papermill_command, read_record, read_table, write_arrays, write_record
+from llama_long_utils.records import papermill_command, read_record, read_table, write_record
 from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings, raised_base
 from llama_long_utils.training.adapter import train_adapter
 
@@ -216,10 +216,10 @@ def collect(
         arrays[f"written_{length}"] = rows.written.to_numpy().reshape(len(arms), -1).astype(str)
         arrays[f"answer_{length}"] = rows.answer.to_numpy().reshape(len(arms), -1)[0].astype(str)
         arrays[f"documents_{length}"] = rows.document.to_numpy().reshape(len(arms), -1)[0].astype(str)
-    write_arrays(folder / f"{slug}.npz", arrays)
     return write_record(
         folder,
         slug,
+        arrays=arrays,
         preset=preset.name,
         question=QUESTION,
         tables={"nll_by_position": by_position, "first_sentence_retrieval": by_length, "cost": cost},

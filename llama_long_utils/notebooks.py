@@ -17,7 +17,7 @@ from IPython.display import Markdown, display
 
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import preset_from_parameters
-from llama_long_utils.records import device_name, recorded, write_arrays, write_record
+from llama_long_utils.records import device_name, recorded, write_record
 from llama_long_utils.settings import Preset
 
 _run: dict[str, Any] = {}  # of the notebook in this kernel: when it started, with which parameters
@@ -141,9 +141,8 @@ def save(
         seconds=time.perf_counter() - _run["started"],
         parameters=changed,
         provenance={"device": f"{device_name()}, {preset.base.dtype}"},
+        arrays=dict(arrays or {}),
     )
-    if arrays:
-        write_arrays(folder / "records" / f"{slug}.npz", dict(arrays))
     shutil.rmtree(folder / "measuring" / slug[:2], ignore_errors=True)
     print("recorded:", ", ".join(tables))
 

@@ -43,8 +43,9 @@ def write_record(
     seconds: float,
     parameters: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
+    arrays: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write folder/SLUG.json: rows in long format, floats with six significant digits.
+    """Write folder/SLUG.json: rows in long format, floats with six significant digits; before it `arrays` as SLUG.npz.
 
     `parameters` are those of the notebook that differ from its defaults, `provenance` entries in place of this
     process' own. ValueError if a number is infinite or all of a table's numbers are NaN; then nothing is written.
@@ -70,6 +71,8 @@ def write_record(
         "tables": {key: json.loads(t.to_json(orient="records", double_precision=15)) for key, t in tables.items()},
     }
     text = json.dumps(_rounded(record), indent=1, allow_nan=False) + "\n"
+    if arrays:
+        write_arrays(folder / f"{slug}.npz", arrays)
     text = re.sub(r"(?<=[\[{])\n {4,}|\n {3,}(?=[]}])", "", text)  # a table's row is a line
     return write_atomically(folder / f"{slug}.json", re.sub(r"\n {4,}", " ", text).encode())
 

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.real_models import read_dose_results, read_other_texts
 from llama_long_utils.paths import REPOSITORY, RESULTS
-from llama_long_utils.records import read_published, read_record, read_table, write_record
+from llama_long_utils.records import read_arrays, read_published, read_record, read_table, write_record
 from tools.store import results, store_record
 
 WINS = {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"}
@@ -252,9 +252,9 @@ COLUMNS["12_sparse_attention_on_short"] = COLUMNS["12_sparse_attention"]
 TABLE = pd.DataFrame({"step": [1, 2], "loss": [3.123456789, 2.5], "tokens_per_second": [10.0, 11.0]})
 
 
-def write(folder, table=TABLE):
+def write(folder, table=TABLE, **arrays):
     options = {"preset": "tiny", "question": "?", "seeds": {"training": 0}, "seconds": 1.0}
-    return write_record(folder, "05_finetune_qlora", tables={"training": table}, **options)
+    return write_record(folder, "05_finetune_qlora", tables={"training": table}, arrays=arrays, **options)
 
 
 def committed():
@@ -422,9 +422,10 @@ def test_nothing_is_written_of_results_that_are_none(tmp_path, values):
     before = write(tmp_path).read_bytes()
     broken = pd.DataFrame({"step": [1, 2], "loss": values})
     with pytest.raises(ValueError, match="table 'training' of 05_finetune_qlora holds infinite numbers or only NaN"):
-        write(tmp_path, broken)
+        write(tmp_path, broken, loss=np.array(values))
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
-    path = write(tmp_path, TABLE.assign(loss=[1.0, math.nan]))
+    path = write(tmp_path, TABLE.assign(loss=[1.0, math.nan]), loss=np.array([3.0]))
+    assert read_arrays(path.with_suffix(".npz"))["loss"] == 3.0
     assert read_table(path, "training").loss.isna().tolist() == [False, True]
 
 

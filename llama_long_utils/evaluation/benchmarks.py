@@ -25,7 +25,7 @@ from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_a
 from llama_long_utils.evaluation.task_files import HUB, TASKS, check_names, is_ours
 from llama_long_utils.model.arms import arm_inputs, load_arm
 from llama_long_utils.model.weights import load_tokenizer, locate_base
-from llama_long_utils.records import write_arrays, write_record
+from llama_long_utils.records import write_record
 from llama_long_utils.settings import Preset
 
 SLUG = "08_benchmark_deltas"
@@ -267,14 +267,13 @@ def write_results(
 
     `deltas` are of `delta_table`; None: extended minus base.
     """
-    path = write_record(
+    return write_record(
         folder,
         SLUG,
         preset=preset.name,
         question="What does the extension do to short and long tasks?",
         tables={"deltas": delta_table(items) if deltas is None else deltas, "scores": score_table(items)},
         seeds={"items": SEED, "bootstrap": SEED, "split": preset.data.split_seed},
+        arrays=item_arrays(items),
         **options,
     )
-    write_arrays(folder / f"{SLUG}.npz", item_arrays(items))
-    return path
