@@ -302,6 +302,29 @@ def test_documents_held_out_of_a_stream_stay_so_when_it_grows(tokenizer, tmp_pat
         Mixture(data(str(folder), held_out={"texts": 900}), tokenizer, cache=tmp_path).held_out()
 
 
+@pytest.mark.parametrize(("books", "held_out", "kept_back"), [(60, 8, 16), (24, None, 8), (2000, 8, None)])
+def test_of_a_large_folder_of_few_books_enough_are_held_out(
+    tokenizer, tmp_path, small_parts, books, held_out, kept_back
+):
+    """Two in a hundred would be one book of sixty, and no setting but other files would make them eight."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for book in range(books):
+        (folder / f"{book}.txt").write_text(f"{book} is the number of this book. " * 4)
+    given = dataclasses.replace(data(str(folder)), held_out=held_out and {"books": held_out})
+    texts = Mixture(given, tokenizer, cache=tmp_path / "cache")
+    (source,) = texts.sources
+    tested = {document.name for document in texts.held_out()}
+    trained = {document.name for document in texts.training(source)}
+    assert len(tested) == 8
+    assert not tested & trained
+    if kept_back:
+        assert books - len(trained) == kept_back
+        assert texts.reading(settings())[0]["held_out"] == f"8 of {kept_back} texts, by name"
+    else:
+        assert {*texts.limits.values()} == {HELD_OUT}
+
+
 def test_a_copy_of_a_held_out_text_is_not_trained_on_in_a_stream(tokenizer, tmp_path, small_parts):
     folder = write_texts(tmp_path / "texts", 500, 60)
     given = data(str(folder), held_out={"texts": 3})

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -203,12 +204,15 @@ def test_a_run_on_a_stream_goes_on_at_the_exact_token(preset, tmp_path, monkeypa
     assert (row["documents"], row["trained_on"]) == (None, 8 * 2 * 64)
 
 
-def test_too_few_held_out_documents_are_said_before_training(preset, monkeypatch):
-    monkeypatch.setattr(mixture, "SMALL", 0)  # the folder is a stream, whose documents are held out by their names,
-    monkeypatch.setattr(mixture, "HELD_OUT", "")  # and none has one that will do: of three, whose path varies, one may
+def test_too_few_held_out_documents_are_said_before_training(preset, monkeypatch, tmp_path):
+    monkeypatch.setattr(mixture, "SMALL", 0)  # a stream, of whose lines two in a hundred are held out: of these, none
+    lines = tmp_path / "texts" / "lines.jsonl"
+    lines.parent.mkdir()
+    lines.write_text(3 * (json.dumps({"text": "A line of text. " * 400}) + "\n"))
+    data = dataclasses.replace(preset.data, sources=[str(lines.parent)], held_out={"texts": 1}, minimum_characters=100)
     monkeypatch.setattr(StepLog, "on_pre_optimizer_step", no_step)
     with pytest.raises(ValueError, match=r"cannot hold out 1 documents of .* only 0 may be held out; lower held_out"):
-        train_adapter(preset)
+        train_adapter(dataclasses.replace(preset, data=data))
 
 
 def test_a_run_shorter_than_its_checkpoints_says_that_it_begins_again(preset, monkeypatch, capsys):

@@ -4,8 +4,7 @@ Documents come in buffers, each of which is packed and shuffled as a whole. A co
 which is one pass. The next document is from the source that lies furthest behind its share, so what is drawn depends on
 texts and settings only.
 
-`datasets.interleave_datasets` draws rows, not tokens: of books with 100,000 tokens beside files with 1,000, 99% of the
-tokens would be of books.
+`datasets.interleave_datasets` draws rows, not tokens: of books and files a hundredth as long, 99% would be of books.
 """
 
 from collections import Counter
@@ -32,16 +31,15 @@ SMALL = 2**25  # bytes: a source up to this size may be looked at as a whole bef
 BUFFER = 2**24  # tokens
 FEWEST = 32  # windows of a buffer that is ended early, so that a source stands in it once
 PATIENCE = 4 * BUFFER  # tokens that are read without a document that will do
-HELD_OUT_SHARE = 0.02  # of a stream's documents
-HELD_OUT = f"{round(HELD_OUT_SHARE * 2**32):08x}"  # those whose hash is lower
+HELD_OUT = f"{round(0.02 * 2**32):08x}"  # of a stream's documents, two in a hundred: those whose hash is lower
 
 
 class Mixture:
     """The documents of a preset's sources, to be trained on and held out.
 
     Of a small source, as many documents are held out as asked for. Of a stream, which may grow, all are that `draw`
-    puts below HELD_OUT, or none where another split is held out. ValueError if a source or a count is wrong or texts
-    are too short, RuntimeError if the hub or PyPI does not answer.
+    puts below HELD_OUT, or below more in a folder of few files, or none where another split is held out. ValueError if
+    a source or a count is wrong or texts are too short, RuntimeError if the hub or PyPI does not answer.
     """
 
     def __init__(
@@ -56,7 +54,7 @@ class Mixture:
         self.data, given = data, check_sources(data.sources, data.held_out)
         self.sources = [pinned(source, cache) for source in data.mixture]
         surveys = {source.name: survey(source) for source in self.sources}
-        self.sizes = {name: size for name, (size, _) in surveys.items()}
+        self.sizes = {name: size for name, (size, *_) in surveys.items()}
         self.small = {name for name, size in self.sizes.items() if size is not None and size <= SMALL}
         self.weighted = any(source.weight for source in self.sources)
         if None in self.sizes.values() and len(self.sources) > 1 and not self.weighted:
@@ -75,8 +73,12 @@ class Mixture:
         self.chosen = {(document.source, document.name) for document in sides[1]}
         self.read, kept, chosen = (Counter(one.source for one in side) for side in (texts, *sides))
         self.copies = self.read - kept - chosen
-        of_each = dict.fromkeys(self.sizes, count_to_hold_out(FEWEST, len(self.sources)))  # of a stream
+        streams = {name: texts for name, (*_, texts) in surveys.items() if name not in self.small}
+        of_each = {name: count_to_hold_out(len(texts) or FEWEST, len(surveys)) for name, texts in streams.items()}
         self.counts = {**of_each, **chosen} if given is None else given
+        hashes = {name: sorted(draw(data.split_seed, name, text) for text in texts) for name, texts in streams.items()}
+        self.ranks = {name: min(2 * self.counts.get(name, 0), len(found) // 3) for name, found in hashes.items()}
+        self.limits = {name: max([HELD_OUT, *found[self.ranks[name] :][:1]]) for name, found in hashes.items()}
         trained_on = {(document.source, whole(document.name)) for document in sides[0]}
         self.texts_held_out = {(one.source, whole(one.name)) for one in texts} - trained_on  # their copies, too
         self.rules = rules_of(tokenizer)
@@ -87,6 +89,7 @@ class Mixture:
         """A digest of what its documents depend on, known without reading them. A cap on passes changes none."""
         data = replace(self.data, sources=[replace(source, passes=1) for source in self.sources], passes=1)
         numbers = [BUFFER, HELD_OUT, SMALL, *[FEWEST] * self.weighted, *["copies"] * self.streams]
+        numbers += sorted({*self.limits.values()} - {HELD_OUT})
         copies = sorted(self.texts_held_out - {(source, whole(name)) for source, name in self.chosen})
         return digest(data, [tokens.key for tokens in self.tokens.values()], *numbers, *copies)
 
@@ -94,7 +97,7 @@ class Mixture:
         """Whether a document of this name is never trained on."""
         if source.name in self.small or source.held_out_split or source.name not in self.counts:
             return (source.name, whole(name)) in self.texts_held_out
-        return draw(self.data.split_seed, source.name, whole(name)) < HELD_OUT
+        return draw(self.data.split_seed, source.name, whole(name)) < self.limits[source.name]
 
     def held_out(self) -> list[TokenizedDocument]:
         """The held-out documents, of a stream the first that are long enough; ValueError if they are too few."""
@@ -169,8 +172,8 @@ class Mixture:
         rows, wanted = [], settings.steps * settings.sequences_per_step * settings.window
         for source, share in zip(self.sources, self.shares(settings), strict=True):
             held_out, small = self.counts.get(source.name, 0), source.name in self.small
-            by_name = f"{HELD_OUT_SHARE:.0%}, by name" if held_out and not small else ""
-            split = source.held_out_split or by_name
+            back = "2%" if self.limits.get(source.name, HELD_OUT) == HELD_OUT else f"{self.ranks[source.name]} texts"
+            split = source.held_out_split or (f"{back}, by name" if held_out and not small else "")
             row = {"source": source.name, "revision": source.revision, "documents": None, "tokens": None}
             row |= {"trained_on": round(share * wanted), "passes": None, "at_most": source.passes}
             row["held_out"] = f"{held_out} of {split}" if split else str(held_out)
@@ -199,10 +202,9 @@ class Mixture:
         count, shares = len(self.sources), self.shares(settings)
         shortest = settings.window if self.weighted and not settings.pack else 0
         readers = [self.training(source, shortest) for source in self.sources]
-        taken, before, passes = [0.0] * count, [0.0] * count, [0] * count
+        taken, before, passes, filled = [0.0] * count, [0.0] * count, [0] * count, 0
         unread = [index for index in range(count) if shares[index] or not self.weighted]
         buffer: list[list[TokenizedDocument]] = [[] for _ in readers]
-        filled = 0
         while True:
             if not unread:
                 raise ValueError(f"no source has documents for a window of {settings.window:,} tokens: set pack = true")

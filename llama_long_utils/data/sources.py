@@ -80,20 +80,21 @@ def read_source(source: Source, place: Any = None, *, cache: Path = CACHE) -> Pl
     return ((document, behind) for document, behind in found if document.text.strip())
 
 
-def survey(source: Source) -> tuple[int | None, list[Any]]:
-    """(bytes of text, or None if that is not known; what decides its documents), found without reading much.
+def survey(source: Source) -> tuple[int | None, list[Any], list[str]]:
+    """(bytes of text, or None if not known; what decides its documents; files of one text), without reading much.
 
     Up to FEW bytes files are known by their content, beyond by the time when they were changed.
     """
     if source.name in CORPORA:
-        return CORPORA[source.name].size, [source.name, CORPORA[source.name].package.sha256]
+        return CORPORA[source.name].size, [source.name, CORPORA[source.name].package.sha256], []
     if source.name.startswith("hub:"):
-        return None, [source.name, source.config, source.split, source.column, source.revision]
+        return None, [source.name, source.config, source.split, source.column, source.revision], []
     files = [(path, name, path.stat()) for path, name in _files(source)]
     size = sum(status.st_size for _, _, status in files)
     states = [file_sha256(path) if size <= FEW else status.st_mtime_ns for path, _, status in files]
     names = [(name, status.st_size) for _, name, status in files]
-    return size, [source.name, digest(names, states)]
+    texts = [name for name, _ in names if not name.lower().endswith(".jsonl")]
+    return size, [source.name, digest(names, states)], texts
 
 
 def pinned(source: Source, cache: Path = CACHE) -> Source:
@@ -154,17 +155,14 @@ def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int] |
 
 
 def most_documents(name: str, enough: int) -> float:
-    """How many documents a source has at most, as far as that is known at once: else infinitely many.
-
-    Files are counted, and non-empty lines of `.jsonl` files, up to `enough` of them.
-    """
+    """How many texts a source has at most, as far as is known at once: files, and lines of `.jsonl` up to `enough`."""
     if name in CORPORA:
         return CORPORA[name].documents
     unlisted = name == STANDARD_LIBRARY or name.startswith("hub:")  # takes a second, or cannot be listed
     found = 0
     for path, _ in [] if unlisted else _files(Source(name)):
         if path.suffix.lower() != ".jsonl":
-            found += 1 if path.stat().st_size < LONGEST else enough
+            found += 1  # a long one is read in parts, of which one is held out
         elif found < enough:
             with path.open("rb") as lines:
                 found += sum(1 for _ in islice(filter(bytes.strip, lines), enough - found))
