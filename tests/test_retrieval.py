@@ -22,6 +22,7 @@ from llama_long_utils.evaluation.retrieval import (
 )
 from llama_long_utils.evaluation.retrieval_items import (
     PLANTED,
+    SENTENCE,
     TASKS,
     first_sentence_items,
     make_items,
@@ -69,6 +70,11 @@ def test_prompt_holds_the_sentence_once_and_then_its_first_words(texts, tokenize
         assert passage.startswith(f"{cue} {item.answer}")
         assert passage.count(item.answer) == 1
         assert len(cue.split()) == SETTINGS.cue_words
+
+
+@pytest.mark.parametrize("sentence", ["Émile lut une page.", "Ήταν μία ημέρα ακόμη.", "Жили они там долго."])
+def test_sentences_begin_with_capitals_of_other_alphabets_too(sentence):
+    assert [found[0] for found in SENTENCE.finditer(f"x. {sentence} y. z")] == [sentence]
 
 
 def test_same_seed_asks_for_the_same_sentences_at_every_length(texts, tokenizer):
