@@ -497,8 +497,8 @@ def tasks_in_words(shares: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]:
         cost = costs[costs.model == name]
         worse = [row for row in cost.itertuples() if row.low > 0 or (len(row.each) and min(row.each) > 0)]
         listed = "; ".join(f"{row.row} {measured(row.difference, row.low, row.high)}" for row in worse) or "none"
-        contrast = recorded(name, "08_benchmark_deltas").table("deltas").query("metric == 'contrast' and high < 0")
-        contrast = contrast[contrast.pair == "base -> extended"].itertuples()
+        deltas = recorded(name, "08_benchmark_deltas", needed=True).table("deltas")
+        contrast = deltas.query("metric == 'contrast' and high < 0 and pair == 'base -> extended'").itertuples()
         nearer = "; ".join(f"{row.task} {measured(row.difference, row.low, row.high)}" for row in contrast) or "none"
         before = ", ".join(f"{row.task} {row.before:.0%}" for row in own.itertuples())
         other = read_tasks(name, UNPACKED)[0]

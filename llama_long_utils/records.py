@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # records are read by commands that must answer at once
 
 SCHEMA = 1
 KEYS = {"schema", "preset", "question", "provenance", "tables"}
+AGAIN = "run its notebook or experiment again, or bring a stored one back with git checkout"
 PROVENANCE = {"command", "commit", "date", "device", "versions", "seeds", "seconds"}
 
 
@@ -87,10 +88,8 @@ def read_record(path: Path) -> dict[str, Any]:
     """A record's content; ValueError if the file is missing, half-written or not of this schema."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no record {path}: run its notebook first") from None
     except (ValueError, OSError) as error:
-        raise ValueError(f"record {path} is half-written or corrupt ({error}): run its notebook again") from error
+        raise ValueError(f"record {path} is missing or corrupt ({error}): {AGAIN}") from None
     problems, record = [], record if isinstance(record, dict) else {}
     if set(record) != KEYS or record["schema"] != SCHEMA:
         problems.append(f"the keys must be {sorted(KEYS)} with schema = {SCHEMA}, found {sorted(record)}")
@@ -131,10 +130,10 @@ class Record:
         return rows.fillna(np.nan).infer_objects()  # bounds of few samples are null: numbers, not objects
 
 
-def recorded(preset: str, slug: str) -> Record | None:
-    """The committed record of a preset under this name, or None."""
+def recorded(preset: str, slug: str, *, needed: bool = False) -> Record | None:
+    """The committed record of a preset under this name, or None; one that is `needed` says so when it is read."""
     path = RESULTS / preset / f"{slug}.json"
-    return Record(path) if path.is_file() else None
+    return Record(path) if needed or path.is_file() else None
 
 
 def read_table(path: Path, table: str) -> pd.DataFrame:
@@ -154,7 +153,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"arrays {path} are missing or corrupt ({error}): run their notebook again") from error
+        raise ValueError(f"arrays {path} are missing or corrupt ({error}): {AGAIN}") from None
 
 
 def read_published(name: str) -> dict[str, Any]:

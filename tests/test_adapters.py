@@ -92,6 +92,8 @@ def test_embeddings_train_only_if_untied(base_folder):
     assert hidden_states(model, IDS).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="untied embeddings"):
         add_lora(new_llama(0, tie_word_embeddings=True), dataclasses.replace(LORA, train_embeddings=True), seed=0)
+    with pytest.raises(ValueError, match="the model's linear layers are LoRA's already: load the base anew"):
+        add_lora(add_lora(new_llama(0), LORA, seed=0), LORA, seed=0)  # a cell that was run twice
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

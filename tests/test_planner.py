@@ -249,8 +249,8 @@ def test_shapes_of_models_are_known_by_name():
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         assert getattr(ours, name) == getattr(tiny, name)
     assert model_shape("meta-llama/Llama-2-7b-hf").hidden_size == 4096  # without the hub
-    with pytest.raises(RuntimeError, match=r"cannot get the model 'Llama 3'.* the hub has no .* are owner/name"):
-        model_shape("Llama 3")
+    with pytest.raises(ValueError, match=r"unknown model 'Llama 2 8B' \(did you mean 'Llama 2 7B'\?\): name a folder"):
+        model_shape("Llama 2 8B")
 
 
 def test_models_built_like_llama_are_read_from_a_folder_and_others_refused(tmp_path):

@@ -256,7 +256,7 @@ def test_factors_of_the_preset_are_those_that_the_search_found(preset):
 
 
 def test_race_that_was_not_run_says_so(preset, tmp_path):
-    with pytest.raises(ValueError, match="run its notebook first"):
+    with pytest.raises(ValueError, match="is missing or corrupt"):
         race_results(preset, tmp_path / "11_ablations.json")
 
 
@@ -379,7 +379,7 @@ def test_trainings_are_compared_on_held_out_documents_of_each_source(preset, mon
 def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_path):
     arms = [Arm("abf", ZERO_SHOT, 0), Arm("abf", "pose", 0), Arm("abf", "pose", 1)]
     monkeypatch.setattr(type(preset), "run_folder", tmp_path)
-    with pytest.raises(ValueError, match="run its notebook first"):
+    with pytest.raises(ValueError, match="is missing or corrupt"):
         collect(preset, arms, "base", tmp_path / "results" / "tiny")
     for number, arm in enumerate(arms):
         write_arm(preset, arm, "base", number)

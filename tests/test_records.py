@@ -7,7 +7,7 @@ import pytest
 
 from experiments.real_models import read_dose_results, read_other_texts
 from llama_long_utils.paths import REPOSITORY, RESULTS
-from llama_long_utils.records import read_arrays, read_published, read_record, read_table, write_record
+from llama_long_utils.records import read_arrays, read_published, read_record, read_table, recorded, write_record
 from tools.store import results, store_record
 
 WINS = {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"}
@@ -411,10 +411,18 @@ def test_bad_record_is_one_clear_error(tmp_path, damage, message):
 def test_half_written_and_missing_records(tmp_path):
     path = write(tmp_path)
     path.write_text(path.read_text()[:50])
-    with pytest.raises(ValueError, match="half-written or corrupt"):
+    with pytest.raises(ValueError, match="is missing or corrupt"):
         read_record(path)
-    with pytest.raises(ValueError, match="run its notebook first"):
+    with pytest.raises(ValueError, match=r"nothing.json is missing or corrupt .*run its notebook or experiment again"):
         read_record(tmp_path / "nothing.json")
+
+
+def test_a_record_that_is_needed_says_so_when_it_is_read():
+    assert recorded("tiny", "no_such_record") is None
+    with pytest.raises(
+        ValueError, match=r"no_such_record.json is missing or corrupt .* bring a stored one back with git"
+    ):
+        recorded("tiny", "no_such_record", needed=True).table("cells")
 
 
 @pytest.mark.parametrize("values", [[1.0, math.inf], [-math.inf, 1.0], [math.nan, math.nan]])

@@ -146,7 +146,7 @@ def _nearly_full(results: DoseResults) -> str:
 
 
 def _longest_step() -> str:
-    record = recorded("gpu", "04_one_gpu_budget")
+    record = recorded("gpu", "04_one_gpu_budget", needed=True)
     row, device = record.table("longest").iloc[0], record.content["provenance"]["device"]
     return (
         f"**The longest 4-bit training step that ran**: {row.model}, {row.context:,.0f} tokens in "

@@ -1,8 +1,7 @@
 """The sources of a preset as one stream of documents, mixed by weight, without those that are held out.
 
 Documents come in buffers, each of which is packed and shuffled as a whole. A corpus that a buffer holds is one buffer,
-which is one pass. The next document is from the source that lies furthest behind its share, so what is drawn depends on
-texts and settings only.
+which is one pass. The next document is from the source furthest behind its share: texts and settings alone decide it.
 
 `datasets.interleave_datasets` draws rows, not tokens: of books and files a hundredth as long, 99% would be of books.
 """

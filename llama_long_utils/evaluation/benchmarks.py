@@ -25,6 +25,7 @@ from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_a
 from llama_long_utils.evaluation.task_files import HUB, TASKS, check_names, is_ours
 from llama_long_utils.model.arms import arm_inputs, load_arm
 from llama_long_utils.model.weights import load_tokenizer, locate_base
+from llama_long_utils.presets import closest
 from llama_long_utils.records import write_record
 from llama_long_utils.settings import Preset
 
@@ -114,8 +115,8 @@ def load_tasks(names: Sequence[str], metadata: dict[str, Any], folder: Path = TA
         try:
             tasks[name] = theirs.load([name.removeprefix(HUB)])["tasks"]
         except Exception as error:
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise RuntimeError(f"the harness could not load {name!r} ({what}); most tasks need the hub") from None
+            what, near = f"{type(error).__name__}: {error}".splitlines()[0], closest(name, [*ours.all_tasks])
+            raise RuntimeError(f"the harness could not load {name!r} ({what}); most tasks need the hub{near}") from None
     for group in tasks.values():
         for task in group.values():
             task.set_fewshot_seed(SEED)

@@ -57,9 +57,8 @@ def nll_in_windows(model: Model, document: TokenizedDocument, window: int) -> np
 def sliding_window(rows: np.ndarray) -> np.ndarray:
     """The tokens that `token_nll` scores, each from the window of `nll_in_windows` where it has seen more.
 
-    Shape (..., windows, window - 1) -> (..., tokens - 1). Every token from position window / 2 on has
-    seen window / 2 to window - 1 tokens, whatever its position: what a model with that window can do
-    on exactly this text.
+    Shape (..., windows, window - 1) -> (..., tokens - 1). Every token from position window / 2 on has seen window / 2
+    to window - 1 tokens, whatever its position: what a model with that window can do on exactly this text.
     """
     half = (rows.shape[-1] + 1) // 2
     later = rows[..., half - 1 :]

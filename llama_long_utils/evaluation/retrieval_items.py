@@ -100,8 +100,7 @@ def first_sentence_items(
 
     The passage begins at a random sentence, the same at every length, since openings may be known by heart. ValueError
     if no document has a fitting sentence with enough text after it. `exact` leaves room for exactly the answer's tokens
-    and keeps the text's line breaks, so that these tokens are the passage's; else there is room for `answer_tokens`,
-    and spaces part words.
+    and keeps the line breaks, so that they are the passage's; else `answer_tokens` have room, and spaces part words.
     """
     items = []
     fewest, most = (settings.cue_words + words for words in settings.answer_words)

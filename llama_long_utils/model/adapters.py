@@ -59,8 +59,9 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     linear -= {"lm_head", "score"}  # which the loss reads in chunks
     unknown = set(settings.target_modules) - linear
-    if unknown:
-        raise ValueError(f"lora.target_modules names {sorted(unknown)}: the model's linear layers are {sorted(linear)}")
+    if unknown or isinstance(model, PeftModel):
+        linear = "LoRA's already: load the base anew" if isinstance(model, PeftModel) else sorted(linear)
+        raise ValueError(f"lora.target_modules names {sorted(unknown)}: the model's linear layers are {linear}")
     if settings.train_embeddings and model.config.tie_word_embeddings:
         raise ValueError("train_embeddings = true needs a base with untied embeddings: set it to false")
     torch.manual_seed(seed)

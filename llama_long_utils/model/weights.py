@@ -1,7 +1,6 @@
 """Finding a model's files: a folder, a package on PyPI, or the hub; nothing is fetched that is not needed.
 
-What is wrong with them is found here, before anything heavy: transformers would fill a missing tensor with random
-numbers and go on.
+What is wrong with them is found here, before anything heavy: transformers fills missing tensors with random numbers.
 """
 
 import functools
