@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import json
 import math
 import os
 import shutil
@@ -211,8 +212,11 @@ def run_dose_checked(preset: Preset, asked: argparse.Namespace) -> Path:
                 print(write_task_record(preset, run, record or out, doses.tasks))
         return write_dose_record(asked.record_of, record or out, preset=preset.name)
     results = out / "results.jsonl"
-    if results.exists() and '"kind": "end"' in results.read_text():
-        raise ValueError(f"{out} holds results of an earlier run: name another folder with --out, or remove it")
+    if results.exists():
+        before = results.read_text()
+        same = f'"stages": {json.dumps(doses.stages)}' in before and not asked.adapters
+        if not same or '"kind": "end"' in before:
+            raise ValueError(f"{out} holds results of an earlier run: name another folder with --out, or remove it")
     adapters = asked.adapters or ()
     for file in (asked.inputs, *adapters):
         if file and not file.is_file():

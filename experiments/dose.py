@@ -15,7 +15,7 @@ vector and another random start; its record says which.
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,10 +44,11 @@ from llama_long_utils.evaluation.perplexity import nll_in_windows, sliding_windo
 from llama_long_utils.model.adapters import add_lora
 from llama_long_utils.model.arms import arm_scaling, load_arm
 from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
-from llama_long_utils.model.weights import load_tokenizer, locate_base
+from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import write_atomically
 from llama_long_utils.records import device_name, write_arrays
 from llama_long_utils.settings import Preset, Scaling
+from llama_long_utils.training.trainer import check_lora_gradients
 
 WARMUP_STEPS, DECAY = 4, 0.2  # DECAY: last share of a dose's tokens, in which the rate falls to zero
 CHUNK = 4096  # tokens whose logits exist at once
@@ -72,6 +73,20 @@ def ids_of(text: TokenizedDocument) -> np.ndarray:
 def adapter_weights(model: Model) -> list[torch.Tensor]:
     """LoRA's, in order; none of a base."""
     return [weight for name, weight in model.named_parameters() if "lora_" in name]
+
+
+def _timed(measure: Callable[[Any], Any], part: Sequence[Any]) -> list[dict[str, Any]]:
+    """What is measured of each item, with its seconds: what an interrupted run has kept still says what it took."""
+    found = []
+    for item in part:
+        begin = time.perf_counter()
+        found.append({"result": measure(item), "seconds": time.perf_counter() - begin})
+    return found
+
+
+def _untimed(found: Sequence[dict[str, Any]]) -> tuple[list[Any], float]:
+    """(the results, their seconds together)."""
+    return [row["result"] for row in found], sum(row["seconds"] for row in found)
 
 
 def load(preset: Preset, rope: Scaling, *, four_bit: bool) -> PreTrainedModel:
@@ -111,6 +126,8 @@ class Arm:
             loss = next_token_nll(hidden, head, stacked["labels"], chunk=CHUNK) / scored
             loss.backward()
             total += loss.detach()
+        if not self.optimizer.state:  # the first step
+            check_lora_gradients(self.model)
         nn.utils.clip_grad_norm_(self.trained(), 1.0)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
@@ -184,13 +201,14 @@ class _Experiment:
     def __init__(self, preset: Preset, doses: Doses, inputs: Inputs, out: Path, limit: float) -> None:
         self.preset, self.doses, self.inputs, self.out, self.limit = preset, doses, inputs, out, limit
         self.begun, self.sums = time.perf_counter(), {}
-        key = {"preset": preset.name, "rank": doses.rank, "alpha": doses.alpha}
+        about = (preset.base, preset.extension, preset.lora, doses.rank, doses.alpha)
+        key = {"about": about, "base_sha256": weights_sha256(locate_base(preset)), "bf16": torch.cuda.is_available()}
         self.kept = Cache(out / "unfinished", VERSION, {**key, "training": list(map(ids_of, inputs.training))})
         self.seconds: dict[str, float] = {}  # of readings and questions, by kind; of a step, by its way's window
         self.tokenizer = load_tokenizer(locate_base(preset))
         self.step_tokens = preset.extension.window // 2
         lengths = [text.tokens for text in inputs.texts]
-        self.write("start", texts=lengths, heldout=inputs.about, device=device_name())
+        self.write("start", stages=doses.stages, texts=lengths, heldout=inputs.about, device=device_name())
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.begun
@@ -206,30 +224,24 @@ class _Experiment:
         key = {"adapter": [weight.float().numpy(force=True) for weight in adapter_weights(model)]}
         stacks = [stack for stack in self.inputs.haystacks if stack.length <= longest]
         if stacks:
-            begin = time.perf_counter()
-            asked = self.kept.items(
-                f"ask {name}", stacks, lambda part: [ask(model, one) for one in part], item_key=asdict, **key
-            )
-            self.seconds[f"ask {longest}"] = time.perf_counter() - begin
+            timed = self.kept.items(f"ask {name}", stacks, partial(_timed, partial(ask, model)), item_key=asdict, **key)
+            asked, self.seconds[f"ask {longest}"] = _untimed(timed)
             self.write("retrieval", name=name, columns=COLUMNS, rows=[row for rows in asked for row in rows], **about)
 
-        def binned(way: str, part: Sequence[TokenizedDocument]) -> list[list[float]]:
-            rows = []
-            for text in part:
-                costs = token_nll(model, text) if way == "full" else sliding_window(nll_in_windows(model, text, window))
-                of_positions = np.concatenate([[0.0], costs])  # position 0 costs nothing
-                rows.append(of_positions.reshape(-1, BIN).sum(axis=1, dtype=np.float64).tolist())
-            return rows
+        def binned(way: str, text: TokenizedDocument) -> list[float]:
+            costs = token_nll(model, text) if way == "full" else sliding_window(nll_in_windows(model, text, window))
+            of_positions = np.concatenate([[0.0], costs])  # position 0 costs nothing
+            return of_positions.reshape(-1, BIN).sum(axis=1, dtype=np.float64).tolist()
 
         for way in ways:
-            begin = time.perf_counter()
-            rows = self.kept.items(f"read {name} {way}", texts, partial(binned, way), item_key=ids_of, **key)
+            measure = partial(_timed, partial(binned, way))
+            timed = self.kept.items(f"read {name} {way}", texts, measure, item_key=ids_of, **key)
+            rows, self.seconds[way] = _untimed(timed)
             sums = np.full((len(rows), max(map(len, rows))), np.nan, dtype=np.float32)
             for line, bins in zip(sums, rows, strict=True):
                 line[: len(bins)] = bins
             self.sums[f"{name}/{way}"] = sums
             write_arrays(self.out / "nll.npz", self.sums)
-            self.seconds[way] = time.perf_counter() - begin
             self.write("nll", name=name, way=way, seconds=round(self.seconds[way], 2), **about)
             print(f"{self.elapsed():6.0f} s  {name} {way}: {np.nansum(sums) / np.isfinite(sums).sum() / BIN:.4f} nats")
 

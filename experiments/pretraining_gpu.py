@@ -93,7 +93,7 @@ from experiments.pretraining_device import fast_products
 from experiments.pretraining_rates import SEEDS, rate_name
 from experiments.pretraining_results import FOUR_SLUG, GPU_SLUG, add_cells, collect, read_as_trained
 from llama_long_utils.paths import write_atomically
-from llama_long_utils.records import read_record, read_table, write_record
+from llama_long_utils.records import Record, read_record, write_record
 from llama_long_utils.training.trainer import train
 
 PILOT_SEED = 9
@@ -223,7 +223,7 @@ def choose(size: str, steps: Callable[[], int], began: float, seconds: float) ->
         if not at_work:
             time.sleep(PAUSE)
     if not path.is_file():
-        pilots = pd.concat([read_table(pilot_record(size, arm, factor), "pilots") for arm, factor in PILOTS])
+        pilots = pd.concat([Record(pilot_record(size, arm, factor)).table("pilots") for arm, factor in PILOTS])
         choice = chosen_rates(pilots) | {"steps": steps()}
         decided = path.with_name(f".{path.name}.{time.monotonic_ns()}")
         write_atomically(decided, json.dumps(choice, indent=1).encode())
@@ -320,7 +320,7 @@ def speeds(size: str) -> pd.Series:
     """Milliseconds of a step by arm, as measured alone; empty without the record."""
     if not speed_record(size).is_file():
         return pd.Series(dtype=float)
-    return read_table(speed_record(size), "speed").set_index("arm").milliseconds
+    return Record(speed_record(size)).table("speed").set_index("arm").milliseconds
 
 
 def measure_speed(size: str) -> Path:
@@ -369,9 +369,9 @@ def join(size: str, runs: Path, folder: Path, commit: str = "", *, add: bool = F
     record = folder / f"{FOUR_SLUG if size == '4M' else GPU_SLUG}.json"
     there, tables = set(), set()
     if add:
-        there = set(read_table(record, "cells")[["arm", "seed"]].itertuples(index=False, name=None))
+        there = set(Record(record).table("cells")[["arm", "seed"]].itertuples(index=False, name=None))
         tables = set(read_record(record)["tables"])
-    found = {path: read_table(path, "cost").iloc[0] for path in sorted((runs / "cells").glob(f"{size}-*.json"))}
+    found = {path: Record(path).table("cost").iloc[0] for path in sorted((runs / "cells").glob(f"{size}-*.json"))}
     found = {path: cost for path, cost in found.items() if (cost.arm, cost.seed) not in there}
     cells = sorted(
         (path for path, cost in found.items() if cost["size"] in names and cost.arm in ARMS),
@@ -388,15 +388,15 @@ def join(size: str, runs: Path, folder: Path, commit: str = "", *, add: bool = F
     contexts = [path for path in sorted((runs / "contexts").glob("*.json")) if path.stem in long]
     more = {}
     if contexts:
-        more["contexts"] = pd.concat([read_table(path, "contexts") for path in contexts]).drop(
+        more["contexts"] = pd.concat([Record(path).table("contexts") for path in contexts]).drop(
             columns=["model", "parameters"]
         )
     if (choice := runs / f"choice-{size}.json").is_file() and "choice" not in tables:
         more["choice"] = pd.DataFrame([json.loads(choice.read_text())])
     if (pilots := sorted((runs / "pilots").glob(f"{size}-*.json"))) and "pilots" not in tables:
-        more["pilots"] = pd.concat([read_table(path, "pilots") for path in pilots], ignore_index=True)
+        more["pilots"] = pd.concat([Record(path).table("pilots") for path in pilots], ignore_index=True)
     if (speed := runs / "speed" / f"{size}.json").is_file() and "speed" not in tables:
-        more["speed"] = read_table(speed, "speed")
+        more["speed"] = Record(speed).table("speed")
     if len(table := read_as_trained(cells)):
         more["as_trained"] = table.assign(size=table["size"].replace(names))
     each = f"--size {size} --seed SEED, or --cell {size} ARM SEED"

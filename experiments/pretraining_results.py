@@ -15,7 +15,7 @@ from experiments.race_results import student_reach, wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import Record, read_record, read_table, write_record
+from llama_long_utils.records import Record, read_record, write_record
 
 SLUG = "12_pretraining_curriculum"
 LARGER_SLUG = "12_curriculum_of_a_larger_model"
@@ -296,7 +296,7 @@ def read_as_trained(cells: Sequence[Path], way: str = "full") -> pd.DataFrame:
     parts = []
     for path in cells:
         if "as_trained" in read_record(path)["tables"]:
-            table, cost = read_table(path, "as_trained"), read_table(path, "cost")
+            table, cost = Record(path).table("as_trained"), Record(path).table("cost")
             parts.append(table[table.way == way].assign(**cost[["size", "seed"]].iloc[0]))
     if not parts:
         return pd.DataFrame()
@@ -317,9 +317,9 @@ def collect(
 
     `called` gives sizes other names there; `more` are tables beside those of the cells, `about` is more provenance.
     """
-    cells = pd.concat([read_table(path, "cost") for path in records], ignore_index=True)
+    cells = pd.concat([Record(path).table("cost") for path in records], ignore_index=True)
     cells["size"] = cells["size"].replace(dict(called))
-    tables = [read_table(path, "nll") for path in records]
+    tables = [Record(path).table("nll") for path in records]
     have = [read_record(path)["tables"] for path in records]
     losses = [[row["loss"] for row in tables.get("loss", ())] for tables in have]
     first = tables[0]
@@ -339,7 +339,7 @@ def collect(
             continue
         if lacking:
             raise ValueError(f"cells without {name!r}, which others have, are to be measured again: {lacking}")
-        copied = [read_table(path, name) for path in records]
+        copied = [Record(path).table(name) for path in records]
         distances = sorted({*copied[0].distance_low, *copied[0].distance_high})
         shape = len(documents), len(distances) - 1
         arrays[f"{within}_hits"] = np.array([table.hits.to_numpy().reshape(shape) for table in copied])
@@ -351,7 +351,7 @@ def collect(
     arrays |= {"documents": np.array(documents), "ways": np.array(ways)}
     by_context = {}
     if contexts:
-        table = pd.concat([read_table(path, "contexts") for path in contexts], ignore_index=True)
+        table = pd.concat([Record(path).table("contexts") for path in contexts], ignore_index=True)
         table["model"] = table["model"].replace(dict(called))
         sums = table.groupby(["model", "seed", "parameters", "context"], sort=False)[["nats", "tokens"]].sum()
         by_context["context_loss"] = (sums.nats / sums.tokens).rename("value").reset_index()
@@ -406,12 +406,12 @@ def add_cells(
     """
     before = pretraining_results(record)
     there = set(before.cells[NAMES].itertuples(index=False, name=None))
-    cells = [path for path in cells if tuple(read_table(path, "cost")[NAMES].iloc[0]) not in there]
+    cells = [path for path in cells if tuple(Record(path).table("cost")[NAMES].iloc[0]) not in there]
     if not cells:
         return record
     with TemporaryDirectory() as scratch:
-        added = {(cost["size"], cost.seed) for cost in (read_table(path, "cost").iloc[0] for path in cells)}
-        read = {path: read_table(path, "contexts").iloc[0] for path in contexts}
+        added = {(cost["size"], cost.seed) for cost in (Record(path).table("cost").iloc[0] for path in cells)}
+        read = {path: Record(path).table("contexts").iloc[0] for path in contexts}
         contexts = [path for path, row in read.items() if (row.model, row.seed) in added]
         later = pretraining_results(
             collect(cells, Path(scratch), record.stem, contexts=contexts, called=called, more=more, about=about)

@@ -30,7 +30,7 @@ from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_
 from llama_long_utils.paths import RESULTS
 from llama_long_utils.presets import RAISED
 from llama_long_utils.progress import track
-from llama_long_utils.records import papermill_command, read_record, read_table, write_record
+from llama_long_utils.records import Record, papermill_command, read_record, write_record
 from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings, raised_base
 from llama_long_utils.training.adapter import train_adapter
 
@@ -194,8 +194,8 @@ def collect(
         ValueError: an arm was not measured.
     """
     paths = [arm_record(preset, arm, base_sha256) for arm in arms]
-    nll = pd.concat([read_table(path, "nll") for path in paths])
-    found = pd.concat([read_table(path, "retrieval") for path in paths])
+    nll = pd.concat([Record(path).table("nll") for path in paths])
+    found = pd.concat([Record(path).table("retrieval") for path in paths])
     provenance = [read_record(path)["provenance"] for path in paths]
     names = ["method", "training", "seed"]
     sums = nll.groupby([*names, "position_low", "position_high"], sort=False)[["nats", "tokens"]].sum()

@@ -17,7 +17,7 @@ from llama_long_utils.evaluation.statistics import FEWEST, Bootstrap
 from llama_long_utils.figures import AMBER, BLUE, RED, TEAL, intervals, look, mark_window, plt, save_figure, token_axis
 from llama_long_utils.notebooks import measured, show_table
 from llama_long_utils.paths import RESULTS
-from llama_long_utils.records import Record, read_arrays, read_table
+from llama_long_utils.records import Record, read_arrays
 from llama_long_utils.settings import Preset, TrainingSettings
 
 ZERO_SHOT, FULL_LENGTH = "zero-shot", "full-length"
@@ -224,11 +224,11 @@ def race_results(preset: Preset, path: Path | None = None) -> RaceResults:
         ValueError: it was not run, or its arrays are missing.
     """
     path = path or RESULTS / preset.name / "11_ablations.json"
-    nll = read_table(path, "nll_by_position")
+    nll = Record(path).table("nll_by_position")
     edges = sorted({*nll.position_low, *nll.position_high})
     arrays = read_arrays(path.with_suffix(".npz"))
     bootstrap = Bootstrap(len(arrays["documents"]), preset.evaluation.bootstrap_samples, preset.evaluation.seed)
-    return RaceResults(read_table(path, "cost"), edges, arrays, bootstrap, preset.base.window)
+    return RaceResults(Record(path).table("cost"), edges, arrays, bootstrap, preset.base.window)
 
 
 TRAININGS = {

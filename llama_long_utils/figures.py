@@ -1,7 +1,6 @@
 """How all figures look: one style, one colour and marker for a method everywhere, one way to draw and save.
 
-Colours of what is compared differ in hue and lightness, also for the colour-blind, and in their markers; every one has
-a contrast of at least 3 on white.
+Colours of what is compared differ in hue and lightness, also for the colour-blind, with a contrast of 3 on white.
 """
 
 import io

@@ -136,11 +136,6 @@ def recorded(preset: str, slug: str, *, needed: bool = False) -> Record | None:
     return Record(path) if needed or path.is_file() else None
 
 
-def read_table(path: Path, table: str) -> pd.DataFrame:
-    """One table of a record."""
-    return Record(path).table(table)
-
-
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     """Write a compressed .npz that `numpy.load` reads without pickle, atomically."""
     np.savez_compressed(content := BytesIO(), **arrays)

@@ -1,4 +1,5 @@
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from peft import PeftModel
 
 from conftest import LORA, RAISED, small_preset
 from llama_long_utils.model.adapters import AdapterCard, add_lora, save_adapter
-from llama_long_utils.model.arms import ARMS, arm_inputs, arm_scaling, load_arm
+from llama_long_utils.model.arms import ARMS, OneArm, arm_inputs, arm_scaling, load_arm
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import weights_sha256
 
@@ -44,6 +45,15 @@ def test_arms_differ_by_rope_as_their_names_say(preset):
     assert ropes["extended"] == ropes["rope_base_only"] == RAISED
     assert ropes["rope_unchanged"] == dataclasses.replace(ropes["base"], window=512)
     assert ropes["yarn"] == dataclasses.replace(ropes["base"], window=512, method="yarn")
+
+
+def test_of_the_arms_of_a_comparison_one_at_a_time_is_in_memory(preset, trained):
+    """Two bases, and what reading a long text takes, would not fit on the GPU that one was trained on."""
+    load, models = OneArm(preset, {"extended": trained / "extended"}), weakref.WeakSet()
+    for arm in ("base", "extended", "extended", "base"):
+        models.add(load(arm))
+        assert len(models) == 1
+    assert load("base") is load("base")
 
 
 def test_everything_that_an_arms_numbers_depend_on_is_in_its_inputs(preset, trained):

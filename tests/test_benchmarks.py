@@ -39,7 +39,7 @@ from llama_long_utils.model.loss import in_compute_dtype
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import read_arrays, read_table
+from llama_long_utils.records import Record, read_arrays
 
 TINY = REPOSITORY / "data" / "tiny-llama"
 MMLU = [
@@ -500,7 +500,7 @@ def test_a_stopped_run_asks_no_answered_item_again(preset, folder, monkeypatch):
 def test_two_arms_are_compared_and_leave_a_record(preset, folder, tmp_path):
     results = measure(preset, ["hellaswag"], arms=["base", "extended"], folder=folder)
     path = write_results(preset, results, tmp_path / "results", seconds=1.0)
-    deltas, scores = (read_table(path, name) for name in ("deltas", "scores"))
+    deltas, scores = (Record(path).table(name) for name in ("deltas", "scores"))
     assert list(deltas.metric) == ["accuracy", "accuracy_per_character", "answer_nll", "contrast"]
     assert (deltas.difference[2:] != 0).all()
     assert set(deltas["items"]) == {2}
@@ -613,7 +613,7 @@ def test_a_run_of_a_few_items_leaves_the_record_of_all(preset, monkeypatch, caps
     assert whole.read_text() == "of all"
     shorter = Path(capsys.readouterr().out.splitlines()[-1])
     assert shorter.parent.parent == whole.parent
-    assert set(read_table(shorter, "scores")["items"]) == {1}
+    assert set(Record(shorter).table("scores")["items"]) == {1}
 
 
 def test_a_prompt_with_two_answers_that_do_not_fit_is_one(tokenizer):

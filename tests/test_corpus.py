@@ -6,13 +6,13 @@ import torch
 
 from experiments import corpus as corpora
 from experiments.corpus import run, write_corpus
-from llama_long_utils.records import read_table
+from llama_long_utils.records import Record
 
 
 def test_a_small_corpus_is_read_alike_with_and_without_a_kill_in_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "FOLDERS", (Path(torch.__file__).parent,))  # to walk the whole machine takes long
     record = run(0.002, tmp_path / "corpus", tmp_path / "results")  # raises if the sequences differ
-    corpus, reading, training = (read_table(record, name).iloc for name in ("corpus", "reading", "training"))
+    corpus, reading, training = (Record(record).table(name).iloc for name in ("corpus", "reading", "training"))
     assert corpus[0].bytes >= 0.002 * 2**30
     assert reading[0].digest == reading[1].digest
     assert 0 < reading[1].continued_from < reading[0].sequences < reading[1].sequences

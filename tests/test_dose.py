@@ -29,7 +29,7 @@ from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import PRESETS, REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import read_arrays, read_record, read_table, write_arrays
+from llama_long_utils.records import Record, read_arrays, read_record, write_arrays
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_without_a_gpu_the_command_says_so_before_it_reads_anything(tmp_path):
 
 def test_at_smollm2_the_ways_and_doses_are_those_of_the_record():
     ways = ways_of(load_preset("smollm2"), read_doses("smollm2").other_bases)
-    table = read_table(RESULTS / "smollm2" / f"{SLUG}.json", "arms")
+    table = Record(RESULTS / "smollm2" / f"{SLUG}.json").table("arms")
     recorded = {(row.arm, row.window, row.reach, row.rope_base) for row in table.itertuples()}
     assert recorded <= {(way.label, way.window, way.reach, way.rope.base) for way in ways.values()}
     stages = read_doses("smollm2").stages
@@ -222,7 +222,7 @@ def test_answers_of_a_run_become_the_record_of_the_tasks(preset, tmp_path):
         (tmp_path / f"answers-{arm}.json").write_text(json.dumps(given))
     (tmp_path / "results.jsonl").write_text(json.dumps({"kind": "tasks", "seconds": 2.5}) + "\n")
     path = write_task_record(preset, tmp_path, tmp_path / "record", [name])
-    deltas = read_table(path, "deltas").query("metric == 'accuracy'").set_index("pair")
+    deltas = Record(path).table("deltas").query("metric == 'accuracy'").set_index("pair")
     assert set(deltas.index) == {"base -> extended", "base -> yarn", "base_16_bit -> base", "base_16_bit -> extended"}
     assert read_record(path)["provenance"]["seconds"] == 2.5
     expected = score(preset, [name], {"extended": answers["full2k-s0-40960"]}, tokenizer)

@@ -16,7 +16,7 @@ from experiments import bench
 from llama_long_utils.model.loss import hidden_states
 from llama_long_utils.model.memory_savings import apply_memory_savings
 from llama_long_utils.paths import REPOSITORY, RESULTS
-from llama_long_utils.records import read_table
+from llama_long_utils.records import Record
 from llama_long_utils.settings import Lora, MemorySavings
 from llama_long_utils.training import ledger as ledger_module
 from llama_long_utils.training.ledger import (
@@ -226,14 +226,14 @@ def test_to_read_a_text_takes_what_is_predicted_and_less_than_without_tiles(dtyp
 
 
 def test_recorded_peaks_are_within_5_percent_of_predicted_ones():
-    rows = read_table(RESULTS / "tiny" / "04_one_gpu_budget.json", "ledger_check")
+    rows = Record(RESULTS / "tiny" / "04_one_gpu_budget.json").table("ledger_check")
     assert len(rows) >= 8
     assert ((rows.predicted_gib / rows.measured_gib - 1).abs() < 0.05).all()
 
 
 def test_attention_needs_on_a_gpu_what_its_kernels_were_measured_to_need():
     """cuDNN: three gradients and the workspace. FlashAttention copied the output's gradient besides, 2 bytes each."""
-    rows = read_table(RESULTS / "gpu" / "04_one_gpu_budget.json", "attention")
+    rows = Record(RESULTS / "gpu" / "04_one_gpu_budget.json").table("attention")
     assert set(rows.kernel) == {"torch's choice", "flash", "cudnn"}
     for row in rows.itertuples():
         query, key = (torch.empty(1, heads, 1, 128) for heads in (row.query_heads, row.key_value_heads))
@@ -244,7 +244,7 @@ def test_attention_needs_on_a_gpu_what_its_kernels_were_measured_to_need():
 
 @pytest.mark.parametrize(("model", "rank"), [("Llama 2 7B", 16), ("Llama 3.1 8B", 32)])
 def test_steps_on_a_gpu_need_what_was_measured_there_less_the_gradient_that_the_loss_then_kept(model, rank):
-    rows = read_table(RESULTS / "gpu" / "04_one_gpu_budget.json", "steps")
+    rows = Record(RESULTS / "gpu" / "04_one_gpu_budget.json").table("steps")
     rows = rows[(rows.model == model) & (rows.host_gib > 0)]
     assert len(rows) >= 3
     lora = Lora(rank, 2 * rank, bench.MODULES, train_norms=False, train_embeddings=False)

@@ -302,7 +302,19 @@ def test_documents_held_out_of_a_stream_stay_so_when_it_grows(tokenizer, tmp_pat
         Mixture(data(str(folder), held_out={"texts": 900}), tokenizer, cache=tmp_path).held_out()
 
 
-@pytest.mark.parametrize(("books", "held_out", "kept_back"), [(60, 8, 16), (24, None, 8), (2000, 8, None)])
+def test_texts_beside_lines_of_many_change_nothing_for_those(tokenizer, tmp_path, small_parts):
+    """A README beside a thousand lines, whose own hash is as good as random, must not hold most of them back."""
+    folder = write_texts(tmp_path / "texts", 500, 60)
+    alone = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path)
+    for name in ("README.md", "NOTES.txt", "more.md"):
+        (folder / name).write_text("Where these texts are from. " * 20)
+    beside = Mixture(data(str(folder), held_out={"texts": 3}), tokenizer, cache=tmp_path)
+    assert alone.limits == beside.limits == {str(folder): HELD_OUT}
+
+
+@pytest.mark.parametrize(
+    ("books", "held_out", "kept_back"), [(60, 8, 16), (24, None, 8), (2, None, 1), (2000, 8, None)]
+)
 def test_of_a_large_folder_of_few_books_enough_are_held_out(
     tokenizer, tmp_path, small_parts, books, held_out, kept_back
 ):
@@ -311,16 +323,17 @@ def test_of_a_large_folder_of_few_books_enough_are_held_out(
     folder.mkdir()
     for book in range(books):
         (folder / f"{book}.txt").write_text(f"{book} is the number of this book. " * 4)
-    given = dataclasses.replace(data(str(folder)), held_out=held_out and {"books": held_out})
+        (folder / f"note {book}.txt").write_text("short")
+    given = dataclasses.replace(data(str(folder)), held_out=held_out and {"books": held_out}, minimum_characters=20)
     texts = Mixture(given, tokenizer, cache=tmp_path / "cache")
     (source,) = texts.sources
     tested = {document.name for document in texts.held_out()}
-    trained = {document.name for document in texts.training(source)}
-    assert len(tested) == 8
+    trained = {document.name for document in texts.training(source) if not document.name.startswith("note")}
+    assert len(tested) == min(8, books // 2)
     assert not tested & trained
     if kept_back:
         assert books - len(trained) == kept_back
-        assert texts.reading(settings())[0]["held_out"] == f"8 of {kept_back} texts, by name"
+        assert texts.reading(settings())[0]["held_out"] == f"{len(tested)} of {kept_back} texts, by name"
     else:
         assert {*texts.limits.values()} == {HELD_OUT}
 

@@ -38,7 +38,7 @@ from experiments.pretraining_results import (
 )
 from experiments.race_results import wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
-from llama_long_utils.records import read_published, read_table
+from llama_long_utils.records import Record, read_published
 
 SETTINGS = replace(long_settings("doll", 0), steps=10)
 
@@ -153,13 +153,13 @@ def test_an_arm_is_one_run_with_its_short_part_shared(tmp_path, monkeypatch):
     tokenizer, training, held_out = pretraining.texts()
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:2]))
     paths = {arm: pretraining.run_cell(Cell("doll", arm, 0)) for arm in ("short", "switch-80", "continued")}
-    loss = {arm: read_table(path, "loss").loss.to_numpy() for arm, path in paths.items()}
+    loss = {arm: Record(path).table("loss").loss.to_numpy() for arm, path in paths.items()}
     assert (loss["switch-80"][:4] == loss["short"][:4]).all()
     assert (loss["switch-80"][4:] != loss["short"][4:]).all()
     rates = json.loads(next(tmp_path.glob("long/doll-switch-80-*/checkpoint-5/trainer_state.json")).read_text())
     learning_rate = [row["learning_rate"] for row in rates["log_history"] if "loss" in row]
     assert np.diff(learning_rate).max() <= 0  # one cosine: no warm-up at the switch
-    cost = pd.concat([read_table(path, "cost") for path in paths.values()]).set_index("arm")
+    cost = pd.concat([Record(path).table("cost") for path in paths.values()]).set_index("arm")
     assert list(cost.short_steps) == [5, 4, 5]
     assert cost.flops["continued"] == pytest.approx(cost.flops["switch-80"], abs=LONG * flops_per_token(2, 64, LONG))
     assert cost.tokens["short"] == cost.tokens["switch-80"] == 5 * LONG
@@ -178,7 +178,7 @@ def test_a_copying_model_is_trained_on_and_its_copying_recorded(tmp_path, monkey
     tokenizer, training, held_out = pretraining.texts()
     monkeypatch.setattr(pretraining, "texts", lambda: (tokenizer, training, held_out[:1]))
     paths = [pretraining.run_cell(Cell("tiny-llama", arm, 0)) for arm in ("switch-80", "in-reach")]
-    losses = [read_table(path, "loss").loss for path in paths]
+    losses = [Record(path).table("loss").loss for path in paths]
     assert (losses[0][:2] != losses[1][:2]).any()  # other quotations
     results = pretraining_results(collect(paths, tmp_path / "record", "copies"))
     assert results.arrays["copied_tokens"].sum(axis=1).max() < LONG

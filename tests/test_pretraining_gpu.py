@@ -19,7 +19,7 @@ from experiments.pretraining_figures import savings
 from experiments.pretraining_gpu import PILOTS, chosen_rates, join, run_seed, set_steps
 from experiments.pretraining_gpu_results import HOLDS, NOT_ASKED, OPEN, OTHER_WAY, REFUTED
 from experiments.pretraining_results import larger_results, pretraining_results
-from llama_long_utils.records import read_table, write_record
+from llama_long_utils.records import Record, write_record
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_the_most_steps_that_fit_are_taken(small):
     path = pretraining_gpu.speed_record("16M-doll")
     about = {"preset": "tiny", "question": "?", "seeds": {"training": 9}, "seconds": 1.0}
     write_record(path.parent, path.stem, tables={"speed": rows}, **about)
-    assert read_table(path, "speed").milliseconds[0] == 30
+    assert Record(path).table("speed").milliseconds[0] == 30
     steps = [pretraining_gpu.most_steps("16M-doll", seconds, 1.0) for seconds in (80, 200, 10_000)]
     assert steps == [200, 400, 800]
     own = pretraining_cells.SIZES["16M-doll"].steps

@@ -40,7 +40,7 @@ from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.weights import locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY, RESULTS
 from llama_long_utils.presets import load_preset
-from llama_long_utils.records import read_table, recorded, write_record
+from llama_long_utils.records import Record, recorded, write_record
 from llama_long_utils.settings import METHODS, raised_base
 from tools.kernels import forked
 
@@ -174,7 +174,7 @@ def test_equal_seconds_are_equal_to_a_fifth():
 
     Full-length training took from 55 to 99 seconds, depending on method and seed, so nothing narrower can be asked.
     """
-    cost = read_table(RESULTS / "tiny" / "11_ablations.json", "cost")
+    cost = Record(RESULTS / "tiny" / "11_ablations.json").table("cost")
     seconds = cost[cost.method == "abf"].groupby("training").seconds.mean()
     for name in [name for name in seconds.index if name.endswith(EQUAL_SECONDS)]:
         assert seconds[name] == pytest.approx(seconds["full-length"], rel=0.2), name
@@ -249,8 +249,8 @@ def test_mean_is_weighted_by_tokens_and_resampled_over_documents_and_seeds():
 
 def test_factors_of_the_preset_are_those_that_the_search_found(preset):
     path = RESULTS / "tiny" / "11_longrope_search.json"
-    assert tuple(read_table(path, "factors").factor) == preset.race.pair_factors
-    nll = read_table(path, "search").nll
+    assert tuple(Record(path).table("factors").factor) == preset.race.pair_factors
+    nll = Record(path).table("search").nll
     assert nll.is_monotonic_decreasing
     assert nll.iloc[-1] < nll.iloc[0]
 
@@ -272,7 +272,7 @@ def small(preset):
 def test_an_arm_is_measured_once(preset, monkeypatch, tmp_path):
     monkeypatch.setattr(type(preset), "run_folder", tmp_path)
     path = run_arm(small(preset), Arm("abf", ZERO_SHOT, 0))
-    nll, found = read_table(path, "nll"), read_table(path, "retrieval")
+    nll, found = Record(path).table("nll"), Record(path).table("retrieval")
     assert set(nll.method) == {"abf"}
     assert nll.groupby("document").tokens.sum().eq(255).all()
     assert len(found) == 2
@@ -338,15 +338,15 @@ def test_search_for_longrope_reads_training_documents_and_writes_a_record(preset
     evaluation = dataclasses.replace(preset.evaluation, tokens=1024, far_tokens=1024, bucket_edges=[1, 1024])
     monkeypatch.setattr(searches, "RESULTS", tmp_path)
     path = search_longrope(dataclasses.replace(preset, evaluation=evaluation), rounds=2, texts=1, seed=0)
-    assert len(read_table(path, "factors")) == preset.base.head_dim // 2
-    assert len(read_table(path, "search")) == 3
+    assert len(Record(path).table("factors")) == preset.base.head_dim // 2
+    assert len(Record(path).table("search")) == 3
 
 
 def test_search_for_a_rope_base_measures_the_pretrained_one_beside_it(preset, monkeypatch, tmp_path):
     evaluation = dataclasses.replace(preset.evaluation, tokens=1024, far_tokens=1024, bucket_edges=[1, 512, 1024])
     monkeypatch.setattr(searches, "RESULTS", tmp_path)
     path = search_rope_base(dataclasses.replace(preset, evaluation=evaluation), [5e5], texts=2, seed=0)
-    nll = read_table(path, "search").set_index(["rope_base", "position_low"]).nll
+    nll = Record(path).table("search").set_index(["rope_base", "position_low"]).nll
     assert nll[10_000.0, 1] < nll[500_000.0, 1]
     assert nll[500_000.0, 512] < nll[10_000.0, 512]
 
@@ -361,11 +361,11 @@ def test_trainings_are_compared_on_held_out_documents_of_each_source(preset, mon
     monkeypatch.setattr(type(preset), "run_folder", tmp_path / "runs")
     changed = dataclasses.replace(preset, evaluation=evaluation, race=racing)
     path = compare_trainings(changed, names, seed=0)
-    cost, nll, difference = (read_table(path, name) for name in ("cost", "nll_by_position", "difference"))
+    cost, nll, difference = (Record(path).table(name) for name in ("cost", "nll_by_position", "difference"))
     short, pose = (nll[nll.arm == name].set_index("position_low").nll for name in names)
     assert difference.set_index("position_low").nll.to_dict() == pytest.approx((pose - short).to_dict(), abs=1e-5)
     assert list(cost.training) == names
-    resumed = read_table(compare_trainings(changed, names, seed=0), "cost")
+    resumed = Record(compare_trainings(changed, names, seed=0)).table("cost")
     pd.testing.assert_frame_equal(resumed, cost)  # a finished run keeps its time, and is not trained again
     assert set(nll.documents) == {len(preset.data.sources) - 1}  # of the Bible nothing is held out
     assert nll.groupby("position_low").nll.nunique().min() == 2
@@ -384,7 +384,7 @@ def test_collected_race_gives_back_every_arm_s_numbers(preset, monkeypatch, tmp_
     for number, arm in enumerate(arms):
         write_arm(preset, arm, "base", number)
     written = collect(preset, arms, "base", tmp_path / "results" / "tiny")
-    by_position = read_table(written, "nll_by_position")
+    by_position = Record(written).table("nll_by_position")
     assert list(by_position[by_position.position_low == 1].value) == [2.0, 3.0, 4.0]
     results = race_results(preset, written)
     table = results.table().set_index(["training", "measure"]).value

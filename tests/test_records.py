@@ -7,7 +7,7 @@ import pytest
 
 from experiments.real_models import read_dose_results, read_other_texts
 from llama_long_utils.paths import REPOSITORY, RESULTS
-from llama_long_utils.records import read_arrays, read_published, read_record, read_table, recorded, write_record
+from llama_long_utils.records import Record, read_arrays, read_published, read_record, recorded, write_record
 from tools.store import results, store_record
 
 WINS = {"arm", "decoding", "seed", "questions", "win", "tie", "loss", "preferred", "low", "high"}
@@ -308,14 +308,14 @@ def test_delivered_records_are_there():
 
 
 def test_bucket_edges_hold_the_agreed_ones():
-    table = read_table(RESULTS / "tiny" / "06_perplexity_by_position.json", "nll_by_position")
+    table = Record(RESULTS / "tiny" / "06_perplexity_by_position.json").table("nll_by_position")
     assert {256, 512, 1024, 2048, 4096} <= {*table.position_low, *table.position_high}
     assert set(table.arm) == {"base", "rope_base_only", "yarn", "extended"}
 
 
 def test_arrays_beside_the_record_need_no_pickle_and_give_its_means():
     path = RESULTS / "tiny" / "06_perplexity_by_position.json"
-    table = read_table(path, "nll_by_position").set_index(["arm", "position_low"])
+    table = Record(path).table("nll_by_position").set_index(["arm", "position_low"])
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
         mean = arrays["nll_extended"][:, 2047:4095].astype(float).mean()
         assert len(arrays["documents"]) == len(arrays["nll_extended"])
@@ -328,7 +328,7 @@ def test_the_dose_record_follows_from_its_arrays():
     path = RESULTS / "smollm2" / "06_dose_response.json"
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
         nats = dict(zip(arrays["readings"].tolist(), arrays["nats"].astype(float), strict=True))
-    table = read_table(path, "full_minus_windows").set_index(["arm", "tokens_trained", "weights", "position_low"])
+    table = Record(path).table("full_minus_windows").set_index(["arm", "tokens_trained", "weights", "position_low"])
     row = table.loc[("full16k-s0", 10_485_760, "nf4", 16_384)].set_index("position_high").loc[32_768]
     name = "full16k-s0-10485760"
     change = (nats[f"{name}/full"] - nats[f"{name}/window"])[:, 128:].sum(axis=1) / 16_384
@@ -343,7 +343,10 @@ def test_the_dose_record_follows_from_its_arrays():
 
 def test_the_second_set_of_texts_shares_nothing_with_the_first_and_follows_from_its_arrays():
     path = RESULTS / "smollm2" / "06_dose_second_texts.json"
-    texts, first = read_table(path, "held_out"), read_table(RESULTS / "smollm2" / "06_dose_response.json", "held_out")
+    texts, first = (
+        Record(path).table("held_out"),
+        Record(RESULTS / "smollm2" / "06_dose_response.json").table("held_out"),
+    )
     assert len(texts) + len(first) >= 45
     assert not {*texts.kind} & {*first.kind}
     assert texts[["share_in_training", "share_in_other_texts"]].max(axis=None) < 0.05
@@ -352,7 +355,7 @@ def test_the_second_set_of_texts_shares_nothing_with_the_first_and_follows_from_
         nats = dict(zip(arrays["readings"].tolist(), arrays["nats"].astype(float), strict=True))
     change = nats["full16k-s0-10485760/full"] - nats["full16k-s0-10485760/window"]
     change = change[:, 128:].sum(axis=1)[texts.tokens >= 32_768] / 16_384
-    row = read_table(path, "full_minus_windows").set_index(["position_low", "position_high"]).loc[(16_384, 32_768)]
+    row = Record(path).table("full_minus_windows").set_index(["position_low", "position_high"]).loc[(16_384, 32_768)]
     assert row.nats == pytest.approx(change.mean(), abs=1e-6)
     assert row.below_zero == (change < 0).sum()
     both = []
@@ -368,7 +371,7 @@ def test_the_second_set_of_texts_shares_nothing_with_the_first_and_follows_from_
 
 
 def test_every_peak_on_a_gpu_is_within_3_percent_of_the_predicted_one_and_under_its_cap():
-    steps = read_table(RESULTS / "gpu" / "04_one_gpu_budget.json", "steps")
+    steps = Record(RESULTS / "gpu" / "04_one_gpu_budget.json").table("steps")
     ours = steps[steps.contender == "ours"]
     assert len(ours) == 11
     assert ((ours.predicted_gib / ours.allocated_gib - 1).abs() < 0.03).all()
@@ -376,13 +379,13 @@ def test_every_peak_on_a_gpu_is_within_3_percent_of_the_predicted_one_and_under_
     capped = ours[ours.cap_gib.notna()]
     assert len(capped) == 5
     assert (capped.reserved_gib < capped.cap_gib).all()
-    again = read_table(RESULTS / "gpu" / "04_trainers.json", "steps").query("contender == 'ours'")
+    again = Record(RESULTS / "gpu" / "04_trainers.json").table("steps").query("contender == 'ours'")
     assert ((again.predicted_gib / again.allocated_gib - 1).abs() < 0.015).all()
 
 
 def test_round_trip(tmp_path):
     path = write(tmp_path)
-    assert read_table(path, "training").loss.tolist() == [3.12346, 2.5]
+    assert Record(path).table("training").loss.tolist() == [3.12346, 2.5]
     assert [file.name for file in tmp_path.iterdir()] == ["05_finetune_qlora.json"]
     text = path.read_text()
     assert '  "training": [\n   {"step": 1, "loss": 3.12346, "tokens_per_second": 10.0},\n   {"step": 2, ' in text
@@ -434,7 +437,7 @@ def test_nothing_is_written_of_results_that_are_none(tmp_path, values):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
     path = write(tmp_path, TABLE.assign(loss=[1.0, math.nan]), loss=np.array([3.0]))
     assert read_arrays(path.with_suffix(".npz"))["loss"] == 3.0
-    assert read_table(path, "training").loss.isna().tolist() == [False, True]
+    assert Record(path).table("training").loss.isna().tolist() == [False, True]
 
 
 def test_without_git_a_record_says_that_its_commit_is_unknown(tmp_path, monkeypatch):
@@ -483,4 +486,4 @@ def test_bounds_that_nobody_has_are_numbers_when_read_again(tmp_path):
     table = pd.DataFrame({"nll": [1.5, 2.5], "low": [math.nan] * 2, "high": [math.nan] * 2})
     options = {"preset": "tiny", "question": "?", "seeds": {"split": 0}, "seconds": 1.0}
     path = write_record(tmp_path, "11_few", tables={"search": table}, **options)
-    pd.testing.assert_frame_equal(read_table(path, "search"), table)
+    pd.testing.assert_frame_equal(Record(path).table("search"), table)

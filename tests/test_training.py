@@ -306,8 +306,12 @@ def test_code_in_a_checkpoint_is_not_executed(base_folder, stopped_run, tmp_path
 def test_training_stops_at_once_if_a_gradient_is_missing(base_folder, tmp_path):
     model = lora_model(base_folder)
     next(w for name, w in model.named_parameters() if "lora_B" in name).requires_grad_(False)
-    with pytest.raises(RuntimeError, match="1 of 14 LoRA-B matrices got no gradient"):
+    with pytest.raises(RuntimeError, match=r"1 of \d+ trained weights got no gradient, the first .*lora_B"):
         train(model, sequences(), SETTINGS, tmp_path)
+    model = lora_model(base_folder)
+    model.unused = torch.nn.Parameter(torch.ones(3))  # as a norm was whose copy ran the original's weight
+    with pytest.raises(RuntimeError, match=r"1 of \d+ trained weights got no gradient, the first unused"):
+        train(model, sequences(), SETTINGS, tmp_path / "norm")
 
 
 def test_wrong_number_of_sequences_is_refused(tmp_path):

@@ -299,7 +299,8 @@ def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base
     packages = ("llama_long_utils", "experiments", "tools")
     files = [path for name in packages for path in sorted((REPOSITORY / name).rglob("*.py"))]
     code += [_without_comments(path.read_text("utf-8")) for path in files]
-    named = ["data/tasks", "data/results", "data/published", "data/adapters"]
+    named = ["data/tasks", "data/results", "data/published", "data/adapters", "data/corpora.json", "presets"]
+    named += sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "experiments").glob("*.toml"))
     named += [source.name for source in preset.data.mixture]
     named += [value for value in parameters.values() if isinstance(value, str)]
     folders = {name: folder_state(REPOSITORY / name) for name in named}

@@ -1,8 +1,7 @@
 """Instructions: documents with questions about them, as sequences to train on.
 
 Questions that need no model are quotations: some words of the document, after which the words that follow there are the
-answer, up to the next punctuation mark. They are right or wrong to the letter, at any depth. Others were written by a
-chat model and stand in a record.
+answer, up to the next punctuation mark: right or wrong to the letter, at any depth. A chat model's are in a record.
 """
 
 import re

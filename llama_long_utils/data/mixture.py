@@ -72,12 +72,13 @@ class Mixture:
         self.chosen = {(document.source, document.name) for document in sides[1]}
         self.read, kept, chosen = (Counter(one.source for one in side) for side in (texts, *sides))
         self.copies = self.read - kept - chosen
-        streams = {name: texts for name, (*_, texts) in surveys.items() if name not in self.small}
-        of_each = {name: count_to_hold_out(len(texts) or FEWEST, len(surveys)) for name, texts in streams.items()}
+        streams = {name: files for name, (*_, files) in surveys.items() if name not in self.small}
+        long = {of: [name for name in files if files[name] >= data.minimum_characters] for of, files in streams.items()}
+        of_each = {of: count_to_hold_out(len(names) or FEWEST, len(surveys)) for of, names in long.items()}
         self.counts = {**of_each, **chosen} if given is None else given
-        hashes = {name: sorted(draw(data.split_seed, name, text) for text in texts) for name, texts in streams.items()}
-        self.ranks = {name: min(2 * self.counts.get(name, 0), len(found) // 3) for name, found in hashes.items()}
-        self.limits = {name: max([HELD_OUT, *found[self.ranks[name] :][:1]]) for name, found in hashes.items()}
+        hashes = {of: sorted(draw(data.split_seed, of, name) for name in names) for of, names in long.items()}
+        self.ranks = {of: min(2 * self.counts.get(of, 0), max(len(found) // 3, 1)) for of, found in hashes.items()}
+        self.limits = {of: max([HELD_OUT, *found[self.ranks[of] :][:1]]) for of, found in hashes.items()}
         trained_on = {(document.source, whole(document.name)) for document in sides[0]}
         self.texts_held_out = {(one.source, whole(one.name)) for one in texts} - trained_on  # their copies, too
         self.rules = rules_of(tokenizer)
@@ -88,7 +89,7 @@ class Mixture:
         """A digest of what its documents depend on, known without reading them. A cap on passes changes none."""
         data = replace(self.data, sources=[replace(source, passes=1) for source in self.sources], passes=1)
         numbers = [BUFFER, HELD_OUT, SMALL, *[FEWEST] * self.weighted, *["copies"] * self.streams]
-        numbers += sorted({*self.limits.values()} - {HELD_OUT})
+        numbers += [*sorted({*self.limits.values()} - {HELD_OUT}), *["moved"] * any("/" in name for name in self.sizes)]
         copies = sorted(self.texts_held_out - {(source, whole(name)) for source, name in self.chosen})
         return digest(data, [tokens.key for tokens in self.tokens.values()], *numbers, *copies)
 

@@ -80,21 +80,21 @@ def read_source(source: Source, place: Any = None, *, cache: Path = CACHE) -> Pl
     return ((document, behind) for document, behind in found if document.text.strip())
 
 
-def survey(source: Source) -> tuple[int | None, list[Any], list[str]]:
-    """(bytes of text, or None if not known; what decides its documents; files of one text), without reading much.
+def survey(source: Source) -> tuple[int | None, list[Any], dict[str, int]]:
+    """(bytes of text, or None if not known; what decides its documents; bytes of each file, if each is one text).
 
     Up to FEW bytes files are known by their content, beyond by the time when they were changed.
     """
     if source.name in CORPORA:
-        return CORPORA[source.name].size, [source.name, CORPORA[source.name].package.sha256], []
+        return CORPORA[source.name].size, [source.name, CORPORA[source.name].package.sha256], {}
     if source.name.startswith("hub:"):
-        return None, [source.name, source.config, source.split, source.column, source.revision], []
+        return None, [source.name, source.config, source.split, source.column, source.revision], {}
     files = [(path, name, path.stat()) for path, name in _files(source)]
     size = sum(status.st_size for _, _, status in files)
     states = [file_sha256(path) if size <= FEW else status.st_mtime_ns for path, _, status in files]
     names = [(name, status.st_size) for _, name, status in files]
-    texts = [name for name, _ in names if not name.lower().endswith(".jsonl")]
-    return size, [source.name, digest(names, states)], texts
+    several = any(name.lower().endswith(".jsonl") for name, _ in names)
+    return size, [source.name, digest(names, states)], {} if several else dict(names)
 
 
 def pinned(source: Source, cache: Path = CACHE) -> Source:

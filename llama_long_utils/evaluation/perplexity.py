@@ -49,7 +49,7 @@ def nll_in_windows(model: Model, document: TokenizedDocument, window: int) -> np
     windows = ids.unfold(0, window, window // 2).clone()
     windows[:, 0] = ids[0]
     head = causal_lm(model).get_output_embeddings()
-    parts = windows.split(max(1, min(16, 2**17 // window)))
+    parts = windows.split(max(1, min(16, 2**15 // window)))
     rows = [next_token_nll(hidden_states(model, part), head, part, reduction="none").cpu() for part in parts]
     return torch.cat(rows).numpy()
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.settings import Retrieval
 
-SENTENCE = re.compile(r"(?<=[.!?]\s)[A-ZÀ-ÖØ-ÞΆ-ΫА-Я][^.!?]*[.!?](?=\s)")  # Latin, Greek, Cyrillic
+SENTENCE = re.compile(r"(?<=[.!?]\s)[A-ZÀ-ÖØ-ÞŁŒŻΆ-ΏΑ-ΫЁЇА-Я][^.!?]*[.!?](?=\s)")  # Latin, Greek, Cyrillic
 TRADES = ("ferryman", "miller", "baker", "weaver", "shepherd", "smith", "gardener", "tailor")
 ADJECTIVES = ("silver", "wooden", "broken", "yellow", "heavy", "narrow", "painted", "hollow", "rusty", "little")
 NOUNS = ("lantern", "drum", "ladder", "kettle", "mirror", "basket", "whistle", "saddle", "candle", "bell")

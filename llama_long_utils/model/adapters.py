@@ -65,14 +65,9 @@ def add_lora(model: PreTrainedModel, settings: Lora, *, seed: int) -> PeftModel:
     if settings.train_embeddings and model.config.tie_word_embeddings:
         raise ValueError("train_embeddings = true needs a base with untied embeddings: set it to false")
     torch.manual_seed(seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=settings.target_modules,
-        modules_to_save=(NORMS * settings.train_norms + ["embed_tokens"] * settings.train_embeddings) or None,
-    )
-    return _wrap(model, config)
+    saved = NORMS * settings.train_norms + ["embed_tokens"] * settings.train_embeddings
+    sizes = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": settings.target_modules}
+    return _wrap(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=saved or None, **sizes))
 
 
 class AdaptedLinear(Linear4bit):

@@ -1,6 +1,7 @@
 """The arms of a comparison: a base, its RoPE, an adapter and a dtype, loaded in one way for everybody."""
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ def load_arm(
     model = (load_adapter(model, found, base) if found else model).eval()
     apply_memory_savings(model, READING)
     return model
+
+
+class OneArm:
+    """Loads the arms of a preset one in place of the other: two, and what reading takes, may not fit on a GPU."""
+
+    def __init__(self, preset: Preset, adapters: dict[str, Path | str | None]) -> None:
+        self.preset, self.adapters, self.held = preset, adapters, {}
+
+    def __call__(self, arm: str) -> Model:
+        if arm not in self.held:
+            self.held.clear()
+            gc.collect()  # a model holds itself, by methods bound to its modules
+            self.held[arm] = load_arm(self.preset, arm, adapter=self.adapters.get(arm))
+        return self.held[arm]
 
 
 def arm_inputs(

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from llama_long_utils.model.weights import model_config, pretrained_numbers
-from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.presets import closest
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings, Preset, TrainingSettings
 from llama_long_utils.training.ledger import COMPONENTS, HOST, StepShape, ledger, linear_shapes, reading
@@ -24,7 +22,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def model_shape(name: str) -> PreTrainedConfig:
-    """The configuration of a model, without its weights; ValueError or RuntimeError for a name that has none.
+    """The configuration of a model, without its weights; raises as `model_config` does.
 
     `name` is one in data/published/model_shapes.json or the source given there, a folder, or a model on the hub.
     """
@@ -32,8 +30,6 @@ def model_shape(name: str) -> PreTrainedConfig:
     known = models | {shape["source"]: shape for shape in models.values()}
     if name in known:
         return LlamaConfig(**{key: value for key, value in known[name].items() if key != "source"})
-    if "/" not in name and not (REPOSITORY / name / "config.json").is_file():
-        raise ValueError(f"unknown model {name!r}{closest(name, [*models])}: name a folder, owner/name or {[*models]}")
     found = model_config(name)
     return AutoConfig.for_model(**found.to_dict() | {"head_dim": pretrained_numbers(found)["head_dim"]})
 

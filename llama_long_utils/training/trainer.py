@@ -224,12 +224,13 @@ def in_words(row: dict[str, float]) -> str:
 
 
 def check_lora_gradients(model: PeftModel, rewarded: bool = False) -> bool:
-    """Raise RuntimeError if a LoRA-B matrix has no gradient; False if all are 0, as of answers equally `rewarded`."""
-    matrices = {name: weight for name, weight in model.named_parameters() if "lora_B" in name and ".ref." not in name}
-    dead = [name for name, weight in matrices.items() if weight.grad is None or not weight.grad.any()]
-    equal = rewarded and len(dead) == len(matrices) and all(weight.grad is not None for weight in matrices.values())
+    """Raise RuntimeError if a weight has no gradient or a LoRA-B's is 0; False if all are 0, as of equal `rewarded`."""
+    trained = {n: w for n, w in model.named_parameters() if ".ref." not in n and (w.requires_grad or "lora_B" in n)}
+    matrices = [name for name in trained if "lora_B" in name]
+    dead = [name for name, w in trained.items() if w.grad is None or (name in matrices and not w.grad.any())]
+    equal = rewarded and dead == matrices and all(trained[name].grad is not None for name in dead)
     if dead and not equal:
-        found = f"{len(dead)} of {len(matrices)} LoRA-B matrices got no gradient, the first {dead[0]}"
+        found = f"{len(dead)} of {len(trained)} trained weights got no gradient, the first {dead[0]}"
         raise RuntimeError(f"{found}: gradient checkpointing or a repacked 4-bit weight cut the graph")
     return not equal
 

@@ -15,7 +15,7 @@ from experiments.race import ZERO_SHOT, Arm, arm_record
 from llama_long_utils import presets
 from llama_long_utils.model.weights import locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY
-from llama_long_utils.records import read_table
+from llama_long_utils.records import Record
 
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 SMALLER = {  # what a doll's arms have of tiny's
@@ -73,5 +73,5 @@ def test_arms_run_as_steps_and_a_kill_loses_only_the_one_that_ran(repository):
     )
     assert again.stdout.split() == [str(lost)]
     assert done.stat().st_mtime_ns == measured
-    assert read_table(lost, "nll").nats.gt(0).all()
+    assert Record(lost).table("nll").nats.gt(0).all()
     shutil.rmtree(repository)
