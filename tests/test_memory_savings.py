@@ -179,6 +179,8 @@ def test_norms_are_trained_of_a_model_that_was_read_in_tiles_before(tile):
     trained = gradients(model)
     assert any("layernorm" in name for name in trained)
     assert [name for name, gradient in trained.items() if gradient is None] == []
+    apply_memory_savings(model, PLAIN)
+    assert not [name for name, module in model.named_modules() if "plain_forward" in vars(module)]
 
 
 def test_only_the_first_layers_are_recomputed():

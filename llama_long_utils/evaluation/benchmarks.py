@@ -54,7 +54,7 @@ def measure(
 
     `names` are of tasks in `folder`, or of tasks and groups of the harness ("hub:mmlu" where both have one). Of each,
     `items` are asked, evenly spread; None: all of a short task, `long_count` of a long one per length. `lengths` are
-    tokens of long prompts; empty: those of the preset's [retrieval]. `allow_execution` runs written programs without
+    tokens of long prompts; empty: the preset's up to `generate_up_to`. `allow_execution` runs written programs without
     bubblewrap, too, and those of the harness' own tasks.
     """
     check_names(names, folder)
@@ -62,12 +62,12 @@ def measure(
         if number is not None and number < 1:
             raise ValueError(f"{name} = {number}: use at least 1")
     base = locate_base(preset)
-    tokenizer, window = load_tokenizer(base), preset.extension.window
+    tokenizer, window, asked = load_tokenizer(base), preset.extension.window, preset.retrieval
     inputs = {arm: arm_inputs(preset, arm, adapter=adapter) for arm in arms}
     metadata = {
         "tokenizer": str(base),
         "preset": preset.name,
-        "max_seq_lengths": list(lengths or preset.retrieval.lengths),
+        "max_seq_lengths": list(lengths or (n for n in asked.lengths if n <= asked.tasks.generate_up_to)),
         "count": items or long_count,
         "allow_execution": allow_execution,
     }

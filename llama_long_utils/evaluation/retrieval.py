@@ -32,9 +32,8 @@ class Reply:
 def replies(model: PreTrainedModel | PeftModel, items: Sequence[RetrievalItem], *, generate: bool) -> list[Reply]:
     """Score items of one length, prompt and answer together, in ONE forward pass over both.
 
-    Logits exist at the answers' tokens only. Generation continues from the keys and values of the same pass, with
-    those of the answers hidden: no prompt is read twice. They take 16 GiB for 32,768 tokens of Llama 2 7B, so
-    without generation none are kept.
+    Logits exist at the answers' tokens only. Generation continues from the keys and values of the same pass, with those
+    of the answers hidden: no prompt is read twice. Without it none are kept: 32,768 tokens of Llama 2 7B take 16 GiB.
 
     Raises:
         ValueError: the items differ in length.

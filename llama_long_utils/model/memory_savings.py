@@ -86,10 +86,11 @@ def apply_memory_savings(model: Model, memory_savings: MemorySavings) -> None:
         # The last layers are the ones to spare: their activations are freed first in the backward pass.
         for layer in causal_lm(model).model.layers[memory_savings.recomputed_layers :]:
             layer.gradient_checkpointing = False
+    for module in model.modules():
+        if "plain_forward" in vars(module):
+            module.forward = vars(module).pop("plain_forward")
     for layer in (module for module in model.modules() if hasattr(module, "mlp") and hasattr(module, "self_attn")):
         for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            if "plain_forward" in vars(module):
-                module.forward = vars(module).pop("plain_forward")
             if memory_savings.tile:
                 module.plain_forward, module.tile = module.forward, memory_savings.tile
                 module.forward = MethodType(_in_tiles, module)
