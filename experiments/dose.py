@@ -71,8 +71,8 @@ def ids_of(text: TokenizedDocument) -> np.ndarray:
 
 
 def adapter_weights(model: Model) -> list[torch.Tensor]:
-    """LoRA's, in order; none of a base."""
-    return [weight for name, weight in model.named_parameters() if "lora_" in name]
+    """LoRA's and trained norms, in order; none of a base."""
+    return [weight for name, weight in model.named_parameters() if "lora_" in name or "modules_to_save" in name]
 
 
 def _timed(measure: Callable[[Any], Any], part: Sequence[Any]) -> list[dict[str, Any]]:
@@ -147,6 +147,7 @@ class Arm:
 
     @torch.no_grad()
     def resume(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from what `arrays` gave."""
         for index, weight in enumerate(self.trained()):
             state = {name: torch.from_numpy(arrays[f"{index} {name}"]) for name in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[weight] = {name: value.to(weight.device) for name, value in state.items()}

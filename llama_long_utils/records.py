@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # records are read by commands that must answer at once
 
 SCHEMA = 1
 KEYS = {"schema", "preset", "question", "provenance", "tables"}
-AGAIN = "run its notebook or experiment again, or bring a stored one back with git checkout"
 PROVENANCE = {"command", "commit", "date", "device", "versions", "seeds", "seconds"}
+AGAIN = "run its notebook or experiment again, or bring a stored one back with git checkout"
 
 
 def write_record(
@@ -72,9 +72,9 @@ def write_record(
         "tables": {key: json.loads(t.to_json(orient="records", double_precision=15)) for key, t in tables.items()},
     }
     text = json.dumps(_rounded(record), indent=1, allow_nan=False) + "\n"
+    text = re.sub(r"(?<=[\[{])\n {4,}|\n {3,}(?=[]}])", "", text)  # a table's row is a line
     if arrays:
         write_arrays(folder / f"{slug}.npz", arrays)
-    text = re.sub(r"(?<=[\[{])\n {4,}|\n {3,}(?=[]}])", "", text)  # a table's row is a line
     return write_atomically(folder / f"{slug}.json", re.sub(r"\n {4,}", " ", text).encode())
 
 

@@ -1,5 +1,6 @@
 """Benchmarks: the harness asks what the scorers before it asked, answers are kept, and models are compared in pairs."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -495,6 +496,23 @@ def test_a_stopped_run_asks_no_answered_item_again(preset, folder, monkeypatch):
     assert found.loc[0, [*expected]].to_dict() == pytest.approx(expected, abs=1e-4)
     measure(preset, ["mmlu"], arms=["base"], folder=folder)
     assert len(read) == len(MMLU)
+
+
+def test_lengths_that_are_not_named_end_where_answers_are_written(preset, folder, monkeypatch):
+    """Keys and values of a longer prompt may not fit on the GPU that the preset is for."""
+    tasks = dataclasses.replace(preset.retrieval.tasks, generate_up_to=1024)
+    retrieval = dataclasses.replace(preset.retrieval, lengths=[512, 1024, 2048], tasks=tasks)
+    asked = []
+
+    def note(_names, metadata, _folder):
+        asked.append(metadata["max_seq_lengths"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llama_long_utils.evaluation.benchmarks.load_tasks", note)
+    for lengths in ((), (2048,)):
+        with pytest.raises(KeyboardInterrupt):
+            measure(dataclasses.replace(preset, retrieval=retrieval), ["hellaswag"], lengths=lengths, folder=folder)
+    assert asked == [[512, 1024], [2048]]
 
 
 def test_two_arms_are_compared_and_leave_a_record(preset, folder, tmp_path):

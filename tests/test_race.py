@@ -24,7 +24,7 @@ from experiments.race import (
 )
 from experiments.race_longer import longer_race
 from experiments.race_longer_results import METHODS as OF_THE_PAPER
-from experiments.race_longer_results import judged_longer, longer_results
+from experiments.race_longer_results import OTHER_RATE, judged_longer, longer_results
 from experiments.race_results import (
     ZERO_SHOT,
     RaceResults,
@@ -159,6 +159,18 @@ def test_the_longer_race_counts_once_all_four_methods_have_all_seeds(preset, mon
     ]
     path.write_text(json.dumps(content))
     assert longer_results(preset) is None
+
+
+def test_a_race_at_another_rate_is_read_as_one_at_a_quarter_only_if_it_was(preset, monkeypatch, tmp_path):
+    methods = ("none", "abf")
+    assert longer_results(preset, OTHER_RATE, methods)
+    monkeypatch.setattr(race_longer_results, "RESULTS", tmp_path)
+    (tmp_path / "tiny").mkdir()
+    content = (RESULTS / "tiny" / f"{OTHER_RATE}.json").read_text()
+    (tmp_path / "tiny" / f"{OTHER_RATE}.json").write_text(
+        content.replace("--learning-rate 0.0005", "--learning-rate 0.001")
+    )
+    assert longer_results(preset, OTHER_RATE, methods) is None
 
 
 @pytest.mark.parametrize("option", [("--methods", "pi"), ("--learning-rate", "5e-4")])

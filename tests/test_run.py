@@ -18,9 +18,19 @@ import pytest
 
 from llama_long_utils.commands import run_command
 from llama_long_utils.paths import PRESETS, REPOSITORY, file_sha256
-from llama_long_utils.presets import load_preset
+from llama_long_utils.presets import load_preset, preset_names
 from tools import sequence
-from tools.run import check_parameters, execute, finished, outputs, parameter, run, run_key, run_side_by_side
+from tools.run import (
+    check_parameters,
+    execute,
+    finished,
+    folder_state,
+    outputs,
+    parameter,
+    run,
+    run_key,
+    run_side_by_side,
+)
 from tools.sequence import Notebook, delivered
 
 METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
@@ -79,7 +89,7 @@ def test_an_entry_that_says_nothing_is_not_believed(tmp_path, content):
     assert not finished(entry, "k")
 
 
-def test_the_key_covers_code_parameters_base_and_texts_but_no_prose(preset, tmp_path):
+def test_the_key_covers_code_parameters_base_and_texts_but_no_prose(preset, tmp_path, monkeypatch):
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "one.txt").write_text("one")
@@ -98,6 +108,13 @@ def test_the_key_covers_code_parameters_base_and_texts_but_no_prose(preset, tmp_
     write_small(tmp_path, code="assert not fail")
     keys.append(run_key(SMALL, preset, {}, "sum"))
     assert len(set(keys)) == len(keys)
+    own = "of-my-own"  # which no notebook shows, another than smollm2
+    monkeypatch.setattr("tools.run.preset_names", lambda: [*preset_names(), own])
+    numbers = [REPOSITORY / "presets" / "smollm2.toml", REPOSITORY / "experiments" / "dose.toml"]
+    for changed in (*numbers, REPOSITORY / "presets" / f"{own}.toml"):
+        with monkeypatch.context() as patch:
+            patch.setattr("tools.run.folder_state", lambda path: "other" if path == changed else folder_state(path))  # noqa: B023
+            assert (run_key(SMALL, preset, {}, "sum") not in keys) == (changed in numbers)
     write_small(tmp_path, code="# Why.\nassert not  fail  # because", prose="Other prose.")
     assert run_key(SMALL, preset, {}, "sum") == keys[-1]
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -24,7 +25,7 @@ from typing import Any
 
 from llama_long_utils.commands import run_command
 from llama_long_utils.paths import REPOSITORY, RESULTS, check_adapter, file_sha256, write_atomically
-from llama_long_utils.presets import closest, load_preset
+from llama_long_utils.presets import closest, load_preset, preset_names
 from llama_long_utils.progress import FILE
 from llama_long_utils.settings import Preset
 from tools.sequence import Notebook, delivered
@@ -299,7 +300,10 @@ def run_key(notebook: Notebook, preset: Preset, parameters: dict[str, Any], base
     packages = ("llama_long_utils", "experiments", "tools")
     files = [path for name in packages for path in sorted((REPOSITORY / name).rglob("*.py"))]
     code += [_without_comments(path.read_text("utf-8")) for path in files]
-    named = ["data/tasks", "data/results", "data/published", "data/adapters", "data/corpora.json", "presets"]
+    named = ["data/tasks", "data/results", "data/published", "data/adapters", "data/corpora.json"]
+    text = "\n".join(code)  # presets that are shown, not those of a user's own
+    shown = (name for name in preset_names() if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", text))
+    named += [f"presets/{name}.toml" for name in shown]
     named += sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "experiments").glob("*.toml"))
     named += [source.name for source in preset.data.mixture]
     named += [value for value in parameters.values() if isinstance(value, str)]

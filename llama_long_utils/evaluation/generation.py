@@ -76,7 +76,7 @@ def likelihoods(
     """For each (context, continuation): its log-probability in nats, whether it is the likeliest, and its tokens.
 
     Continuations of one token after the same context (letters) share a pass. Padding is on the right, where causal
-    attention never sees it. Logits are in fp32, where a continuation is predicted: in bf16, letters' are often equal.
+    attention never sees it. Logits exist where a continuation is predicted, in fp32: in bf16, letters' are often equal.
     """
     readings: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(asked):

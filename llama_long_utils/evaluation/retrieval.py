@@ -33,7 +33,7 @@ def replies(model: PreTrainedModel | PeftModel, items: Sequence[RetrievalItem], 
     """Score items of one length, prompt and answer together, in ONE forward pass over both.
 
     Logits exist at the answers' tokens only. Generation continues from the keys and values of the same pass, with those
-    of the answers hidden: no prompt is read twice. Without it none are kept: 32,768 tokens of Llama 2 7B take 16 GiB.
+    of the answers hidden: no prompt is read twice. Scoring alone keeps none: 32,768 tokens of Llama 2 7B take 16 GiB.
 
     Raises:
         ValueError: the items differ in length.
