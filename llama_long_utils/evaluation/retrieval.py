@@ -32,8 +32,8 @@ class Reply:
 def replies(model: PreTrainedModel | PeftModel, items: Sequence[RetrievalItem], *, generate: bool) -> list[Reply]:
     """Score items of one length, prompt and answer together, in ONE forward pass over both.
 
-    Logits exist at the answers' tokens only. Generation continues from the keys and values of the same pass, with those
-    of the answers hidden: no prompt is read twice. Scoring alone keeps none: 32,768 tokens of Llama 2 7B take 16 GiB.
+    Logits exist at the answers' tokens only. Generation continues from the keys and values of the same
+    pass, with those of the answers hidden. Scoring alone keeps none (16 GiB: Llama 2 7B, 32,768 tokens).
 
     Raises:
         ValueError: the items differ in length.
