@@ -70,7 +70,7 @@ def forget_highest() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def usual(work: Callable[[], Any], times: int = 5) -> float:
+def median_seconds(work: Callable[[], Any], times: int = 5) -> float:
     """Median seconds of so many calls; the first one, which loads kernels and makes buffers, not counted."""
     seconds = []
     for _ in range(times + 1):
@@ -85,7 +85,7 @@ def fast_dtype() -> tuple[str, float]:
     rates = {}
     for name in ("float32", "bfloat16"):
         one = torch.randn(2048, 2048).to(getattr(torch, name))
-        rates[name] = 2 * 2048**3 / usual(partial(torch.mm, one, one))
+        rates[name] = 2 * 2048**3 / median_seconds(partial(torch.mm, one, one))
     return max(rates.items(), key=lambda item: item[1])
 
 
@@ -98,8 +98,8 @@ def product_rate(length: int, dtype: str) -> float:
     for tokens, count, inputs, outputs in [*products, (CHUNK, length / CHUNK, *head)]:
         weight = torch.randn(outputs, inputs).to(kind)
         hidden, gradient = torch.randn(tokens, inputs).to(kind), torch.randn(tokens, outputs).to(kind)
-        forward = usual(partial(torch.nn.functional.linear, hidden, weight))
-        seconds += count * (forward + usual(partial(torch.mm, gradient, weight)))
+        forward = median_seconds(partial(torch.nn.functional.linear, hidden, weight))
+        seconds += count * (forward + median_seconds(partial(torch.mm, gradient, weight)))
         flops += count * 4 * tokens * inputs * outputs
     return flops / seconds
 
@@ -121,13 +121,13 @@ def attention_rate(length: int, dtype: str) -> float:
         attend()[0].sum().backward()
 
     flops = 9 * queries * config.head_dim * length**2
-    return flops / usual(layer, times=3 if length < 8192 else 1)
+    return flops / median_seconds(layer, times=3 if length < 8192 else 1)
 
 
 def bandwidth(length: int, dtype: str) -> float:
     """Bytes per second that an MLP's activation in SHAPE reads and writes, into new memory."""
     gate, up = torch.randn(2, length, model_shape(SHAPE).intermediate_size).to(getattr(torch, dtype)).unbind()
-    return 5 * gate.nbytes / usual(lambda: torch.nn.functional.silu(gate) * up)
+    return 5 * gate.nbytes / median_seconds(lambda: torch.nn.functional.silu(gate) * up)
 
 
 def rates(length: int, dtype: str) -> Rates:
@@ -151,7 +151,7 @@ def measured_peak(
     forget_highest()
     llama = random_llama(config, LORA, dtype, packed=packed)
     built = {"build_seconds": time.perf_counter() - started, "build_peak_gib": own_memory(HIGHEST)}
-    ways = MemorySavings(**memory_savings)
+    savings = MemorySavings(**memory_savings)
     warm_up = min(length, 1024)  # loads kernels and makes their buffers, which grow up to some hundred tokens
     for _loss in training_steps(llama, StepShape(warm_up, dtype, PLAIN), [warm_up]):
         pass
@@ -159,7 +159,7 @@ def measured_peak(
     seconds, losses = [], []
     forget_highest()
     last = time.perf_counter()
-    for loss in training_steps(llama, StepShape(length, dtype, ways, packed=packed), [length] * 2):
+    for loss in training_steps(llama, StepShape(length, dtype, savings, packed=packed), [length] * 2):
         seconds.append(time.perf_counter() - last)
         losses.append(loss.item())
         last = time.perf_counter()
@@ -196,8 +196,8 @@ def contender(
         before = own_memory(RESIDENT)
         forget_highest()
         if name == "ours":
-            ways, adapted = MemorySavings(**memory_savings), add_lora(model, LORA, seed=0)
-            log = run_ours(adapted, ids, ways, Path(scratch), gaps_gib)
+            savings, adapted = MemorySavings(**memory_savings), add_lora(model, LORA, seed=0)
+            log = run_ours(adapted, ids, savings, Path(scratch), gaps_gib)
         else:
             log = {"Trainer + PEFT": run_trainer, "TRL SFTTrainer": run_trl}[name](model, ids, dtype, scratch)
         return {**log, "peak_gib_above_weights": own_memory(HIGHEST) - before}
@@ -439,9 +439,9 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
     ]
     entries = [("Trainer + PEFT", None, None), ("TRL SFTTrainer", None, None)]
     entries += kept(f"planned-with-gaps-{length}-{dtype}", lambda: planned(length, dtype, bar))
-    held = {name: None for name, _ways, _gaps in entries}
-    for name, ways, _gaps in entries if length <= ALLOCATED_UP_TO else ():
-        alone = measured(kind="allocated", name=name.split(",")[0], memory_savings=ways, **{**task, "steps": 1})
+    held = {name: None for name, _savings, _gaps in entries}
+    for name, savings, _gaps in entries if length <= ALLOCATED_UP_TO else ():
+        alone = measured(kind="allocated", name=name.split(",")[0], memory_savings=savings, **{**task, "steps": 1})
         held[name] = alone["peak_gib_above_weights"]
     rows = []
     for number in range(rounds):
@@ -450,12 +450,12 @@ def contenders(dtype: str, length: int, rounds: int, steps: int, matmul: float) 
             own |= {"gaps_gib": gaps} if gaps else {}
             result = measured(kind="contender", round=number, **own)
             seconds = median(result["seconds"][1:] or result["seconds"])
-            ways = MemorySavings(**memory_savings) if memory_savings else replace(PLAIN, recomputed_layers=ALL)
-            flops = sum(step_flops(config, LORA, length, ways).values())
+            savings = MemorySavings(**memory_savings) if memory_savings else replace(PLAIN, recomputed_layers=ALL)
+            flops = sum(step_flops(config, LORA, length, savings).values())
             rows.append(
                 {
                     "contender": name,
-                    "plan": in_words(ways, config.num_hidden_layers) if memory_savings else "its own",
+                    "plan": in_words(savings, config.num_hidden_layers) if memory_savings else "its own",
                     "context": length,
                     "round": number,
                     "tokens_per_core_second": length / seconds,
@@ -478,11 +478,11 @@ def timed(length: int, dtype: str, steps: int, memory_savings: dict[str, Any]) -
 
 def step_times(dtype: str) -> list[dict[str, Any]]:
     """Predicted and measured seconds of our step, all layers recomputed, as the context grows."""
-    config, ways = model_shape(SHAPE), replace(PLAIN, recomputed_layers=ALL)
+    config, savings = model_shape(SHAPE), replace(PLAIN, recomputed_layers=ALL)
     rows = []
     for length, steps in ((1024, 4), (2048, 3), (4096, 3), (8192, 2), (16_384, 1)):
-        result = measured(kind="timed", length=length, dtype=dtype, steps=steps, memory_savings=asdict(ways))
-        shape = StepShape(length, dtype, ways)
+        result = measured(kind="timed", length=length, dtype=dtype, steps=steps, memory_savings=asdict(savings))
+        shape = StepShape(length, dtype, savings)
         around = [step_seconds(config, LORA, shape, Rates(**found)) for found in result["rates"]]
         predicted = pd.DataFrame(around).mean().to_dict()
         rows.append({"context": length, **predicted, "measured": median(result["seconds"][1:] or result["seconds"])})
@@ -491,8 +491,8 @@ def step_times(dtype: str) -> list[dict[str, Any]]:
 
 def profile(dtype: str) -> list[dict[str, Any]]:
     """Shares of the operators in a step of 2,048 tokens with all layers recomputed."""
-    ways = asdict(replace(PLAIN, recomputed_layers=ALL))
-    seconds = measured(kind="profile", length=2048, dtype=dtype, memory_savings=ways)
+    savings = asdict(replace(PLAIN, recomputed_layers=ALL))
+    seconds = measured(kind="profile", length=2048, dtype=dtype, memory_savings=savings)
     del seconds["task"]
     return [{"operator": name, "seconds": value} for name, value in seconds.items()]
 
@@ -548,12 +548,12 @@ def predicted_peaks() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         for plan in ("plain", "checkpointing", "lean"):
             totals = []
             for context in CONTEXTS:
-                ways = {
+                savings = {
                     "plain": PLAIN,
                     "checkpointing": replace(PLAIN, recomputed_layers=ALL),
                     "lean": leanest(config, context, PLAIN),
                 }[plan]
-                found = ledger(config, WITH_NORMS, StepShape(context, dtype, ways))
+                found = ledger(config, WITH_NORMS, StepShape(context, dtype, savings))
                 about = {"model": model, "context": context, "plan": plan}
                 rows += [
                     {**about, "component": name, "predicted_gib": found[name] / GIB} for name in (*COMPONENTS, HOST)
@@ -592,13 +592,13 @@ def plans() -> list[dict[str, Any]]:
 def seven_billion(dtype: str) -> list[dict[str, Any]]:
     """A model of Llama 2 7B's shape built in NF4 and trained for two short steps."""
     config = model_shape("Llama 2 7B")
-    ways = replace(PLAIN, recomputed_layers=config.num_hidden_layers)
-    task = {"model": "Llama 2 7B", "length": 256, "dtype": dtype, "memory_savings": asdict(ways), "layers": None}
+    savings = replace(PLAIN, recomputed_layers=config.num_hidden_layers)
+    task = {"model": "Llama 2 7B", "length": 256, "dtype": dtype, "memory_savings": asdict(savings), "layers": None}
     result = measured(kind="peak", **task)
     run = measured(kind="trained", **{name: value for name, value in task.items() if name != "layers"}, steps=2)
     # A process that builds the tiny model holds little more than the libraries.
     libraries = measured(kind="peak", **{**task, "model": TINY, "length": 8192, "memory_savings": asdict(PLAIN)})
-    found = ledger(config, LORA, StepShape(256, dtype, ways))
+    found = ledger(config, LORA, StepShape(256, dtype, savings))
     weights = (found["weights"] + found["adapters"]) / GIB
     step = above_weights(found) / GIB
     rows = {

@@ -219,7 +219,7 @@ class _Experiment:
         with (self.out / "results.jsonl").open("w" if kind == "start" else "a") as file:
             file.write(json.dumps({"kind": kind, **row, "at": round(self.elapsed(), 2)}) + "\n")
 
-    def read(self, name: str, model: Model, ways: Sequence[str], longest: int, **about: Any) -> None:
+    def read(self, name: str, model: Model, contexts: Sequence[str], longest: int, **about: Any) -> None:
         """Ask behind up to `longest` tokens, and read all texts with full context ("full") or in windows ("window")."""
         window, texts = self.preset.base.window, self.inputs.texts
         key = {"adapter": [weight.float().numpy(force=True) for weight in adapter_weights(model)]}
@@ -234,7 +234,7 @@ class _Experiment:
             of_positions = np.concatenate([[0.0], costs])  # position 0 costs nothing
             return of_positions.reshape(-1, BIN).sum(axis=1, dtype=np.float64).tolist()
 
-        for way in ways:
+        for way in contexts:
             measure = partial(_timed, partial(binned, way))
             timed = self.kept.items(f"read {name} {way}", texts, measure, item_key=ids_of, **key)
             rows, self.seconds[way] = _untimed(timed)
@@ -337,8 +337,8 @@ class _Experiment:
             self.out / f"adapter-{name}.safetensors",
         )
         asked = self.doses.asked[-1] if way.full_context else self.preset.base.window
-        ways = ("full", "window") if way.full_context else ("window",)
-        self.read(name, arm.model, ways, asked, **about)
+        contexts = ("full", "window") if way.full_context else ("window",)
+        self.read(name, arm.model, contexts, asked, **about)
         if way.full_context:
             self.ask_tasks(name, arm.model, written=way.window == self.step_tokens)
         if sixteen_bit:
@@ -346,7 +346,7 @@ class _Experiment:
             four_bit = [layer.weight.data for layer in layers]
             for layer, other in zip(layers, exact, strict=True):
                 layer.weight.data = other.weight.data
-            self.read(f"{name}-16bit", arm.model, ways, 0, **{**about, "weights": "bf16"})
+            self.read(f"{name}-16bit", arm.model, contexts, 0, **{**about, "weights": "bf16"})
             for layer, weight in zip(layers, four_bit, strict=True):
                 layer.weight.data = weight
         arm.restore(saved)
@@ -361,10 +361,10 @@ class _Experiment:
             unknown = set_peft_model_state_dict(model, load_file(file)).unexpected_keys
             if unknown:
                 raise ValueError(f"{file}: the model has no place for {unknown[0]}: is it another way's adapter?")
-            ways = ("full", "window") if way.full_context else ("window",)
+            contexts = ("full", "window") if way.full_context else ("window",)
             asked = self.doses.asked[-1] if way.full_context else self.preset.base.window
             about = {"arm": label, "tokens_trained": int(tokens), "weights": "nf4"}
-            self.read(name, model.eval(), ways, asked, **about)
+            self.read(name, model.eval(), contexts, asked, **about)
         self.write("end")
 
     def expected(self, way: Way, steps: int) -> float:

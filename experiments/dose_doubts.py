@@ -50,12 +50,12 @@ def nearly_full_table(doses: Mapping[str, DoseResults]) -> pd.DataFrame:
     """`nearly_full` of each model for a reader, a column for each choice of texts."""
     found = pd.concat(map(nearly_full, doses.values()))
     names = {"full": "its own windows", "fair": "the control's windows"}
-    told = [
+    described = [
         f"{'ahead: ' * row.ahead}{measured(row.nats, row.low, row.high, digits=3)}, {row.documents} texts"
         for row in found.itertuples()
     ]
-    found = found.assign(told=told, minus=found.line.map(names))
-    table = found.pivot_table("told", ["model", "minus"], "texts", aggfunc="first", sort=False)
+    found = found.assign(described=described, minus=found.line.map(names))
+    table = found.pivot_table("described", ["model", "minus"], "texts", aggfunc="first", sort=False)
     return table.rename_axis(None, axis=1).reset_index()
 
 
@@ -90,8 +90,8 @@ def unpacked_in_words(results: DoseResults) -> str:
     lines = [f"{said}, on unpacked weights minus on NF4:\n"]
     for place, where in {"inside": "inside the old window", "far": "far out"}.items():
         row = found.loc["full", place]
-        told = verdict(*row[BOUNDS], "better", "worse")
-        lines.append(f"- {where} {told}, worse in {row.documents - row.below_zero:.0f} of {row.documents:.0f} texts")
+        judged = verdict(*row[BOUNDS], "better", "worse")
+        lines.append(f"- {where} {judged}, worse in {row.documents - row.below_zero:.0f} of {row.documents:.0f} texts")
     change, windows = found.nats.xs("far", level="place"), found.loc[("window", "far"), BOUNDS]
     own = last.nats["full"] + change["full"] - change["window"]
     lines.append(f"- far out, read through windows of the old length: {verdict(*windows, 'better', 'worse')}")
@@ -106,12 +106,12 @@ def prices_in_words(results: DoseResults) -> str:
     seeds = prices["first"].str.extract(r"-s(\d+)-")[0]
     each = [f"{row.nats:+.3f} after {row.tokens_trained / 1e6:.1f}M" for row in prices.itertuples()]
     each = pd.Series(each, index=prices.index).groupby(seeds).agg(", ".join)
-    told = "; ".join(f"seed {seed} {prices}" for seed, prices in each.items())
+    by_seed = "; ".join(f"seed {seed} {prices}" for seed, prices in each.items())
     most = arms.sort_values("tokens").iloc[-1]
     return (
-        f"**{results.preset}**, whole sequences minus the control inside the old window: {told} tokens. One learning "
-        f"rate for all arms: {read_doses(results.preset).learning_rate:g}. {most.tokens / 1e6:.1f}M tokens are "
-        f"{most.passes:.2f} passes over the training documents."
+        f"**{results.preset}**, whole sequences minus the control inside the old window: {by_seed} tokens. One "
+        f"learning rate for all arms: {read_doses(results.preset).learning_rate:g}. {most.tokens / 1e6:.1f}M tokens "
+        f"are {most.passes:.2f} passes over the training documents."
     )
 
 
@@ -119,8 +119,8 @@ def pose_in_words(results: DoseResults, old: int) -> str:
     """How long PoSE's sequences are: a sentence; "" if it was not run. `old` is the old window."""
     arms = results.record.table("arms")
     windows = sorted({*arms.window[arms.arm.str.startswith("pose")]})
-    told = " and ".join(f"{window:,} tokens, {window / old:.0%} of the old window" for window in windows)
-    return f"PoSE trained on {told} ({NAMES[results.preset]}). " * bool(windows)
+    lengths = " and ".join(f"{window:,} tokens, {window / old:.0%} of the old window" for window in windows)
+    return f"PoSE trained on {lengths} ({NAMES[results.preset]}). " * bool(windows)
 
 
 def leads_by_text(results: DoseResults, asked: pd.DataFrame) -> str:
@@ -135,8 +135,8 @@ def leads_by_text(results: DoseResults, asked: pd.DataFrame) -> str:
         for rival, name in rivals.items():
             if rival:
                 each = leads(results, rival, length)
-                told = ", ".join(f"{one:+d}" for one in each)
-                lines.append(f"- {length:,} tokens, {name}: {told}; {measured(*mean_lead(each), digits=1)}")
+                by_text = ", ".join(f"{one:+d}" for one in each)
+                lines.append(f"- {length:,} tokens, {name}: {by_text}; {measured(*mean_lead(each), digits=1)}")
     return "\n".join(lines)
 
 

@@ -128,8 +128,8 @@ def gradients(machine: Machine) -> dict[str, float]:
         model = small_model(machine, dtype)
         ids = torch.randint(2048, (1, 1000 if machine.on_gpu else 250), device=machine.device)
         plain = _gradients(model, ids, PLAIN, chunked=False)
-        ways = {"again": (PLAIN, False), "chunked loss": (PLAIN, True), "savings": (EVERY, True)}
-        for name, (savings, chunked) in {**ways, "savings, again": (EVERY, True)}.items():
+        variants = {"again": (PLAIN, False), "chunked loss": (PLAIN, True), "savings": (EVERY, True)}
+        for name, (savings, chunked) in {**variants, "savings, again": (EVERY, True)}.items():
             found = _gradients(model, ids, savings, chunked)
             worst = max((found[key] - plain[key]).norm() / plain[key].norm() for key in plain)
             errors[f"{dtype}, {name}"] = worst.item()

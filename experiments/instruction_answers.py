@@ -57,7 +57,7 @@ def answers(
     rows, inner = [], causal_lm(model.eval())
     head, read, seen = inner.get_output_embeddings(), DynamicCache(config=inner.config), torch.empty(0)
 
-    def go_on(ids: torch.Tensor) -> torch.Tensor:
+    def last_hidden_states(ids: torch.Tensor) -> torch.Tensor:
         with in_compute_dtype(model):
             return inner.model(input_ids=ids[None].to(model.device), past_key_values=read, use_cache=True)[0]
 
@@ -67,14 +67,14 @@ def answers(
             ids = torch.cat([ids[:1], ids[1 - window + ROOM :]])
         if not torch.equal(seen[: len(ids)], ids):  # else it is the beginning of what was read last
             read, seen = DynamicCache(config=inner.config), ids
-            hidden = go_on(ids)
+            hidden = last_hidden_states(ids)
             if nll is not None:
                 found = next_token_nll(hidden, head, ids[None].to(model.device), reduction="none")
                 nll[dialogue.document] = found[0].cpu().numpy()
         for (question, answer), asked in zip(dialogue.turns(tokenizer), dialogue.questions, strict=True):
             if read.get_seq_length() > len(ids):
                 read.crop(len(ids) - read.get_seq_length())
-            states = go_on(torch.from_numpy(np.concatenate([question, answer])))[0, len(question) - 1 : -1]
+            states = last_hidden_states(torch.from_numpy(np.concatenate([question, answer])))[0, len(question) - 1 : -1]
             scores = head(states.to(head.weight.dtype)).float().log_softmax(-1).cpu()
             target = torch.from_numpy(answer)
             right = scores.argmax(-1) == target

@@ -180,7 +180,7 @@ def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> l
     cues = [_encoded(tokenizer, f" Q: {question.text}, A:") for question in context.questions]
     answers = [_encoded(tokenizer, f" {question.accepted[0]}") for question in context.questions]
 
-    def go_on(rows: Sequence[Sequence[int]], owners: list[int], lengths: list[int]) -> list[torch.Tensor]:
+    def next_logits(rows: Sequence[Sequence[int]], owners: list[int], lengths: list[int]) -> list[torch.Tensor]:
         """Logits of a few more tokens of each question; `owners` and `lengths` are of those read before, and grow."""
         before = len(owners)
         places = [prefix + lengths[owner] + step for owner, row in enumerate(rows) for step in range(len(row))]
@@ -202,19 +202,19 @@ def ask(model: Model, tokenizer: PreTrainedTokenizerBase, context: Context) -> l
         inner.set_attn_implementation("sdpa")  # which takes masks
         both = [[*cue, *answer] for cue, answer in zip(cues, answers, strict=True)]
         scores = [
-            rows[-len(answer) - 1 : -1] for rows, answer in zip(go_on(both, [], [0] * many), answers, strict=True)
+            rows[-len(answer) - 1 : -1] for rows, answer in zip(next_logits(both, [], [0] * many), answers, strict=True)
         ]
         read.crop(prefix - read.get_seq_length())
         owners: list[int] = []
         lengths, written = [0] * many, [[] for _ in cues]
-        rows = go_on(cues, owners, lengths)
+        rows = next_logits(cues, owners, lengths)
         for _ in range(TOKENS):
             last = [int(row[-1].argmax()) for row in rows]
             for tokens, token in zip(written, last, strict=True):
                 tokens.append(token)
             if all(tokenizer.eos_token_id in tokens for tokens in written):
                 break
-            rows = go_on([[token] for token in last], owners, lengths)
+            rows = next_logits([[token] for token in last], owners, lengths)
     found = []
     for question, answer, part, tokens in zip(context.questions, answers, scores, written, strict=True):
         ended = tokenizer.eos_token_id in tokens

@@ -155,7 +155,7 @@ class InstructionResults:
         at = lengths or self.past
         return self.contrast(self.scores(first, at, measure, second) - self.scores(second, at, measure, first))
 
-    def told(self, first: str, second: str, measure: str, lengths: Sequence[int] | None = None) -> str:
+    def in_words(self, first: str, second: str, measure: str, lengths: Sequence[int] | None = None) -> str:
         """`difference` for a reader, or that both arms are at the floor: no score of either is above 0."""
         at = lengths or self.past
         both = self.scores(first, at, measure, second), self.scores(second, at, measure, first)
@@ -204,7 +204,7 @@ def ablation_table(results: InstructionResults) -> pd.DataFrame:
 def difference_table(results: InstructionResults) -> pd.DataFrame:
     """Those of TABLE that were measured, past the old window: text for a reader."""
     pairs = {name: pair for name, pair in results.pairs.items() if name in TABLE}
-    rows = [[name, *(results.told(*pair, measure) for measure in MEASURES)] for name, pair in pairs.items()]
+    rows = [[name, *(results.in_words(*pair, measure) for measure in MEASURES)] for name, pair in pairs.items()]
     return pd.DataFrame(rows, columns=["difference", *MEASURES])
 
 

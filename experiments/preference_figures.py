@@ -121,13 +121,13 @@ def colour_of(arm: str) -> str:
 def changes_by_measure(changes: pd.DataFrame) -> pd.DataFrame:
     """The change of each measure of greedy answers at the end of training, by arm and by what it is compared with."""
     since = {"sft": "start", "first": "first look"}
-    told = changes[changes.arm.isin(LOOKS) & (changes.decoding == "greedy") & (changes.measure != "exact")]
-    told = told.assign(
-        change=[measured(row.difference, row.low, row.high) for row in told.itertuples()],
-        minus=told.arm + " minus " + told.since.map(since),
-        measure=told.measure.map({name: title for name, (title, _) in PANELS.items()}),
+    compared = changes[changes.arm.isin(LOOKS) & (changes.decoding == "greedy") & (changes.measure != "exact")]
+    compared = compared.assign(
+        change=[measured(row.difference, row.low, row.high) for row in compared.itertuples()],
+        minus=compared.arm + " minus " + compared.since.map(since),
+        measure=compared.measure.map({name: title for name, (title, _) in PANELS.items()}),
     )
-    return told.pivot_table("change", "measure", "minus", aggfunc="first", sort=False).reset_index()
+    return compared.pivot_table("change", "measure", "minus", aggfunc="first", sort=False).reset_index()
 
 
 def at_the_end(ends: pd.DataFrame) -> pd.DataFrame:
@@ -268,8 +268,13 @@ def costs_on_new_seeds(table: pd.DataFrame, limit: float) -> pd.DataFrame:
         for documents, end in {"unread": "", "the study's": "_study"}.items():
             highs = row[f"ends{end}"]
             cost = measured(*row[[f"cost{end}", f"low_cost{end}", f"high_cost{end}"]], digits=3)
-            told = {"arm": called(arm), "documents": documents, "cost": cost, "highest end": near(max(highs), limit)}
-            rows.append(told | {"seeds above": f"{sum(high > limit for high in highs)} of {len(highs)}"})
+            shown = {
+                "arm": called(arm),
+                "documents": documents,
+                "cost": cost,
+                "highest end": near(max(highs), limit),
+            }
+            rows.append(shown | {"seeds above": f"{sum(high > limit for high in highs)} of {len(highs)}"})
     return pd.DataFrame(rows)
 
 
@@ -330,14 +335,14 @@ wider over questions or seeds; costs, over documents or seeds.*"""
 def tradeoff_in_words(table: pd.DataFrame, limit: float) -> str:
     """Which arms are within the limit and preferred, on new seeds first, and which were so only before."""
     passed, others = (arms_within(table, limit, again=again) for again in (True, False))
-    told = []
+    described = []
     for arm in passed:
         new = table.loc[f"{arm}{NEW}"]
         above = sum(high > limit for high in new.ends_study)
         study = f"; {above} of {len(new.ends)} seeds above on the study's documents" if above else ""
-        told.append(f"{called(arm)} ({near(new.at_most, limit)}{study})")
+        described.append(f"{called(arm)} ({near(new.at_most, limit)}{study})")
     said = f"- Preferred and within {limit:g} nat, in a test written down before, on new seeds and unread documents: "
-    said += f"{'; '.join(told) or 'none'}."
+    said += f"{'; '.join(described) or 'none'}."
     again = [arm for arm in table.index if f"{arm}{NEW}" in table.index and table.at_most[arm] <= limit]
     if failed := [arm for arm in again if arm not in passed]:
         said += f"\n- {' and '.join(failed)}: within it on the study's seeds, not when tested again."

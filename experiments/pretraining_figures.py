@@ -287,8 +287,8 @@ def draw_quality(
     labels = {text: mark for panel in ours for mark, text in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels, ncols=3, loc="outside lower center")
     late = {size: row_verdict(table.set_index("arm").loc["switch-80"]) for size, table in tables.items()}
-    told = {"better": "reads better at", "worse": "reads worse at", NO_DIFFERENCE: "shows no difference at"}
-    found = {says: [size for size in sizes if late[size] == word] for word, says in told.items()}
+    in_words = {"better": "reads better at", "worse": "reads worse at", NO_DIFFERENCE: "shows no difference at"}
+    found = {says: [size for size in sizes if late[size] == word] for word, says in in_words.items()}
     read = "; ".join(f"{says} {' and '.join(at)}" for says, at in found.items() if at)
     caption = f"**Beside long throughout, a switch at 80% {read}.** Below the line is better, to the left cheaper. "
     caption += "Open squares: the switch at a learning rate of its own.\n\n*Recorded by us. Circles: seeds; bars: "
@@ -337,8 +337,8 @@ def late_by_tokens(parts: dict[str, tuple[PretrainingResults, str]]) -> pd.DataF
     for label, (results, size) in parts.items():
         late = results.difference(size, ("switch-80", "full"), ("long", "full"))
         tokens = f"{results.cost(size, 'long', 'tokens') / 1e6:.1f} million tokens"
-        told = verdict(late["value"], late["low"], late["high"], "better", "worse")
-        rows.setdefault(label.partition(",")[0], {})[tokens] = told
+        judged = verdict(late["value"], late["low"], late["high"], "better", "worse")
+        rows.setdefault(label.partition(",")[0], {})[tokens] = judged
     return pd.DataFrame(rows).T.fillna("-").rename_axis("switch at 80% minus long").reset_index()
 
 

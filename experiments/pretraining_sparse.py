@@ -212,8 +212,11 @@ def judged_sparse() -> pd.DataFrame:
             "full minus S2, equal seconds: full is worse": (time, judge_above(time)),
         }
         table["expected"] = list(rows)
-        told = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
-        table[f"both cheaper arms at {IN_WORDS[factor]}"] = [*told[:-1], f"{told[-1]}, about {equal:.0f} steps"]
+        described = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
+        table[f"both cheaper arms at {IN_WORDS[factor]}"] = [
+            *described[:-1],
+            f"{described[-1]}, about {equal:.0f} steps",
+        ]
     return table
 
 

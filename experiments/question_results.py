@@ -52,8 +52,8 @@ def question_tables(sets: Mapping[str, InstructionResults]) -> tuple[pd.DataFram
             scores.append({**row, "seeds": len(values)})
         inside = [length for length in results.lengths if length not in results.past]
         for name, pair in results.pairs.items():
-            told = {text: results.told(*pair, measure, inside) for measure, text in SCORES.items()}
-            changes.append({"asked": title, "difference": name, **told})
+            differences = {text: results.in_words(*pair, measure, inside) for measure, text in SCORES.items()}
+            changes.append({"asked": title, "difference": name, **differences})
     return pd.DataFrame(scores), pd.DataFrame(changes)
 
 

@@ -135,8 +135,8 @@ def draw_longer(
                     change = race.nll(method, FULL_LENGTH, *place)[0] - other
                     rows.append({"method": names[method], "trained": trained, **race.mean(change, tokens)})
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.9), width_ratios=(1, 1, 1.25))
-    told = ("inside the old window, minus\nthe untrained base's NLL (nats)", "past it, minus ABF's NLL (nats)")
-    for panel, rows, label in zip(panels, (near, far), told, strict=False):
+    titles = ("inside the old window, minus\nthe untrained base's NLL (nats)", "past it, minus ABF's NLL (nats)")
+    for panel, rows, label in zip(panels, (near, far), titles, strict=False):
         table = pd.DataFrame(rows)
         intervals(panel, table, row="method", colour="trained", zero=0, styles=styles, names=list(names.values()))
         panel.set_xlabel(label)

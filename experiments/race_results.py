@@ -62,8 +62,8 @@ def live_against_record(live: Record, record: Record) -> tuple[float, float]:
 def show_by_measure(table: pd.DataFrame, rows: str, *, sign: bool = True) -> None:
     """Show a table of the race with a line for each value of `rows` and a column for each measure."""
     numbers = table[["value", "low", "high", "measure"]].itertuples(index=False, name=None)
-    told = [measured(*row, digits=3 if name.startswith("NLL") else 0, sign=sign) for *row, name in numbers]
-    wide = table.assign(text=told).pivot_table("text", rows, "measure", aggfunc="first", sort=False)
+    described = [measured(*row, digits=3 if name.startswith("NLL") else 0, sign=sign) for *row, name in numbers]
+    wide = table.assign(text=described).pivot_table("text", rows, "measure", aggfunc="first", sort=False)
     show_table(wide.reset_index())
 
 
@@ -345,8 +345,8 @@ def trainings_in_words(cheaper: pd.DataFrame) -> str:
     more, less = ("; ".join(far.index[beyond]) or "no way" for beyond in (far.low > 0, far.high < 0))
     said = f"{kept[-1]}, beside full-length training: more by {more}, less by {less}, else no difference is detected."
     leads = [(way, near.loc[way]) for way in far.index[far.low > 0] if near.value[way] > far.value[way]]
-    told = (f"{way} {measured(row.value, row.low, row.high, digits=0)}" for way, row in leads)
-    said += f" In {kept[-2]} the lead is larger still: {'; '.join(told)}." * bool(leads)
+    described = (f"{way} {measured(row.value, row.low, row.high, digits=0)}" for way, row in leads)
+    said += f" In {kept[-2]} the lead is larger still: {'; '.join(described)}." * bool(leads)
     nll = cheaper[cheaper.measure.str.startswith("NLL")]
     return f"{said} Of the {len(nll)} NLL differences {((nll.low > 0) | (nll.high < 0)).sum()} exclude zero."
 
@@ -354,8 +354,8 @@ def trainings_in_words(cheaper: pd.DataFrame) -> str:
 def way_in_words(way: str, measure: str, beside: pd.Series) -> str:
     """A cheaper way's retrieval beside full length's: a line, from the difference's value, low and high."""
     verdict = "more than" if beside.low > 0 else "less than" if beside.high < 0 else "not detectably more or less than"
-    told = measured(beside.value, beside.low, beside.high, digits=0)
-    return f"{way} retrieves {verdict} full length, {measure}: {told}"
+    described = measured(beside.value, beside.low, beside.high, digits=0)
+    return f"{way} retrieves {verdict} full length, {measure}: {described}"
 
 
 def skips_in_words(results: RaceResults) -> str:

@@ -482,12 +482,12 @@ def contrast_beside_accuracy(preset: str, task: str = "mmlu") -> pd.DataFrame:
     scale, digits = rows.metric.eq("accuracy") * 99 + 1, rows.metric.map({"accuracy": 1}).fillna(3).astype(int)
     rows[["difference", "low", "high"]] = rows[["difference", "low", "high"]].mul(scale, axis=0)
     names = {"accuracy": "accuracy (points)", "answer_nll": "NLL of the answer (nats)", "contrast": "contrast (nats)"}
-    told = [
+    described = [
         measured(row.difference, row.low, row.high, digits=number)
         for row, number in zip(rows.itertuples(), digits, strict=True)
     ]
-    rows = rows.assign(told=told, metric=rows.metric.map(names), pair=rows.pair.str.removeprefix("base -> "))
-    table = rows.pivot_table("told", "pair", "metric", aggfunc="first", sort=False)
+    rows = rows.assign(described=described, metric=rows.metric.map(names), pair=rows.pair.str.removeprefix("base -> "))
+    table = rows.pivot_table("described", "pair", "metric", aggfunc="first", sort=False)
     return table.rename_axis(None, axis=1).rename_axis("minus the base").reset_index()
 
 

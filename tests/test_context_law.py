@@ -58,7 +58,7 @@ def test_an_interval_asks_that_kinds_agree():
     assert found["value"] - found["low"] == pytest.approx(12.706, abs=1e-3)
 
 
-def test_the_larger_exponent_is_told_on_the_same_texts():
+def test_the_larger_exponent_is_reported_on_the_same_texts():
     table = betas({"small": losses(0.3, noise=0.01), "large": losses(0.6, noise=0.01)}, 2048).set_index("model")
     assert table.loc["large minus small"].low > 0
     assert table.loc["small"].low < 0.3 < table.loc["small"].high

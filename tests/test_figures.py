@@ -44,7 +44,7 @@ def test_every_colour_stands_out_from_white(kind):
 
 
 @pytest.mark.parametrize("sight", SIGHT)
-def test_base_yarn_and_controls_are_told_apart_by_everybody(sight):
+def test_base_yarn_and_controls_can_be_distinguished_by_everybody(sight):
     names = ["base", "yarn", "extended", "rope_unchanged"]
     for first in names:
         for second in names[: names.index(first)]:

@@ -103,7 +103,7 @@ def test_differences_are_paired_by_document_and_seed_over_lengths_past_the_old_w
     assert alone[1] < alone[0] < alone[2]
 
 
-def test_a_difference_that_seeds_disagree_on_is_not_told_from_zero_however_well_documents_agree(results):
+def test_a_difference_that_seeds_disagree_on_is_not_distinguished_from_zero_however_well_documents_agree(results):
     changes = np.repeat([[1.0], [2.0], [9.0]], 9, axis=1)
     value, low, _ = results.mean(changes)
     assert low >= 1

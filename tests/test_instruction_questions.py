@@ -180,7 +180,7 @@ def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the
     (change,) = changes[changes.difference == PLAIN].to_dict("records")
     assert change["F1"] == "+10.0 [+10.0, +10.0]"  # inside the old window
     assert change["log-probability"] == "+0.00 [+0.00, +0.00]"
-    assert results.told("long", "short", "exact") == "both at the floor"
+    assert results.in_words("long", "short", "exact") == "both at the floor"
     said = counts({"SQuAD": results})
     assert "SQuAD asks 20 behind 2,048 and 20 behind 9,216 tokens" in said
     assert "At most 0.0 percent" in said

@@ -165,7 +165,7 @@ def test_of_a_preset_the_whole_run_is_priced(capsys, monkeypatch):
     assert [plan.cost(seconds) for seconds in (0.0164, 6.43, 5040, 1e6)] == ["0.016 s", "6.4 s", "1.4 h", "277.8 h"]
 
 
-def test_seconds_are_told_of_gpus_with_as_much_memory(answer, capsys):
+def test_seconds_are_given_for_gpus_with_as_much_memory(answer, capsys):
     found = json.loads(answer(capsys, "--window", "8192", "--memory", "40", "--json"))
     assert list(found["seconds_per_step"]) == ["A100 40 GB", "A100 80 GB", "H100 80 GB", "H200 141 GB"]
 

@@ -197,7 +197,7 @@ def test_the_most_steps_that_fit_are_taken(small):
     assert pretraining_gpu.most_steps("16M-doll", math.inf, 1.0) == own
 
 
-def test_what_a_switch_saves_is_told_once_for_each_size():
+def test_what_a_switch_saves_is_reported_once_for_each_size():
     assert list(savings().model) == ["0.4M", "0.9M", "4M", "16M"]
 
 

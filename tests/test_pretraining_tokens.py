@@ -116,7 +116,7 @@ def test_two_seeds_judge_nothing():
     assert set(table.judged) == {"2 seeds: too few to judge"}
 
 
-def test_rates_are_told_by_the_training_loss_at_the_end():
+def test_rates_are_judged_by_the_training_loss_at_the_end():
     results = made(MORE_TOKENS, 0.1, 0.1)
     other = made(f"{MORE_TOKENS}-x2", 0.1, 0.1)
     both = pd.concat([results.cells, other.cells], ignore_index=True)

@@ -435,7 +435,7 @@ def test_a_method_retrieves_only_beyond_the_interval_of_an_arm_that_copies_nothi
     assert list(chances.index) == list(floors.index) and (chances.value < floors.value).all()
 
 
-def test_a_lead_far_out_is_told_beside_the_larger_one_near():
+def test_a_lead_far_out_is_stated_beside_the_larger_one_near():
     results = race_results(load_preset("tiny"))
     cheaper = results.table(training="full-length").query("method == 'abf' and training != 'zero-shot'")
     cheaper = cheaper[cheaper.measure.isin(["NLL near", "NLL far", "ROUGE-L 256", "ROUGE-L 2,048"])]

@@ -117,7 +117,7 @@ def test_statements_by_text_sum_to_those_by_depth(results):
 
 
 @pytest.mark.parametrize("weights", ["SmolLM2-135M", "random"])
-def test_a_training_run_on_a_gpu_is_told_where_a_record_has_one(tmp_path, weights):
+def test_a_training_run_on_a_gpu_is_stated_where_a_record_has_one(tmp_path, weights):
     rows = pd.DataFrame({"weights": weights, "context": 16_384, "step": range(1, 21), "tokens_per_second": 50_000.0})
     rows = rows.assign(
         tokens=65_536 * rows.step, loss=3 - rows.step / 50, peak_gib=9.8 if weights != "random" else None
@@ -130,7 +130,7 @@ def test_a_training_run_on_a_gpu_is_told_where_a_record_has_one(tmp_path, weight
     assert "has none" in training_in_words(recorded("tiny", "04_one_gpu_budget"))
 
 
-def test_a_gain_over_nearly_full_windows_is_told_without_the_text_that_speaks_most_for_it(results):
+def test_a_gain_over_nearly_full_windows_is_stated_without_the_text_that_speaks_most_for_it(results):
     """With that text SmolLM2 was ahead by two thousandths of a nat more than seeds lie apart; without it, it is not."""
     table = nearly_full(results).set_index(["line", "texts"])
     whole = results.worth(whole=True).groupby("line").tail(1).set_index("line")
@@ -151,7 +151,7 @@ def test_few_texts_have_no_interval():
     assert table.low.isna().any()
 
 
-def test_unpacked_weights_are_told_far_out_too(results):
+def test_unpacked_weights_are_reported_far_out_too(results):
     told = unpacked_in_words(results)
     far = results.rows("differences", "far").set_index(["first", "second"])
     full = results.largest("full")
@@ -188,7 +188,7 @@ def test_prices_name_dose_rate_and_passes(results):
     assert "One learning rate for all arms: 0.0005. 10.5M tokens are 2.66 passes" in told
 
 
-def test_what_falls_from_the_unpacked_base_is_told_beside_the_same_base():
+def test_what_falls_from_the_unpacked_base_is_stated_beside_the_same_base():
     shares, costs = read_tasks("qwen2.5-coder-1.5b")
     said, (told,) = fallen_in_words(shares), tasks_in_words(shares, costs)
     row = read_tasks("qwen2.5-coder-1.5b", "base_16_bit -> extended")[0].set_index("task").loc["mmlu"]

@@ -62,14 +62,14 @@ def in_brief() -> str:
     verdicts = [line.verdict.partition(":")[0] for line in scoreboard().values()]
     counts = ", ".join(f"{verdicts.count(one)} *{one}*" for one in dict.fromkeys(sorted(verdicts)))
     claims = f"**The paper's {len(verdicts)} claims**, at the sizes that we could train: {counts}."
-    told = "\n".join(_told(results) for results in read_dose_results(list(MODELS)).values())
-    return "\n\n".join([told, table, IN_BRIEF, claims, _longest_step()])
+    sentences = "\n".join(_in_two_sentences(results) for results in read_dose_results(list(MODELS)).values())
+    return "\n\n".join([sentences, table, IN_BRIEF, claims, _longest_step()])
 
 
 NO_GAIN = "no difference from its control is detected"
 
 
-def _told(results: DoseResults) -> str:
+def _in_two_sentences(results: DoseResults) -> str:
     """One model in two sentences, for those who read no table."""
     own, far, inside = compared(results, "full"), compared(results, "fair"), compared(results, "fair", "inside")
     window, nearly = load_preset(results.preset).base.window, compared(results, "full", whole=True)
@@ -164,8 +164,8 @@ def headlines() -> str:
         tables.append(markdown_table([[name, *(column[name] for column in columns)] for name in columns[0]]))
     for results in doses:
         if again := read_other_texts(results):
-            told = _on_other_texts(again, compared(results, "fair").spread)
-            others += [f"**{MODELS[results.preset]} on other texts.** {told}"]
+            described = _on_other_texts(again, compared(results, "fair").spread)
+            others += [f"**{MODELS[results.preset]} on other texts.** {described}"]
     return "\n\n".join(
         [VERDICTS, tables[0], *others, "**Planted statements found**, right to the word:", tables[1], CAVEATS]
     )
@@ -184,11 +184,11 @@ def _on_other_texts(again: OtherTexts, spread: float) -> str:
         found.loc[("far out, minus another seed's control in windows", texts)] for texts in ("second set", "both")
     )
     gains = new.high < 0 and -new.nats > spread
-    told = [measured(*row[["nats", "low", "high"]], digits=3) for row in (new, old_and_new)]
+    texts = [measured(*row[["nats", "low", "high"]], digits=3) for row in (new, old_and_new)]
     return (
         f"On {new.documents:.0f} texts of {new.kinds:.0f} kinds, with the first seed's weights, against another "
-        f"seed's control in windows: {'ahead' if gains else 'behind' if new.low > 0 else NO_DIFFERENCE}, {told[0]}; "
-        f"with the first texts, {old_and_new.documents:.0f} in all, {told[1]}, which is "
+        f"seed's control in windows: {'ahead' if gains else 'behind' if new.low > 0 else NO_DIFFERENCE}, {texts[0]}; "
+        f"with the first texts, {old_and_new.documents:.0f} in all, {texts[1]}, which is "
         f"{'more' if -old_and_new.nats > spread else 'less'} than the largest distance between seeds, at any dose."
     )
 

@@ -120,8 +120,8 @@ def train_reward_model(
     def build(model: PeftModel, rows: Sequence[dict], shared: dict, tokenizer: Any, _beta: float) -> Trainer:
         # The number is read before padding, so no text may end with that: EOS, which BOS and padding may be, does.
         ends = {ids[-1] for row in rows for ids in row.values()} | {tokenizer.eos_token_id}
-        usual = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *range(len(tokenizer))
-        padding = tokenizer.convert_ids_to_tokens(next(one for one in usual if one not in {None, *ends}))
+        candidates = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *range(len(tokenizer))
+        padding = tokenizer.convert_ids_to_tokens(next(one for one in candidates if one not in {None, *ends}))
         config = RewardConfig(**shared, max_length=None, pad_token=padding)
         use_one_gpu(config)
         return RewardTrainer(model, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer)

@@ -60,5 +60,7 @@ def _reads_better(operations: pd.Series, seconds: pd.Series) -> str:
     """Which attention reads better at equal cost, in operations and in seconds, by full minus sparse."""
     better = {"worse": "sparse attention reads better", "better": "full attention reads better"}
     neither = f"{NO_DIFFERENCE} between full and sparse attention"
-    told = [better.get(better_or_worse(one), neither) for one in (operations, seconds)]
-    return f"{told[0]} at equal cost" if told[0] == told[1] else f"{told[0]} at equal operations, {told[1]} in seconds"
+    by_operations, by_seconds = (better.get(better_or_worse(one), neither) for one in (operations, seconds))
+    if by_operations == by_seconds:
+        return f"{by_operations} at equal cost"
+    return f"{by_operations} at equal operations, {by_seconds} in seconds"

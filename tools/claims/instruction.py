@@ -45,7 +45,7 @@ def instruction_tuning(table: dict[str, Any]) -> list[Line]:
     ours = f"{asked} {points(*exact)} points; with answers at their weight without it {points(*full)}, and far NLL "
     ours += f"{measured(*kept)} nat; by that dilution of answers alone {points(*alone)}"
     verdict = judged(full, *([on_squad[FULL]] if real else []))
-    why = f"with answers kept at full weight, a control that was added afterwards, {_told(full)} at tiny"
+    why = f"with answers kept at full weight, a control that was added afterwards, {_exact_answers(full)} at tiny"
     reason = f"{why}{', and the model reads better' if kept[2] < 0 else ''}"
     if exact[2] < 0:
         why = f"as a mean over all labels it costs exact answers at tiny; {why}"
@@ -56,8 +56,8 @@ def instruction_tuning(table: dict[str, Any]) -> list[Line]:
 
     ours = f"{asked} without the loss {points(*plain)} points, with it {points(*read)}"
     verdict = judged(on_squad[PLAIN], on_squad[LONG]) if real else UNDECIDED
-    reason = f"at tiny no model wrote the questions, a rule quotes them; without the loss {_told(plain)}, "
-    reason += f"with it {_told(read)}"
+    reason = f"at tiny no model wrote the questions, a rule quotes them; without the loss {_exact_answers(plain)}, "
+    reason += f"with it {_exact_answers(read)}"
     long = replace(long, ours=ours, scale=scale, verdict=f"{verdict}: {reason}")
     return [_on_squad(loss, real, FULL), _on_squad(long, real, LONG)] if real else [loss, long]
 
@@ -67,11 +67,11 @@ def _on_squad(line: Line, results: InstructionResults, pair: str) -> Line:
     f1, likely = (results.difference(*PAIRS[pair], measure) for measure in ("f1", "log_probability"))
     ours = f"{line.ours}; F1 on SQuAD behind {results.past[-1]:,} tokens: {measured(*f1, digits=1)} points, "
     ours += f"log-probability of the answer {measured(*likely)} nat a token"
-    told, likelier = (
+    f1_is, likelihood_is = (
         "not detectably different" if one[1] <= 0 <= one[2] else "higher" if one[1] > 0 else "lower"
         for one in (f1, likely)
     )
-    judged = f"{line.verdict}; at SmolLM2, past the old window, F1 is {told}, log-probability {likelier}"
+    judged = f"{line.verdict}; at SmolLM2, past the old window, F1 is {f1_is}, log-probability {likelihood_is}"
     seeds = len(results.seeds("long"))
     steps = results.preset.instruction.steps
     scale = (
@@ -87,7 +87,7 @@ def judged(*differences: Interval) -> str:
     return DISAGREES if all(high < 0 for *_, high in differences) else UNDECIDED
 
 
-def _told(difference: Interval) -> str:
+def _exact_answers(difference: Interval) -> str:
     if difference[1] <= 0 <= difference[2]:
         return "no change of exact answers was detected"
     return f"exact answers are {'more' if difference[1] > 0 else 'fewer'}"

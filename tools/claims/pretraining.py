@@ -69,9 +69,11 @@ def with_mixes_of_a_copying_model(line: Line) -> Line:
     if by_nll == by_copying != "neither":
         judged = AGREES if by_nll == "content" else DISAGREES
     fresh = {measure: heavier(effects, measure, skip=FIRST_ORDERS) for measure in ("NLL", "copying")}
-    told = f"{fresh['NLL']} by NLL, {fresh['copying']} by copying"
+    newer = f"{fresh['NLL']} by NLL, {fresh['copying']} by copying"
     why += ", in a paired test chosen afterwards"
-    judged += f": {why}; on the orders that came later alone, {told}; 'better' means of the same kind as the test texts"
+    judged += (
+        f": {why}; on the orders that came later alone, {newer}; 'better' means of the same kind as the test texts"
+    )
     return replace(line, ours=ours, scale=scale, verdict=judged, why=why)
 
 
