@@ -1,14 +1,16 @@
 """What was found on real models: README's brief and headlines, and the words that they use."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from experiments.dose_doubts import WITHOUT, leads, mean_lead, nearly_full
+from experiments.dose_record import SEEN
 from experiments.real_models import DoseResults, OtherTexts, read_dose_results, read_other_texts
-from llama_long_utils.notebooks import NO_DIFFERENCE, measured
+from llama_long_utils.notebooks import measured
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import recorded
-from tools.claims.comparison import Comparison, compared, statements_found
+from tools.claims.comparison import compared, statements_found
 from tools.claims.line import MODELS
 from tools.scoreboard import markdown_table, scoreboard
 
@@ -21,7 +23,7 @@ notebook runs.
 - **windows**: the model reads the text through a sliding window of the old length. That is what you would do \
 without an extension.
 - **full context**: the model reads everything before the token.
-- **far out**: positions in the far half of the texts, beyond the old window.
+- **far text**, **far out**: the second half of the positions read. It begins at the old window's end or beyond.
 - **control**: the same model, trained on as many tokens without an extension, and read through windows.
 - **PoSE**: training on short sequences whose positions skip ahead.
 - **planted statement**: a sentence hidden in a text and asked for at the end.
@@ -29,120 +31,126 @@ without an extension.
 to change it: **ABF** (adjusted base frequency) raises its base, **PI** (position interpolation) squeezes the \
 positions, **YaRN** squeezes slow rotations only, **xPos** lets scores fade with distance.
 - **ROUGE-L**: 0 to 100, how many of the wanted words were written in order."""
-HARDLY = 0.1  # of a text, in stretches that it repeats
 VERDICTS = """\
 **What full context is worth to real models in 4 bits**, in nats per token. Below zero is better. Brackets: the \
-outer ends of two 95% intervals, one over texts, one over kinds of text. *Behind*: both intervals lie above zero. \
-*Ahead*: both lie below zero, and the lead is larger than seeds lie apart, however long they were trained. We \
-ask more of good news than of bad, but three seeds tell their distance only roughly. *No difference detected*: \
-neither of these, which does not mean that both are equal. README calls that *not shown*."""
+outer ends of two 95% intervals, one over texts, one over kinds of text. *Worse*: both intervals lie above zero. \
+*Better*: both lie below zero, and the lead is larger than seeds lie apart, however long they were trained. So more \
+is asked of good news than of bad; but three seeds show their distance only roughly. *Not shown*: neither of these, \
+which does not mean that both are equal."""
 CAVEATS = """\
-**Caveats.** Our windows slide by half their length, so a token has on average three quarters of the old window \
-before it. A denser slide would be a stronger opponent, and full context would gain less (notebook 13). Seed 0 \
-of SmolLM2, but for its largest control, was trained by an earlier form of the script (notebook 13); a seed is held \
-against its own control where there is one. SmolLM2's far half lies beyond the sequences that it was trained \
-on, Qwen's does not. A third of the training sequences quote themselves, in every model compared. The bases have \
-probably read these texts in pretraining. One learning rate served all trainings of a model and was not tuned: a \
-better one, or more tokens, may lower what the extension costs inside the old window. The untrained methods had no \
-practice in quoting."""
+**Caveats**
+
+- Windows slide by half their length, so a token has on average three quarters of the old window before it. A denser \
+slide would be a stronger opponent, and full context would gain less.
+- A seed is compared with its own control where there is one. Seed 0 of SmolLM2, but for its largest control, was \
+trained by an earlier form of the script.
+- SmolLM2's far half lies beyond the sequences that it was trained on. Qwen's does not.
+- A third of the training sequences quote themselves, in every model compared. The untrained methods had no practice \
+in quoting.
+- The bases have probably read these texts in pretraining.
+- One learning rate served all trainings of a model and was not tuned. A better one, or more tokens, may lower what \
+the extension costs inside the old window."""
 
 
 IN_BRIEF = """\
-The *control* is a copy trained as long without the extension, and read through windows of the old length. Losses in \
-nats per token; 0.01 less means one percent more probability. Brackets: the outer ends of two 95% intervals, one over \
-texts, one over kinds of text. A gain is a *yes* only if its bracket lies below zero and it is larger than seeds lie \
-apart, where several were trained; one seed tells nothing of others. *Not shown* does not \
-mean that there is nothing."""
+*Control*: a copy trained on as many tokens without the extension. *Brackets*: 95%, over texts and over kinds of text, \
+the wider. *Not shown*: the bracket reaches zero, or a gain is smaller than seeds differ; it does not mean that there \
+is nothing. *Far text*: the second half of the positions read, which begins at the old window's end or beyond. \
+0.01 nats less means one percent more probability."""
+HANGS_ON = (
+    f"How much hangs on the choice of texts and windows (*nearly full*: only places where the sliding window holds at "
+    f"least {SEEN:.1%} of its length); everything else, seed by seed, is in notebook 13:"
+)
+UNTRAINED = ["raised-nf4", "yarn-nf4"]  # RoPE scaled, and no training
+NOT_SHOWN = "not shown"
 
 
 def in_brief() -> str:
-    """Markdown: what was found on real models, question by question, how many claims hold, and the longest step."""
-    columns = [_answers(results) for results in read_dose_results(list(MODELS)).values()]
+    """Markdown: what was found on real models, how many claims hold, and the longest step."""
+    doses = sorted(read_dose_results(list(MODELS)).values(), key=lambda results: -compared(results, "full").tokens)
+    columns = [_answers(results) for results in doses]
     table = markdown_table([[question, *(column[question] for column in columns)] for question in columns[0]])
     verdicts = [line.verdict.partition(":")[0] for line in scoreboard().values()]
     counts = ", ".join(f"{verdicts.count(one)} *{one}*" for one in dict.fromkeys(sorted(verdicts)))
     claims = f"**The paper's {len(verdicts)} claims**, at the sizes that we could train: {counts}."
-    sentences = "\n".join(_in_two_sentences(results) for results in read_dose_results(list(MODELS)).values())
-    return "\n\n".join([sentences, table, IN_BRIEF, claims, _longest_step()])
+    more = "\n".join(f"- {line}" for line in [line for results in doses for line in _what_it_hangs_on(results)])
+    return "\n\n".join([_in_a_sentence(doses), table, IN_BRIEF, f"{HANGS_ON}\n\n{more}", claims, _longest_step()])
 
 
-NO_GAIN = "no difference from its control is detected"
-
-
-def _in_two_sentences(results: DoseResults) -> str:
-    """One model in two sentences, for those who read no table."""
-    own, far, inside = compared(results, "full"), compared(results, "fair"), compared(results, "fair", "inside")
-    window, nearly = load_preset(results.preset).base.window, compared(results, "full", whole=True)
-    gain = "is not shown to read far text better"
-    if own.gains:
-        gain = f"reads far text {-own.found[0]:.3f} nats per token better"
-    where = f"{-nearly.found[0]:.3f}" if nearly.gains else "not shown" if own.gains else "nor"
-    ahead = "it is ahead of its control" if far.gains else "it is behind its control" if far.found[1] > 0 else ""
-    fully = compared(results, "fair", whole=True).found
-    fuller = fully[1] > 0 and not ahead
-    behind = f", and it reads {fully[0]:.3f} nats worse where the control's windows are nearly full" * bool(fuller)
-    cost = f"{inside.found[0]:.3f} nats worse than the control" if inside.found[1] > 0 else "not measurably worse"
-    return (
-        f"- **{MODELS[results.preset]}**, trained on {own.tokens / 1e6:.1f} million tokens of whole long texts, {gain} "
-        f"with full context than through sliding windows of {window:,} tokens ({where} where these are nearly full). "
-        f"Far out, {ahead or NO_GAIN}{behind}; within the old window it reads {cost}."
+def _in_a_sentence(doses: Sequence[DoseResults]) -> str:
+    """Whether the extension beats its control, what it costs, and who gains from far context at all."""
+    beat, cost, gain = (
+        [results for results in doses if test(results)]
+        for test in (
+            lambda results: compared(results, "fair").gains,
+            lambda results: compared(results, "fair", "inside").found[1] > 0,
+            lambda results: compared(results, "full").gains,
+        )
     )
+    copy = "far text better than a copy that was trained as long without the extension"
+    first = f"{_names(beat)} reads {copy}" if beat else f"No model is shown to read {copy}"
+    costs = "all read" if cost == list(doses) else f"{_names(cost) or 'none'} reads"
+    others = [results for results in doses if results not in gain]
+    uses = f"{_names(gain) or 'None'} gains from far context over windows of its own."
+    if gain and others:
+        uses += f" {_names(others)} is not shown to"
+        fewer = max(compared(one, "full").tokens for one in others) < min(compared(one, "full").tokens for one in gain)
+        uses += ", after fewer tokens." if fewer else "."
+    return f"**{first}, and {costs} worse inside the old window.** {uses}"
+
+
+def _names(doses: Sequence[DoseResults]) -> str:
+    return " and ".join(MODELS[results.preset] for results in doses)
 
 
 def _answers(results: DoseResults) -> dict[str, str]:
     """What a reader asks first of one model, and what was measured."""
     old, new = load_preset(results.preset).base.window, load_preset(results.preset).extension.window
-    full, own = results.largest("full"), compared(results, "full")
-    far, inside = compared(results, "fair"), compared(results, "fair", "inside")
-    untrained = [statements_found(results, arm, 2 * old) for arm in ("raised-nf4", "yarn-nf4")]
-    best = max(untrained, key=lambda found: int(found.split()[0]))
-    rival = ("raised-nf4", "yarn-nf4")[untrained.index(best)]
-    lead = leads(results, rival, 2 * old)
-    window = int(results.record.table("arms").set_index("arm").window[full.rpartition("-")[0]].max())
-    again, others, control = read_other_texts(results), "not read", "not read"
-    if again:
-        found = again.compare().set_index(["quantity", "texts"])[["nats", "low", "high"]]
-        minus = "far out, minus its own windows", "far out, minus another seed's control in windows"
-        others, control = (
-            _answered(replace(one, found=tuple(found.loc[quantity, "second set"])))
-            for one, quantity in zip((own, far), minus, strict=True)
-        )
-    read = results.record.table("held_out").tokens.max()
+    read, own = results.record.table("held_out").tokens.max(), compared(results, "full")
+    about = f"{MODELS[results.preset]}, {old:,} to {new:,} tokens" + (f", read to {read:,}" if read < new else "")
+    places = {
+        "in far text, minus **itself** read through sliding windows of the old length": own,
+        "in far text, minus the **control** in such windows": compared(results, "fair"),
+        "inside the old window, minus the control": compared(results, "fair", "inside"),
+    }
     return {
-        "": f"{MODELS[results.preset]}, {old:,} to {new:,} tokens" + (f", read to {read:,}" if read < new else ""),
-        "trained in 4 bits": f"{own.tokens / 1e6:.1f} million tokens in whole sequences of {window:,}, {own.runs}",
-        "Far beyond the old window, does the whole text help more than a sliding window of the old length?": (
-            _answered(own)
-        ),
-        "... where that window is nearly full?": _nearly_full(results),
-        f"... there, in texts that repeat less than {HARDLY:.0%} of themselves?": _in_plain_texts(results),
-        "... on other texts, read after every choice was made?": others,
-        "Does it help more than the same training without the extension (the control)?": (_answered(far)),
-        "... where the control's window is nearly full?": _answered(compared(results, "fair", whole=True)),
-        "... on those other texts, against another seed's control?": control,
-        "Does it cost something inside the old window, against the control?": _answered(inside, better_is=-1),
-        "Sentences hidden in texts of twice the old window: found, to the word": statements_found(
-            results, full, 2 * old
-        ),
-        "... by the better of two untrained methods": best,
-        "... by how many more than that, of 20 in each of five texts": measured(*mean_lead(lead), digits=1),
-        "... in texts of four times the old window": statements_found(results, full, 4 * old),
+        "loss with full context, nats per token; below zero is better": about,
+        "trained in 4 bits on": f"{own.tokens / 1e6:.1f}M tokens of whole long texts, {own.runs}",
+        **{f"... {place}": str(found) for place, found in places.items()},
+        "hidden sentences found in texts of twice the old window": _found(results, 2 * old),
+        "... of four times the old window": _found(results, 4 * old),
     }
 
 
-def _answered(found: Comparison, better_is: int = 1) -> str:
-    """Yes, no or not shown, with the numbers; the question asks for a gain, or with -1 for a loss."""
-    gains, loses = ("yes", "no, it reads worse") if better_is > 0 else ("no, it gains", "yes, it reads worse")
-    answer = gains if found.gains else loses if found.found[1] > 0 else "not shown"
-    apart = f" (seeds lie {found.spread:.3f} apart at {found.widest})" if found.found[2] < 0 and not found.gains else ""
-    return f"**{answer}**{apart}: {measured(*found.found, digits=3)}"
+def _found(results: DoseResults, length: int) -> str:
+    """Planted statements that whole sequences found, beside the better of the untrained methods."""
+    of = {arm: statements_found(results, arm, length).split(";")[0] for arm in [results.largest("full"), *UNTRAINED]}
+    if "not asked" in of.values():
+        return "not asked"
+    full, *_ = of.values()
+    best = max(UNTRAINED, key=lambda arm: int(of[arm].split()[0]))
+    low = mean_lead(leads(results, best, length))[1]
+    return f"{full}; untrained {of[best].split()[0]}{'' if low > 0 else f' (lead {NOT_SHOWN})'}"
 
 
-def _nearly_full(results: DoseResults) -> str:
-    """The same where windows are nearly full, and without the text that speaks most for it."""
-    row = nearly_full(results).set_index(["line", "texts"]).loc[("full", WITHOUT)]
-    without = measured(row.nats, row.low, row.high, digits=3)
-    return f"{_answered(compared(results, 'full', whole=True))}; without one text {without}"
+def _what_it_hangs_on(results: DoseResults) -> list[str]:
+    """A line each: other texts, nearly full windows, the text that speaks most for the gain."""
+    name, lines = MODELS[results.preset], []
+    own, full, fair = (
+        compared(results, line, whole=whole) for line, whole in (("full", False), ("full", True), ("fair", True))
+    )
+    if own.gains and (again := read_other_texts(results)):
+        found = again.compare().set_index(["quantity", "texts"])[["nats", "low", "high"]]
+        other = replace(own, found=tuple(found.loc[("far out, minus its own windows", "second set")]))
+        lines.append(f"{name} minus itself in windows, on other texts, read after every choice was made: {other}")
+    if own.gains:
+        lines.append(f"{name} minus itself in windows, where these are nearly full: {full}")
+        without = nearly_full(results).set_index(["line", "texts"]).loc[("full", WITHOUT)]
+        if full.gains and without.high >= 0:
+            lines.append(f"the same without the one text that speaks most for the gain: **{NOT_SHOWN}**")
+    if fair.found[1] > 0:
+        lines.append(f"{name} minus the control, where the control's windows are nearly full: {fair}")
+    return lines
 
 
 def _longest_step() -> str:
@@ -171,12 +179,6 @@ def headlines() -> str:
     )
 
 
-def _in_plain_texts(results: DoseResults) -> str:
-    """The gain over own nearly full windows in texts that hardly repeat themselves."""
-    row = nearly_full(results).query("line == 'full'").iloc[-1]
-    return f"{measured(row.nats, row.low, row.high, digits=3)}, {row.documents} texts"
-
-
 def _on_other_texts(again: OtherTexts, spread: float) -> str:
     """The same weights on texts that no choice had seen, against a control; `spread` as `Comparison` has it."""
     found = again.compare().set_index(["quantity", "texts"])
@@ -187,7 +189,7 @@ def _on_other_texts(again: OtherTexts, spread: float) -> str:
     texts = [measured(*row[["nats", "low", "high"]], digits=3) for row in (new, old_and_new)]
     return (
         f"On {new.documents:.0f} texts of {new.kinds:.0f} kinds, with the first seed's weights, against another "
-        f"seed's control in windows: {'ahead' if gains else 'behind' if new.low > 0 else NO_DIFFERENCE}, {texts[0]}; "
+        f"seed's control in windows: {'better' if gains else 'worse' if new.low > 0 else NOT_SHOWN}, {texts[0]}; "
         f"with the first texts, {old_and_new.documents:.0f} in all, {texts[1]}, which is "
         f"{'more' if -old_and_new.nats > spread else 'less'} than the largest distance between seeds, at any dose."
     )

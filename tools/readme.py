@@ -16,11 +16,14 @@ from tools.store import write_notebook
 
 def presets() -> str:
     """Markdown table of the presets; first those with records of ours."""
-    rows = ["| preset | model | window | needs | measured by us |", "|---|---|---|---|---|"]
+    rows = ["| preset | model | window | trained on sequences of | needs | measured by us |", "|---" * 6 + "|"]
     for recorded, name in sorted(((RESULTS / name).is_dir(), name) for name in preset_names())[::-1]:
         preset = load_preset(name)
         windows = f"{preset.base.window:,} to {preset.extension.window:,}"
-        rows.append(f"| `{name}` | {preset.base.source} | {windows} | {preset.needs} | {'yes' if recorded else 'no'} |")
+        skips = ", positions skipped (PoSE)" * (preset.training.window < preset.extension.window)
+        measured = "yes" if recorded else "no"
+        row = [f"`{name}`", preset.base.source, windows, f"{preset.training.window:,}{skips}", preset.needs, measured]
+        rows.append(f"| {' | '.join(row)} |")
     return "\n".join(rows)
 
 

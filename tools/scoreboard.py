@@ -19,6 +19,13 @@ from tools.claims.pretraining import data_mix, short_then_long
 from tools.claims.short_tasks import short_tasks
 
 GLANCE = ["verdict", "why", "on"]  # columns of the short scoreboard
+NAMES = {  # in which `Line.scale` says it, and what the short scoreboard says
+    "Qwen2.5-Coder": "Qwen2.5-Coder-1.5B",
+    "SmolLM2": "SmolLM2-135M",
+    "tiny Llama": "tiny Llama",
+    "from scratch": "small Llamas from scratch",
+    "Llama 2 7B": "Llama 2 7B, random weights",
+}
 
 
 @cache  # a second, and a page asks for it three times
@@ -32,7 +39,7 @@ def scoreboard() -> dict[str, Line]:
         past_the_window(race, longer, published["figure_5b"]),
         perplexity(longer, published["table_5"]),
         retrieval(longer, published["figure_5b"]),
-        xpos(longer, published["table_5"], published["figure_5b"]),
+        xpos(longer, race, published["table_5"], published["figure_5b"]),
         power_law(published),
         model_size(published["figure_1_power_law"]),
         short_tasks(more["table_1"]),
@@ -51,7 +58,8 @@ def scoreboard_table(*, numbers: bool = True) -> str:
         judged, colon, reason = line.verdict.partition(":")
         found = [line.paper, line.ours, line.scale, f"**{judged}**{colon}{reason}"]
         found = [text.replace("; ", ";<br>") for text in found]
-        rows.append([name, line.claim, *(found if numbers else [f"**{judged}**", line.reason, line.scale])])
+        models = ", ".join(name for words, name in NAMES.items() if words in line.scale)
+        rows.append([name, line.claim, *(found if numbers else [f"**{judged}**", line.reason, models])])
     return markdown_table(rows)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.real_models import DoseResults
-from llama_long_utils.notebooks import NO_DIFFERENCE, measured
+from llama_long_utils.notebooks import measured
 from tools.claims.line import Interval
 
 
@@ -44,7 +44,7 @@ class Comparison:
     @property
     def says(self) -> str:
         """In words."""
-        return "ahead" if self.gains else "behind" if self.found[1] > 0 else NO_DIFFERENCE
+        return "better" if self.gains else "worse" if self.found[1] > 0 else "not shown"
 
     @property
     def runs(self) -> str:

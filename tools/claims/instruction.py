@@ -45,10 +45,10 @@ def instruction_tuning(table: dict[str, Any]) -> list[Line]:
     ours = f"{asked} {points(*exact)} points; with answers at their weight without it {points(*full)}, and far NLL "
     ours += f"{measured(*kept)} nat; by that dilution of answers alone {points(*alone)}"
     verdict = judged(full, *([on_squad[FULL]] if real else []))
-    why = f"with answers kept at full weight, a control that was added afterwards, {_exact_answers(full)} at tiny"
-    reason = f"{why}{', and the model reads better' if kept[2] < 0 else ''}"
+    why = f"with answers kept at full weight {_exact_answers(full)} at tiny"
+    reason = f"{why} (a control that was added afterwards){', and the model reads better' if kept[2] < 0 else ''}"
     if exact[2] < 0:
-        why = f"as a mean over all labels it costs exact answers at tiny; {why}"
+        why += "; as a mean over all labels they are fewer"
         reason += "; as a mean over all labels, which dilutes answers, it costs exact ones"
         reason += ", and so does dilution alone" if alone[2] < 0 else ""
     reason += "; compared at one learning rate"

@@ -62,9 +62,9 @@ def with_mixes_of_a_copying_model(line: Line) -> Line:
         if not row.low <= 0 <= row.high
     ]
     by_nll, by_copying = (heavier(effects, measure) for measure in ("NLL", "copying"))
-    why = f"in a model that copies, {by_nll} weighs more by loss, {by_copying} by share of quotes copied"
+    why = f"{by_nll} weighs more by loss, {by_copying} by share of quotes copied"
     if by_nll == by_copying == "neither":
-        why = "; ".join(["in a model that copies, neither weighs more, beyond the interval", *moved])
+        why = "; ".join(["neither weighs more, beyond the interval", *moved])
     judged = UNDECIDED
     if by_nll == by_copying != "neither":
         judged = AGREES if by_nll == "content" else DISAGREES
@@ -137,7 +137,7 @@ def with_a_copying_model(
     scale += f"{scratch[GPU_SIZE].seeds} seeds each; {MODELS['tiny']}, "
     scale += f"trained on, {late.seeds} orders of the texts, {steps}"
     read = {size: better_or_worse(one) for size, one in scratch.items()}
-    words = {"better": "better", "worse": "worse", NO_DIFFERENCE: "no difference is detected"}
+    words = {"better": "better", "worse": "worse", NO_DIFFERENCE: "not shown to differ"}
     found = {word: [size for size in read if read[size] == word] for word in words}
     whys = [f"{words[word]} at {' and at '.join(sizes)}" for word, sizes in found.items() if sizes]
     whys = whys if found["better"] or found["worse"] else []
@@ -145,10 +145,14 @@ def with_a_copying_model(
     whys = [f"from scratch a late switch reads {', '.join(whys)}"] if whys else []
     copies = f"a model that copies then copies less, {'near and far' if near['high'] < 0 else 'far back'}"
     lost = less["high"] < 0
+    counts = ", ".join(f"{words[word]} in {len(sizes)}" for word, sizes in found.items() if sizes)
+    brief = f"of {len(read)} trainings from scratch a late switch reads {counts}" if whys else ""
+    brief = "; ".join(filter(None, [brief, "a model that copies then copies less" * lost]))
     why = "; ".join([*whys, *([copies] if lost else [])])
     against, equal = bool(lost or found["worse"]), [size for size, one in scratch.items() if one.high < EQUAL]
     if against:
         judged = f"{UNDECIDED if equal else DISAGREES}: {why}"
+        why = brief
     elif len(equal) == len(scratch) and less["low"] > -MARGIN:
         judged = f"{AGREES}: {(why := 'from scratch, and in a model that copies')}"
     else:

@@ -29,9 +29,10 @@ def short_tasks(table: dict[str, Any]) -> Line:
         return Line(claim, paper)
     mmlu = accuracy.loc["base -> extended"]
     ours = [f"4-bit MMLU {100 * mmlu.before:.1f}% to {100 * mmlu.after:.1f}% ({_points(mmlu, 2)} points)"]
-    if "base_16_bit -> extended" in accuracy.index:
-        unpacked = _points(accuracy.loc["base_16_bit -> extended"], 2)
-        ours.append(f"against the file's own 4-bit weights, unpacked, {unpacked} points")
+    pair, unpacked = "base_16_bit -> extended", None
+    if pair in accuracy.index:
+        unpacked = accuracy.loc[pair]
+        ours.append(f"against the file's own 4-bit weights, unpacked, {_points(unpacked, 2)} points")
     short = deltas[(deltas.length == 0) & (deltas["items"] >= FEWEST) & (deltas.pair == "base -> extended")]
     dearer = short[(short.metric == "answer_nll") & (short.low > 0)]
     ours += [f"answers of {row.task} {measured(row.difference, row.low, row.high)} nat" for row in dearer.itertuples()]
@@ -49,8 +50,10 @@ def short_tasks(table: dict[str, Any]) -> Line:
         else:
             judged = f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points against the control is not excluded"
     elif mmlu.low > -MARGIN:
-        judged = f"{UNDECIDED}: MMLU {'rises' if mmlu.low > 0 else 'does not fall'} over the same 4-bit base, but the "
-        judged += "control was not tested on it; other tasks have too few items"
+        judged = f"{UNDECIDED}: MMLU {'rises' if mmlu.low > 0 else 'does not fall'} over the same 4-bit base"
+        if unpacked is not None and unpacked.high < 0:
+            judged += " and falls from its unpacked weights"
+        judged += "; the control was not tested on it; other tasks have too few items"
     else:
         judged = f"{UNDECIDED}: a loss of {100 * MARGIN:.0f} points is not excluded"
     for results in read_dose_results([name]).values():
