@@ -109,14 +109,14 @@ def _answers(results: DoseResults) -> dict[str, str]:
     read, own = results.record.table("held_out").tokens.max(), compared(results, "full")
     about = f"{MODELS[results.preset]}, {old:,} to {new:,} tokens" + (f", read to {read:,}" if read < new else "")
     places = {
-        "in far text, minus **itself** read through sliding windows of the old length": own,
-        "in far text, minus the **control** in such windows": compared(results, "fair"),
-        "inside the old window, minus the control": compared(results, "fair", "inside"),
+        "loss on far text with full context, minus **itself** in sliding windows of the old length": own,
+        "loss on far text with full context, minus the **control** in such windows": compared(results, "fair"),
+        "loss inside the old window, minus the control": compared(results, "fair", "inside"),
     }
     return {
-        "loss with full context, nats per token; below zero is better": about,
+        "in nats per token; below zero is better": about,
         "trained in 4 bits on": f"{own.tokens / 1e6:.1f}M tokens of whole long texts, {own.runs}",
-        **{f"... {place}": str(found) for place, found in places.items()},
+        **{place: str(found) for place, found in places.items()},
         "hidden sentences found in texts of twice the old window": _found(results, 2 * old),
         "... of four times the old window": _found(results, 4 * old),
     }
