@@ -22,7 +22,7 @@ from tools.claims.comparison import Comparison, compared
 from tools.claims.line import AGREES, DISAGREES, MODELS, NOT_TESTED, UNDECIDED
 from tools.claims.pretraining import FROM_SCRATCH
 from tools.headlines import headlines, in_brief
-from tools.scoreboard import scoreboard
+from tools.scoreboard import scoreboard, scoreboard_details
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +309,12 @@ def test_the_scoreboard_waits_for_no_library_that_loads_models():
 def test_readme_fits_a_screen_and_a_half():
     text = (REPOSITORY / "README.md").read_text("utf-8")
     assert len(re.sub(r"(?s)<!-- (\w+) -->.*?<!-- /\1 -->", "", text).split()) <= 900
+
+
+def test_details_hold_every_number_of_a_line_and_no_bare_html(lines):
+    folded = scoreboard_details().split("<details>")[1:]
+    for name, text in zip(lines, folded, strict=True):
+        summary, _, listed = text.partition("</summary>")
+        assert summary.startswith(f"<summary>{name} · ") and "<" not in summary.removeprefix("<summary>")
+        plain = listed.replace("\n  - ", "; ")
+        assert all(part in plain for part in (lines[name].paper, lines[name].ours, lines[name].scale))
