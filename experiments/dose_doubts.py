@@ -212,8 +212,8 @@ def found_by_seed(results: DoseResults) -> str:
         for name, part in others.groupby("arm"):
             sums = (part.exact * part.questions).groupby(part.length).sum().round().astype(int)
             counts = ", ".join(f"{right} in {length:,} tokens" for length, right in sums.items())
-            said.append(f"{WAYS.get(way, way)}, seed {name.rpartition('-s')[2]}: {counts}")
-    return f"Other seeds after the largest dose, right of 100. {'; '.join(said)}." * bool(said)
+            said.append(f"{WAYS.get(way, way)}, seed {name.rpartition('-s')[2]}, {counts}")
+    return f"Other seeds after the largest dose, right of 100: {'; '.join(said)}." * bool(said)
 
 
 def leads_by_text(results: DoseResults, asked: pd.DataFrame) -> str:

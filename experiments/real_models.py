@@ -312,13 +312,13 @@ def draw_worth(
         whole_windows: read only where windows are nearly full.
     """
     counts = [1 + results.worth().tokens_trained.nunique() for results in doses.values()]
-    size = (5 + 2.8 * len(doses), 4.6)
+    size = (6.6 + 2 * len(doses), 4.6)
     figure, panels = plt.subplots(1, len(doses), figsize=size, sharey=True, squeeze=False, width_ratios=counts)
     ends = []
     for (name, results), axes in zip(doses.items(), panels[0], strict=True):
         worth, every = (results.worth(seed, whole=whole_windows) for seed in ("0", r"\d+"))
         ticks = sorted({*worth.tokens_trained})
-        aside = 1.12 if len(ticks) > 1 else 1.02
+        aside = (1.26 if len(ticks) > 1 else 1.04) ** (1 / len(lines))
         for place, (line, label) in enumerate(lines.items()):
             (form, colour), part = FORMS[line], worth[worth.line == line]
             others = every[(every.line == line) & ~every.nats.isin(part.nats)]
@@ -329,13 +329,14 @@ def draw_worth(
                 ends.append(f"{name}, {label} {part.nats.iloc[-1]:+.3f}")
         axes.plot([], [], "x", color=GREY, ms=7, mew=1.8, label="other seeds")
         axes.axhline(0, color="0.3", linewidth=1)
-        axes.set(xscale="log", title=results.title.replace(" of", "\nof"), xlabel="tokens trained (millions)")
+        title = results.title.replace(" of", "\nof") if len(doses) > 1 else results.title
+        axes.set(xscale="log", title=title, xlabel="tokens trained (millions)")
         axes.set(xlim=(ticks[0] / aside**3, ticks[-1] * aside ** (len(lines) + 2)))
         axes.set_xticks(ticks, [f"{tokens / 1e6:.1f}" for tokens in ticks])
         axes.minorticks_off()
     panels[0][0].set_ylabel("full context minus windows (nats per token)")
     crosses, *handles = panels[0][0].get_legend_handles_labels()[0]
-    figure.legend(handles=[*handles, crosses], loc="outside lower center", ncols=min(len(lines) + 1, 3))
+    figure.legend(handles=[*handles, crosses], loc="outside lower center", ncols=3 if len(lines) < 3 else 2)
     alt = f"Nats against tokens trained. At the largest dose: {'; '.join(ends)}."
     save_figure(figure, folder, slug, number, caption, alt)
 
@@ -364,7 +365,7 @@ def four_bits_in_words(table: pd.DataFrame) -> str:
     """What NF4 costs each base inside the old window, from `DoseResults.four_bits`: a sentence."""
     rows = table[(table.quantity == "base: unpacked minus NF4") & (table.place == "inside")]
     costs = [f"{-row.nats:.2f} nat ({NAMES.get(row.model, row.model)})" for row in rows.itertuples()]
-    return f"Inside the old window NF4, on top of the file's own quantisation, costs the base {' and '.join(costs)}."
+    return f"NF4, on top of the file's own quantisation, costs the base {' and '.join(costs)} inside the old window."
 
 
 def unpacked(models: Sequence[str]) -> str:
@@ -377,7 +378,8 @@ def price_in_words(table: pd.DataFrame) -> str:
     """Which models read worse than the control inside the old window, from `DoseResults.alternatives`: a sentence."""
     rows = table[table.quantity.str.contains("equal tokens") & (table.place == "inside")]
     worse = [NAMES.get(model, model) for model in rows.model[rows.low > 0]]
-    return f"Inside the old window whole sequences read worse than the control: {' and '.join(worse) or 'no model'}."
+    said = f"{' and '.join(worse) or 'No model'} {'read' if len(worse) > 1 else 'reads'} worse than the control"
+    return f"{said} inside the old window."
 
 
 def draw_statements(asked: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
