@@ -142,10 +142,10 @@ class DoseResults:
         """Whether differences are below zero by the whole interval, and by more than seeds lie apart."""
         return (rows.high < 0) & (-rows.nats > self.apart(line, whole))
 
-    def pays_from(self, line: str) -> int | None:
+    def pays_from(self, line: str, whole: bool = False) -> int | None:
         """The least dose (tokens) from which on every dose of a line of `worth` is `ahead`; None if there is none."""
-        part = self.worth().query("line == @line")
-        ahead = self.ahead(part, line).to_numpy()
+        part = self.worth(whole=whole).query("line == @line")
+        ahead = self.ahead(part, line, whole).to_numpy()
         paying = part.tokens_trained[np.logical_and.accumulate(ahead[::-1])[::-1]]
         return int(paying.iloc[0]) if len(paying) else None
 
