@@ -101,15 +101,20 @@ def verdicts(doses: Mapping[str, DoseResults]) -> pd.DataFrame:
 
 
 def nearly_full_in_words(doses: Mapping[str, DoseResults]) -> str:
-    """Of which models the gain over nearly full windows of their own hangs on one text: a sentence, or ""."""
-    own = [nearly_full(results).query("line == 'full'").set_index("texts") for results in doses.values()]
-    hangs = [part for part in own if part.ahead["all"] and not part.ahead[WITHOUT]]
-    named = (f"{NAMES[part.model.iloc[0]]}: {part.strongest.iloc[0].rpartition('/')[2]}" for part in hangs)
-    return (
-        f"In nearly full windows the gain is not shown without the strongest text ({'; '.join(named)})."
-        if hangs
-        else ""
-    )
+    """From which dose on a model gains over nearly full windows of its own, if that hangs on one text: sentences."""
+    said = []
+    for name, results in doses.items():
+        part, dose = (
+            nearly_full(results).query("line == 'full'").set_index("texts"),
+            results.pays_from("full", whole=True),
+        )
+        if dose and not part.ahead[WITHOUT]:
+            text = part.strongest["all"].rpartition("/")[2]
+            said.append(
+                f"Over nearly full windows {NAMES.get(name, name)} gains from {dose / 1e6:.1f}M tokens on, and without "
+                f"the strongest text ({text}) that is not shown."
+            )
+    return " ".join(said)
 
 
 def by_repetition(results: DoseResults) -> str:

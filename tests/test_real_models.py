@@ -147,7 +147,8 @@ def test_a_gain_over_nearly_full_windows_is_stated_without_the_text_that_speaks_
         assert table.nats[line, WITHOUT] == pytest.approx(whole.without_one[line], abs=1e-5)
         assert table.documents[line, WITHOUT] == table.documents[line, "all"] - 1
     assert table.ahead["full", "all"] and not table.ahead["full", WITHOUT]
-    assert "fs.md" in nearly_full_in_words({"smollm2": results})
+    said = nearly_full_in_words({"smollm2": results})
+    assert "from 10.5M tokens on, and without the strongest text (fs.md)" in said
     told = worth_table({"smollm2": results}).set_index("full context").loc["whole sequences, minus its own windows"]
     assert told[WITHOUT].startswith(f"{whole.without_one['full']:+.3f} [")
     assert told["nearly full windows"].startswith(f"**ahead** {whole.nats['full']:+.3f} [")
