@@ -21,7 +21,7 @@ from tools.claims import instruction, methods, pretraining, short_tasks
 from tools.claims.comparison import Comparison, compared
 from tools.claims.line import AGREES, DISAGREES, MODELS, NOT_TESTED, UNDECIDED
 from tools.claims.pretraining import FROM_SCRATCH
-from tools.headlines import headlines, in_brief
+from tools.headlines import in_brief
 from tools.scoreboard import scoreboard, scoreboard_details
 
 
@@ -270,13 +270,6 @@ def test_a_data_mix_is_judged_by_nll_and_by_copying(lines, monkeypatch):
         changed = dataclasses.replace(results, arrays={**results.arrays, **arrays})
         monkeypatch.setattr(pretraining, "mixed_results", lambda changed=changed: changed)
         assert pretraining.with_mixes_of_a_copying_model(line).verdict.startswith(verdict)
-
-
-def test_headlines_have_a_column_for_each_model_with_a_record_and_names_as_many_seeds_as_were_run():
-    rows = [line.split(" | ") for line in headlines().splitlines() if line.startswith("| ")]
-    assert {len(row) for row in rows} == {1 + len(read_dose_results(list(MODELS)))}
-    assert ["2 seeds" in cell for cell in rows[1][1:]] == [False, True]
-    assert ["one seed" in cell for cell in rows[1][1:]] == [True, False]
 
 
 def test_the_brief_answers_each_question_as_the_intervals_and_seeds_say():
