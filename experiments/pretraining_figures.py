@@ -139,7 +139,7 @@ def late_headline(late: pd.DataFrame) -> str:
         part = judged[judged.tokens == tokens]
         worse = " and ".join(dict.fromkeys(part["size"][part.low > 0]))
         parts.append(f"{f'worse at {worse}' if worse else 'not shown to be good enough'} on {tokens}")
-    return f"A late switch is {'; '.join(parts) or 'not judged, for want of seeds'}"
+    return f"A late switch is {', and '.join(parts) or 'not judged: too few seeds'}"
 
 
 def other_switches(tables: dict[str, pd.DataFrame]) -> str:
@@ -154,8 +154,8 @@ def other_switches(tables: dict[str, pd.DataFrame]) -> str:
                 STYLES[arm][0].removeprefix("switch at ") for arm, word in words.items() if (word == usual) == which
             ]
             group += [f"{', '.join(names)} at {size}"] if names else []
-    said = {"come out as that at 80% does": alike, "come out otherwise": apart}
-    lines = [f"Switches that {what}: {'; '.join(at)}." for what, at in said.items() if at]
+    said = {"come out as that at 80%": alike, "do not": apart}
+    lines = [f"Other switches that {what}: {'; '.join(at)}." for what, at in said.items() if at]
     if any((table.set_index("arm").filter(SWITCHED, axis="index").low > 0).any() for table in tables.values()):
         lines.append("Where a switch is worse, whether a still earlier one would be as good was not tested.")
     return " ".join(lines)
@@ -293,6 +293,7 @@ def draw_lead(
         said.append(f"{label}: {each[:, 0].mean():+.2f} at first, {each[:, -1].mean():+.2f} before the switch{ahead}")
     axes.axhline(0, color="0.35", linewidth=1)
     axes.set(xscale="log", xlabel="tokens read (millions)", ylabel="short minus long (nats)")
+    axes.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
     axes.legend()
     turned = [line.partition(":")[0] for line in said if "below from" in line]
     caption = f"**Short steps train worse at first and better later at {' and at '.join(turned) or 'no size'}.** "
