@@ -59,13 +59,13 @@ def in_points(change: dict[str, Any]) -> str:
     return measured(*(100 * change[name] for name in ("value", "low", "high")), digits=1)
 
 
-def jumps(results: PretrainingResults, size: str, arms: Sequence[str] = SWITCHED) -> pd.DataFrame:
+def jumps(results: PretrainingResults, size: str) -> pd.DataFrame:
     """How training loss minus the long arm's jumps at each switch, in nats: the first 2 long steps minus 20 before.
 
     Columns arm, value, low and high, with Student's interval of the seeds' means.
     """
     rows = []
-    for name in arms:
+    for name in SWITCHED:
         around = results.spike(size, name)
         each = around[:, 20:22].mean(axis=1) - around[:, :20].mean(axis=1)
         half, value = student_reach(each), each.mean()
