@@ -450,7 +450,7 @@ def test_a_lead_far_out_is_stated_beside_the_larger_one_near():
     drawn = cheaper.assign(way=cheaper.training.map(way_label))
     said = trainings_in_words(drawn)
     assert said.startswith("**At equal tokens PoSE retrieves more than full length, S2-Attn less.** ")
-    assert "At equal seconds no difference in retrieval to full length is shown. Both by ROUGE-L 2,048." in said
+    assert "At equal seconds no difference in retrieval to full length is shown. Both in ROUGE-L 2,048." in said
     assert "In ROUGE-L 256 the lead is larger still: PoSE +18 [+8, +29]." in said
     near_zero = trainings_in_words(drawn.assign(low=-1.0, high=1.0))
     assert near_zero.startswith("**At equal tokens no difference in retrieval to full length is shown.** ")
