@@ -557,6 +557,28 @@ def steps_by_plan(record: Record) -> pd.DataFrame:
     return steps.assign(contender=plans.where(steps.contender == "ours", steps.contender))
 
 
+def speed_and_memory(records: Sequence[Record], context: int) -> pd.DataFrame:
+    """A row for each step of a context on a GPU, by `beside_trainer`: speed and memory, of several days as a range."""
+    days = pd.concat([beside_trainer(steps_by_plan(one), "allocated_gib") for one in records])
+    days = days[days.context == context]
+    theirs = days.step.str.startswith("TRL")
+    days["step"] = days.step.where(theirs, "ours, " + days.step)
+    by_step = days.sort_values("memory", kind="stable").groupby("step", sort=False)[["speed", "memory"]].agg(_span)
+    return by_step.reset_index()
+
+
+def cpu_speeds(bench: pd.DataFrame) -> pd.DataFrame:
+    """A row for each contender on a CPU, a column for each context: speed by `beside_trainer`, per second of a core."""
+    bench = bench.assign(tokens_per_second=bench.tokens_per_core_second)
+    table = beside_trainer(bench, "peak_gib_above_weights")
+    table = table.pivot_table("speed", "step", "context", sort=False).sort_index(axis=1)
+    return table.rename(columns="{:,} tokens".format).reset_index()
+
+
+def _span(values: pd.Series) -> str:
+    return " to ".join(dict.fromkeys(f"{end:.2f}" for end in (values.min(), values.max())))
+
+
 def attention_share(steps: pd.DataFrame, context: int) -> float:
     """Attention's share of a training step's time at a context, from steps of one model at several contexts.
 
@@ -574,9 +596,9 @@ def our_faster_steps(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_in_words(record: Record) -> str:
-    """How a GPU's training run went, from its rows by step; or that the record has none."""
+    """How a GPU's training run went, from its rows by step; empty if the record has none."""
     if "training" not in record.content["tables"]:
-        return "`make gpu` ends with a training run; this record has none."
+        return ""
     log = record.table("training")
     tenth, peak = math.ceil(len(log) / 10), log.peak_gib.astype(float).max()
     first, last = log.loss[:tenth].mean(), log.loss[-tenth:].mean()

@@ -30,6 +30,7 @@ from experiments.real_models import (
     read_dose_results,
     read_other_texts,
     read_tasks,
+    speed_and_memory,
     tasks_in_words,
     training_in_words,
     unpacked,
@@ -135,7 +136,19 @@ def test_a_training_run_on_a_gpu_is_stated_where_a_record_has_one(tmp_path, weig
     assert "20 steps of whole sequences of 16,384 tokens. It reached 50,000 tokens/s" in told
     assert "from 2.97 to 2.61" in told  # means of two steps each
     assert ("a random model" in told, "in 9.8 GiB" in told) == ((True, False) if weights == "random" else (False, True))
-    assert "has none" in training_in_words(recorded("tiny", "04_one_gpu_budget"))
+    assert training_in_words(recorded("tiny", "04_one_gpu_budget")) == ""
+
+
+def test_steps_of_two_days_are_a_range_of_ratios_to_the_trainer_of_their_day():
+    days = tuple(recorded("gpu", name, needed=True) for name in ("04_one_gpu_budget", "04_trainers"))
+    table = speed_and_memory(days, 32_768).set_index("step")
+    ratios = []
+    for day in days:
+        steps = day.table("steps").query("model == 'Llama 2 7B' and context == 32768")
+        ours, theirs = steps.plan == "10 layers recomputed", steps.contender == "Trainer + PEFT"
+        ratios.append(steps.tokens_per_second[ours].item() / steps.tokens_per_second[theirs].item())
+    assert table.speed["ours, 10 recomputed"] == f"{min(ratios):.2f} to {max(ratios):.2f}"
+    assert " to " not in table.speed["TRL SFTTrainer"]  # of one day
 
 
 def test_a_gain_over_nearly_full_windows_is_stated_without_the_text_that_speaks_most_for_it(results):
