@@ -49,7 +49,8 @@ class DoseResults:
         """Two lines: the model, and how far of its new window texts were read."""
         window = load_preset(self.preset).extension.window
         read = self.record.table("held_out").tokens.max()
-        return f"{NAMES.get(self.preset, self.preset)}\nread to {read:,} of {window:,} tokens"
+        part = f"\nread to {read:,} of {window:,} tokens" if read < window else ""
+        return f"{NAMES.get(self.preset, self.preset)}{part}"
 
     def rows(self, table: str, place: str) -> pd.DataFrame:
         """The rows of a table at a place."""
