@@ -319,7 +319,7 @@ def draw_dilution(results: InstructionResults, folder: Path, slug: str, number: 
     third, fourth = (results.scores(arm, results.past) for arm in PAIRS[FULL])
     _, low, high = results.contrast(first - second - third + fourth)
     if below and low <= 0 <= high:
-        below += " Nor was it shown that the loss costs more where they are diluted."
+        below += " Nor was it shown that the loss costs more where answers are diluted."
     caption = f"""**{message}** First row: both at once. The others change one at a time, as in the table of
 losses.{below}
 
