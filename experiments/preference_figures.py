@@ -105,7 +105,7 @@ def at_equal_length(trained: pd.DataFrame) -> str:
     """Which answers are preferred to the untrained ones cut to the same length, and which are worse: a clause."""
     named = trained.assign(name=trained.arm.str.upper() + "'s " + trained.decoding)
     better, worse = named.name[named.low_cut > 0.5], named.name[named.high_cut < 0.5]
-    said = f"{' and '.join(better)} answers still are" if len(better) else "none is shown to be"
+    said = f"{' and '.join(better)} answers are still preferred" if len(better) else "none is shown to be preferred"
     return f"{said}, and {' and '.join(worse)} ones are worse than no training" if len(worse) else said
 
 

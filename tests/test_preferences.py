@@ -497,8 +497,11 @@ def test_one_seed_has_the_interval_over_questions_and_several_may_have_a_wider_o
 
 def test_answers_are_named_at_equal_length_where_an_interval_is_clear_of_one_half():
     table = pd.DataFrame({"arm": ["rl", "dpo"], "decoding": "greedy", "low_cut": [0.3, 0.6], "high_cut": [0.4, 0.7]})
-    assert at_equal_length(table) == "DPO's greedy answers still are, and RL's greedy ones are worse than no training"
-    assert at_equal_length(table.assign(low_cut=0.4, high_cut=0.6)) == "none is shown to be"
+    assert (
+        at_equal_length(table)
+        == "DPO's greedy answers are still preferred, and RL's greedy ones are worse than no training"
+    )
+    assert at_equal_length(table.assign(low_cut=0.4, high_cut=0.6)) == "none is shown to be preferred"
 
 
 def test_a_cost_near_the_limit_has_the_digits_that_tell_them_apart():
