@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=count, default=1, metavar="K", help="GPUs, each with a copy of the base")
     parser.add_argument("--context-parallel", type=count, default=1, metavar="C", help="GPUs that share a sequence")
     parser.add_argument("--shard-base", action="store_true", help="each GPU keeps a part of the base's layers")
-    parser.add_argument("--sequences", type=count, default=1, metavar="B", help="sequences at once on a GPU")
+    parser.add_argument("--sequences", type=count, metavar="B", help="at once on a GPU (default: the preset's, or 1)")
     parser.add_argument("--rank", type=count, metavar="R", help="of LoRA (default: the preset's, or 16)")
     parser.add_argument("--layers", nargs="+", choices=LINEAR, metavar="NAME", help="linear layers with LoRA")
     parser.add_argument("--no-norms", action="store_true", help="norms are not trained")
@@ -108,6 +108,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled: without it imports are a second shorter
     from llama_long_utils.training import planner
     from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger, reading
+    from llama_long_utils.training.processes import divide
 
     preset = asked.preset
     lora = preset.lora if preset else Lora(16, 32, LINEAR, train_norms=True, train_embeddings=False)
@@ -115,11 +116,15 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     lora = Lora(rank, 2 * rank, asked.layers or lora.target_modules, norms, lora.train_embeddings)
     window, memory = asked.window or preset.training.window, asked.memory or preset.memory_gib
     config = planner.model_shape(preset.base.source if preset else asked.model)
-    dtype, savings = (preset.base.dtype, preset.training.memory_savings) if preset else ("bfloat16", PLAIN)
-    context = asked.context_parallel
-    several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
-    packed = bool(preset and planner.is_packed(preset.training))
-    shape = StepShape(window // context, dtype, savings, asked.sequences, gpu=True, packed=packed, **several)
+    context, sequences = asked.context_parallel, asked.sequences
+    if preset:
+        settings = replace(preset.training, window=window, reach=window)
+        division = divide(settings, asked.devices, context, asked.shard_base)
+        shape = planner.step_shape(preset, settings, replace(division, at_once=sequences or division.at_once))
+    else:
+        several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
+        shape = StepShape(window // context, "bfloat16", PLAIN, sequences or 1, gpu=True, **several)
+    dtype, savings = shape.dtype, shape.memory_savings
     plan = planner.plan(config, lora, shape, memory)
     counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)
@@ -129,12 +134,12 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     read, kept = (reading(config, lora, dtype, text, kept=kept) / planner.GIB for kept in (False, True))
     gpus = [row for row in read_published("gpus")["rows"] if row["memory_gb"] >= memory]
     seconds = {row["gpu"]: plan.flops / row["bf16_tflops"] / 1e12 / asked.utilisation for row in gpus}
-    sequences = asked.devices // context * asked.sequences
+    sequences = asked.devices // context * shape.sequences
     total = preset.training.steps * preset.training.sequences_per_step if preset else 0  # of the preset's run
     return {
         "model": asked.model,
         "window": window,
-        "packed": packed,
+        "packed": shape.packed,
         "dtype": dtype,
         "memory_gib": memory,
         "usable_gib": memory * planner.USABLE,
