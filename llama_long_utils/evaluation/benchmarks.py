@@ -236,7 +236,11 @@ def delta_table(items: pd.DataFrame, before: str = "base", after: str = "extende
         if list(first.asked) != list(second.asked):
             raise ValueError(f"{task}: {before!r} and {after!r} were asked other items, measure them together")
         entry = {"task": task, "length": length, "pair": f"{before} -> {after}"}
-        for (metric, one), (_, other) in zip(_metrics_of(first), _metrics_of(second), strict=True):
+        for metric in dict.fromkeys(name for arm in (first, second) for name, _ in _metrics_of(arm)):
+            pairs = np.array([first[metric], second[metric]], dtype=float)
+            one, other = pairs[:, ~np.isnan(pairs).any(axis=0)]  # of items that both arms have
+            if not len(one):
+                raise ValueError(f"{task}: no item has a number for {metric!r} of both {before!r} and {after!r}")
             found = (paired_accuracy if _is_binary(metric, one, other) else paired_mean)(one, other)
             rows.append({**entry, "metric": metric, "items": len(one), **asdict(found)})
     return pd.DataFrame(rows)
