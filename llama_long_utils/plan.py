@@ -154,7 +154,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
         "peak_gib_by_component": {name: counts[name] / planner.GIB for name in COMPONENTS},
         "host_gib": plan.host_gib * asked.devices,
         "longest_window": longest,
-        "longest_window_host_gib": planner.predict(config, lora, lean).host_gib * asked.devices,
+        "longest_window_host_gib": longest and planner.predict(config, lora, lean).host_gib * asked.devices,
         "evaluation": {"tokens": text, "read_gib": read, "kept_gib": kept},
         "flops": plan.flops,
         "utilisation": asked.utilisation,
@@ -181,7 +181,7 @@ def cost(seconds: float) -> str:
 
 def table(found: dict[str, Any]) -> str:
     """The predictions for people."""
-    lora, devices, text = found["lora"], found["devices"], found["evaluation"]
+    lora, devices, text, longest = (found[name] for name in ("lora", "devices", "evaluation", "longest_window"))
     of = f"for the preset's {found['sequences_of_run']:,} sequences"
     run = {gpu: f", {cost(3600 * hours)} {of}" for gpu, hours in found["hours_of_run"].items()}
     attended = "attended document by document" if found["packed"] else "each attended as one document"
@@ -193,8 +193,8 @@ def table(found: dict[str, Any]) -> str:
         "peak": f"fits: {amount(found['peak_gib'])} of {amount(found['usable_gib'])} usable (8% kept free), at once:",
         **{f"  {AT_PEAK.get(name, name)}": amount(gib) for name, gib in found["peak_gib_by_component"].items()},
         "host memory": amount(found["host_gib"]),
-        "longest window": f"{found['longest_window']:,} tokens, with every memory saving switched on and "
-        f"{amount(found['longest_window_host_gib'])} of host memory",
+        "longest window": (f"{longest:,}" if longest else f"fewer than {1024 * found['context_parallel']:,}")
+        + f" tokens, with every memory saving on, and {amount(found['longest_window_host_gib'])} of host memory",
         "evaluation": f"{amount(text['read_gib'])} to read {text['tokens']:,} tokens, {amount(text['kept_gib'])} "
         "with all keys and values kept for an answer",
         "seconds a step": f"at {found['utilisation']:.0%} of a GPU's peak, {found['flops']:.3g} operations on each",

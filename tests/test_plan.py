@@ -184,6 +184,14 @@ def test_a_window_that_training_refuses_is_refused(monkeypatch):
         plan.main()
 
 
+def test_a_window_below_the_shortest_that_is_tried_may_fit(answer, capsys):
+    words = ("--window", "256", "--memory", "0.1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "longest_context", lambda *_: 0)  # not even 1,024 tokens
+        assert json.loads(answer(capsys, *words, "--json"))["longest_window"] == 0
+        assert re.search(r"longest window +fewer than 1,024 tokens", answer(capsys, *words))
+
+
 def test_seconds_are_given_for_gpus_with_as_much_memory(answer, capsys):
     found = json.loads(answer(capsys, "--window", "8192", "--memory", "40", "--json"))
     assert list(found["seconds_per_step"]) == ["A100 40 GB", "A100 80 GB", "H100 80 GB", "H200 141 GB"]
