@@ -284,14 +284,17 @@ def run(asked: argparse.Namespace) -> Path | None:
     if asked.command == "race":
         from experiments.race import race_arms, run_race
         from experiments.race_longer import longer_race
-        from experiments.race_longer_results import METHODS, OTHER_RATE, SLUG
+        from experiments.race_longer_results import AT_QUARTER, METHODS, OTHER_RATE, QUARTER, SLUG, TIMES
 
         if asked.times:
             methods, rate = asked.methods or [*METHODS], asked.learning_rate
             longer, arms = longer_race(preset, asked.times, methods, rate)
             options = f" --times {asked.times} --methods {' '.join(methods)}"
             options += f" --learning-rate {rate:g}" if rate else ""
-            return run_race(longer, arms, RESULTS / preset.name, OTHER_RATE if rate else SLUG, options)
+            study = {None: {*METHODS}, QUARTER: {*AT_QUARTER}}  # what its records must have
+            own = asked.times == TIMES and study.get(rate, {""}) <= {*methods}
+            folder = RESULTS / preset.name if own else preset.run_folder / "records"
+            return run_race(longer, arms, folder, OTHER_RATE if rate else SLUG, options)
         return run_race(preset, race_arms(preset), RESULTS / preset.name)
     if asked.command == "arm":
         from experiments.race import Arm, race_arms, run_arm

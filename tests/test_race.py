@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from experiments import race_longer_results, searches
-from experiments.__main__ import arguments
+from experiments.__main__ import arguments, run
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED
 from experiments.race import (
     Arm,
@@ -148,10 +148,13 @@ def test_the_longer_race_counts_once_all_four_methods_have_all_seeds(preset, mon
     assert longer_results(preset) is None
     (tmp_path / "tiny").mkdir()
     for suffix in (".json", ".npz"):
-        shutil.copy(RESULTS / "tiny" / f"11_ablations{suffix}", tmp_path / "tiny" / f"11_longer_race{suffix}")
+        shutil.copy(RESULTS / "tiny" / f"11_longer_race{suffix}", tmp_path / "tiny")
     assert longer_results(preset).window == preset.base.window
     path = tmp_path / "tiny" / "11_longer_race.json"
-    content = json.loads(path.read_text())
+    whole = path.read_text()
+    path.write_text(whole.replace("--times 16 ", "--times 2 "))
+    assert longer_results(preset) is None
+    content = json.loads(whole)
     content["tables"]["cost"] = [
         row
         for row in content["tables"]["cost"]
@@ -171,6 +174,25 @@ def test_a_race_at_another_rate_is_read_as_one_at_a_quarter_only_if_it_was(prese
         content.replace("--learning-rate 0.0005", "--learning-rate 0.001")
     )
     assert longer_results(preset, OTHER_RATE, methods) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "slug"),
+    [
+        (("16",), "11_longer_race"),
+        (("16", "--methods", "none", "abf", "--learning-rate", "5e-4"), OTHER_RATE),
+        (("2",), ""),
+        (("16", "--methods", "pi"), ""),
+        (("16", "--methods", "pi", "--learning-rate", "5e-4"), ""),
+        (("16", "--learning-rate", "1e-3"), ""),
+    ],
+)
+def test_a_pilot_replaces_no_record_of_the_study(options, slug, preset, monkeypatch):
+    monkeypatch.setattr("experiments.race.run_race", lambda _preset, _arms, *where: where)
+    monkeypatch.setattr("sys.argv", ["experiments", "race", "--times", *options])
+    folder, name, _ = run(arguments())
+    assert folder == (RESULTS / "tiny" if slug else preset.run_folder / "records")
+    assert name == slug or not slug
 
 
 @pytest.mark.parametrize("option", [("--methods", "pi"), ("--learning-rate", "5e-4")])
