@@ -141,6 +141,9 @@ def test_writing_ends_before_a_stop_text_and_at_eos(texts, tokenizer, model):
     (whole, *_) = write(model, tokenizer, prompts, tokens=12)
     stop = whole[5:8]
     assert write(model, tokenizer, prompts[:1], tokens=12, stops=[stop]) == [whole.partition(stop)[0]]
+    across = tokenizer.decode(prompts[0])[-2:] + whole[:2]  # begins in the prompt
+    assert across not in whole
+    assert write(model, tokenizer, prompts[:1], tokens=12, stops=[across]) == [whole]
     eos, model.generation_config.eos_token_id = (
         model.generation_config.eos_token_id,
         greedy_by_hand(model, prompts[0], 3)[-1],

@@ -31,7 +31,7 @@ from llama_long_utils.settings import Preset
 
 SLUG = "08_benchmark_deltas"
 KEYS = ["task", "length", "arm", "item", "asked", "written"]  # columns that are no metrics
-ANSWERS = 3  # raised by hand when the code that asks a model changes: kept answers are then asked again
+ANSWERS = 4  # raised by hand when the code that asks a model changes: kept answers are then asked again
 BINARY = {"accuracy", "accuracy_per_character", "exact_match", "passed", "acc", "acc_norm"}  # mostly 0 or 1 for an item
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from llama_long_utils.model.loss import Model, causal_lm, hidden_states, in_compute_dtype
 
@@ -39,12 +39,11 @@ def write(
         else torch.from_numpy(prompt)
         for prompt in prompts
     ]
-    options |= {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
     written = {}
     for numbers in batches(rows, tokens_at_once):
-        batch = [rows[number] for number in numbers]
-        padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-        ids, mask = padded(batch, padding_value=tokenizer.eos_token_id), padded([torch.ones_like(row) for row in batch])
+        ids, mask = padded_left([rows[number] for number in numbers], tokenizer.eos_token_id)
+        if stops:
+            options["stopping_criteria"] = [StopsBehind(tokenizer, list(stops), behind=ids.shape[1])]
         found = greedy(model, ids, tokens, mask=mask, pad_token_id=tokenizer.eos_token_id, **options)
         for number, row in zip(numbers, found, strict=True):
             text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -52,6 +51,23 @@ def write(
                 text = text.partition(stop)[0]
             written[number] = text
     return [written[number] for number in range(len(prompts))]
+
+
+class StopsBehind(StopStringCriteria):
+    """Looks for stop texts in what is written only: transformers lets one begin in the prompt."""
+
+    def __init__(self, *arguments: Any, behind: int) -> None:
+        super().__init__(*arguments)
+        self.behind = behind
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        return super().__call__(input_ids[:, self.behind :], scores, **options)
+
+
+def padded_left(rows: Sequence[torch.Tensor], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that end together, and a mask of what is theirs."""
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows, padding_value=padding), pad([torch.ones_like(row) for row in rows])
 
 
 @torch.no_grad()
@@ -65,7 +81,7 @@ def greedy(
     mask = torch.ones_like(ids) if mask is None else mask
     options |= {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     with in_compute_dtype(model):
-        output = model.generate(max_new_tokens=tokens, do_sample=False, **options)
+        output = model.generate(max_new_tokens=tokens, **{"do_sample": False, **options})
     return output[:, ids.shape[1] :]
 
 
