@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 
 from experiments import race_longer_results, searches
 from experiments.__main__ import arguments, run
+from experiments.pretraining_cells import checked_cell
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED
 from experiments.race import (
     Arm,
@@ -34,7 +35,13 @@ from experiments.race_results import (
     student_reach,
     trainings_in_words,
 )
-from experiments.searches import compare_trainings, search_longrope, search_pair_factors, search_rope_base
+from experiments.searches import (
+    compare_quoting,
+    compare_trainings,
+    search_longrope,
+    search_pair_factors,
+    search_rope_base,
+)
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.weights import locate_base, weights_sha256
@@ -89,6 +96,18 @@ def test_a_longer_race_differs_in_steps_and_methods_alone(preset):
         assert arm_record(slower, arm, "base") != arm_record(longer, arm, "base")
     with pytest.raises(ValueError, match="name those"):
         longer_race(preset, 8, ["pi", "no such method"])
+
+
+def test_a_number_that_no_training_has_is_refused_in_a_line(preset):
+    with pytest.raises(ValueError, match=r"^training: learning_rate = 2\.0: Input should be less than or equal to 1$"):
+        longer_race(preset, 2, ["pi"], learning_rate=2.0)
+    for training in ("full-length", ZERO_SHOT):
+        with pytest.raises(ValueError, match=r"^training: seed = 1000"):
+            arm_training(preset, Arm("abf", training, 10**20))
+    with pytest.raises(ValueError, match=r"^race: self_quoting_share = -1e-10: "):
+        compare_quoting(preset, [-1e-10], seed=0)
+    with pytest.raises(ValueError, match="is no seed: give a whole number from 0 to 4,294,967,295"):
+        checked_cell("doll", "long", str(10**20))
 
 
 def as_longer(pi_near=0.0, abf_far=-0.1, pi_far=-0.1, copies=(50.0, 20.0), pi_copies=-5.0, xpos_copies=-5.0):
