@@ -54,11 +54,10 @@ from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.instructions import instruction_sequences
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.model.adapters import find_adapter
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.attention import DOCUMENTS
-from llama_long_utils.model.loss import causal_lm, in_compute_dtype
+from llama_long_utils.model.loss import Model, causal_lm, in_compute_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.progress import track

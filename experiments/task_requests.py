@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llama_long_utils.evaluation.generation import Model, likelihoods, write
+from llama_long_utils.evaluation.generation import likelihoods, write
+from llama_long_utils.model.loss import Model
 from llama_long_utils.settings import Preset
 
 if TYPE_CHECKING:  # the machine that answers may have no pandas

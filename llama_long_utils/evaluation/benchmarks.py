@@ -19,11 +19,11 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from llama_long_utils.cache import Cache
-from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.harness import Llama, check_kind, check_lengths
 from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_accuracy, paired_mean, share_interval
 from llama_long_utils.evaluation.task_files import HUB, TASKS, check_names, is_ours
 from llama_long_utils.model.arms import arm_inputs, load_arm
+from llama_long_utils.model.loss import Model
 from llama_long_utils.model.weights import load_tokenizer, locate_base
 from llama_long_utils.presets import closest
 from llama_long_utils.records import write_record
