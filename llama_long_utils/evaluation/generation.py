@@ -39,11 +39,13 @@ def write(
         else torch.from_numpy(prompt)
         for prompt in prompts
     ]
-    written = {}
+    stopped, written = StopStringCriteria(tokenizer, list(stops)) if stops else None, {}
     for numbers in batches(rows, tokens_at_once):
-        ids, mask = padded_left([rows[number] for number in numbers], tokenizer.eos_token_id)
-        if stops:
-            options["stopping_criteria"] = [StopsBehind(tokenizer, list(stops), behind=ids.shape[1])]
+        batch = [rows[number] for number in numbers]
+        padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+        ids, mask = padded(batch, padding_value=tokenizer.eos_token_id), padded([torch.ones_like(row) for row in batch])
+        if stopped:  # transformers would let a stop text begin in the prompt
+            options["stopping_criteria"] = [lambda seen, scores, n=ids.shape[1], **_: stopped(seen[:, n:], scores)]
         found = greedy(model, ids, tokens, mask=mask, pad_token_id=tokenizer.eos_token_id, **options)
         for number, row in zip(numbers, found, strict=True):
             text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -51,23 +53,6 @@ def write(
                 text = text.partition(stop)[0]
             written[number] = text
     return [written[number] for number in range(len(prompts))]
-
-
-class StopsBehind(StopStringCriteria):
-    """Looks for stop texts in what is written only: transformers lets one begin in the prompt."""
-
-    def __init__(self, *arguments: Any, behind: int) -> None:
-        super().__init__(*arguments)
-        self.behind = behind
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-        return super().__call__(input_ids[:, self.behind :], scores, **options)
-
-
-def padded_left(rows: Sequence[torch.Tensor], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that end together, and a mask of what is theirs."""
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    return pad(rows, padding_value=padding), pad([torch.ones_like(row) for row in rows])
 
 
 @torch.no_grad()
@@ -81,7 +66,7 @@ def greedy(
     mask = torch.ones_like(ids) if mask is None else mask
     options |= {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     with in_compute_dtype(model):
-        output = model.generate(max_new_tokens=tokens, **{"do_sample": False, **options})
+        output = model.generate(max_new_tokens=tokens, do_sample=False, **options)
     return output[:, ids.shape[1] :]
 
 
