@@ -1,6 +1,7 @@
 """What a sceptic asks of the dose record: how much hangs on one text, on the weights it is read on, on one rate."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,28 +9,31 @@ from scipy import stats
 
 from experiments.dose_record import SEEN, Readings
 from experiments.dose_settings import read_doses
-from experiments.real_models import ENDS, NAMES, DoseResults
+from experiments.real_models import ENDS, LINES, NAMES, WAYS, DoseResults, OtherTexts, describe_line
 from llama_long_utils.evaluation.statistics import FEWEST
-from llama_long_utils.notebooks import measured, verdict
+from llama_long_utils.notebooks import NO_DIFFERENCE, measured, verdict
 from llama_long_utils.presets import load_preset
 
 BOUNDS, REPEATS = ["nats", "low", "high"], 0.1
-WITHOUT = "without the strongest"
+WITHOUT = "without the strongest text"
+RIVALS = {"pose": "PoSE", "raised": "RoPE base raised", "yarn": "YaRN"}  # past the old window, in finding statements
+TIMES = {2: "twice", 4: "four times"}
 
 
 def nearly_full(results: DoseResults) -> pd.DataFrame:
-    """Whole sequences at the largest dose, far out, minus nearly full windows: of all texts, and of fewer.
+    """The lines of `DoseResults.worth` at the largest dose, far out, minus nearly full windows: of all texts, and of
+    fewer.
 
     Returns:
-        Columns model, line ("full": minus its own windows; "fair": minus the control's), texts (all; `WITHOUT` the one
-        that speaks most for the mean's sign; those that repeat little of themselves), documents, nats, low, high
-        (missing of fewer than eight texts), ahead (as `DoseResults.ahead`), strongest (the text left out).
+        Columns model, line, texts (all; `WITHOUT` the one that speaks most for the mean's sign; those that repeat
+        little of themselves), documents, nats, low, high (missing of fewer than eight texts), ahead (as
+        `DoseResults.ahead`), strongest (the text left out).
     """
     readings, held_out = Readings.of(results.record, results.preset), results.record.table("held_out")
     end, last = int(readings.tokens.max()), results.worth(whole=True).groupby("line").tail(1).set_index("line")
     rows = []
-    for line in ("full", "fair"):
-        first, second = f"{results.largest('full')}/full", last.second[line]
+    for line in sorted(last.index, key=[*LINES, *WAYS].index):
+        first, second = f"{results.largest('full' if line == 'fair' else line)}/full", last.second[line]
         (one, places), (other, _) = (readings.bucket(name, end // 2, end, SEEN) for name in (first, second))
         gap = one - other
         strongest = np.argmax(gap * np.sign(gap.mean()))
@@ -46,25 +50,71 @@ def nearly_full(results: DoseResults) -> pd.DataFrame:
     return pd.concat(part.assign(ahead=results.ahead(part, line, whole=True)) for line, part in lines)
 
 
-def nearly_full_table(doses: Mapping[str, DoseResults]) -> pd.DataFrame:
-    """`nearly_full` of each model for a reader, a column for each choice of texts."""
-    found = pd.concat(map(nearly_full, doses.values()))
-    names = {"full": "its own windows", "fair": "the control's windows"}
-    described = [
-        f"{'ahead: ' * row.ahead}{measured(row.nats, row.low, row.high, digits=3)}, {row.documents} texts"
-        for row in found.itertuples()
-    ]
-    found = found.assign(described=described, minus=found.line.map(names))
-    table = found.pivot_table("described", ["model", "minus"], "texts", aggfunc="first", sort=False)
-    return table.rename_axis(None, axis=1).reset_index()
+def worth_table(doses: Mapping[str, DoseResults]) -> pd.DataFrame:
+    """For a reader: what full context is worth at each line's largest dose, far out, and in nearly full windows."""
+    rows = []
+    for name, results in doses.items():
+        last, found = results.worth().groupby("line").tail(1).set_index("line"), nearly_full(results)
+        for line, part in found.groupby("line", sort=False):
+            row, (every, without, few) = last.loc[line], part.itertuples()
+            rows.append(
+                {
+                    "model": name,
+                    "full context": describe_line(line),
+                    "tokens": f"{row.tokens_trained / 1e6:.1f}M",
+                    "far half": _judged(row, bool(results.ahead(row, line))),
+                    "texts that gain": f"{row.below_zero} of {row.documents}",
+                    "nearly full windows": _judged(every, every.ahead),
+                    WITHOUT: _judged(without, without.ahead),
+                    few.texts: _judged(few, few.ahead),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _judged(row: Any, ahead: bool) -> str:
+    """A difference with its interval, in bold with its verdict if it has one."""
+    judged = "**ahead** " if ahead else "**behind** " if row.low > 0 else ""
+    few = " (too few for an interval)" * bool(np.isnan(row.low))
+    return judged + measured(row.nats, row.low, row.high, digits=3) + few
+
+
+def verdicts(doses: Mapping[str, DoseResults]) -> pd.DataFrame:
+    """In words for a table: the differences of whole sequences at the largest dose, a column for each model."""
+    columns = {}
+    for name, results in doses.items():
+        found, far = nearly_full(results).set_index(["line", "texts"]), results.worth().groupby("line").tail(1)
+        far, near = far.set_index("line"), results.worth(place="inside").query("line == 'fair'").iloc[-1]
+        rows = {
+            "far half, minus its own windows": (far.loc["full"], results.ahead(far.loc["full"], "full")),
+            "... where these are nearly full": (found.loc["full", "all"], found.ahead["full", "all"]),
+            "... and without the strongest text": (found.loc["full", WITHOUT], found.ahead["full", WITHOUT]),
+            "far half, minus the control's windows": (far.loc["fair"], results.ahead(far.loc["fair"], "fair")),
+            "... where the control's are nearly full": (found.loc["fair", "all"], found.ahead["fair", "all"]),
+            "inside the old window, minus the control": (near, near.high < 0),
+        }
+        columns[name] = {
+            said: "ahead" if ahead else "behind" if row.low > 0 else NO_DIFFERENCE
+            for said, (row, ahead) in rows.items()
+        }
+    return pd.DataFrame(columns).rename_axis("full context").reset_index()
 
 
 def nearly_full_in_words(doses: Mapping[str, DoseResults]) -> str:
-    """Of which models the gain over nearly full windows of their own hangs on one text: a sentence, or ""."""
-    own = [nearly_full(results).query("line == 'full'").set_index("texts") for results in doses.values()]
-    hangs = [part for part in own if part.ahead["all"] and not part.ahead[WITHOUT]]
-    named = (f"{NAMES[part.model.iloc[0]]}: {part.strongest.iloc[0].rpartition('/')[2]}" for part in hangs)
-    return f"In nearly full windows the gain is not shown without one text ({'; '.join(named)})." if hangs else ""
+    """From which dose on a model gains over nearly full windows of its own, if that hangs on one text: sentences."""
+    said = []
+    for name, results in doses.items():
+        part, dose = (
+            nearly_full(results).query("line == 'full'").set_index("texts"),
+            results.pays_from("full", whole=True),
+        )
+        if dose and not part.ahead[WITHOUT]:
+            text = part.strongest["all"].rpartition("/")[2]
+            said.append(
+                f"Over nearly full windows {NAMES.get(name, name)} gains from {dose / 1e6:.1f}M tokens on, and without "
+                f"the strongest text ({text}) that is not shown."
+            )
+    return " ".join(said)
 
 
 def by_repetition(results: DoseResults) -> str:
@@ -76,6 +126,18 @@ def by_repetition(results: DoseResults) -> str:
         f"least {REPEATS:.0%} of themselves read {texts.nats[often].mean():+.3f} nat, the other {(~often).sum()} texts "
         f"{texts.nats[~often].mean():+.3f}."
     )
+
+
+def beside_seeds(results: DoseResults, again: OtherTexts) -> str:
+    """Whether the lead over another seed's control, on the second set and on both, exceeds what seeds lie apart."""
+    found = again.compare().query('quantity == "far out, minus another seed\'s control in windows"')
+    apart, found = results.apart("fair"), found.set_index("texts").loc[["second set", "both"]]
+    said = [
+        f"On {sets} the lead over another seed's control is {'' if row.high < 0 else 'not '}beyond its interval, and "
+        f"{'larger' if -row.nats > apart else 'smaller'} than that."
+        for sets, row in zip(("the second set", "both sets together"), found.itertuples(), strict=True)
+    ]
+    return f"Against the control, seeds of **{results.preset}** lie up to {apart:.3f} nat apart. {' '.join(said)}"
 
 
 def unpacked_in_words(results: DoseResults) -> str:
@@ -101,42 +163,76 @@ def unpacked_in_words(results: DoseResults) -> str:
 
 
 def prices_in_words(results: DoseResults) -> str:
-    """By seed and dose, what whole sequences cost inside the old window against the control; rate and passes."""
+    """What whole sequences cost inside the old window against the control, by seed and dose; rate, passes: a list."""
     prices, arms = results.worth(r"\d+", place="inside").query("line == 'fair'"), results.record.table("arms")
+    last = results.worth(place="inside").query("line == 'fair'").iloc[-1]
     seeds = prices["first"].str.extract(r"-s(\d+)-")[0]
-    each = [f"{row.nats:+.3f} after {row.tokens_trained / 1e6:.1f}M" for row in prices.itertuples()]
+    each = [f"{row.nats:+.3f} after {row.tokens_trained / 1e6:.1f}M tokens" for row in prices.itertuples()]
     each = pd.Series(each, index=prices.index).groupby(seeds).agg(", ".join)
-    by_seed = "; ".join(f"seed {seed} {prices}" for seed, prices in each.items())
-    most = arms.sort_values("tokens").iloc[-1]
-    return (
-        f"**{results.preset}**, whole sequences minus the control inside the old window: {by_seed} tokens. One "
-        f"learning rate for all arms: {read_doses(results.preset).learning_rate:g}. {most.tokens / 1e6:.1f}M tokens "
-        f"are {most.passes:.2f} passes over the training documents."
+    most, worse = arms.sort_values("tokens").iloc[-1], last.documents - last.below_zero
+    return "\n".join(
+        [
+            f"**{results.preset}**, whole sequences minus the control inside the old window:\n",
+            f"- {verdict(*last[BOUNDS], 'better', 'worse')}, worse in {worse} of {last.documents} texts",
+            *(f"- seed {seed}: {prices}" for seed, prices in each.items()),
+            f"- one learning rate for all arms: {read_doses(results.preset).learning_rate:g}",
+            f"- {most.tokens / 1e6:.1f}M tokens are {most.passes:.2f} passes over the training documents",
+        ]
     )
 
 
-def pose_in_words(results: DoseResults, old: int) -> str:
-    """How long PoSE's sequences are: a sentence; "" if it was not run. `old` is the old window."""
-    arms = results.record.table("arms")
-    windows = sorted({*arms.window[arms.arm.str.startswith("pose")]})
-    lengths = " and ".join(f"{window:,} tokens, {window / old:.0%} of the old window" for window in windows)
-    return f"PoSE trained on {lengths} ({NAMES[results.preset]}). " * bool(windows)
+def found_in_words(doses: Mapping[str, DoseResults], asked: pd.DataFrame) -> str:
+    """Past the old window, where the lead of whole sequences over a rival is beyond its interval over texts; and
+    whether the control was asked there: sentences."""
+    shown, others, control = [], 0, False
+    for name, results in doses.items():
+        old = load_preset(name).base.window
+        for length, part in asked[(asked.model == name) & (asked.length > old)].groupby("length"):
+            sums, readings = part.groupby("arm")[["right", "questions"]].sum(), _rivals(results)
+            led = [arm for arm in readings if mean_lead(leads(results, readings[arm], length))[1] > 0]
+            others, control = others + len(readings) - len(led), control or "control" in sums.index
+            found = ", ".join(f"{RIVALS[arm]} {sums.right[arm]}" for arm in led)
+            where = (
+                f"In {TIMES.get(length / old, f'{length / old:g} times')} its old window {NAMES.get(name, name)} finds"
+            )
+            shown += [f"{where} {sums.right['full']} of {sums.questions['full']}, {found}."] if led else []
+    none = f"No {'other ' * bool(shown)}lead past an old window is beyond its interval."
+    return " ".join([*shown, *[none] * bool(others), *["The control was not asked there."] * (not control)])
+
+
+def _rivals(results: DoseResults) -> dict[str, str]:
+    """The readings of `RIVALS` that a model has."""
+    readings = {"pose": results.largest("pose"), "raised": "raised-nf4", "yarn": "yarn-nf4"}
+    return {arm: reading for arm, reading in readings.items() if reading}
+
+
+def found_by_seed(results: DoseResults) -> str:
+    """What other seeds than the first found after the largest dose: a sentence, "" if there are none."""
+    table, said = results.record.table("retrieval").query("task == 'key'"), []
+    for way in ("full", "pose", "control"):
+        arm, _, dose = results.largest(way).rpartition("-")
+        others = table[
+            table.arm.str.fullmatch(arm.replace("-s0", r"-s[1-9]\d*")) & (table.tokens_trained == int(dose or -1))
+        ]
+        for name, part in others.groupby("arm"):
+            sums = (part.exact * part.questions).groupby(part.length).sum().round().astype(int)
+            counts = ", ".join(f"{right} in {length:,} tokens" for length, right in sums.items())
+            said.append(f"{WAYS.get(way, way)}, seed {name.rpartition('-s')[2]}, {counts}")
+    return f"Other seeds after the largest dose, right of 100: {'; '.join(said)}." * bool(said)
 
 
 def leads_by_text(results: DoseResults, asked: pd.DataFrame) -> str:
     """Statements found by whole sequences minus those of each rival, text by text, at lengths past the old window."""
-    rivals = {"raised-nf4": "RoPE base raised", "yarn-nf4": "YaRN", results.largest("pose"): "PoSE, trained as long"}
     part = asked[(asked.model == results.preset) & (asked.length > load_preset(results.preset).base.window)]
     lines = [
         f"**{results.preset}**, past the old window: right answers of whole sequences minus those of a rival, in each "
         "text, and their mean, with Student's t over texts:\n"
     ]
     for length in sorted(part.length.unique()):
-        for rival, name in rivals.items():
-            if rival:
-                each = leads(results, rival, length)
-                by_text = ", ".join(f"{one:+d}" for one in each)
-                lines.append(f"- {length:,} tokens, {name}: {by_text}; {measured(*mean_lead(each), digits=1)}")
+        for arm, rival in _rivals(results).items():
+            each = leads(results, rival, length)
+            by_text = ", ".join(f"{one:+d}" for one in each)
+            lines.append(f"- {length:,} tokens, {RIVALS[arm]}: {by_text}; {measured(*mean_lead(each), digits=1)}")
     return "\n".join(lines)
 
 

@@ -52,15 +52,15 @@ RECORD_ONLY = ("long, rate / 4", "long, loss on prompt, rate / 4")
 DRAWN = ("chat base", "short", "long", "long, loss on prompt")
 MEASURES = {"exact": "exact answers", "words": "right words, whatever follows"}
 WRITER = "qwen2.5-coder-1.5b"  # the preset whose record holds what a chat model asked
-LOSS, LONG, PLAIN = "loss on the prompt minus none", "long with that loss minus short", "long minus short"
+LOSS, LONG, PLAIN = "loss on the prompt minus none", "long, loss on prompt minus short", "long minus short"
 FULL = "loss on the prompt minus none, answers at full weight"
 DILUTED = "loss on the prompt minus none, answers diluted in both"
 DILUTION = "diluted answers minus full ones, no loss on the prompt"
-BESIDE = "diluted answers minus full ones, beside that loss"
+BESIDE = "diluted answers minus full ones, loss on prompt"
 READ = ("long", "long, loss on prompt", "long, loss on prompt, full answers")
 RATE = "loss on the prompt minus none, a quarter of the rate, one seed"
 TEXT, LONGER = "plain text minus short", "loss on the prompt minus none, 4 times the steps, one seed"
-SYNTHETIC, OLD = "long minus synthetic context", "short minus the base in its own window"
+SYNTHETIC, OLD = "long minus synthetic context", "base in its own window minus short"
 EXPECTED = (LOSS, PLAIN, FULL, DILUTION)  # what was written down before the runs judges these
 TABLE = (LOSS, FULL, LONGER, TEXT, PLAIN, LONG, SYNTHETIC, OLD)  # the others are drawn, or only in the record
 PAIRS = {  # differences: first arm minus second
@@ -76,8 +76,7 @@ PAIRS = {  # differences: first arm minus second
     PLAIN: ("long", "short"),
     LONG: ("long, loss on prompt", "short"),
     SYNTHETIC: ("long", "synthetic context"),
-    OLD: ("short", "chat base"),
-    "short minus not tuned": ("short", "untuned"),
+    OLD: ("chat base", "short"),
 }
 Interval = tuple[float, float, float]  # value, low, high
 
@@ -148,21 +147,17 @@ class InstructionResults:
         documents, evaluation = values.shape[1], self.preset.evaluation
         return np.ones(documents), Bootstrap(documents, evaluation.bootstrap_samples, evaluation.seed)
 
-    def difference(
-        self, first: str, second: str, measure: str = "exact", lengths: Sequence[int] | None = None
-    ) -> Interval:
-        """First minus second arm, paired by document and seed; default: past the old window."""
-        at = lengths or self.past
+    def difference(self, first: str, second: str, measure: str = "exact") -> Interval:
+        """First minus second arm past the old window, paired by document and seed."""
+        at = self.past
         return self.contrast(self.scores(first, at, measure, second) - self.scores(second, at, measure, first))
 
-    def in_words(self, first: str, second: str, measure: str, lengths: Sequence[int] | None = None) -> str:
-        """`difference` for a reader, or that both arms are at the floor: no score of either is above 0."""
-        at = lengths or self.past
-        both = self.scores(first, at, measure, second), self.scores(second, at, measure, first)
-        if measure != "log_probability" and not any(scores.any() for scores in both):
+    def in_words(self, first: str, second: str, measure: str) -> str:
+        """`difference` of shares for a reader, or that both arms are at the floor: no score of either is above 0."""
+        both = self.scores(first, self.past, measure, second), self.scores(second, self.past, measure, first)
+        if not any(scores.any() for scores in both):
             return "both at the floor"
-        digits = 2 if measure == "log_probability" else 1
-        return measured(*self.difference(first, second, measure, lengths), digits=digits)
+        return measured(*self.difference(first, second, measure), digits=1)
 
     def far_nll(self, first: str, second: str) -> Interval:
         """First minus second arm's nats per token in the far half."""
@@ -190,9 +185,10 @@ def instruction_results(preset: Preset) -> InstructionResults | None:
 
 
 def ablation_table(results: InstructionResults) -> pd.DataFrame:
-    """Exact answers of each arm by length, with the tokens trained on and the answers that end: text for a reader."""
+    """Exact answers of each arm past the old window, at its first and last length, labels, and answers that end."""
     table = results.table()
-    table = table[~table.arm.isin(RECORD_ONLY)].reset_index(drop=True)
+    shown = table.length.isin([results.past[0], results.past[-1]])
+    table = table[~table.arm.isin(RECORD_ONLY) & shown].reset_index(drop=True)
     table["exact"] = [measured(*row[3:], digits=0, sign=False) for row in table.itertuples()]
     table["length"] = [f"{length:,}" for length in table.length]
     wide = table.pivot_table("exact", "arm", "length", aggfunc="first", sort=False).reset_index()
@@ -256,11 +252,9 @@ def draw_scores(results: InstructionResults, folder: Path, slug: str, number: st
     exact, words = (results.difference(*PAIRS[LOSS], measure) for measure in MEASURES)
     message = "Exact answers and right words by length."
     if exact[2] < 0 and words[1] <= 0 <= words[2]:
-        message = "The loss on the prompt takes exact answers away. For right words no difference was detected."
-        longer = results.difference(*PAIRS[LONGER], "words") if LONGER in results.pairs else (0.0, 0.0, 0.0)
-        message += " After four times the steps (one seed) they fall, too." * (longer[2] < 0)
-    caption = f"""**{message}** Compare blue with green, the same data without that loss. Many blue answers begin right
-and do not stop. Other arms are in the table above.
+        message = "The loss on the prompt takes exact answers away; for right words no difference was detected."
+    caption = f"""**{message}** Blue against green: the same data with and without that loss. Many blue answers begin
+right and do not stop. Other arms are in the table above.
 
 *Answers to quotations from held-out documents, {results.record.origin}; 95% over documents and seeds.*"""
     alt = f"Falling with length in all arms. At {results.lengths[-1]:,} tokens, in percent. {'. '.join(said)}."
@@ -269,28 +263,27 @@ and do not stop. Other arms are in the table above.
 
 def draw_beside_paper(results: InstructionResults, published: dict, folder: Path, slug: str, number: str) -> None:
     """Differences between arms in exact answers, and below each the same difference in the tasks of Table 9."""
-    pairs = {"loss on prompt\nminus none": PAIRS[LOSS]}
-    pairs |= {"long, loss on prompt\nminus short": PAIRS[LONG], "long\nminus short": PAIRS[PLAIN]}
-    pairs |= {"plain text\nminus short": PAIRS[TEXT], "base in its own window\nminus short": ("chat base", "short")}
+    names = (LOSS, LONG, PLAIN, TEXT, OLD)
     figure, axes = plt.subplots(figsize=(9, 4.4))
     said, risen = [], {}
-    for place, (name, (arm, other)) in enumerate(pairs.items()):
-        value, low, high = results.difference(arm, other)
-        theirs = [np.array(published["rows"][LOOKS[one][-1]]) for one in (arm, other)]
+    for place, name in enumerate(names):
+        value, low, high = results.difference(*PAIRS[name])
+        theirs = [np.array(published["rows"][LOOKS[one][-1]]) for one in PAIRS[name]]
         risen[name] = theirs[0] - theirs[1]
         axes.hlines(place - 0.14, low, high, color=BLACK, linewidth=2)
         axes.scatter(value, place - 0.14, s=44, color=BLACK, zorder=3, label="ours, exact answers" * (not place))
         marks = {"facecolors": "none", "edgecolors": PINK, "linewidths": 1.5}
         axes.scatter(risen[name], [place + 0.16] * 5, s=38, label="the paper's five tasks" * (not place), **marks)
         least, most = risen[name].min(), risen[name].max()
-        said.append(f"{name}: ours {value:+.1f}, the paper's {least:+.1f} to {most:+.1f}".replace("\n", " "))
+        said.append(f"{name}: ours {value:+.1f}, the paper's {least:+.1f} to {most:+.1f}")
     axes.axvline(0, color="0.35", linewidth=1)
-    axes.set(yticks=range(len(pairs)), yticklabels=[*pairs], ylim=(len(pairs) - 0.5, -0.5))
+    labels = [name.replace(" minus ", "\nminus ") for name in names]
+    axes.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.5, -0.5))
     axes.set(xlabel="difference (points)")
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=2)
     message = "Differences in exact answers, and in the paper's tasks."
-    if results.difference(*PAIRS[LOSS])[2] < 0 < min(risen["loss on prompt\nminus none"]):
+    if results.difference(*PAIRS[LOSS])[2] < 0 < min(risen[LOSS]):
         message = "The loss on the prompt lifts all five tasks of the paper, and takes our exact answers away."
     caption = f"""**{message}** The paper's tasks have different metrics and no intervals, so each is a mark.
 
@@ -301,7 +294,7 @@ Table 9 of Llama 2 Long.*"""
 
 def draw_dilution(results: InstructionResults, folder: Path, slug: str, number: str) -> None:
     """The loss on the prompt taken apart: one step at a time, in exact answers."""
-    names = {"both: loss on prompt\nminus none": LOSS, "add the loss,\nanswers at full weight": FULL}
+    names = {"both: loss on the prompt\nminus none": LOSS, "add the loss,\nanswers at full weight": FULL}
     names |= {"add the loss,\nanswers diluted": DILUTED, "dilute answers,\nwithout the loss": DILUTION}
     names |= {"dilute answers,\nbeside the loss": BESIDE}
     found = [(name, *results.difference(*PAIRS[pair])) for name, pair in names.items()]
@@ -317,19 +310,18 @@ def draw_dilution(results: InstructionResults, folder: Path, slug: str, number: 
         )
     axes.set(xlabel="change of exact answers (points)")
     ends = table.set_index("row").high
-    message = "The loss on the prompt taken apart."
+    message, below = "The loss on the prompt taken apart.", ""
     if max(ends.iloc[[3, 4]]) < 0 <= ends.iloc[1]:
-        message = "Diluting the answers takes exact answers away. "
-        message += (
-            "Adding the loss does so too where they are diluted; at full weight it was not shown to."
-            if ends.iloc[2] < 0
-            else "Adding the loss was not shown to."
-        )
+        own = "was shown to cost them only where they are diluted" if ends.iloc[2] < 0 else "was not shown to"
+        message = f"Diluting the answers costs exact answers. The loss itself {own}."
+        below = " At full weight no cost was shown."
     first, second = (results.scores(arm, results.past) for arm in PAIRS[DILUTED])
     third, fourth = (results.scores(arm, results.past) for arm in PAIRS[FULL])
-    apart = measured(*results.contrast(first - second - third + fourth), digits=1)
-    caption = f"""**{message}** First row: both at once. The others change one at a time, as in the table of losses. The
-third row minus the second, as the fifth minus the fourth: {apart} points.
+    _, low, high = results.contrast(first - second - third + fourth)
+    if below and low <= 0 <= high:
+        below += " Nor was it shown that the loss costs more where answers are diluted."
+    caption = f"""**{message}** First row: both at once. The others change one at a time, as in the table of
+losses.{below}
 
 *Past the old window, {results.record.origin}; 95%, the wider over documents and seeds or over seeds.*"""
     said = "; ".join(f"{row.row} {row.value:+.1f}".replace("\n", " ") for row in table.itertuples())
@@ -366,5 +358,6 @@ def draw_costs(results: InstructionResults, folder: Path, slug: str, number: str
 
 *Held-out documents, {results.record.origin}; 95%, the wider over documents and seeds or over seeds. 4 times: one
 seed, over documents.*"""
-    said = "; ".join(f"{row.row}, {row.place} {row.value:+.3f}" for row in table.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"Nats against before: {said}.")
+    far = table[table.place == "far half"].sort_values("value")
+    least, most = (f"{row} ({value:+.2f} nat)" for row, value in far[["row", "value"]].iloc[[0, -1]].to_numpy())
+    save_figure(figure, folder, slug, number, caption, f"In the far half it changes least in {least}, most in {most}.")

@@ -16,6 +16,7 @@ LOOKS = {"rl": ("RL against the reward model", BLUE, "s"), "dpo": ("DPO on the s
 CONTROLS = ("rl on gold", "tight rl", "imitation", "slow dpo", "dpo with text", "slow dpo with text")
 NEW = ", new seeds"
 CALLED = {"text 0.7, rate 4e-4": "retuned dpo with text"}  # an arm's name in the record, and for a reader
+CALLED |= {"rl, 0.125": "an eighth of rl", "dpo, 0.125": "an eighth of dpo"}
 PANELS = {
     "proxy_scaled": ("proxy", "standard deviations above start"),
     "gold": ("gold", "share of tokens that match"),
@@ -74,8 +75,10 @@ def draw_preferred(wins: pd.DataFrame, folder: Path, slug: str, number: str, ori
         "": (-0.14, "to its answer"),
         "_cut": (0.14, "to its answer, cut to the same length"),
     }.items():
-        heights = [place + shift for place in range(len(wins))]
-        draw_marks(axes, wins, f"preferred{end}", end, heights, [bool(end)] * len(wins))
+        drawn = wins.reset_index(drop=True)
+        if end:  # without training the cut answer is the same answer
+            drawn = drawn[drawn.arm.isin(LOOKS)]
+        draw_marks(axes, drawn, f"preferred{end}", end, drawn.index + shift, [bool(end)] * len(drawn))
         fill = "none" if end else "0.2"
         axes.scatter([], [], s=44, facecolors=fill, edgecolors="0.2", linewidths=1.6, label=label)
     axes.axvline(0.5, color="0.35", linewidth=1)
@@ -84,20 +87,26 @@ def draw_preferred(wins: pd.DataFrame, folder: Path, slug: str, number: str, ori
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=2)
     trained = wins[wins.arm.isin(LOOKS)]
-    better = [f"{names[row.arm]}'s {row.decoding}" for row in trained.itertuples() if row.low_cut > 0.5]
     message = "How often answers are preferred."
     if trained.low.min() > 0.5:
-        message = "All are preferred. Against answers cut to the same length, only "
-        message += f"{' and '.join(better)} answers are." if better else "none is."
+        message = f"All are preferred. At equal length {at_equal_length(trained)}."
     caption = f"""**{message}** Filled: against the instruction-tuned model's own answer. Hollow: against that answer,
 cut and ended where the other ends.
 
 *Judged by gold, a program; {wins.questions.iloc[0]} questions, {origin}; 95%, the wider over questions or seeds.*"""
     said = [
-        f"{row.arm}, {row.decoding}: {row.preferred:.2f}, cut {row.preferred_cut:.2f}".replace("\n", " ")
+        f"{row.arm}, {row.decoding}: {row.preferred:.2f}" + f", cut {row.preferred_cut:.2f}" * (row.arm in LOOKS)
         for row in wins.itertuples()
     ]
     save_figure(figure, folder, slug, number, caption, "; ".join(said) + ".")
+
+
+def at_equal_length(trained: pd.DataFrame) -> str:
+    """Which answers are preferred to the untrained ones cut to the same length, and which are worse: a clause."""
+    named = trained.assign(name=trained.arm.str.upper() + "'s " + trained.decoding)
+    better, worse = named.name[named.low_cut > 0.5], named.name[named.high_cut < 0.5]
+    said = f"{' and '.join(better)} answers are still preferred" if len(better) else "none is shown to be preferred"
+    return f"{said}, and {' and '.join(worse)} ones are worse than no training" if len(worse) else said
 
 
 def draw_marks(
@@ -199,7 +208,6 @@ def near(value: float, limit: float) -> str:
 
 def say_controls(table: pd.DataFrame, fresh: Record | None, limit: float) -> None:
     """What the controls tell apart, and the arms on new seeds: tables, and findings that hold or do not."""
-    say(tradeoff_in_words(table, limit))
     if fresh:
         say("What arms on new seeds cost, in nats a token, and how many of their seeds' intervals end above the limit:")
         show_table(costs_on_new_seeds(table, limit))
@@ -217,16 +225,6 @@ def in_figure(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `what_costs_what` without all but the smallest share of each arm's change."""
     larger = [f"{arm}, {share:g}" for arm in LOOKS for share in KEPT if share > min(KEPT)]
     return table[~table.index.isin(larger)]
-
-
-def arms_within(table: pd.DataFrame, limit: float, *, again: bool) -> list[str]:
-    """Arms that are preferred and whose seeds' intervals end within the limit, of those tested on new seeds or not.
-
-    A test on new seeds decides: the same arm on the study's own seeds is left out.
-    """
-    new = table.index.str.endswith(NEW)
-    picked = table[new if again else ~new & ~(table.index + NEW).isin(table.index)]
-    return [*picked.query("low > 0.5 and at_most <= @limit").index.str.removesuffix(NEW)]
 
 
 def controls_in_words(table: pd.DataFrame, limit: float) -> str:
@@ -284,21 +282,19 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
     drawn = in_figure(table)
     again = drawn.index.str.endswith(NEW)
     rows = pd.concat([drawn[again], drawn[~again]]).reset_index(names="arm")
-    places, hollow = range(len(rows)), rows.at_most > limit
+    places = range(len(rows))
     wide = {"width_ratios": (1.6, 1, 1)}
     figure, panels = plt.subplots(1, 3, figsize=(10, 5.6), sharey=True, layout="constrained", gridspec_kw=wide)
     for axes, end in zip(panels[1:], ("", "_cut"), strict=True):
-        draw_marks(axes, rows, f"preferred{end}", end, places, hollow)
+        draw_marks(axes, rows, f"preferred{end}", end, places, [False] * len(rows))
         axes.set(xlim=(min(rows.low.min(), rows.low_cut.min()) - 0.03, rows.high.max() + 0.03))
         axes.axvline(0.5, color="0.35", linewidth=1)
-    draw_marks(panels[0], rows, "cost", "_cost", places, hollow)
-    colours = [colour_of(arm) for arm in rows.arm]
-    panels[0].scatter(rows.at_most, places, s=90, c=colours, marker="|", linewidths=1.6)
+    draw_marks(panels[0], rows, "cost", "_cost", places, rows.at_most > limit)
     panels[0].axvline(limit, color="0.35", linestyle=":")
     form = {"s": 44, "edgecolors": "0.2", "linewidths": 1.6}
     panels[0].scatter([], [], facecolors="0.2", label=f"every seed within {limit:g} nat", **form)
     panels[0].scatter([], [], facecolors="white", label="not every seed", **form)
-    panels[0].scatter([], [], s=90, color="0.2", marker="|", label="highest end of a seed's interval")
+    panels[0].legend(loc="center right", bbox_to_anchor=(1, 0.58))
     share = "share of sampled answers"
     titles = {"cost on long text": "nats per token", "preferred": share, "at equal length": share}
     for axes, (title, unit) in zip(panels, titles.items(), strict=True):
@@ -311,46 +307,27 @@ def draw_tradeoff(table: pd.DataFrame, limit: float, folder: Path, slug: str, nu
         kinds = {0: "new seeds, unread documents", again.sum(): "the study's seeds and documents"}
         for place, kind in kinds.items():
             panels[0].text(rows.high_cost.max(), place, kind, ha="right", va="center", color="0.35", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=3)
     trained = table[~table.index.isin([*parts, *(f"{arm}{NEW}" for arm in table.index)])]  # each setting once
     rank = trained.cost.rank().corr(trained.preferred.rank())
     message = "What is won, and what it costs."
     if rank > 0.8:
         message = "Arms that win more mostly cost more on long text."
     fair = [called(arm) for arm in rows.arm[rows.low_cut > 0.5]]
-    caption = f"""**{message}** Left: cost; filled, in all panels, if every seed's interval stays within {limit:g} nat
-(dotted). Middle: share of sampled answers preferred to the instruction-tuned model's. Right: to those, cut to equal
-length; clear of one half, and above it: {", ".join(fair) or "none"}. "{min(KEPT):g}": that share of the change.
+    won = (
+        f"only {' and '.join([', '.join(fair[:-1])] * (len(fair) > 1) + fair[-1:])} win"
+        if fair
+        else "none is shown to win"
+    )
+    caption = f"""**{message} Against answers of equal length {won}.** Left: cost (filled: every seed within {limit:g}
+nat, dotted). Middle and right: share of sampled answers preferred. Green: with text; amber: dpo; blue: rl.
 
-*Sorted by cost, new seeds first; {origin}. Rank correlation of {len(trained)} settings: {rank:.2f}. 95%: shares, the
-wider over questions or seeds; costs, over documents or seeds.*"""
+*{origin[0].upper()}{origin[1:]}. 95%: shares, the wider over questions or seeds; costs, over documents or seeds.*"""
     said = [
         f"{called(row.arm)}: preferred {row.preferred:.2f} (cut: {row.preferred_cut:.2f}) at {row.cost:+.3f} nats, "
         f"at most {near(row.at_most, limit)}"
         for row in rows.itertuples()
     ]
     save_figure(figure, folder, slug, number, caption, "; ".join(said) + ".")
-
-
-def tradeoff_in_words(table: pd.DataFrame, limit: float) -> str:
-    """Which arms are within the limit and preferred, on new seeds first, and which were so only before."""
-    passed, others = (arms_within(table, limit, again=again) for again in (True, False))
-    described = []
-    for arm in passed:
-        new = table.loc[f"{arm}{NEW}"]
-        above = sum(high > limit for high in new.ends_study)
-        study = f"; {above} of {len(new.ends)} seeds above on the study's documents" if above else ""
-        described.append(f"{called(arm)} ({near(new.at_most, limit)}{study})")
-    said = f"- Preferred and within {limit:g} nat, in a test written down before, on new seeds and unread documents: "
-    said += f"{'; '.join(described) or 'none'}."
-    again = [arm for arm in table.index if f"{arm}{NEW}" in table.index and table.at_most[arm] <= limit]
-    if failed := [arm for arm in again if arm not in passed]:
-        said += f"\n- {' and '.join(failed)}: within it on the study's seeds, not when tested again."
-    if others:
-        said += f"\n- On the study's seeds only: {'; '.join(others)}."
-    fair = [arm for arm in passed if table.low_cut[f"{arm}{NEW}"] > 0.5]
-    fair += [arm for arm in others if table.low_cut[arm] > 0.5]
-    return f"{said}\n- Preferred also against answers cut to the same length: {'; '.join(fair) or 'none of these'}."
 
 
 def raters_in_words(raters: pd.DataFrame, ends: pd.DataFrame, beta: float) -> str:

@@ -45,7 +45,8 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
         ends[name] = pd.Series({key: in_brackets(row, f"preferred{end}", end) for key, row in whole.iterrows()})
     say(f"""At the end of training, {origin}. *Preferred*: by gold, to the start's answer, and to it cut as the arm's,
         with 95% over questions or seeds:""")
-    show_table(ends.rename(columns={"words_right": "right words"}).fillna("-").reset_index())
+    start = {"sft": "start", "sft, stopped": "start, stopped"}
+    show_table(ends.rename(index=start, columns={"words_right": "right words"}).fillna("-").reset_index())
     agreed, total = int((rated.right * rated.held_out).round().sum()), int(rated.held_out.sum())
     rank = rated.filter(like="rank_").mean()
     say(f"""The reward model agrees with {agreed} of {total} comparisons that it was not trained on
@@ -64,8 +65,8 @@ def say_real_model(record: Record, limit: float, folder: Path, slug: str, number
             part.groupby("step")[[*WATCHED]].mean() for part in (sampled, *(one for _, one in sampled.groupby("seed")))
         ]
         over, *found = [gamed(curve.iloc[0], curve.iloc[-1]) for curve in curves]
-        claim = f"{arm}, sampled: late in training the proxy rises and gold or right words fall, on average"
-        finding(f"{claim} (in {sum(found)} of {len(found)} seeds)", over)
+        claim = f"{arm}, sampled, mean over seeds: late in training the proxy rises and gold or right words fall"
+        finding(f"{claim} (of single seeds: {sum(found)} of {len(found)})", over)
         within = f"{arm}: long stretches cost at most {limit:g} nat, every seed's interval"
         finding(within, each.high[each.arm == arm].max() <= limit)
     draw_steps(record, table, folder, slug, number, origin)
@@ -101,31 +102,35 @@ def gamed(first: pd.Series, end: pd.Series) -> bool:
 
 def draw_steps(record: Record, table: pd.DataFrame, folder: Path, slug: str, number: str, origin: str) -> None:
     """Sampled answers against steps: the share preferred, with bars of all seeds, right words and length."""
-    figure, panels, ends = draw_by_step(table[table.decoding == "sampled"], STEPS)
-    wins, changes = (part[part.decoding == "sampled"] for part in map(record.table, ("wins_by_step", "changes")))
-    wins, preferred, words = wins[wins.seed.isna()], {}, []
+    sampled, wins = (part[part.decoding == "sampled"] for part in (table, record.table("wins_by_step")))
+    figure, panels, ends = draw_by_step(sampled, STEPS)
+    wins, preferred, shorter, torn = wins[wins.seed.isna()], {}, [], []
+    start = sampled[sampled.arm == "sft"].set_index("seed")[["words_right", "length"]]
     for place, (arm, (_, colour, _)) in enumerate(LOOKS.items()):
         rows = wins[wins.arm == arm].sort_values("step")
         spread = [rows.preferred - rows.low, rows.high - rows.preferred]
         form = {"color": colour, "fmt": "none", "capsize": 3}
         panels[0].errorbar(rows.step + 0.1 * place, rows.preferred, yerr=spread, **form)
-        named, last = arm.upper(), rows.iloc[-1]
+        last = rows.iloc[-1]
         verdict = "are" if last.low > 0.5 else "are not" if last.high < 0.5 else "are not shown to be"
-        preferred.setdefault(verdict, []).append(f"{named}'s")
-        own = changes[(changes.arm == arm) & (changes.measure == "words_right") & (changes.since == "sft")].iloc[0]
-        low, high = max(own.before + own.low, 0), min(own.before + own.high, 1)  # a share is bounded
-        spread = [[own.after - low], [high - own.after]]
-        panels[1].errorbar(last.step + 0.1 * place, own.after, yerr=spread, **form)
-        if own.low > 0 or own.high < 0:
-            words.append(f"{named}'s begin right {'more' if own.low > 0 else 'less'} often.")
-    panels[0].axhline(0.5, color="0.4", linewidth=1)
+        preferred.setdefault(verdict, []).append(f"{arm.upper()}'s")
+        own = sampled[(sampled.arm == arm) & (sampled.step == last.step)].set_index("seed")
+        change = own[[*start]] - start
+        shorter.append(change.length.max() < 0)
+        if change.words_right.min() < 0 < change.words_right.max():
+            torn.append(f"{arm.upper()}'s")
+    for axes, level in zip(panels, (0.5, start.words_right.mean()), strict=False):
+        axes.axhline(level, color="0.4", linewidth=1)
     message = [
         f"{' and '.join(whose)} answers {verdict} preferred to the start's." for verdict, whose in preferred.items()
     ]
-    caption = f"""**{" ".join([*message, *words])}** A step of RL is not a step of DPO.
+    if [*preferred] == ["are"] and all(shorter):
+        message = ["Answers are preferred to the start's and get shorter."]
+    if torn:
+        message.append(f"In right words {' and '.join(torn)} seeds disagree.")
+    caption = f"""**{" ".join(message)}** A step of RL is not a step of DPO.
 
-*Sampled answers, {origin}. Thin lines: single seeds. Bars: 95%, the wider over questions or seeds, of
-right words for the change since the start.*"""
+*Sampled answers, {origin}. Thin lines: single seeds. Bars: 95%, the wider over questions or seeds.*"""
     save_figure(figure, folder, slug, number, caption, "; ".join(ends) + ".")
 
 

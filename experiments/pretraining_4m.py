@@ -46,13 +46,12 @@ from experiments.pretraining_gpu_results import (
     as_trained,
     in_nats,
     judge_above,
-    judge_below,
     training_lead,
     worse_if_above,
 )
 from experiments.pretraining_rates import LARGER
 from experiments.pretraining_results import FEWEST_SEEDS, FOUR_SLUG, PretrainingResults, pretraining_results
-from experiments.pretraining_sparse import LONG, equal_operations, equal_seconds
+from experiments.pretraining_sparse import LONG, equal_operations, equal_seconds, minus_full
 from llama_long_utils.paths import RESULTS
 
 SIZE = "4M"
@@ -95,43 +94,44 @@ def judged_4m(results: PretrainingResults, wide: PretrainingResults) -> pd.DataF
 
 
 def judged_sparse_4m(results: PretrainingResults) -> pd.DataFrame:
-    """A row for each of (4) to (6), as `judged_4m` has them, and one of S2 as it was trained."""
+    """A row for each of (4) to (6), as `judged_4m` has them, and two of which nothing was expected; S2 minus full."""
     steps = results.cells.set_index("arm").long_steps
-    few = f" ({steps[AS_SPARSE].iloc[0]} steps)" if AS_SPARSE in steps else ""
+    few = f" (full: {steps[AS_SPARSE].iloc[0]} steps)" if AS_SPARSE in steps else ""
     equal, timed = equal_seconds_4m(results) if results.seeds(SIZE, *LONG.arms) else (0.0, {})
-    return _judged(
+    table = _judged(
         results,
         (
-            "S2 minus full, equal tokens: S2 is worse",
+            "equal tokens: S2 is worse",
             ("long", SPARSE),
             lambda: results.difference(SIZE, (SPARSE, "full"), ("long", "full")),
             worse_if_above,
         ),
         (
-            f"full minus S2, equal operations{few}: full is better",
+            f"equal operations{few}: S2 is worse",
             (SPARSE, AS_SPARSE),
-            lambda: equal_operations(results, size=SIZE),
-            judge_below,
+            lambda: minus_full(equal_operations(results, size=SIZE)),
+            judge_above,
         ),
         (
-            f"full minus S2, equal seconds (about {equal:.0f} steps): full is better",
+            f"equal seconds (full: about {equal:.0f} steps): S2 is worse",
             LONG.arms,
-            lambda: timed,
-            judge_below,
+            lambda: minus_full(timed),
+            judge_above,
         ),
         (
-            "also: S2, read with its own attention, minus full, equal tokens",
+            "also: equal tokens, S2 read with its own attention",
             ("long", SPARSE),
             lambda: as_trained(results, SIZE),
             _nothing,
         ),
         (
-            f"also: training loss of full's shorter run at its end minus its whole run's, its last {LAST} steps",
+            f"besides: training loss of full's shorter run minus its whole run's, last {LAST} steps of the shorter",
             ("long", AS_SPARSE),
             lambda: cost_of_an_early_end(results),
             _nothing,
         ),
     )
+    return table.rename(columns={"expected": "S2 minus full, expected"})
 
 
 def _nothing(_found: Found) -> str:

@@ -17,7 +17,6 @@ from experiments.pretraining_results import (
     PLACES,
     SWITCHED,
     PretrainingResults,
-    over_sizes,
 )
 from experiments.race_results import student_reach
 from llama_long_utils.figures import (
@@ -29,10 +28,11 @@ from llama_long_utils.figures import (
     PURPLE,
     RED,
     TEAL,
+    intervals,
     plt,
     save_figure,
 )
-from llama_long_utils.notebooks import NO_DIFFERENCE, measured, verdict
+from llama_long_utils.notebooks import NO_DIFFERENCE, measured
 
 STYLES = {  # label, colour and marker of every arm
     "long": ("long throughout", BLACK, "D"),
@@ -46,6 +46,8 @@ STYLES = {  # label, colour and marker of every arm
     "s2": ("S2, long, read whole", GREEN, "*"),
 }
 
+LONG_TASKS = ("Qasper", "QuALITY")  # of the paper's Table 10, for a caption
+
 
 def in_words(table: pd.DataFrame, digits: int) -> list[str]:
     """The numbers of columns value, low and high, with their intervals."""
@@ -57,13 +59,13 @@ def in_points(change: dict[str, Any]) -> str:
     return measured(*(100 * change[name] for name in ("value", "low", "high")), digits=1)
 
 
-def jumps(results: PretrainingResults, size: str, arms: Sequence[str] = SWITCHED) -> pd.DataFrame:
+def jumps(results: PretrainingResults, size: str) -> pd.DataFrame:
     """How training loss minus the long arm's jumps at each switch, in nats: the first 2 long steps minus 20 before.
 
     Columns arm, value, low and high, with Student's interval of the seeds' means.
     """
     rows = []
-    for name in arms:
+    for name in SWITCHED:
         around = results.spike(size, name)
         each = around[:, 20:22].mean(axis=1) - around[:, :20].mean(axis=1)
         half, value = student_reach(each), each.mean()
@@ -104,81 +106,108 @@ def row_verdict(row: pd.Series) -> str:
     return "better" if row.high < 0 else "worse" if row.low > 0 else NO_DIFFERENCE
 
 
-def judged_switches(parts: dict[str, PretrainingResults], alone: str) -> pd.DataFrame:
-    """The switch at 80% minus long throughout: a row for each of `parts`, then the first two together, as was planned.
+def late_switches(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
+    """The switch at 80% minus long throughout: a row for each of `parts`, by tokens that were read, then by parameters.
 
-    But for `alone`, which nobody planned to judge with others. Columns value, low, high, and for a reader: what the
-    switch costs, as a share of long throughout, and "saved at equal quality", the least and the most operations that a
-    switch saves, by `saved_at_equal_quality`.
+    A part "SIZE, ..." has the switch at a rate of its own, "SIZE-as-..." reads other tokens than SIZE does. Columns
+    size, parameters, tokens, rate, saved (operations, a share), and those of `difference`.
     """
     rows = []
-    for size, results in parts.items():
-        least, most = results.saved_at_equal_quality(size)
-        row = {"from scratch": size, **results.difference(size, ("switch-80", "full"), ("long", "full"))}
-        row["operations"] = f"{results.cost(size, 'switch-80') / results.cost(size, 'long'):.0%}"
-        row["saved at equal quality"] = f"{least:.0%}{f' to {most:.0%}' * (most > least)}" if most else "none shown"
-        rows.append(row)
-    first, second, *_ = (size for size in parts if size != alone)
-    both = over_sizes([(parts[size], size) for size in (first, second)], "switch-80")
-    unknown = {"operations": "-", "saved at equal quality": "-"}
-    rows.append({"from scratch": f"{first} and {second}", **both, **unknown})
-    for row in rows:
-        one_seed = "one seed, " if row["seeds"] == 1 else ""
-        row["switch at 80%"] = one_seed + verdict(row["value"], row["low"], row["high"], "better", "worse")
-    return pd.DataFrame(rows).drop(columns=["each", "seeds"])
+    for name, results in parts.items():
+        cost = {column: results.cost(name, "long", column) for column in ("parameters", "tokens", "flops")}
+        twice = any(other.startswith(f"{name}, ") for other in parts)
+        row = {"size": _size(name), "parameters": cost["parameters"]}
+        row |= {"tokens": f"{cost['tokens'] / 1e6:.1f} million", "read": cost["tokens"]}
+        row |= {"rate": "its own rate" if ", " in name else "one rate" if twice else ""}
+        row |= {"saved": 1 - results.cost(name, "switch-80") / cost["flops"]}
+        rows.append(row | results.difference(name, ("switch-80", "full"), ("long", "full")))
+    order = ["read", "parameters"]
+    return pd.DataFrame(rows).sort_values(order, kind="stable", ignore_index=True).drop(columns="read")
 
 
-def when_long(curricula: dict[str, pd.DataFrame], copied_less: pd.Series) -> str:
-    """The answer to notebook 12's question, as far as the records have one: a sentence, and a list of what was read.
+def _size(name: str) -> str:
+    """ "0.9M" of "0.9M-as-16M" and of "0.9M, switch at ..."."""
+    return re.split(",|-as-", name)[0]
 
-    `curricula` are those from scratch by size; `copied_less`, by arm, is of the model that copies.
-    """
-    switches, read = (*SWITCHED, "in-reach"), {}
-    for size, table in curricula.items():
-        found = table[table.arm.isin(switches) & (table.seeds >= FEWEST_SEEDS)]
-        read[f"NLL from scratch, {size}"] = {row.arm: row_verdict(row) for row in found.itertuples()}
-    less = pd.DataFrame({arm: {"low": -one["high"], "high": -one["low"]} for arm, one in copied_less.items()}).T
-    copied = less[less.index.isin(switches)].itertuples()
-    read["Far copying, in the model that copies"] = {row.Index: row_verdict(row) for row in copied}
-    said = {"worse": "long throughout is better than", "better": "long throughout is worse than"}
-    said[NO_DIFFERENCE] = "no difference is detected between long throughout and"
-    lines, level = [], []
-    for place, arms in read.items():
-        parts = []
-        for word, phrase in said.items():
-            which = [
-                STYLES[arm][0].removeprefix("switch at ").replace(",", " with") for arm in arms if arms[arm] == word
+
+def late_headline(late: pd.DataFrame) -> str:
+    """Where a late switch is good enough, by `late_switches`: where a loss of `EQUAL` is excluded at every size."""
+    judged = late[late.seeds >= FEWEST_SEEDS]
+    enough = (judged.high < EQUAL).groupby(judged.tokens, sort=False).all()
+    parts = [f"good enough on {' and '.join(enough.index[enough])} tokens"] if enough.any() else []
+    for tokens in enough.index[~enough]:
+        part = judged[judged.tokens == tokens]
+        worse = " and ".join(dict.fromkeys(part["size"][part.low > 0]))
+        parts.append(f"{f'worse at {worse}' if worse else 'not shown to be good enough'} on {tokens}")
+    return f"A late switch is {', and '.join(parts) or 'not judged: too few seeds'}"
+
+
+def other_switches(tables: dict[str, pd.DataFrame]) -> str:
+    """Whether earlier and later switches come out as that at 80% does, in words; `tables` are `curriculum`, by size."""
+    alike, apart = [], []
+    for size, table in tables.items():
+        judged = table[table.seeds >= FEWEST_SEEDS]
+        words = {row.arm: row_verdict(row) for row in judged.itertuples() if row.arm in SWITCHED}
+        usual = words.pop("switch-80", NO_DIFFERENCE)
+        for group, which in ((alike, True), (apart, False)):
+            names = [
+                STYLES[arm][0].removeprefix("switch at ") for arm, word in words.items() if (word == usual) == which
             ]
-            each = "the one" if len(arms) == 1 else "any" if word == NO_DIFFERENCE else "every"
-            every = f"{each} switch that was run ({', '.join(which)})"
-            if which:
-                some = f"a switch at {' or '.join(which)}"
-                parts.append(f"{phrase} {every if len(which) == len(arms) else some}")
-        if parts:
-            lines.append(f"- {place}: {'; '.join(parts)}.")
-    for size, table in curricula.items():
-        table = table[table.arm.isin(switches)]
-        for row in table[table.seeds < FEWEST_SEEDS].itertuples():
-            each = ", ".join(f"{one:+.3f}" for one in row.each)
-            lines.append(f"- Too few seeds to judge: {STYLES[row.arm][0]}, {size} ({each} nat).")
-        equal = table[(table.seeds >= FEWEST_SEEDS) & (table.high < EQUAL)].arm
-        level += [f"{STYLES[arm][0]} at {size}" for arm in equal]
-    answer = (
-        f"No switch that was run is shown to be early enough: a loss of {EQUAL} nat from scratch is excluded for none."
-    )
-    if level:
-        answer = f"From scratch these are early enough, as a loss of {EQUAL} nat is excluded: {', '.join(level)}."
-    if any("worse" in arms.values() for arms in read.values()):
-        answer += " Where a switch is worse, whether a still earlier one would be as good was not tested."
-    return "\n".join([answer, "", *lines])
+            group += [f"{', '.join(names)} at {size}"] if names else []
+    said = {"come out as that at 80%": alike, "do not": apart}
+    lines = [f"Other switches that {what}: {'; '.join(at)}." for what, at in said.items() if at]
+    if any((table.set_index("arm").filter(SWITCHED, axis="index").low > 0).any() for table in tables.values()):
+        lines.append("Where a switch is worse, whether a still earlier one would be as good was not tested.")
+    return " ".join(lines)
+
+
+def when_long(late: pd.DataFrame) -> str:
+    """The answer to notebook 12's question, as far as the records have one: a headline and a table, as Markdown."""
+    by_tokens = list(dict.fromkeys(late.tokens))
+    lines = ["| switch at 80% | " + " | ".join(f"{tokens} tokens" for tokens in by_tokens) + " |"]
+    lines += ["| --- " * (1 + len(by_tokens)) + "|"]
+    for size, part in late.sort_values("parameters", kind="stable").groupby("size", sort=False):
+        cells = [_late_in_words(part[part.tokens == tokens]) for tokens in by_tokens]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    return "\n".join([f"**{late_headline(late)}.**", "", *lines])
+
+
+def _late_in_words(part: pd.DataFrame) -> str:
+    """What rows of `late_switches` of one size and as many tokens say, one verdict after another."""
+    said: dict[str, list[str]] = {}
+    for row, text in zip(part.itertuples(), in_words(part, 3), strict=True):
+        word = row_verdict(row).replace(NO_DIFFERENCE, "not shown")
+        if row.seeds < FEWEST_SEEDS:
+            word, text = "too few seeds to judge", ", ".join(f"{one:+.3f}" for one in row.each)
+        said.setdefault(word, []).append(f"{text}{f' at {row.rate}' * bool(row.rate)}")
+    return "; ".join(f"{word}: {', '.join(found)}" for word, found in said.items()) or "-"
+
+
+def arms_table(parts: dict[str, PretrainingResults]) -> pd.DataFrame:
+    """A row for each arm, a column for each size: its operations, as a share of long's, and its NLL minus long's.
+
+    The last row is what a switch saves by `saved_at_equal_quality`.
+    """
+    columns = {}
+    for size, results in parts.items():
+        table = results.curriculum(size)
+        shares = dict(zip(table.arm, table.flops, strict=True))
+        cells = {arm: f"{shares[arm]:.0%}: {text}" for arm, text in zip(table.arm, in_words(table, 3), strict=True)}
+        least, most = results.saved_at_equal_quality(size)
+        saved = f"{least:.0%}{f' to {most:.0%}' * (most > least)}" if most else "none shown"
+        columns[size] = {STYLES[arm][0]: cell for arm, cell in cells.items() if arm != "long"}
+        columns[size]["saved at equal quality"] = saved
+    order = [*(label for label, *_ in STYLES.values()), "saved at equal quality"]
+    table = pd.DataFrame(columns)
+    return table.loc[[label for label in order if label in table.index]].fillna("-").reset_index(names="arm")
 
 
 def copying_table(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """A row for each arm of a model that copies, as text: what it costs, and what it is worth beside "long"."""
-    rows = results.curriculum(size)
+    """A row for each other arm of a model that copies, as text: what it costs, and what it is worth beside "long"."""
+    rows = results.curriculum(size).query("arm != 'long'")
     shown = {"arm": [STYLES[arm][0] for arm in rows.arm], "operations": [f"{share:.0%}" for share in rows.flops]}
-    shown |= {"NLL minus long (nats)": in_words(rows, 3), "copied": [f"{share:.0%}" for share in rows.copied]}
-    return pd.DataFrame(shown | {"copied, minus long (points)": rows.copied_less.map(in_points)})
+    shown |= {"NLL minus long (nats)": in_words(rows, 3)}
+    return pd.DataFrame(shown | {"copied far, minus long (points)": rows.copied_less.map(in_points).to_list()})
 
 
 def draw_copying(results: PretrainingResults, size: str, window: int, folder: Path, slug: str, number: str) -> None:
@@ -186,7 +215,7 @@ def draw_copying(results: PretrainingResults, size: str, window: int, folder: Pa
     edges = results.arrays["distances"]
     figure, axes = plt.subplots(figsize=(8, 4.4))
     own = results.copying(size, "long", low=0, high=1)["value"]
-    axes.axhline(100 * own, color="0.35", linestyle="--", linewidth=1, label="text of its own, long throughout")
+    axes.axhline(100 * own, color="0.35", linestyle="--", linewidth=1, label="outside quotes, long throughout")
     places, said = list(pairwise(edges[1:])), []
     for name in [one for one in STYLES if results.seeds(size, one)]:
         label, colour, marker = STYLES[name]
@@ -204,98 +233,42 @@ def draw_copying(results: PretrainingResults, size: str, window: int, folder: Pa
     figure.legend(loc="outside lower center", ncols=3)
     far = {name: results.copying(size, name)["value"] for name in ("long", "switch-80")}
     caption = f"**From over 1,024 tokens back long throughout continues {far['long']:.0%} of quotes correctly, the "
-    caption += f"switch at 80% {far['switch-80']:.0%}.** All arms read the whole text.\n\n*{size}, trained on, "
+    caption += f"switch at 80% {far['switch-80']:.0%}.** All arms read the whole text. Dashed: outside quotes, where "
+    caption += f"nothing can be copied, long throughout predicts {own:.0%} of tokens.\n\n*{size}, trained on, "
     caption += "recorded by us; held-out texts that quote themselves, without the first tokens of excerpts. Hollow: "
     caption += "orders of the texts; lines: their means.*"
     save_figure(figure, folder, slug, number, caption, f"From near to far: {'; '.join(said)}.")
 
 
-def draw_switch(
-    loss: pd.DataFrame,
-    switch: int,
-    live: str,
-    results: PretrainingResults,
-    size: str,
-    folder: Path,
-    slug: str,
-    number: str,
-) -> None:
-    """The live run's loss, and the recorded arms' minus the long arm's around their switch."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2))
-    panels[0].plot(loss.step, loss.loss, color=BLUE, linewidth=1)
-    panels[0].axvline(switch + 0.5, color="0.4", linestyle=":")
-    panels[0].set(title=f"live: {live}", xlabel="step", ylabel="training loss (nats)")
-    for name in SWITCHED:
-        around, (label, colour, marker) = results.spike(size, name), STYLES[name]
-        binned = (
-            around[:, : around.shape[1] // 5 * 5].mean(axis=0).reshape(-1, 5).mean(axis=1)
-        )  # the switch is between bins
-        panels[1].plot(5 * np.arange(len(binned)) - 18, binned, color=colour, marker=marker, markersize=4, label=label)
-    panels[1].axvline(-0.5, color="0.4", linestyle=":")
-    panels[1].axhline(0, color="0.35", linewidth=1)
-    panels[1].set(title=f"recorded: {size}, minus long throughout", xlabel="steps since the switch")
-    panels[1].set_ylabel("difference in loss (nats)")
-    figure.legend(loc="outside lower right", ncols=4)
-    found = jumps(results, size)
-    jumped = " and ".join(found.arm[found.low > 0])
-    caption = f"**{f'The loss jumps at {jumped}' if jumped else 'No jump of the loss at a switch is detected'}.** "
-    caption += "Intervals: the lines below. Dotted: where long sequences begin.\n\n*Left: training loss of the live "
-    caption += "run. Right: recorded by us, means over seeds and five steps.*"
-    alt = (
-        "Left, a falling loss with its switch marked. Right, loss minus the long arm's around each switch, four curves."
+def draw_late(late: pd.DataFrame, published: dict[str, Any], folder: Path, slug: str, number: str) -> None:
+    """A line for each row of `late_switches`, with its interval; the paper's switch is in the caption."""
+    rows = late.assign(row=[_late_name(row) for row in late.itertuples()])
+    figure, axes = plt.subplots(figsize=(9, 3.9))
+    intervals(axes, rows, row="row", zero=0, samples="each")
+    axes.set_xlabel("NLL, switch at 80% minus long throughout (nats); to the left is better")
+    beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 10, "annotation_clip": False}
+    for place, share in enumerate(late.saved):
+        axes.annotate(f"{share:.0%}", (1.05, place), **beside)
+    axes.annotate("operations\nsaved", (1.05, -0.85), **beside)
+    table, nats = published["table_10"], np.log(np.array(published["table_11"]["rows"]))
+    saves = 1 - table["flops"][-1] / table["flops"][0]
+    change = nats[-1] - nats[0]
+    tasks = [f"{name} from {of[0]} to {of[-1]}" for name, of in table["long_tasks"].items() if name in LONG_TASKS]
+    caption = f"**{late_headline(late)}.** Good enough: a loss of {EQUAL} nat is excluded at every size. On the right: "
+    caption += (
+        "share of the operations that the switch saves, by the paper's count.\n\n*Recorded by us. Hollow: seeds; "
     )
-    save_figure(figure, folder, slug, number, caption, alt)
+    caption += (
+        "bars: 95% over seeds and documents, or over seeds alone where that is wider. The paper's switch at 80%, at "
+    )
+    caption += f"7B, saves {saves:.0%}. It changes NLL by {change.min():+.3f} to {change.max():+.3f} nat, "
+    caption += f"{' and '.join(tasks)} (Tables 10 and 11, without intervals).*"
+    said = "; ".join(f"{name}: {text}" for name, text in zip(rows.row, in_words(late, 3), strict=True))
+    save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {said}.")
 
 
-def draw_quality(
-    tables: dict[str, pd.DataFrame], published: dict[str, Any], folder: Path, slug: str, number: str
-) -> None:
-    """NLL minus the long arm's against operations for each size, and the paper's Tables 10 and 11 beside them.
-
-    A size "SIZE, of ..." is drawn into the panel of SIZE, hollow.
-    """
-    figure, panels = plt.subplots(2, 2, figsize=(8.5, 7.4))
-    *ours, theirs = panels.flat
-    sizes, said = [size for size in tables if "," not in size], []
-    for size, table in tables.items():
-        (name, _, other), panel = size.partition(", "), ours[sizes.index(size.partition(",")[0])]
-        for row in (table[table.arm != "long"] if other else table).itertuples():
-            label, colour, marker = STYLES[row.arm]
-            place = row.flops + (0.03 if other else 0.015 * (row.arm == "continued"))  # beside what costs as much
-            if row.seeds >= FEWEST_SEEDS:
-                panel.vlines(place, row.low, row.high, color=colour, linewidth=1.2 if other else 2)
-            label += other.removeprefix("switch at ") and f", {other.removeprefix('switch at ')}"
-            panel.scatter(place, row.value, c="white" if other else colour, edgecolors=colour, marker=marker, s=60,
-                          label=label, zorder=3)  # fmt: skip
-            panel.scatter([place] * len(row.each), row.each, facecolors="none", edgecolors=colour, s=16)
-            said.append(f"{name}, {label}: {row.flops:.0%} of the operations, {row.value:+.3f}")
-        panel.set_title(f"ours, {name}")
-        panel.sharey(ours[0])
-    for panel in ours[::2]:
-        panel.set_ylabel("NLL minus long's (nats)")
-    flops, perplexity = np.array(published["table_10"]["flops"]), published["table_11"]
-    nats = np.log(pd.DataFrame(perplexity["rows"], columns=perplexity["columns"]))
-    for name, marker, colour in zip(nats, "osD", (GREEN, PURPLE, AMBER), strict=True):
-        theirs.plot(flops / flops[0], nats[name] - nats[name][0], marker=marker, color=colour, label=name)
-    theirs.set_title("the paper's, 7B: a finer scale")
-    theirs.legend(loc="lower left")
-    for panel in panels.flat:
-        panel.axhline(0, color="0.35", linewidth=1)
-        panel.set(xlim=(0, 1.05), xticks=(0, 0.5, 1))
-    for panel in panels[1]:
-        panel.set_xlabel("operations, share of long's")
-    labels = {text: mark for panel in ours for mark, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(labels.values(), labels, ncols=3, loc="outside lower center")
-    late = {size: row_verdict(table.set_index("arm").loc["switch-80"]) for size, table in tables.items()}
-    in_words = {"better": "reads better at", "worse": "reads worse at", NO_DIFFERENCE: "shows no difference at"}
-    found = {says: [size for size in sizes if late[size] == word] for word, says in in_words.items()}
-    read = "; ".join(f"{says} {' and '.join(at)}" for says, at in found.items() if at)
-    caption = f"**Beside long throughout, a switch at 80% {read}.** Below the line is better, to the left cheaper. "
-    caption += "Open squares: the switch at a learning rate of its own.\n\n*Recorded by us. Circles: seeds; bars: "
-    caption += "95% over seeds and documents, or over seeds alone where that is wider. Two marks are shifted to the "
-    caption += "right of what costs as much. The paper's panel, Tables 10 and 11, has no intervals, a finer scale and "
-    caption += "colours of its own.*"
-    save_figure(figure, folder, slug, number, caption, f"NLL minus long throughout. {'; '.join(said)}.")
+def _late_name(row: Any) -> str:
+    return f"{row.size} on {row.tokens} tokens{f', {row.rate}' * bool(row.rate)}"
 
 
 def draw_lead(
@@ -320,53 +293,87 @@ def draw_lead(
         said.append(f"{label}: {each[:, 0].mean():+.2f} at first, {each[:, -1].mean():+.2f} before the switch{ahead}")
     axes.axhline(0, color="0.35", linewidth=1)
     axes.set(xscale="log", xlabel="tokens read (millions)", ylabel="short minus long (nats)")
+    axes.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
     axes.legend()
     turned = [line.partition(":")[0] for line in said if "below from" in line]
-    caption = "**Short steps train worse at first, and then better, in: "
-    caption += f"{'; '.join(turned) or 'none'}.** Training loss on sequences of 512 tokens minus that on 4,096, on "
-    caption += "the same tokens.\n\n*Recorded by us. Lines: means over seeds and 20 steps; areas: seeds.*"
+    caption = f"**Short steps train worse at first and better later at {' and at '.join(turned) or 'no size'}.** "
+    caption += "Training loss on sequences of 512 tokens minus that on 4,096, on the same tokens.\n\n*Recorded by us. "
+    caption += "Lines: means over seeds and 20 steps; areas: seeds.*"
     save_figure(figure, folder, slug, number, caption, f"{'; '.join(said)}.")
 
 
-def late_by_tokens(parts: dict[str, tuple[PretrainingResults, str]]) -> pd.DataFrame:
-    """The switch at 80% minus long throughout, in nats: a row for each size, a column for tokens that were read.
+def context_pairs(groups: Sequence[dict[str, PretrainingResults]]) -> pd.DataFrame:
+    """What the longest context saves a model minus what it saves the next smaller one, as `difference` has it.
 
-    `parts` as in `draw_lead`: what stands before a comma is the size.
+    Columns larger and smaller name them. The models of a group read as many tokens as each other; the smallest is
+    first. A name "SIZE-as-..." is shown as SIZE.
     """
-    rows: dict[str, dict[str, str]] = {}
-    for label, (results, size) in parts.items():
-        late = results.difference(size, ("switch-80", "full"), ("long", "full"))
-        tokens = f"{results.cost(size, 'long', 'tokens') / 1e6:.1f} million tokens"
-        judged = verdict(late["value"], late["low"], late["high"], "better", "worse")
-        rows.setdefault(label.partition(",")[0], {})[tokens] = judged
-    return pd.DataFrame(rows).T.fillna("-").rename_axis("switch at 80% minus long").reset_index()
+    rows = []
+    for group in groups:
+        for (smaller, other), (larger, results) in pairwise(group.items()):
+            named = {"larger": _size(larger), "smaller": _size(smaller)}
+            rows.append(named | results.context_saves_more(larger, smaller, other))
+    return pd.DataFrame(rows)
 
 
-def draw_context_by_size(parts: Sequence[PretrainingResults], folder: Path, slug: str, number: str) -> None:
-    """What the longest context saves, and the exponent of the law, of each model and seed against its parameters."""
-    laws = pd.concat([part.record.table("power_law") for part in parts], ignore_index=True).sort_values("parameters")
-    figure, panels = plt.subplots(1, 2, figsize=(8.5, 4))
+def context_headline(pairs: pd.DataFrame, laws: pd.DataFrame) -> str:
+    """Which models save more by context than the next smaller ones, and whether β grows, as the intervals say."""
+    said = {}
+    for word, part in {"more": pairs[pairs.low > 0], "less": pairs[pairs.high < 0]}.items():
+        than = part.groupby("smaller", sort=False).larger
+        said[word] = " and ".join(f"{' and '.join(larger)} {word} than {smaller}" for smaller, larger in than)
+    saves = f"Context saves {' and '.join(filter(None, said.values()))} on as many tokens"
+    if not any(said.values()):
+        saves = "That context saves larger models more is not shown"
+    elif (pairs.low > 0).all():
+        saves = "Larger models save more by context"
+    models = laws[laws.model.map(_size).isin([*pairs.larger, *pairs.smaller])].groupby("parameters")
+    lows, highs = models.beta_low.min(), models.beta_high.max()
+    return f"{saves}; {'β grows' if lows.iloc[-1] > highs.iloc[0] else 'that β grows is not shown'}"
+
+
+def power_laws(groups: Sequence[dict[str, PretrainingResults]]) -> pd.DataFrame:
+    """The laws of all models of these records, of few parameters first."""
+    parts = (part.record.table("power_law") for group in groups for part in group.values())
+    return pd.concat(parts, ignore_index=True).sort_values(["parameters", "seed"], ignore_index=True)
+
+
+def draw_context_by_size(groups: Sequence[dict[str, PretrainingResults]], folder: Path, slug: str, number: str) -> None:
+    """What the longest context saves, and the exponent of the law, of each model and seed against its parameters.
+
+    `groups` as in `context_pairs`, in colours of their own; models of their records that are in none are grey.
+    """
+    laws, pairs = power_laws(groups), context_pairs(groups)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4))
     columns = {"saved": "saved by 4,064 tokens (nats)", "beta": "exponent β of the law"}
+    looks, legend, other = {}, {}, (GREY, "D", 1.2)
+    for group, form in zip(groups, ((BLUE, "o", 0.92), (RED, "s", 1.12)), strict=True):
+        name, results = next(iter(group.items()))
+        looks |= dict.fromkeys(group, form)
+        legend[f"{results.cost(name, 'long', 'tokens') / 1e6:.1f} million tokens read"] = form
     for panel, (column, label) in zip(panels, columns.items(), strict=True):
-        colours = dict(zip(laws.model.unique(), (BLUE, TEAL, AMBER, GREEN, GREY, PURPLE), strict=False))
         for model, part in laws.groupby("model", sort=False):
-            more = "-as-" in model  # trained on more tokens than its size is elsewhere: beside that
-            place = part.parameters * 1.12 ** (part.seed - len(part) // 2) * (1.6 if more else 1)
+            colour, mark, aside = looks.get(model, other)
+            place = part.parameters * aside * 1.07 ** (part.seed - len(part) // 2)
             reach = part[column] - part[f"{column}_low"], part[f"{column}_high"] - part[column]
-            mark, fill = "D" if "llama" in model else "s" if more else "o", "white" if more else colours[model]
-            panel.errorbar(place, part[column], yerr=reach, fmt=mark, color=colours[model], markerfacecolor=fill)
+            panel.errorbar(place, part[column], yerr=reach, fmt=mark, color=colour, markersize=5)
+            if column == "saved":
+                height, above = (part.saved_high.max(), 4) if mark == "s" else (part.saved_low.min(), -14)
+                form = {"textcoords": "offset points", "ha": "center", "color": colour, "fontsize": 10}
+                panel.annotate(_size(model), (part.parameters.mean() * aside, height), (0, above), **form)
         panel.set(xscale="log", xlabel="parameters", ylabel=label, ylim=(0, None))
-        panel.set_xticks([4e5, 9e5, 4.3e6, 1.6e7], ["0.4M", "0.9M", "4M", "16M"])
+        panel.margins(x=0.1, y=0.1)
+        panel.set_xticks([3.6e5, 9.3e5, 4.3e6, 1.6e7], ["0.4M", "0.9M", "4M", "16M"])
         panel.minorticks_off()
+    for label, (colour, mark, _) in (legend | {"trained otherwise": other}).items():
+        panels[1].plot([], [], mark, color=colour, label=label)
+    figure.legend(loc="outside lower center", ncols=3)
     models = laws.groupby("model", sort=False)
     saved, beta = ("; ".join(f"{model} {one:.2f}" for model, one in models[name].mean().items()) for name in columns)
-    lows, highs = models.beta_low.min(), models.beta_high.max()
-    grows = "is seen" if lows.iloc[-1] > highs.iloc[0] else "is not seen"
-    caption = f"**What context saves, and the exponent β, by parameters. That β grows {grows}.** 16M read eight times "
-    caption += (
-        "the tokens of the smaller sizes (dots). Hollow squares: 0.9M on as many as 16M.\n\n*Recorded by us; a mark "
-    )
-    caption += "for each seed, bars: 95% over documents. Diamond: the tiny Llama, trained otherwise.*"
+    differences = [f"{row.larger} minus {row.smaller} {text}" for row, text in
+                   zip(pairs.itertuples(), in_words(pairs, 3), strict=True)]  # fmt: skip
+    caption = f"**{context_headline(pairs, laws)}.** What context saves, on equal tokens, in nats: "
+    caption += f"{'; '.join(differences)}.\n\n*Recorded by us; a mark for each seed, bars: 95% over documents.*"
     misfit = "; ".join(f"{row.model}, seed {row.seed}: {row.rmse:.3f}" for row in laws.itertuples())
     alt = f"Saved, in nats: {saved}. β: {beta}. The law's misfit in nats: {misfit}."
     save_figure(figure, folder, slug, number, caption, alt)

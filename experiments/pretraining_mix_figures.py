@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from experiments.pretraining_figures import in_words
 from experiments.pretraining_rates import SEEDS
 from experiments.pretraining_results import (
     CONTENT,
-    COPIED,
     LENGTH,
     MORE,
     OTHER,
@@ -35,20 +33,6 @@ def context_gains(results: PretrainingResults, size: str, mixes: Sequence[str]) 
     """What far context is worth to each mix: far NLL with full context minus that in windows, as in `difference`."""
     ways = [((f"mix-{mix}", "full"), (f"mix-{mix}", "window")) for mix in mixes]
     return pd.DataFrame([{"mix": pair[0][0][4:], **results.difference(size, *pair, *PLACES["far"])} for pair in ways])
-
-
-def mix_table(results: PretrainingResults, size: str) -> pd.DataFrame:
-    """A row for each mix of a model that copies, as text, and for the model before: NLL, and what it copies."""
-    rows = []
-    for arm in dict.fromkeys(results.cells.arm):
-        far, tokens = results.nats(size, arm, *PLACES["far"])
-        row = {"mix": arm.removeprefix("mix-"), "orders": len(far)}
-        row["far NLL"] = f"{np.mean([nats.sum() for nats in far.values()]) / tokens.sum():.3f}"
-        gain = results.difference(size, (arm, "full"), (arm, "window"), *PLACES["far"])
-        row["full context minus windows"] = in_words(pd.DataFrame([gain]), 3)[0]
-        row["copied far"] = f"{100 * results.copying(size, arm, **COPIED['far'])['value']:.1f}%"
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def new_orders(results: PretrainingResults, size: str) -> pd.DataFrame:
@@ -113,7 +97,7 @@ def draw_content_or_length(effects: pd.DataFrame, size: str, folder: Path, slug:
     caption += (
         f"1,024.\n\n*Data mixes read by {size}, recorded by us; hollow: orders of the texts, bars: 95% as in Figure "
     )
-    caption += "12.2. Another domain, whose NLL is off this scale, is in the table.*"
+    caption += "12.1. Another domain, whose NLL is off this scale, is judged below.*"
     far = drawn[drawn.place == "far"]
     alt = "; ".join(f"{row.change}, {row.measure} {row.value:+.2f}" for row in far.itertuples())
     save_figure(figure, folder, slug, number, caption, f"Far: {alt}.")

@@ -233,6 +233,16 @@ def larger_results() -> PretrainingResults:
     return pretraining_results(RESULTS / "tiny" / f"{LARGER_SLUG}.json")
 
 
+def recorded_loss(size: str, arm: str, seed: int) -> float | None:
+    """NLL of this cell over all tokens, with full context, from the first of the committed records that has it."""
+    for path in sorted((RESULTS / "tiny").glob("12_*.json")):
+        results = pretraining_results(path)
+        cells = results.cells.query("`size` == @size and arm == @arm and seed == @seed")
+        if len(cells):
+            return results.mean_nll(int(cells.index[0]))
+    return None
+
+
 def over_sizes(parts: Sequence[tuple[PretrainingResults, str]], arm: str, base: str = "long") -> dict[str, Any]:
     """NLL of an arm minus another's at several sizes together, as in `difference`: every seed of each size counts once.
 

@@ -68,7 +68,7 @@ from experiments.pretraining_gpu_results import (
     REFUTED,
     as_trained,
     in_nats,
-    judge_above,
+    judge_below,
     judge_no_difference,
     worse_if_above,
 )
@@ -168,10 +168,15 @@ def equal_operations(results: PretrainingResults, trio: Trio = LONG, size: str =
     return results.difference(size, (trio.fewer, trio.way), (trio.sparse, trio.way))
 
 
+def minus_full(found: Mapping[str, Any]) -> dict[str, float]:
+    """Full attention minus S2, the other way round: below zero, S2 reads better."""
+    return {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
+
+
 def equal_operations_in_words() -> list[str]:
-    """That difference at 4,096 tokens, both at `LOWER` of the rate, and at 512, each at its own."""
+    """S2 minus full at equal operations, of 4,096 tokens, both at `LOWER` of the rate, and of 512, each at its own."""
     parts = (sparse_results(), LONG), (short_results()[0], SHORT)
-    return [in_nats(equal_operations(results, trio)) for results, trio in parts]
+    return [in_nats(minus_full(equal_operations(results, trio))) for results, trio in parts]
 
 
 def equal_seconds(
@@ -202,16 +207,17 @@ def judged_sparse() -> pd.DataFrame:
     for factor in (1, LOWER):
         results = sparse_results(factor)
         whole = results.difference(LARGER, (SPARSE, "full"), ("long", "full"))
-        own, work = as_trained(results, LARGER, rate_name(LARGER, factor)), equal_operations(results)
+        own = as_trained(results, LARGER, rate_name(LARGER, factor))
         equal, time = equal_seconds(results)
+        work, time = minus_full(equal_operations(results)), minus_full(time)
         few = results.cost(LARGER, LONG.fewer, LONG.steps)
         rows = {
-            "S2 minus full, equal tokens: S2 is worse": (whole, worse_if_above(whole)),
-            "S2, read with its own attention, minus full: no difference is detected": (own, judge_no_difference(own)),
-            f"full minus S2, equal operations ({few:.0f} steps): full is worse": (work, judge_above(work)),
-            "full minus S2, equal seconds: full is worse": (time, judge_above(time)),
+            "equal tokens: S2 is worse": (whole, worse_if_above(whole)),
+            "equal tokens, S2 read with its own attention: no difference": (own, judge_no_difference(own)),
+            f"equal operations (full: {few:.0f} steps): S2 is better": (work, judge_below(work)),
+            "equal seconds: S2 is better": (time, judge_below(time)),
         }
-        table["expected"] = list(rows)
+        table["S2 minus full, expected"] = list(rows)
         described = [f"{judged}: {in_nats(found)}" for found, judged in rows.values()]
         table[f"both cheaper arms at {IN_WORDS[factor]}"] = [
             *described[:-1],
@@ -229,28 +235,25 @@ def judged_short() -> pd.DataFrame:
             results.difference(LARGER, (SHORT.sparse, SHORT.way), (SHORT.full, SHORT.way), 1, end) for end in (4096, 16)
         )
         own = as_trained(results, LARGER, rate_name(LARGER, factors[SHORT.sparse]), (SHORT.full, SHORT.way))
-        work, (equal, time) = equal_operations(results, SHORT), equal_seconds(results, SHORT)
+        equal, time = equal_seconds(results, SHORT)
+        work, time = minus_full(equal_operations(results, SHORT)), minus_full(time)
         seconds = {arm: results.cells[results.cells.arm == arm].set_index("seed").seconds for arm in SHORT.arms}
         ratio = seconds[SHORT.sparse] / seconds[SHORT.full]
         few, steps = (results.cost(LARGER, arm, SHORT.steps) for arm in (SHORT.fewer, SHORT.full))
-        better = REFUTED if work["high"] < 0 else HOLDS
+        worse = REFUTED if work["low"] > 0 else HOLDS
         saves = REFUTED if ratio.max() < SAVED else HOLDS if ratio.min() >= SAVED else OPEN
         way = "extrapolated" if equal < few else "interpolated"
         rows = {
-            "S2 minus full, equal tokens: no difference is detected": f"{_no_difference(whole)}: {in_nats(whole)}",
-            f"full minus S2, equal operations ({few:.0f} of {steps:.0f} steps): full is not better": (
-                f"{better}: {in_nats(work)}"
-            ),
-            f"seconds of S2 by those of full: at least {SAVED}": (
+            "equal tokens: no difference": f"{_no_difference(whole)}: {in_nats(whole)}",
+            f"equal operations (full: {few:.0f} of {steps:.0f} steps): S2 is not worse": f"{worse}: {in_nats(work)}",
+            f"besides: seconds of S2 by those of full, at least {SAVED}": (
                 f"{saves}: {', '.join(f'{one:.2f}' for one in ratio)}"
             ),
-            "full minus S2, equal seconds: no difference is detected": (
-                f"{_no_difference(time)}: {in_nats(time)}, {way} to {equal:.0f} steps"
-            ),
-            "also: S2, read with its own attention, minus full": in_nats(own),
-            "also: S2 minus full in the first 15 tokens of a text": in_nats(first),
+            "equal seconds: no difference": (f"{_no_difference(time)}: {in_nats(time)}, {way} to {equal:.0f} steps"),
+            "also: equal tokens, S2 read with its own attention": in_nats(own),
+            "also: equal tokens, the first 15 tokens of a text": in_nats(first),
         }
-        table["expected"] = list(rows)
+        table["S2 minus full, expected"] = list(rows)
         table[title] = list(rows.values())
     return table
 

@@ -27,7 +27,7 @@ All else is open.
 
 What came out, of three seeds at the recorded rate. (1) and (2) hold: with more tokens the switch loses less, and is no
 longer worse. (3) is refuted: it reads better than long throughout, so tokens alone turn the sign. The training loss
-says how: short sequences fall behind first, and lead later (Figure 12.3). (4) and (5) hold. Neither arm was trained at
+says how: short sequences fall behind first, and lead later (Figure 12.2). (4) and (5) hold. Neither arm was trained at
 another rate, nor short throughout, so this is a finding of one rate for both.
 """
 

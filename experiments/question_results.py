@@ -15,7 +15,6 @@ from experiments.instruction_results import (
     PLAIN,
     SLUG,
     InstructionResults,
-    Interval,
     two_styles,
 )
 from llama_long_utils.figures import intervals, plt, save_figure
@@ -25,7 +24,7 @@ from llama_long_utils.settings import Preset
 
 SETS = {"SQuAD": SLUG, "HotpotQA": "09_on_hotpotqa"}  # records by what was asked
 SCORES = {"f1": "F1", "log_probability": "log-probability"}
-NO_F1 = "no change of F1 is detected between arms"
+NO_F1 = "no change of F1 is detected between tuned arms"
 NO_CHANGE = "with answers at full weight no change is detected, of F1 or log-probability"
 LOW = 10  # points: an F1 below it has few right answers
 BY_F1 = {"Qasper": "qasper", "NarrativeQA": "narrativeqa"}  # the tasks of Table 9 that F1 scores
@@ -35,26 +34,6 @@ def question_results(preset: Preset) -> dict[str, InstructionResults]:
     """The committed records of a real model by the title of what was asked."""
     found = {title: recorded(preset.name, slug) for title, slug in SETS.items()}
     return {title: InstructionResults(record, preset) for title, record in found.items() if record}
-
-
-def question_tables(sets: Mapping[str, InstructionResults]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(F1 of the arms by length, differences between arms inside the old window) by what was asked: text for a reader.
-
-    Differences past the old window are drawn: `draw_on_questions`.
-    """
-    scores, changes = [], []
-    for title, results in sets.items():
-        for arm in results.arms:
-            row = {"asked": title, "arm": LOOKS[arm][0]}
-            for length in results.lengths:
-                values = results.scores(arm, [length], "f1")
-                row[f"F1 behind {length:,} tokens"] = measured(*results.mean(values), digits=1, sign=False)
-            scores.append({**row, "seeds": len(values)})
-        inside = [length for length in results.lengths if length not in results.past]
-        for name, pair in results.pairs.items():
-            differences = {text: results.in_words(*pair, measure, inside) for measure, text in SCORES.items()}
-            changes.append({"asked": title, "difference": name, **differences})
-    return pd.DataFrame(scores), pd.DataFrame(changes)
 
 
 def counts(sets: Mapping[str, InstructionResults]) -> str:
@@ -72,11 +51,16 @@ def counts(sets: Mapping[str, InstructionResults]) -> str:
     return f"Of questions for each seed {', '.join(parts)}. At most {most:.1f} percent of answers match exactly."
 
 
-def trainings(results: InstructionResults) -> pd.DataFrame:
-    """Of each arm, means over seeds: labels, questions, and how many answers of these are different."""
-    means = results.runs.groupby("arm")[["labels", "questions", "different"]].mean().round().astype(int)
-    means = means.loc[[arm for arm in results.arms if arm != "untuned"]].reset_index()
-    return means.assign(arm=[LOOKS[arm][0] for arm in means.arm])
+def trained_and_asked(sets: Mapping[str, InstructionResults]) -> pd.DataFrame:
+    """Of each arm, means over seeds: labels, questions, how many of these are different, F1 past the old window."""
+    first = next(iter(sets.values()))
+    runs = first.runs.groupby("arm")
+    table = runs[["labels", "questions", "different"]].mean().round().astype(int).assign(seeds=runs.size())
+    table = table.loc[first.arms]
+    for title, results in sets.items():
+        scores = {arm: results.mean(results.scores(arm, results.past, "f1")) for arm in results.arms}
+        table[f"F1, {title}"] = {arm: measured(*score, digits=1, sign=False) for arm, score in scores.items()}
+    return table.reset_index(names="arm").assign(arm=[LOOKS[arm][0] for arm in table.index])
 
 
 def same_trainings(sets: Mapping[str, InstructionResults]) -> bool:
@@ -88,6 +72,13 @@ def same_trainings(sets: Mapping[str, InstructionResults]) -> bool:
 def floor_of(results: InstructionResults) -> pd.Series:
     """The one answer that earns most F1 if it is given to every question, with what it earns (shares)."""
     return results.record.table("floors").sort_values("f1").iloc[-1]
+
+
+def floors_in_words(sets: Mapping[str, InstructionResults]) -> str:
+    """What one answer to every question earns, in one sentence."""
+    best = {title: floor_of(results) for title, results in sets.items()}
+    earned = [f'{100 * one.f1:.1f} in {title} ("{one.answer}")' for title, one in best.items()]
+    return f"One answer to every question earns an F1 of at most {' and '.join(earned)}."
 
 
 def beside_table_9(sets: Mapping[str, InstructionResults], published: dict) -> pd.DataFrame:
@@ -108,20 +99,6 @@ def beside_table_9(sets: Mapping[str, InstructionResults], published: dict) -> p
             row[title] = f"{word}: {measured(value, low, high, digits=1)}"
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def directions(results: InstructionResults) -> dict[str, tuple[Interval, bool, int]]:
-    """What was expected past the old window: the difference, whether it should lie above zero, digits to show.
-
-    Only where both arms were measured.
-    """
-    found = {}
-    for name, by in {LOSS: "(C10) by the loss on the prompt", LONG: "(C11) by long documents with it"}.items():
-        if name in results.pairs:
-            f1, likely = (results.difference(*PAIRS[name], measure) for measure in ("f1", "log_probability"))
-            found[f"{by}, F1 rises"] = f1, True, 1
-            found[f"{by}, the right answer becomes less likely"] = likely, False, 2
-    return found
 
 
 def levels(results: InstructionResults) -> dict[str, bool]:
@@ -165,12 +142,13 @@ def draw_on_questions(sets: Mapping[str, InstructionResults], folder: Path, slug
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     message = f"{likelihood_in_words(sets)} {f1_in_words(sets)}".strip() or "Differences between arms."
     past = ", ".join(f"{length:,}" for length in sorted({at for one in sets.values() for at in one.past}))
-    caption = f"""**{message}** Questions behind {past} tokens, past the old window. Those inside it: table below.
+    caption = f"""**{message}** Questions behind {past} tokens, past the old window.
 
-*SmolLM2-135M-Instruct, {origin_of(sets)}; 95%, the wider over questions and seeds or over seeds. Arms of one seed: over
-questions.*"""
-    said = "; ".join(f"{one.asked}, {SCORES[one.measure]}, {one.row} {one.value:+.2f}" for one in table.itertuples())
-    save_figure(figure, folder, slug, number, caption, f"Differences: {said}.".replace("\n", " "))
+*SmolLM2-135M-Instruct, {origin_of(sets)}; 95%, the wider over questions and seeds or over seeds.*"""
+    clear = table[(table.low > 0) | (table.high < 0)]
+    said = [f"{one.row} ({one.asked}, {SCORES[one.measure]})".replace("\n", " ") for one in clear.itertuples()]
+    alt = f"Of {len(table)} intervals {len(table) - len(clear)} hold zero; clear of it: {', '.join(said) or 'none'}."
+    save_figure(figure, folder, slug, number, caption, alt)
 
 
 def likelihood_in_words(sets: Mapping[str, InstructionResults]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from scipy import stats
 from scipy.signal import correlate
 
@@ -241,7 +242,7 @@ STYLES = {
     ZERO_SHOT: {"label": "zero-shot", "color": "0.5", "marker": "o"},
     FULL_LENGTH: {"label": "trained at full length", "color": BLUE, "marker": "s"},
 }
-LEFT_OUT = ("ntk", "proportional")  # of the drawing of retrieval, where lines would hide each other
+OF_THE_PAPER = ("none", "pi", "abf", "xpos_abf")
 
 
 def draw_nll(to_abf: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
@@ -289,66 +290,113 @@ def draw_retrieval(
     number: str,
     caption: str,
 ) -> None:
-    """ROUGE-L by length with its floor: untrained, trained at full length, and the paper's curves (Figure 5b)."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
+    """ROUGE-L by length of the paper's methods: ours, trained if any was, with the floor, and as published (5b)."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     scores = results.table()
     scores = scores[scores.measure.str.startswith("ROUGE")]
-    drawn = scores[~scores.method.isin(LEFT_OUT)]
-    for panel, way in zip(panels, [way for way in STYLES if way in set(scores.training)], strict=False):
-        for place, (name, line) in enumerate(drawn[drawn.training == way].groupby("method", sort=False)):
-            beside, form = np.array(results.lengths) * 1.035 ** (place - 3), look(name, "method")
-            panel.vlines(beside, line.low, line.high, color=form["color"], alpha=0.5, linewidth=1.2)
-            panel.plot(beside, line.value, markersize=4, **form)
-        panel.plot(results.lengths, floors.value, color="0.4", linestyle="--", linewidth=1)
-        panel.fill_between(results.lengths, floors.low, floors.high, color="0.5", alpha=0.2, linewidth=0)
-        panel.set_title(f"ours, {STYLES[way]['label']}")
-        token_axis(panel, results.lengths, "length (tokens)")
-        mark_window(panel, results.window)
-    for name, line in published["rouge_l"].items():
-        panels[2].plot(published["length"], line, markersize=4, **look(name, "method"))
-    panels[2].set_title("Llama 2 7B, as published")
-    token_axis(panels[2], [256, 1024, 4096, 16384], "length (tokens)")
-    mark_window(panels[2], 4096)
+    way = FULL_LENGTH if FULL_LENGTH in set(scores.training) else ZERO_SHOT
+    for place, name in enumerate(OF_THE_PAPER):
+        line = scores[(scores.training == way) & (scores.method == name)]
+        beside, form = np.array(results.lengths) * 1.035 ** (place - 1.5), look(name, "method")
+        panels[0].vlines(beside, line.low, line.high, color=form["color"], alpha=0.5, linewidth=1.2)
+        panels[0].plot(beside, line.value, markersize=4, **form)
+        panels[1].plot(published["length"], published["rouge_l"][name], markersize=4, **form)
+    draw_floor(panels[0], results.lengths, floors)
+    panels[0].set_title(f"ours, {STYLES[way]['label']}")
+    panels[1].set_title("Llama 2 7B, as published")
+    windows = (results.lengths, results.window), ([4**k for k in range(4, 8)], 4096)
+    for panel, (ticks, window) in zip(panels, windows, strict=True):
+        token_axis(panel, ticks, "length (tokens)")
+        mark_window(panel, window)
     panels[0].set(ylabel="ROUGE-L", ylim=(0, 112), yticks=range(0, 101, 20))  # room for the windows' names
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    alt = "Three panels of ROUGE-L against length: zero-shot, trained, and the paper's 7B models, which start near 100."
-    message, left_out = "", [look(name, "method")["label"] for name in LEFT_OUT if name in set(scores.method)]
-    if FULL_LENGTH in set(scores.training):
-        said = [
-            f"at {length:,} tokens {', '.join(retrieving(scores, floors, f'ROUGE-L {length:,}')) or 'none'}"
-            for length in results.lengths[-2:]
-        ]
-        message = f"**Trained, by their whole interval above the floor: {'; '.join(said)}.** "
-    caption += f" Not drawn: {', '.join(left_out)}." * bool(left_out)
+    panels[0].legend(loc="upper right")
+    alt = "Two panels of ROUGE-L against length: ours, and the paper's 7B models, which start near 100."
+    message = ""
+    if way == FULL_LENGTH:
+        asked, longest = (retrieving(scores, floors, f"ROUGE-L {length:,}") for length in results.lengths[-2:])
+        far, farthest = (f"{length:,} tokens" for length in results.lengths[-2:])
+        paper = {look(name, "method")["label"] for name in OF_THE_PAPER}
+        others = ", ".join(name for name in asked if name not in paper) or "none"
+        asked, longest = ([name for name in found if name in paper] for found in (asked, longest))
+        message = f"**Of the paper's four methods, {_these(asked)} above the floor at {far}, {_these(longest)} at "
+        message += f"{farthest}.** Above: by the whole interval. Of the methods not drawn, at {far}: {others}. "
     save_figure(figure, folder, slug, number, message + caption, alt)
 
 
-def draw_trainings(cheaper: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
-    """NLL and ROUGE-L, a panel each: rows `way` minus full-length training, two measures side by side in each."""
-    kept = list(cheaper.measure.drop_duplicates())
+def _these(names: Sequence[str]) -> str:
+    return f"{names[0]} alone is" if len(names) == 1 else f"{' and '.join(names) or 'none'} {'are' if names else 'is'}"
+
+
+def draw_floor(panel: Axes, lengths: Sequence[int], floors: pd.DataFrame) -> None:
+    """What an arm scores that copies nothing, dashed, with its interval."""
+    panel.plot(lengths, floors.value, color="0.4", linestyle="--", linewidth=1)
+    panel.fill_between(lengths, floors.low, floors.high, color="0.5", alpha=0.2, linewidth=0)
+
+
+def at_floor(methods: Sequence[str], scores: pd.DataFrame, floors: pd.DataFrame, measure: str) -> list[str]:
+    """Those of the methods of which no trained arm's whole interval in a measure lies above that of the floor."""
+    above = (scores.measure == measure) & (scores.training != ZERO_SHOT) & (scores.low > floors.high[measure])
+    return [method for method in methods if method not in set(scores.method[above])]
+
+
+def draw_trainings(
+    cheaper: pd.DataFrame, left_out: Sequence[str], folder: Path, slug: str, number: str, caption: str
+) -> None:
+    """NLL and ROUGE-L, a panel each: cheaper ways minus full-length training, two measures side by side in each.
+
+    Methods in `left_out`, `at_floor`, are not drawn, and the caption says so: what copies nothing cannot lose it.
+    """
+    drawn = cheaper[~cheaper.method.isin(left_out)]
+    drawn = drawn.assign(way=[way_label(row.training, row.method) for row in drawn.itertuples()])
+    kept = list(drawn.measure.drop_duplicates())
     marks = zip(kept, ("0.5", BLUE, "0.5", BLUE), "osos", strict=True)
     styles = {name: {"label": name, "color": colour, "marker": marker} for name, colour, marker in marks}
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for panel, pair, unit in zip(panels, (kept[:2], kept[2:]), ("NLL", "ROUGE-L"), strict=True):
-        intervals(panel, cheaper[cheaper.measure.isin(pair)], row="way", colour="measure", zero=0, styles=styles)
+        intervals(panel, drawn[drawn.measure.isin(pair)], row="way", colour="measure", zero=0, styles=styles)
         panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
         panel.locator_params(axis="x", nbins=5)
         panel.set_xlabel(f"{unit}, minus full length's ({'nats' if unit == 'NLL' else 'points'})")
-    alt = "Two panels of dots with intervals, a row per method and way of training: NLL and ROUGE-L differences."
-    save_figure(figure, folder, slug, number, f"**{trainings_in_words(cheaper)}** {caption}", alt)
+    alt = "Two panels of dots with intervals, a row per cheaper way of training: NLL and ROUGE-L differences."
+    for method in left_out:
+        far = cheaper[(cheaper.method == method) & (cheaper.measure == "NLL far")]
+        ways = ", ".join(
+            f"{way_label(row.training)} {measured(row.value, row.low, row.high, digits=3)}" for row in far.itertuples()
+        )
+        caption += f" Not drawn: {look(method, 'method')['label']}, at the floor in retrieval; its NLL far: {ways}."
+    save_figure(figure, folder, slug, number, f"{trainings_in_words(drawn)} {caption}", alt)
 
 
-def trainings_in_words(cheaper: pd.DataFrame) -> str:
+def way_label(training: str, method: str = "abf") -> str:
+    """A way of training in words: "PoSE", "PoSE, equal seconds"; of another method than ABF with the method."""
+    way, seconds = training.removesuffix("-equal-seconds"), ", equal seconds" * training.endswith("-equal-seconds")
+    return f"{look(method, 'method')['label']}: " * (method != "abf") + TRAININGS[way][0] + seconds
+
+
+def trainings_in_words(drawn: pd.DataFrame) -> str:
     """What `draw_trainings` shows: sentences on the last measure, on leads in it that are larger nearer, and on NLL."""
-    kept = list(cheaper.measure.drop_duplicates())
-    far, near = (cheaper[cheaper.measure == measure].set_index("way") for measure in (kept[-1], kept[-2]))
-    more, less = ("; ".join(far.index[beyond]) or "no way" for beyond in (far.low > 0, far.high < 0))
-    said = f"{kept[-1]}, beside full-length training: more by {more}, less by {less}, else no difference is detected."
+    *_, nearer, last = drawn.measure.drop_duplicates()
+    far, near = (drawn[drawn.measure == measure].set_index("way") for measure in (last, nearer))
+    in_seconds = far.index.str.endswith("equal seconds")
+    said = f"**At equal tokens {_beside_full_length(far[~in_seconds])}.**"
+    if in_seconds.any():
+        said += f" At equal seconds {_beside_full_length(far[in_seconds])}."
+    said += f" Both in {last}."
     leads = [(way, near.loc[way]) for way in far.index[far.low > 0] if near.value[way] > far.value[way]]
     described = (f"{way} {measured(row.value, row.low, row.high, digits=0)}" for way, row in leads)
-    said += f" In {kept[-2]} the lead is larger still: {'; '.join(described)}." * bool(leads)
-    nll = cheaper[cheaper.measure.str.startswith("NLL")]
+    said += f" In {nearer} the lead is larger still: {'; '.join(described)}." * bool(leads)
+    nll = drawn[drawn.measure.str.startswith("NLL")]
     return f"{said} Of the {len(nll)} NLL differences {((nll.low > 0) | (nll.high < 0)).sum()} exclude zero."
+
+
+def _beside_full_length(far: pd.DataFrame) -> str:
+    ways = far.index.str.removesuffix(", equal seconds")
+    more, less = (list(ways[beyond]) for beyond in (far.low > 0, far.high < 0))
+    both = [f"{' and '.join(part)}{{}} {word}" for part, word in ((more, "more"), (less, "less")) if part]
+    if not both:
+        return "no difference in retrieval to full length is shown"
+    verb = " retrieves" if len(more or less) == 1 else " retrieve"
+    return ", ".join([f"{both[0].format(verb)} than full length", *(one.format("") for one in both[1:])])
 
 
 def way_in_words(way: str, measure: str, beside: pd.Series) -> str:

@@ -18,12 +18,13 @@ from llama_long_utils.records import Record, recorded
 
 NAMES = {"smollm2": "SmolLM2-135M", "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B"}
 FILES = {"smollm2": "Q4_1", "qwen2.5-coder-1.5b": "Q4_K_M"}  # how the files are quantised that weights come from
-WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short, no skips"}
-LINES = WAYS | {"fair": "whole sequences, minus the control's windows"}
+WAYS = {"full": "whole sequences", "pose": "PoSE", "short": "short without skips"}
+LINES = {"full": "minus its own windows", "fair": "minus the control's windows"}
+SHARED = {"sharex": True, "sharey": True, "squeeze": False}  # panels whose numbers are compared
 ENDS = ((min, "low"), (max, "high"))
 FORMS = {"full": ("s-", BLUE), "pose": ("^-", TEAL), "short": ("o-", RED), "fair": ("D--", BLACK)}
 ARMS = {"base": "base", "raised": "base, RoPE base raised", "yarn": "base, YaRN", "control": "control"}
-ARMS |= {"pose": "PoSE", "full": "whole sequences"}
+ARMS |= {"pose": WAYS["pose"], "full": WAYS["full"]}
 PLACES = {
     "inside": {"label": "inside the old window", "color": GREY, "marker": "o"},
     "far": {"label": "in the far half of the texts", "color": BLUE, "marker": "s"},
@@ -48,7 +49,8 @@ class DoseResults:
         """Two lines: the model, and how far of its new window texts were read."""
         window = load_preset(self.preset).extension.window
         read = self.record.table("held_out").tokens.max()
-        return f"{NAMES.get(self.preset, self.preset)}\nread to {read:,} of {window:,} tokens"
+        part = f"\nread to {read:,} of {window:,} tokens" if read < window else ""
+        return f"{NAMES.get(self.preset, self.preset)}{part}"
 
     def rows(self, table: str, place: str) -> pd.DataFrame:
         """The rows of a table at a place."""
@@ -141,27 +143,35 @@ class DoseResults:
         """Whether differences are below zero by the whole interval, and by more than seeds lie apart."""
         return (rows.high < 0) & (-rows.nats > self.apart(line, whole))
 
-    def doses_that_pay(self) -> pd.DataFrame:
-        """In words for a table: from which dose on each line of `worth` is `ahead`, and what the largest dose reads."""
-        rows, every, nearly = [], self.worth(r"\d+"), self.worth(whole=True)
-        whole = nearly.groupby("line").tail(1).set_index("line")
-        for line, part in self.worth().groupby("line"):
-            last, pays = part.iloc[-1], part[self.ahead(part, line)].tokens_trained.min()
-            row = {"trained on": f"{LINES[line]}, {last.tokens_trained / 1e6:.1f}M tokens"}
-            seeds = int((every[every.line == line].tokens_trained == pays).sum())
-            there = "one seed" if seeds == 1 else f"{seeds} seeds"
-            row |= {"pays from": f"{pays / 1e6:.1f}M, {there}" if pays > 0 else "no dose"}
-            hollow = nearly[nearly.line == line]
-            full = hollow[self.ahead(hollow, line, whole=True)].tokens_trained.min()
-            row |= {"nearly full: from": f"{full / 1e6:.1f}M" if full > 0 else "no dose"}
-            gain = f"{last.below_zero} of {last.documents} texts gain"
-            row |= {"far half": f"{measured(last.nats, last.low, last.high, digits=3)}, {gain}"}
-            row |= {"nearly full windows": measured(*whole.loc[line, ["nats", "low", "high"]], digits=3)}
-            row |= {"without the strongest": f"{last.without_one:+.3f}; {whole.without_one[line]:+.3f}"}
-            apart = [self.apart(line, part) for part in (False, True)]
-            apart = "; ".join(f"{nats:.3f}" for nats in apart) if any(apart) else "one seed"
-            rows.append({"model": self.preset, **row, "seeds apart": apart})
-        return pd.DataFrame(rows)
+    def pays_from(self, line: str, whole: bool = False) -> int | None:
+        """The least dose (tokens) from which on every dose of a line of `worth` is `ahead`; None if there is none."""
+        part = self.worth(whole=whole).query("line == @line")
+        ahead = self.ahead(part, line, whole).to_numpy()
+        paying = part.tokens_trained[np.logical_and.accumulate(ahead[::-1])[::-1]]
+        return int(paying.iloc[0]) if len(paying) else None
+
+    def seeds_run(self) -> pd.DataFrame:
+        """A row for each way of training, a column for each dose: how many seeds were run, "-" for none."""
+        arms = self.record.table("arms")
+        arms = arms.assign(way=arms.arm.str.extract(r"^([a-z]+)")[0]).sort_values("tokens")
+        ways = [way for way in (*WAYS, "control") if way in set(arms.way)]
+        counts = arms.pivot_table("seed", "way", "tokens", aggfunc="nunique").reindex(ways)
+        counts = counts.map(lambda count: f"{count:.0f}" if count > 0 else "-")
+        counts = counts.rename(columns="{:,} tokens".format, index=WAYS).rename_axis("trained on").reset_index()
+        return counts.assign(model=self.preset).set_index("model").reset_index()
+
+    def seeds_apart(self) -> pd.DataFrame:
+        """Where several seeds were run: `worth` of each, in nats as text, and how far they lie apart; far half."""
+        every = self.worth(r"\d+")
+        every = every.assign(seed=every["first"].fillna(every.arm).str.extract(r"-s(\d+)")[0])
+        every = every.sort_values("line", key=lambda lines: lines.map([*LINES, *WAYS].index), kind="stable")
+        rows = []
+        for (line, dose), part in every.groupby(["line", "tokens_trained"], sort=False):
+            seeds = {f"seed {row.seed}": f"{row.nats:+.3f}" for row in part.sort_values("seed").itertuples()}
+            about = {"model": self.preset, "full context": describe_line(line), "tokens": f"{dose / 1e6:.1f}M"}
+            rows += [{**about, **seeds, "apart": f"{np.ptp(part.nats):.3f}"}] if len(seeds) > 1 else []
+        table = pd.DataFrame(rows).fillna("-")
+        return table[[*(name for name in table if name != "apart"), "apart"]] if rows else table
 
     def gains_of_texts(self) -> pd.DataFrame:
         """The held-out texts with `nats`: largest dose of whole sequences, far half, full context minus own windows."""
@@ -188,6 +198,11 @@ class DoseResults:
         names = asked.arm + np.where(asked.tokens_trained > 0, "-" + asked.tokens_trained.astype(str), "")
         asked = asked.assign(arm=names.map(arms), right=(asked.exact * asked.questions).round().astype(int))
         return asked.dropna(subset="arm").sort_values(["length", "arm", "fifth_of_depth"])
+
+
+def describe_line(line: str) -> str:
+    """A line of `DoseResults.worth` in words."""
+    return f"{WAYS.get(line, WAYS['full'])}, {LINES.get(line, LINES['full'])}"
 
 
 @dataclass(frozen=True)
@@ -237,7 +252,7 @@ class OtherTexts:
         found = self.compare()
         found["cell"] = [
             f"{measured(row.nats, row.low, row.high, digits=3)}, {row.below_zero} of {row.documents} texts, "
-            f"without one {row.without_one:+.3f}"
+            f"without the strongest {row.without_one:+.3f}"
             for row in found.itertuples()
         ]
         table = found.pivot_table("cell", "quantity", "texts", aggfunc="first", sort=False)
@@ -268,7 +283,7 @@ def read_dose_results(presets: list[str], *, needed: bool = False) -> dict[str, 
 def draw_differences(table: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
     """A panel for each model: what `DoseResults.compare` found, with intervals, inside the old window and far out."""
     models, names = list(table.model.unique()), table.quantity.unique()
-    figure, panels = plt.subplots(1, len(models), figsize=(5 + 3.6 * len(models), 3.6), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(models), figsize=(5 + 3.6 * len(models), 3.6), **SHARED)
     for name, axes in zip(models, panels[0], strict=True):
         part = table[table.model == name]
         intervals(axes, part, row="quantity", colour="place", value="nats", zero=0, styles=PLACES, names=names)
@@ -277,7 +292,7 @@ def draw_differences(table: pd.DataFrame, folder: Path, slug: str, number: str, 
     figure.get_layout_engine().set(wspace=0.05)  # so that ticks of two panels are told apart
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     alt = "; ".join(f"{row.model}, {row.quantity}, {row.place} {row.nats:+.2f}" for row in table.itertuples())
-    caption += " Recorded, one seed, the outer ends of two 95% intervals."
+    caption += " Recorded, first seed, the outer ends of two 95% intervals."
     save_figure(figure, folder, slug, number, caption, alt)
 
 
@@ -289,47 +304,40 @@ def draw_worth(
     caption: str,
     *,
     lines: Mapping[str, str] = LINES,
-    whole_windows: bool = True,
+    whole_windows: bool = False,
 ) -> None:
-    """A panel for each model: what `DoseResults.worth` found by dose, with intervals; hollow: nearly full windows only;
-    crosses: other seeds.
+    """A panel for each model: what `DoseResults.worth` found by dose, with intervals; crosses: other seeds.
 
     Args:
         lines: which to draw, with their labels.
-        whole_windows: draw the hollow points, too.
+        whole_windows: read only where windows are nearly full.
     """
-    counts = [max(2.2, results.worth().tokens_trained.nunique()) for results in doses.values()]
-    shared = {"figsize": (5 + 3.6 * len(doses), 4.8), "sharey": True, "squeeze": False, "width_ratios": counts}
-    figure, panels = plt.subplots(1, len(doses), **shared)
+    counts = [1 + results.worth().tokens_trained.nunique() for results in doses.values()]
+    size = (6.6 + 2 * len(doses), 4.6)
+    figure, panels = plt.subplots(1, len(doses), figsize=size, sharey=True, squeeze=False, width_ratios=counts)
     ends = []
     for (name, results), axes in zip(doses.items(), panels[0], strict=True):
-        worth, whole, every = results.worth(), results.worth(whole=True), results.worth(r"\d+")
-        aside = 1.05 if len({*worth.tokens_trained}) > 1 else 1.02
-        for place, (line, (form, colour)) in enumerate(FORMS.items()):
-            if line not in lines:
-                continue
-            part, hollow, beside = worth[worth.line == line], whole[whole.line == line], aside**place
-            lengths = [part.nats - part.low, part.high - part.nats]
-            others = every[(every.line == line) & ~every.nats.isin(part.nats)]
-            axes.plot(others.tokens_trained * beside, others.nats, "x", color=colour, ms=6, zorder=1)
-            if whole_windows:
-                axes.plot(
-                    hollow.tokens_trained * beside, hollow.nats, form[0], color=colour, mfc="white", ms=7, zorder=1
-                )
-            axes.errorbar(part.tokens_trained * beside, part.nats, yerr=lengths, fmt=form, capsize=3, color=colour,
-                          label=lines[line])  # fmt: skip
-            if len(part):
-                end = f"{name}, {lines[line]} {part.nats.iloc[-1]:+.3f}"
-                ends.append(end + (f", nearly full windows {hollow.nats.iloc[-1]:+.3f}" if whole_windows else ""))
+        worth, every = (results.worth(seed, whole=whole_windows) for seed in ("0", r"\d+"))
         ticks = sorted({*worth.tokens_trained})
+        aside = (1.26 if len(ticks) > 1 else 1.04) ** (1 / len(lines))
+        for place, (line, label) in enumerate(lines.items()):
+            (form, colour), part = FORMS[line], worth[worth.line == line]
+            others = every[(every.line == line) & ~every.nats.isin(part.nats)]
+            where, lengths = part.tokens_trained * aside**place, [part.nats - part.low, part.high - part.nats]
+            axes.errorbar(where, part.nats, yerr=lengths, fmt=form, capsize=3, color=colour, label=label)
+            axes.plot(others.tokens_trained * aside ** (place + 0.5), others.nats, "x", color=colour, ms=7, mew=1.8)
+            if len(part):
+                ends.append(f"{name}, {label} {part.nats.iloc[-1]:+.3f}")
+        axes.plot([], [], "x", color=GREY, ms=7, mew=1.8, label="other seeds")
         axes.axhline(0, color="0.3", linewidth=1)
-        axes.set(xscale="log", title=results.title, xlabel="tokens trained (millions)")
-        if len(doses) > 1:  # what a model with one dose shows needs no room for others
-            axes.set(xlim=(ticks[0] / 1.3, ticks[-1] * 1.5))
+        title = results.title.replace(" of", "\nof") if len(doses) > 1 else results.title
+        axes.set(xscale="log", title=title, xlabel="tokens trained (millions)")
+        axes.set(xlim=(ticks[0] / aside**3, ticks[-1] * aside ** (len(lines) + 2)))
         axes.set_xticks(ticks, [f"{tokens / 1e6:.1f}" for tokens in ticks])
         axes.minorticks_off()
     panels[0][0].set_ylabel("full context minus windows (nats per token)")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    crosses, *handles = panels[0][0].get_legend_handles_labels()[0]
+    figure.legend(handles=[*handles, crosses], loc="outside lower center", ncols=3 if len(lines) < 3 else 2)
     alt = f"Nats against tokens trained. At the largest dose: {'; '.join(ends)}."
     save_figure(figure, folder, slug, number, caption, alt)
 
@@ -340,26 +348,25 @@ def unpadded(array: np.ndarray) -> list[np.ndarray]:
 
 
 def worth_in_words(doses: Mapping[str, DoseResults]) -> str:
-    """On which lines of `DoseResults.worth` the longer window pays, and from which dose: a sentence."""
-    parts = []
-    for name, results in doses.items():
-        table = results.doses_that_pay()
-        paid = [
-            f"{row['trained on'].rpartition(', ')[0]}, from {row['pays from'].replace(',', ' tokens on,')} there"
-            f", in nearly full windows from {row['nearly full: from']}"
-            for _, row in table[table["pays from"] != "no dose"].iterrows()
-        ]
-        parts.append(f"{'; '.join(paid) or 'nothing that was run'} ({NAMES.get(name, name)})")
-    said = f"The longer window pays for {', and for '.join(parts)}."
-    never = all("control" not in part for part in parts)
-    return said + " Against the windows of a control that was trained as long it is not shown to pay." * never
+    """From which dose on each model gains over its own windows, and over the control's: a sentence."""
+    said = []
+    for line, rival in {"full": "its own windows", "fair": "the control"}.items():
+        paying = {NAMES.get(name, name): results.pays_from(line) for name, results in doses.items()}
+        said += [f"{name} gains over {rival} from {dose / 1e6:.1f}M tokens on" for name, dose in paying.items() if dose]
+        missing = [name for name, dose in paying.items() if not dose]
+        if len(missing) == len(paying) > 1:
+            missing = ["neither model" if len(paying) == 2 else "no model"]
+            said.append(f"{missing[0]} is shown to gain over {rival}")
+        else:
+            said += [f"{name} is not shown to gain over {rival}" for name in missing]
+    return f"{'; '.join(said)}."
 
 
 def four_bits_in_words(table: pd.DataFrame) -> str:
     """What NF4 costs each base inside the old window, from `DoseResults.four_bits`: a sentence."""
     rows = table[(table.quantity == "base: unpacked minus NF4") & (table.place == "inside")]
     costs = [f"{-row.nats:.2f} nat ({NAMES.get(row.model, row.model)})" for row in rows.itertuples()]
-    return f"Inside the old window NF4, on top of the file's own quantisation, costs the base {' and '.join(costs)}."
+    return f"NF4, on top of the file's own quantisation, costs the base {' and '.join(costs)} inside the old window."
 
 
 def unpacked(models: Sequence[str]) -> str:
@@ -372,25 +379,8 @@ def price_in_words(table: pd.DataFrame) -> str:
     """Which models read worse than the control inside the old window, from `DoseResults.alternatives`: a sentence."""
     rows = table[table.quantity.str.contains("equal tokens") & (table.place == "inside")]
     worse = [NAMES.get(model, model) for model in rows.model[rows.low > 0]]
-    return f"Inside the old window whole sequences read worse than the control: {' and '.join(worse) or 'no model'}."
-
-
-def found_in_words(asked: pd.DataFrame) -> str:
-    """How many statements whole sequences find in the longest text each model was asked, and the best rival there.
-
-    Where the control was not asked it is no rival, and the sentence says so.
-    """
-    parts, missing = [], False
-    for name, part in asked.groupby("model", sort=False):
-        right = part[part.length == part.length.max()].groupby("arm")[["right", "questions"]].sum()
-        missing |= "control" not in right.index
-        own, rival = right.right["full"], right.right.drop("full").max()
-        parts.append(
-            f"in {part.length.max():,} tokens {own} of {right.questions['full']}, the best other {rival} "
-            f"({NAMES.get(name, name)})"
-        )
-    said = f"Of those asked, the model trained on whole sequences finds most: {'; '.join(parts)}."
-    return said + " The control was not asked there." * missing
+    said = f"{' and '.join(worse) or 'No model'} {'read' if len(worse) > 1 else 'reads'} worse than the control"
+    return f"{said} inside the old window."
 
 
 def draw_statements(asked: pd.DataFrame, folder: Path, slug: str, number: str, caption: str) -> None:
@@ -501,17 +491,32 @@ def tasks_in_words(shares: pd.DataFrame, costs: pd.DataFrame) -> Iterator[str]:
         contrast = deltas.query("metric == 'contrast' and high < 0 and pair == 'base -> extended'").itertuples()
         nearer = "; ".join(f"{row.task} {measured(row.difference, row.low, row.high)}" for row in contrast) or "none"
         before = ", ".join(f"{row.task} {row.before:.0%}" for row in own.itertuples())
-        other = read_tasks(name, UNPACKED)[0]
-        unpacked = f"it falls, beyond its interval, in {_fallen(other)}" if len(other) else "nothing was asked"
         yield f"""
         **{name}**, in points and nats per token:
 
         - From the same NF4 base the share of right answers falls, beyond its interval, in {_fallen(own)}. Before it was
           {before}.
-        - From the unpacked base {unpacked}.
+        - {base_in_words(name, own)}
         - The right answer becomes *less* likely, beyond the interval or in each of three questions, in: {listed}.
         - Wrong answers come nearer to it in: {nearer}.
         """
+
+
+def base_in_words(model: str, shares: pd.DataFrame) -> str:
+    """Where the verdict on a share hangs on the base: from the same NF4 base, and from the unpacked one; sentences."""
+    other = read_tasks(model, UNPACKED)[0]
+    if other.empty:
+        return "From the unpacked base nothing was asked."
+    said, same = [], shares.set_index("task")
+    for row in other.itertuples():
+        before, after = same.loc[row.task], measured(row.difference, row.low, row.high)
+        if (before.low > 0, before.high < 0) != (row.low > 0, row.high < 0):
+            nf4 = measured(before.difference, before.low, before.high)
+            said.append(
+                f"Against the same NF4 base {row.task} changes by {nf4} points. Against the file's unpacked weights it "
+                f"changes by {after} points."
+            )
+    return " ".join(said) or "Against the file's unpacked weights each verdict is the same."
 
 
 def fallen_in_words(shares: pd.DataFrame) -> str:
@@ -553,6 +558,28 @@ def steps_by_plan(record: Record) -> pd.DataFrame:
     return steps.assign(contender=plans.where(steps.contender == "ours", steps.contender))
 
 
+def speed_and_memory(records: Sequence[Record], context: int) -> pd.DataFrame:
+    """A row for each step of a context on a GPU, by `beside_trainer`: speed and memory, of several days as a range."""
+    days = pd.concat([beside_trainer(steps_by_plan(one), "allocated_gib") for one in records])
+    days = days[days.context == context]
+    theirs = days.step.str.startswith("TRL")
+    days["step"] = days.step.where(theirs, "ours, " + days.step)
+    by_step = days.sort_values("memory", kind="stable").groupby("step", sort=False)[["speed", "memory"]].agg(_span)
+    return by_step.reset_index()
+
+
+def cpu_speeds(bench: pd.DataFrame) -> pd.DataFrame:
+    """A row for each contender on a CPU, a column for each context: speed by `beside_trainer`, per second of a core."""
+    bench = bench.assign(tokens_per_second=bench.tokens_per_core_second)
+    table = beside_trainer(bench, "peak_gib_above_weights")
+    table = table.pivot_table("speed", "step", "context", sort=False).sort_index(axis=1)
+    return table.rename(columns="{:,} tokens".format).reset_index()
+
+
+def _span(values: pd.Series) -> str:
+    return " to ".join(dict.fromkeys(f"{end:.2f}" for end in (values.min(), values.max())))
+
+
 def attention_share(steps: pd.DataFrame, context: int) -> float:
     """Attention's share of a training step's time at a context, from steps of one model at several contexts.
 
@@ -570,9 +597,9 @@ def our_faster_steps(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_in_words(record: Record) -> str:
-    """How a GPU's training run went, from its rows by step; or that the record has none."""
+    """How a GPU's training run went, from its rows by step; empty if the record has none."""
     if "training" not in record.content["tables"]:
-        return "`make gpu` ends with a training run; this record has none."
+        return ""
     log = record.table("training")
     tenth, peak = math.ceil(len(log) / 10), log.peak_gib.astype(float).max()
     first, last = log.loss[:tenth].mean(), log.loss[-tenth:].mean()

@@ -1,5 +1,6 @@
 """Where things are, and writing files so that they are always whole."""
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -7,6 +8,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("LLAMA_LONG_CACHE", REPOSITORY / "data" / "cache")).absolute()
@@ -28,9 +31,18 @@ def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file so that at every moment either the old one or the whole new one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # several machines may share the folder
-    scratch.write_bytes(content)
+    try:
+        scratch.write_bytes(content)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     scratch.replace(path)
     return path
+
+
+def out_of_space(error: Exception) -> bool:
+    """Whether a disk was full; safetensors has no number for that, only words."""
+    return getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
 
 
 def file_sha256(path: Path) -> str:
@@ -46,7 +58,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         new = Path(scratch, "new")
         new.mkdir()
-        yield new
+        try:
+            yield new
+        except SafetensorError as error:
+            if not out_of_space(error):
+                raise
+            raise OSError(errno.ENOSPC, "No space left on device: make room", str(folder)) from error
         if folder.exists():
             folder.replace(Path(scratch, "old"))
         new.replace(folder)

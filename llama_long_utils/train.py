@@ -105,6 +105,9 @@ def tune(preset: Preset, chosen: argparse.Namespace) -> None:
         begun = f" --adapter {start}" if other or chosen.adapter else ""
         if chosen.stage == "sft" or (chosen.stage in NEXT and not other):
             print(f"then: {PYTHON} -m llama_long_utils.train --preset {preset.name}{begun} --stage", NEXT[chosen.stage])
+        if chosen.stage != "reward":
+            given = f"--preset {preset.name} --adapter {tuned.folder}"
+            print(f"or: {PYTHON} -m tools.merge {given} --to FOLDER  # an ordinary model", flush=True)
     join_processes().destroy_process_group()
 
 

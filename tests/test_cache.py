@@ -1,12 +1,15 @@
+import errno
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from llama_long_utils import commands
 from llama_long_utils.cache import Cache, digest
-from llama_long_utils.paths import write_atomically
+from llama_long_utils.paths import whole_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -136,3 +139,15 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monk
         with pytest.raises(SystemExit) as ended:
             commands.run_command(lambda file=file: write_atomically(file, b""))
         assert str(ended.value) == f"error: {file.parent}: {'Not a directory' if end else 'File exists'}{end}"
+
+
+def test_a_full_disk_is_named_with_its_place_and_nothing_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match=r"No space left.*file\.json"):
+        write_atomically(tmp_path / "file.json", b"1")
+    assert not [*tmp_path.iterdir()]
+    words = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(OSError, match=r"make room.*adapter"), whole_folder(tmp_path / "adapter"):
+        raise SafetensorError(words)  # which is no OSError
+    with pytest.raises(SafetensorError, match="header"), whole_folder(tmp_path / "adapter"):
+        raise SafetensorError("header too large")

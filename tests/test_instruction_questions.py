@@ -24,20 +24,17 @@ from experiments.instruction_questions import (
 from experiments.instruction_results import (
     FULL,
     PAIRS,
-    PLAIN,
     InstructionResults,
     outcomes,
 )
 from experiments.question_results import (
     beside_table_9,
     counts,
-    directions,
     floor_of,
     levels,
     origin_of,
-    question_tables,
     same_trainings,
-    trainings,
+    trained_and_asked,
 )
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.evaluation.generation import likelihoods, write
@@ -173,18 +170,15 @@ def results(tmp_path):
 def test_what_was_measured_is_written_with_each_run_in_its_row_and_read_past_the_old_window(results):
     assert results.past == [length for length in SETS["squad"].asked if length > results.preset.base.window]
     assert results.difference("long", "short", "f1") == pytest.approx((10, 10, 10))
-    scores, changes = question_tables({"SQuAD": results})
-    arms = ["short", "short, long", "short, long, loss on prompt; full answers"]
-    assert list(scores.arm) == arms
-    assert list(scores.seeds) == [3, 3, 1]
-    (change,) = changes[changes.difference == PLAIN].to_dict("records")
-    assert change["F1"] == "+10.0 [+10.0, +10.0]"  # inside the old window
-    assert change["log-probability"] == "+0.00 [+0.00, +0.00]"
+    table = trained_and_asked({"SQuAD": results})
+    assert list(table.arm) == ["short", "short, long", "short, long, loss on prompt; full answers"]
+    assert list(table.seeds) == [3, 3, 1]
+    assert list(table.labels) == [7, 7, 7]
+    assert [text.split()[0] for text in table["F1, SQuAD"]] == ["17.5", "27.5", "15.8"]
     assert results.in_words("long", "short", "exact") == "both at the floor"
     said = counts({"SQuAD": results})
     assert "SQuAD asks 20 behind 2,048 and 20 behind 9,216 tokens" in said
     assert "At most 0.0 percent" in said
-    assert list(trainings(results).labels) == [7, 7, 7]
     assert floor_of(results).answer == "no"
 
 
@@ -211,15 +205,8 @@ def test_the_paper_stands_beside_what_was_measured_with_what_that_says_of_its_di
     assert table["SQuAD"]["C10"] == "not measured"
 
 
-def test_a_claim_is_judged_only_where_both_arms_were_measured(results):
-    assert directions(results) == {}
+def test_a_change_between_arms_is_no_level(results):
     assert [*levels(results).values()] == [False, False]
-    both = replace(results, record=Record(results.record.path))
-    both.__dict__["runs"] = results.runs.replace({"arm": {"long": "long, loss on prompt"}})
-    found = directions(both)
-    assert [*found] == [f"(C11) by long documents with it, {what}" for what in
-                        ("F1 rises", "the right answer becomes less likely")]  # fmt: skip
-    assert found["(C11) by long documents with it, F1 rises"][0] == pytest.approx((10, 10, 10))
 
 
 def test_trainings_of_the_same_arm_and_seed_are_compared(results):

@@ -248,6 +248,10 @@ def test_a_tuned_adapter_begins_at_the_extended_one_and_is_found(preset, monkeyp
     other = dataclasses.replace(preset, instruction=dataclasses.replace(preset.instruction, steps=7))
     with pytest.raises(ValueError, match="other instruction"):
         find_adapter(other, stage="instruction")
+    again = dataclasses.replace(preset, training=dataclasses.replace(preset.training, learning_rate=1e-4))
+    train_adapter(again)
+    with pytest.raises(ValueError, match="start = another extension adapter"):  # of the preset as it was before
+        find_adapter(again, stage="instruction")
 
 
 def test_interrupted_it_ends_in_the_same_weights(preset, tmp_path, monkeypatch):

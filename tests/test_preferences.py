@@ -21,7 +21,7 @@ from experiments.preference import costs_of_seeds, in_few_steps, wins_by_step
 from experiments.preference_controls import TEXT, TOKENS, with_text
 from experiments.preference_figures import (
     NEW,
-    arms_within,
+    at_equal_length,
     at_the_end,
     costs_on_new_seeds,
     near,
@@ -495,13 +495,16 @@ def test_one_seed_has_the_interval_over_questions_and_several_may_have_a_wider_o
     assert low < 0.4 and high > 0.6
 
 
-def test_a_test_on_new_seeds_decides_whether_an_arm_keeps_within_the_limit():
-    table = pd.DataFrame(
-        {"low": [0.55, 0.55, 0.52, 0.45, 0.6], "at_most": [0.019, 0.026, 0.0197, 0.01, 0.015]},
-        index=["slow", f"slow{NEW}", f"text{NEW}", "weak", "other"],
+def test_answers_are_named_at_equal_length_where_an_interval_is_clear_of_one_half():
+    table = pd.DataFrame({"arm": ["rl", "dpo"], "decoding": "greedy", "low_cut": [0.3, 0.6], "high_cut": [0.4, 0.7]})
+    assert (
+        at_equal_length(table)
+        == "DPO's greedy answers are still preferred, and RL's greedy ones are worse than no training"
     )
-    assert arms_within(table, 0.02, again=True) == ["text"]
-    assert arms_within(table, 0.02, again=False) == ["other"]
+    assert at_equal_length(table.assign(low_cut=0.4, high_cut=0.6)) == "none is shown to be preferred"
+
+
+def test_a_cost_near_the_limit_has_the_digits_that_tell_them_apart():
     assert [near(value, 0.02) for value in (0.0197, 0.0204, 0.0259)] == ["0.0197", "0.0204", "0.026"]
 
 

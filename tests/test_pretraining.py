@@ -13,7 +13,15 @@ from experiments import pretraining, pretraining_cells, pretraining_mix
 from experiments.pretraining import cut_short
 from experiments.pretraining_cells import LONG, MIXES, SHORT, Cell, Size, flops_per_token, long_settings
 from experiments.pretraining_copying import SKIPPED, continued_from
-from experiments.pretraining_figures import when_long
+from experiments.pretraining_figures import (
+    context_headline,
+    context_pairs,
+    late_headline,
+    late_switches,
+    other_switches,
+    power_laws,
+    when_long,
+)
 from experiments.pretraining_mix import PIECE, mix_rows
 from experiments.pretraining_rates import (
     FACTORS,
@@ -35,6 +43,7 @@ from experiments.pretraining_results import (
     heavier,
     over_sizes,
     pretraining_results,
+    recorded_loss,
 )
 from experiments.race_results import wider_interval
 from llama_long_utils.evaluation.statistics import Bootstrap
@@ -237,7 +246,7 @@ def late_switch(size, worse, seeds):
     """Results of a size whose switch at 80% is `worse` nats a token than long throughout, by seed."""
     cells = pd.DataFrame([(size, arm, seed) for arm in ("long", "switch-80") for seed in seeds], columns=NAMES)
     cells = cells.assign(flops=np.where(cells.arm == "long", 10.0, 4.0), flops_counted=1, seconds=1, tokens=1)
-    cells = cells.assign(short_steps=0, long_steps=1)
+    cells = cells.assign(short_steps=0, long_steps=1, parameters=9)
     nll = np.array([2.0] * len(seeds) + [2 + one for one in worse])
     nats = 100 * np.repeat(nll, 12).reshape(len(nll), 1, 12, 1)
     arrays = {"nats": nats, "tokens": np.full((12, 1), 100), "edges": np.array([1, 4096]), "ways": np.array(["full"])}
@@ -297,28 +306,71 @@ def test_what_is_left_beyond_share_is_paired_by_seed():
     assert beyond_share(halved, (results, "a", "switch-80")) == pytest.approx([0, 0, 0])
 
 
-def test_the_answer_names_the_size_and_the_switches_of_each_loss_and_what_was_not_tested():
-    seeds, lost, kept = (0, 1, 2), {"low": -0.3, "high": -0.1}, {"low": -0.3, "high": 0.1}
-    worse, unsure = (late_switch("a", change, seeds).curriculum("a") for change in ((0.05,) * 3, (-0.02, 0.0, 0.02)))
-    copied = pd.Series({"long": kept, "switch-80": lost, "switch-95": lost, "in-reach": kept, "continued": lost})
-    said = when_long({"a": unsure, "b": worse}, copied)
-    assert "a: no difference is detected between long throughout and the one switch that was run (80%)." in said
-    assert "b: long throughout is better than the one switch that was run (80%)." in said
-    assert "copies: long throughout is better than a switch at 80% or 95%; no difference is detected" in said
-    assert "80% with quotes in reach" in said and "still earlier one would be as good was not tested" in said
-    none = when_long({"a": unsure}, copied.map(lambda _: kept))
-    assert "not tested" not in none and "No switch that was run is shown to be early enough" in none
-    level = late_switch("a", (0.001, 0.0, -0.001), seeds).curriculum("a")
-    assert "is excluded: switch at 80% at a." in when_long({"a": level}, copied)
+def test_the_answer_names_the_tokens_on_which_a_late_switch_is_good_enough_and_the_sizes_where_it_is_worse():
+    seeds = (0, 1, 2)
+    worse, unsure, level = ((0.05, 0.051, 0.052), (-0.02, 0.0, 0.02), (0.001, 0.0, -0.001))
+    few = {"0.4M": late_switch("0.4M", unsure, seeds), "0.9M": late_switch("0.9M", worse, seeds)}
+    few |= {"0.9M, switch at half": late_switch("0.9M, switch at half", level, seeds)}
+    many = late_switch("0.9M-as-16M", level, seeds)
+    many = replace(many, cells=many.cells.assign(tokens=13e6))
+    late = late_switches(few | {"0.9M-as-16M": many})
+    assert late_headline(late) == (
+        "A late switch is good enough on 13.0 million tokens, and worse at 0.9M on 0.0 million"
+    )
+    said = when_long(late)
+    assert "| switch at 80% | 0.0 million tokens | 13.0 million tokens |" in said
+    assert "| 0.4M | not shown: -0.000 [" in said.replace("+0.000", "-0.000") and "worse: +0.051 [" in said
+    assert " at one rate; not shown: " in said and " at its own rate | not shown: " in said
+    assert late_headline(late_switches({"0.4M": few["0.4M"]})).endswith("is not shown to be good enough on 0.0 million")
+    assert late_headline(late_switches({"a": late_switch("a", level, seeds)})).endswith(
+        "good enough on 0.0 million tokens"
+    )
+
+
+def test_other_switches_are_held_against_that_at_80_percent():
+    rows = [("switch-20", 0.1, 0.2), ("switch-80", 0.1, 0.2), ("switch-95", -0.1, 0.2)]
+    table = pd.DataFrame(rows, columns=["arm", "low", "high"]).assign(seeds=3)
+    said = other_switches({"a": table})
+    assert "come out as that at 80%: 20% at a." in said and "do not: 95% at a." in said
+    assert said.endswith("still earlier one would be as good was not tested.")
+    assert other_switches({"a": table[table.arm == "switch-80"].assign(low=-0.1)}) == ""
 
 
 def test_an_arm_of_fewer_than_three_seeds_is_shown_and_not_judged():
     few = late_switch("a", (-0.05, -0.06), (0, 1))
-    copied = pd.Series({"long": {"low": 0, "high": 0}})
-    said = when_long({"a": few.curriculum("a")}, copied)
-    assert "- Too few seeds to judge: switch at 80%, a (-0.050, -0.060 nat)." in said
-    assert "NLL from scratch, a" not in said and "No switch that was run is shown to be early enough" in said
+    late = late_switches({"a": few})
+    assert "| a | too few seeds to judge: -0.050, -0.060 |" in when_long(late)
+    assert late_headline(late) == "A late switch is not judged: too few seeds"
     assert few.saved_at_equal_quality("a") == (0, 0)
+
+
+def test_what_context_saves_by_size_is_said_as_the_intervals_say():
+    pairs = pd.DataFrame({"larger": ["b", "c"], "smaller": ["a", "b"], "low": [0.1, -0.1], "high": [0.2, 0.1]})
+    laws = pd.DataFrame({"model": ["a", "b", "c"], "parameters": [1, 2, 3]}).assign(beta_low=0.4, beta_high=0.5)
+    unseen = "; that β grows is not shown"
+    assert context_headline(pairs, laws) == f"Context saves b more than a on as many tokens{unseen}"
+    assert context_headline(pairs.assign(low=0.1), laws) == f"Larger models save more by context{unseen}"
+    assert context_headline(pairs.assign(low=-0.1), laws).startswith(
+        "That context saves larger models more is not shown"
+    )
+    less = context_headline(pairs.assign(low=[-0.2, 0.1], high=[-0.1, 0.2]), laws)
+    assert less.startswith("Context saves c more than b and b less than a")
+    assert context_headline(pairs, laws.assign(beta_low=[0.1, 0.4, 0.6])).endswith("; β grows")
+
+
+def test_models_on_as_many_tokens_are_paired_with_the_next_smaller_one():
+    wide = larger_sizes()["0.9M"]
+    groups = [{"0.4M": pretraining_results(), "0.9M": wide}]
+    pairs = context_pairs(groups)
+    assert list(zip(pairs.larger, pairs.smaller, strict=True)) == [("0.9M", "0.4M")]
+    assert {"0.4M", "0.9M"} <= set(power_laws(groups).model)
+
+
+def test_a_live_cell_is_held_against_the_record_that_has_it():
+    results = pretraining_results()
+    row = results.cells.index[(results.cells.arm == "switch-40") & (results.cells.seed == 1)][0]
+    assert recorded_loss("0.4M", "switch-40", 1) == results.mean_nll(row)
+    assert recorded_loss("doll", "switch-80", 0) is None
 
 
 def test_the_arms_that_decide_are_measured_first_at_the_larger_size():

@@ -25,7 +25,7 @@ from experiments.race import (
 )
 from experiments.race_longer import longer_race
 from experiments.race_longer_results import METHODS as OF_THE_PAPER
-from experiments.race_longer_results import OTHER_RATE, judged_longer, longer_results
+from experiments.race_longer_results import OTHER_RATE, changed_rule, judged_longer, judged_slower, longer_results
 from experiments.race_results import (
     ZERO_SHOT,
     RaceResults,
@@ -34,6 +34,7 @@ from experiments.race_results import (
     retrieving,
     student_reach,
     trainings_in_words,
+    way_label,
 )
 from experiments.searches import (
     compare_quoting,
@@ -147,6 +148,13 @@ def test_each_expectation_of_the_longer_race_can_hold_and_can_be_refuted(changes
     assert list(judged_longer(as_longer(**changes), short).judged) == judged
 
 
+def test_what_the_changed_rule_changes_is_said_only_where_the_limit_lies_inside_the_interval():
+    longer = longer_results(load_preset("tiny"))
+    assert judged_longer(longer, race_results(load_preset("tiny"))).judged[0] == OPEN
+    assert "lies inside it. The rule written beforehand would have called that *holds*" in changed_rule(longer)
+    assert changed_rule(as_longer()).endswith("lies outside it, so the change makes no difference.")
+
+
 def test_what_is_expected_at_a_lower_rate_can_hold_and_can_be_refuted():
     short, longer = race_results(load_preset("tiny")), as_longer()
     for points, nats, judged in ((10.0, 0.1, HOLDS), (-10.0, -0.1, REFUTED)):
@@ -159,7 +167,7 @@ def test_what_is_expected_at_a_lower_rate_can_hold_and_can_be_refuted():
         far = slice(slower.edges.index(slower.window), None)
         tokens = slower.arrays["tokens"][:, far]
         slower.arrays["nats"][rows["none"], :, far] = slower.arrays["nats"][rows["abf"], :, far] + nats * tokens
-        assert list(judged_longer(longer, short, slower).judged[-3:]) == [judged] * 3
+        assert list(judged_slower(slower, longer, short).judged) == [judged] * 3
 
 
 def test_the_longer_race_counts_once_all_four_methods_have_all_seeds(preset, monkeypatch, tmp_path):
@@ -480,9 +488,16 @@ def test_a_lead_far_out_is_stated_beside_the_larger_one_near():
     results = race_results(load_preset("tiny"))
     cheaper = results.table(training="full-length").query("method == 'abf' and training != 'zero-shot'")
     cheaper = cheaper[cheaper.measure.isin(["NLL near", "NLL far", "ROUGE-L 256", "ROUGE-L 2,048"])]
-    said = trainings_in_words(cheaper.assign(way=cheaper.training))
-    assert "beside full-length training: more by pose, less by s2, else no difference" in said
-    assert "In ROUGE-L 256 the lead is larger still: pose +18 [+8, +29]." in said
+    drawn = cheaper.assign(way=cheaper.training.map(way_label))
+    said = trainings_in_words(drawn)
+    assert said.startswith("**At equal tokens PoSE retrieves more than full length, S2-Attn less.** ")
+    assert "At equal seconds no difference in retrieval to full length is shown. Both in ROUGE-L 2,048." in said
+    assert "In ROUGE-L 256 the lead is larger still: PoSE +18 [+8, +29]." in said
+    near_zero = trainings_in_words(drawn.assign(low=-1.0, high=1.0))
+    assert near_zero.startswith("**At equal tokens no difference in retrieval to full length is shown.** ")
+    both = drawn.assign(low=1.0, high=2.0)
+    assert trainings_in_words(both).startswith("**At equal tokens short and PoSE and S2-Attn retrieve more than full")
+    assert trainings_in_words(drawn.assign(low=-2.0, high=-1.0)).startswith("**At equal tokens short and PoSE and S2-")
     nll = cheaper[cheaper.measure.str.startswith("NLL")]
     beyond = (nll.low * nll.high > 0).sum()
     assert beyond and said.endswith(f"Of the {len(nll)} NLL differences {beyond} exclude zero.")

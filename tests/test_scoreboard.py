@@ -21,8 +21,8 @@ from tools.claims import instruction, methods, pretraining, short_tasks
 from tools.claims.comparison import Comparison, compared
 from tools.claims.line import AGREES, DISAGREES, MODELS, NOT_TESTED, UNDECIDED
 from tools.claims.pretraining import FROM_SCRATCH
-from tools.headlines import headlines, in_brief
-from tools.scoreboard import scoreboard
+from tools.headlines import in_brief
+from tools.scoreboard import scoreboard, scoreboard_details
 
 
 @pytest.fixture(scope="module")
@@ -272,13 +272,6 @@ def test_a_data_mix_is_judged_by_nll_and_by_copying(lines, monkeypatch):
         assert pretraining.with_mixes_of_a_copying_model(line).verdict.startswith(verdict)
 
 
-def test_headlines_have_a_column_for_each_model_with_a_record_and_names_as_many_seeds_as_were_run():
-    rows = [line.split(" | ") for line in headlines().splitlines() if line.startswith("| ")]
-    assert {len(row) for row in rows} == {1 + len(read_dose_results(list(MODELS)))}
-    assert ["2 seeds" in cell for cell in rows[1][1:]] == [False, True]
-    assert ["one seed" in cell for cell in rows[1][1:]] == [True, False]
-
-
 def test_the_brief_answers_each_question_as_the_intervals_and_seeds_say():
     brief, doses = in_brief(), read_dose_results(list(MODELS))
     results, qwen = doses["smollm2"], doses["qwen2.5-coder-1.5b"]
@@ -309,3 +302,12 @@ def test_the_scoreboard_waits_for_no_library_that_loads_models():
 def test_readme_fits_a_screen_and_a_half():
     text = (REPOSITORY / "README.md").read_text("utf-8")
     assert len(re.sub(r"(?s)<!-- (\w+) -->.*?<!-- /\1 -->", "", text).split()) <= 900
+
+
+def test_details_hold_every_number_of_a_line_and_no_bare_html(lines):
+    folded = scoreboard_details().split("<details>")[1:]
+    for name, text in zip(lines, folded, strict=True):
+        summary, _, listed = text.partition("</summary>")
+        assert summary.startswith(f"<summary>{name} · ") and "<" not in summary.removeprefix("<summary>")
+        plain = listed.replace("\n  - ", "; ")
+        assert all(part in plain for part in (lines[name].paper, lines[name].ours, lines[name].scale))

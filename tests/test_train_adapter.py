@@ -306,6 +306,8 @@ def test_the_command_answers_within_a_second_of_computing(arguments, said):
         (["--stage", "sft", "--steps", "3"], "--preset tiny --adapter FOLDER --stage reward"),
         (["--stage", "reward", "--adapter", TUNED], f"--adapter {TUNED} --stage rl\n"),
         (["--stage", "reward", "--steps", "3"], "FOLDER\n"),
+        (["--stage", "sft"], "-m tools.merge --preset tiny --adapter FOLDER --to FOLDER"),
+        (["--stage", "dpo"], "-m tools.merge --preset tiny --adapter FOLDER --to FOLDER"),
     ],
 )
 def test_the_command_says_what_may_be_run_next(arguments, said, monkeypatch, capsys):
@@ -317,7 +319,9 @@ def test_the_command_says_what_may_be_run_next(arguments, said, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     train_command.train()
     assert said in (printed := capsys.readouterr().out)
-    assert printed.count("\n") == (1 if said == "FOLDER\n" else 2)
+    follow = ["then:"] * (said != "FOLDER\n" and "dpo" not in arguments)
+    follow += ["or:"] * bool({"sft", "dpo"} & {*arguments})
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == follow
 
 
 def test_preference_tuning_by_several_processes_is_refused_at_once():

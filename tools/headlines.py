@@ -1,13 +1,11 @@
-"""What was found on real models: README's brief and headlines, and the words that they use."""
+"""What was found on real models: README's brief, and the words that it uses."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from experiments.dose_doubts import WITHOUT, leads, mean_lead, nearly_full
 from experiments.dose_record import SEEN
-from experiments.real_models import DoseResults, OtherTexts, read_dose_results, read_other_texts
-from llama_long_utils.notebooks import measured
+from experiments.real_models import DoseResults, read_dose_results, read_other_texts
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import recorded
 from tools.claims.comparison import compared, statements_found
@@ -31,26 +29,6 @@ without an extension.
 to change it: **ABF** (adjusted base frequency) raises its base, **PI** (position interpolation) squeezes the \
 positions, **YaRN** squeezes slow rotations only, **xPos** lets scores fade with distance.
 - **ROUGE-L**: 0 to 100, how many of the wanted words were written in order."""
-VERDICTS = """\
-**What full context is worth to real models in 4 bits**, in nats per token. Below zero is better. Brackets: the \
-outer ends of two 95% intervals, one over texts, one over kinds of text. *Worse*: both intervals lie above zero. \
-*Better*: both lie below zero, and the lead is larger than seeds lie apart, however long they were trained. So more \
-is asked of good news than of bad; but three seeds show their distance only roughly. *Not shown*: neither of these, \
-which does not mean that both are equal."""
-CAVEATS = """\
-**Caveats**
-
-- Windows slide by half their length, so a token has on average three quarters of the old window before it. A denser \
-slide would be a stronger opponent, and full context would gain less.
-- A seed is compared with its own control where there is one. Seed 0 of SmolLM2, but for its largest control, was \
-trained by an earlier form of the script.
-- SmolLM2's far half lies beyond the sequences that it was trained on. Qwen's does not.
-- A third of the training sequences quote themselves, in every model compared. The untrained methods had no practice \
-in quoting.
-- The bases have probably read these texts in pretraining.
-- One learning rate served all trainings of a model and was not tuned. A better one, or more tokens, may lower what \
-the extension costs inside the old window."""
-
 
 IN_BRIEF = """\
 *Control*: a copy trained on as many tokens without the extension. *Brackets*: 95%, over texts and over kinds of text, \
@@ -124,13 +102,12 @@ def _answers(results: DoseResults) -> dict[str, str]:
 
 def _found(results: DoseResults, length: int) -> str:
     """Planted statements that whole sequences found, beside the better of the untrained methods."""
-    of = {arm: statements_found(results, arm, length).split(";")[0] for arm in [results.largest("full"), *UNTRAINED]}
-    if "not asked" in of.values():
+    own, *others = (statements_found(results, arm, length) for arm in [results.largest("full"), *UNTRAINED])
+    if "not asked" in {own, *others}:
         return "not asked"
-    full, *_ = of.values()
-    best = max(UNTRAINED, key=lambda arm: int(of[arm].split()[0]))
+    most, best = max((int(text.split()[0]), arm) for text, arm in zip(others, UNTRAINED, strict=True))
     low = mean_lead(leads(results, best, length))[1]
-    return f"{full}; untrained {of[best].split()[0]}{'' if low > 0 else f' (lead {NOT_SHOWN})'}"
+    return f"{own}; untrained {most}{'' if low > 0 else f' (lead {NOT_SHOWN})'}"
 
 
 def _what_it_hangs_on(results: DoseResults) -> list[str]:
@@ -161,77 +138,3 @@ def _longest_step() -> str:
         f"{row.context / row.tokens_per_second:.0f} s, under a cap of {row.cap_gib:.0f} GiB, "
         f"{row.allocated_gib:.1f} GiB allocated, activation checkpoints on the host (one {device}, random weights)."
     )
-
-
-def headlines() -> str:
-    """Markdown: what was found on real models, in full: a column for each."""
-    doses = read_dose_results(list(MODELS)).values()
-    tables, others = [], []
-    for column_of in (_of_doses, _of_statements):
-        columns = [column_of(results) for results in doses]
-        tables.append(markdown_table([[name, *(column[name] for column in columns)] for name in columns[0]]))
-    for results in doses:
-        if again := read_other_texts(results):
-            described = _on_other_texts(again, compared(results, "fair").spread)
-            others += [f"**{MODELS[results.preset]} on other texts.** {described}"]
-    return "\n\n".join(
-        [VERDICTS, tables[0], *others, "**Planted statements found**, right to the word:", tables[1], CAVEATS]
-    )
-
-
-def _on_other_texts(again: OtherTexts, spread: float) -> str:
-    """The same weights on texts that no choice had seen, against a control; `spread` as `Comparison` has it."""
-    found = again.compare().set_index(["quantity", "texts"])
-    new, old_and_new = (
-        found.loc[("far out, minus another seed's control in windows", texts)] for texts in ("second set", "both")
-    )
-    gains = new.high < 0 and -new.nats > spread
-    texts = [measured(*row[["nats", "low", "high"]], digits=3) for row in (new, old_and_new)]
-    return (
-        f"On {new.documents:.0f} texts of {new.kinds:.0f} kinds, with the first seed's weights, against another "
-        f"seed's control in windows: {'better' if gains else 'worse' if new.low > 0 else NOT_SHOWN}, {texts[0]}; "
-        f"with the first texts, {old_and_new.documents:.0f} in all, {texts[1]}, which is "
-        f"{'more' if -old_and_new.nats > spread else 'less'} than the largest distance between seeds, at any dose."
-    )
-
-
-def _of_doses(results: DoseResults) -> dict[str, str]:
-    """What full context is worth to one model, by question."""
-    old, new = load_preset(results.preset).base.window, load_preset(results.preset).extension.window
-    own, posed, far, inside = (
-        compared(results, *line) for line in (("full",), ("pose",), ("fair",), ("fair", "inside"))
-    )
-    read = results.record.table("held_out").tokens.max()
-    arms = results.record.table("arms").set_index("arm")
-    length = int(arms.window[results.largest("full").rpartition("-")[0]].max())
-    return {
-        "": f"{MODELS[results.preset]}, {old:,} to {new:,} tokens" + (f", read to {read:,}" if read < new else ""),
-        "trained on whole sequences": f"{own.tokens / 1e6:.1f} million tokens in sequences of {length:,}, {own.runs}",
-        "far out": f"positions {read // 2:,} to {read:,}",
-        "far out, full context minus the same model's windows": str(own),
-        "own windows, where they are nearly full": str(compared(results, "full", whole=True)),
-        "own windows, seed by seed": own.by_seed,
-        "the same, trained by PoSE instead": str(posed or "not run"),
-        "far out, full context minus the control's windows": str(far),
-        "control's windows, where they are nearly full": str(compared(results, "fair", whole=True)),
-        "control's windows, seed by seed": far.by_seed,
-        "inside the old window, minus the control": str(inside),
-        "inside, seed by seed": inside.by_seed,
-    }
-
-
-def _of_statements(results: DoseResults) -> dict[str, str]:
-    """How many planted statements one model found, by arm and length."""
-    old = load_preset(results.preset).base.window
-    found = partial(statements_found, results)
-    return {
-        "": f"{MODELS[results.preset]}, old window {old:,} tokens, 5 texts of 20 statements",
-        "in four times the old window: trained on whole sequences": found(results.largest("full"), 4 * old),
-        "in four times the old window: untrained, YaRN": found("yarn-nf4", 4 * old),
-        "in twice the old window: trained on whole sequences": found(results.largest("full"), 2 * old),
-        "in twice the old window: untrained, RoPE base raised": found("raised-nf4", 2 * old),
-        "in twice the old window: untrained, YaRN": found("yarn-nf4", 2 * old),
-        "in the old window: trained on whole sequences": found(results.largest("full"), old),
-        "in the old window: base": found("base-nf4", old),
-        "in the old window: control": found(results.largest("control"), old),
-    }

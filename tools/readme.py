@@ -38,7 +38,7 @@ def write_generated(check: bool = False) -> list[Path]:
     text = readme.read_text("utf-8")
     new = text
     made = {"index": index(), "brief": in_brief(), "presets": presets()}
-    made["scoreboard"] = scoreboard_table(numbers=False)
+    made["scoreboard"] = scoreboard_table()
     for name, content in made.items():
         new = re.sub(rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", new)
     if new != text:

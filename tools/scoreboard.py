@@ -5,6 +5,7 @@ Verdicts follow intervals. A comparison whose arms were not fit for it is undeci
 
 import argparse
 from functools import cache
+from html import escape
 
 from experiments.race_longer_results import longer_results
 from experiments.race_results import race_results
@@ -18,8 +19,7 @@ from tools.claims.methods import past_the_window, perplexity, retrieval, xpos
 from tools.claims.pretraining import data_mix, short_then_long
 from tools.claims.short_tasks import short_tasks
 
-GLANCE = ["verdict", "why", "on"]  # columns of the short scoreboard
-NAMES = {  # in which `Line.scale` says it, and what the short scoreboard says
+NAMES = {  # in which `Line.scale` says it, and what the table says
     "Qwen2.5-Coder": "Qwen2.5-Coder-1.5B",
     "SmolLM2": "SmolLM2-135M",
     "tiny Llama": "tiny Llama",
@@ -51,16 +51,32 @@ def scoreboard() -> dict[str, Line]:
     return {f"C{number}": line for number, line in enumerate(lines, start=1)}
 
 
-def scoreboard_table(*, numbers: bool = True) -> str:
-    """The scoreboard in Markdown, with what was found (a line for each part of it) or, for a glance, without."""
-    rows = [["", "the paper's claim", *(["it found", "we found", "on", "verdict"] if numbers else GLANCE)]]
+def scoreboard_table() -> str:
+    """The scoreboard in Markdown: a row for each claim, its verdict with a reason, and the models."""
+    rows = [["", "the paper's claim", "verdict", "why", "on"]]
     for name, line in scoreboard().items():
-        judged, colon, reason = line.verdict.partition(":")
-        found = [line.paper, line.ours, line.scale, f"**{judged}**{colon}{reason}"]
-        found = [text.replace("; ", ";<br>") for text in found]
-        models = ", ".join(name for words, name in NAMES.items() if words in line.scale)
-        rows.append([name, line.claim, *(found if numbers else [f"**{judged}**", line.reason, models])])
+        verdict = line.verdict.partition(":")[0]
+        models = ", ".join(shown for words, shown in NAMES.items() if words in line.scale)
+        rows.append([name, line.claim, f"**{verdict}**", line.reason, models])
     return markdown_table(rows)
+
+
+def scoreboard_details() -> str:
+    """The numbers behind each verdict, in Markdown: a folded list for each claim."""
+    folded = []
+    for name, line in scoreboard().items():
+        verdict, _, reason = line.verdict.partition(": ")
+        parts = {"the paper": line.paper, "we found": line.ours, "on": line.scale, f"so: {verdict}": reason}
+        listed = (f"- **{part}**{_listed(text)}" for part, text in parts.items())
+        summary = f"<details><summary>{name} · {escape(line.claim)}: {verdict}</summary>"
+        folded.append("\n\n".join([summary, "\n".join(listed), "</details>"]))
+    return "\n\n".join(folded)
+
+
+def _listed(text: str) -> str:
+    """Clauses as a list inside a list; one alone behind a colon."""
+    clauses = text.split("; ")
+    return "".join(f"\n  - {clause}" for clause in clauses) if len(clauses) > 1 else f": {text}" * bool(text)
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -71,4 +87,4 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
-    print(scoreboard_table())
+    print(f"{scoreboard_table()}\n\n{scoreboard_details()}")

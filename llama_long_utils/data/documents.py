@@ -141,5 +141,9 @@ def split_documents(
     wholes = {(source, whole(name)) for (source, name), text in texts.items() if text in copies}
     training = [d for d in documents if (d.source, whole(d.name)) not in wholes]
     if not training:
-        raise ValueError(f"of {len(documents)} documents none is left to train on but copies: hold out less, add more")
+        copied = len(documents) - len(chosen)
+        raise ValueError(
+            f"none of {len(documents)} documents is left to train on: {len(chosen)} are held out, {copied} are copies "
+            "or parts of these; hold out less, add more"
+        )
     return training, [d for d in documents if (d.source, d.name) in chosen]

@@ -5,6 +5,7 @@ adapter travels with a card that names all of these by hash, and is compared wit
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,24 @@ def find_adapter(
                     f"{preset.name!r} asks for {value}: use the preset, and the arm, it was trained for"
                 )
         return REPOSITORY / folder
+    others: list[str] = []
+    for path in _matching(preset, needed, stage, others):
+        return path
+    notebook, option = ("05_finetune_qlora", "") if stage == "training" else ("09_instruction_tuning", " --stage sft")
+    raise ValueError(
+        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run {notebook}, or "
+        f"python -m llama_long_utils.train --preset {preset.name}{option}{''.join(others[:1])}"
+    )
+
+
+def _matching(preset: Preset, needed: dict[str, Any], stage: str, others: list[str]) -> Iterator[Path]:
+    """Adapters of a stage with the preset's numbers, the newest first; `others` gets a line on each with other ones."""
     own = {name: value for name, value in asdict(getattr(preset, stage)).items() if name not in NO_GRADIENT}
     numbers = {**(own if stage == "training" else {stage: own}), "lora": asdict(preset.lora)}
     numbers = json.loads(json.dumps({**numbers, "data": asdict(preset.data)}))  # tuples as a card has them
-    others: list[str] = []
+    # A later stage begins at an extension that has the preset's numbers, too.
+    later = stage != "training"
+    starts = {weights_sha256(path) for path in _matching(preset, needed, "training", [])} if later else set()
     trained = preset.run_folder.glob(f"{stage}/*/adapter/{CARD}")
     newest_first = sorted(trained, key=lambda path: path.stat().st_mtime, reverse=True)
     stored = preset.name if stage == "training" else f"{preset.name}-{stage}"
@@ -178,15 +193,13 @@ def find_adapter(
                 whole = {**asdict(type(getattr(preset, stage))()), **given[stage]}
                 given[stage] = {name: whole[name] for name in own}
             other = {name: given.get(name) for name, value in numbers.items() if given.get(name) != value}
+            if later and card.training.get("start") not in starts:
+                other["start"] = "another extension adapter"
             if not other:
-                return path.parent
+                yield path.parent
+                continue
             said = [f"other {name}" if isinstance(was, dict) else f"{name} = {was}" for name, was in other.items()]
             others.append(f"; the one in {path.parent} has {', '.join(said)}: name this folder as adapter to use it")
-    notebook, option = ("05_finetune_qlora", "") if stage == "training" else ("09_instruction_tuning", " --stage sft")
-    raise ValueError(
-        f"no adapter was trained with preset {preset.name!r} and RoPE {rope} yet: run {notebook}, or "
-        f"python -m llama_long_utils.train --preset {preset.name}{option}{''.join(others[:1])}"
-    )
 
 
 def read_card(folder: Path) -> AdapterCard:

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.mixture import Mixture, reading_table
@@ -21,6 +22,7 @@ from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, sa
 from llama_long_utils.model.attention import DOCUMENTS
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
+from llama_long_utils.paths import out_of_space
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.training.planner import USABLE, Plan, plan_training, unreadable
@@ -169,8 +171,8 @@ def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]
             log_file.unlink(missing_ok=True)
         try:
             log = runs.value(name, begin)
-        except (OSError, RuntimeError) as error:  # torch does not say that a disk is full
-            if shutil.disk_usage(folder.parent).free > FULL:
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch does not say that a disk is full
+            if shutil.disk_usage(folder.parent).free > FULL and not out_of_space(error):
                 raise
             goes_on = f"training continues from the last whole checkpoint ({error})"
             raise RuntimeError(f"the disk that holds {folder} is full: make room and run again; {goes_on}") from error

@@ -29,11 +29,6 @@ class Comparison:
         return max((max(values) - min(values) for values in self.seeds.values()), default=0.0)
 
     @property
-    def widest(self) -> str:
-        """After how many tokens they do."""
-        return f"{max(self.seeds, key=lambda dose: max(self.seeds[dose]) - min(self.seeds[dose])) / 1e6:.1f}M tokens"
-
-    @property
     def gains(self) -> bool:
         """Below zero by its interval, and by more than seeds lie apart."""
         return self.found[2] < 0 and -self.found[0] > self.spread
@@ -51,12 +46,6 @@ class Comparison:
         """How many seeds were run at the largest dose, in words."""
         count = len(self.seeds.get(self.tokens, ()))
         return f"{count} seeds (numbers and brackets: the first)" if count else "one seed"
-
-    @property
-    def by_seed(self) -> str:
-        """The same difference of every seed, for a table."""
-        doses = (f"{', '.join(map('{:+.3f}'.format, some))} at {dose / 1e6:.1f}M" for dose, some in self.seeds.items())
-        return "; ".join(doses) or "one seed"
 
 
 def compared(results: DoseResults, line: str, place: str = "far", *, whole: bool = False) -> Comparison | None:

@@ -59,16 +59,16 @@ def perplexity(race: RaceResults, table: dict[str, Any]) -> Line:
         judged = AGREES
     else:
         judged = DISAGREES if first[1] > 0 or second[1] > 0 else f"{UNDECIDED}: the intervals are too wide"
-    why = f"{NOT_RECOVERED}{else_it(judged)}"
+    otherwise = else_it(judged)
     if lost:
-        judged = f"{UNDECIDED}: {why} ({measured(*lost)} nat)"
+        judged = f"{UNDECIDED}: {NOT_RECOVERED} ({measured(*lost)} nat){otherwise}"
     return Line(
         "ABF ≤ PI < plain RoPE in perplexity",
         f"{books[0]:.3f}, {books[1]:.3f}, {books[2]:.3f} on books (Table 5)",
         f"{low:,} to {high:,}: ABF minus PI {measured(*first)} nat, PI minus plain {measured(*second)} nat",
         _race_scale(race),
         judged,
-        why if lost else "",
+        f"{NOT_RECOVERED}{otherwise}" if lost else "",
     )
 
 
