@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_long_utils.commands import run_command
+from llama_long_utils.commands import at_least, run_command
 from llama_long_utils.paths import REPOSITORY, RESULTS, check_adapter
-from llama_long_utils.plan import at_least
 from llama_long_utils.presets import closest, load_preset
 from llama_long_utils.settings import METHODS, Preset
 

@@ -7,64 +7,18 @@ how long it takes, and the longest window that would fit.
 import argparse
 import json
 import os
-import re
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from llama_long_utils.commands import run_command, tokens
-from llama_long_utils.paths import PACKAGED, REPOSITORY
-from llama_long_utils.presets import closest, load_preset, preset_names
+from llama_long_utils.commands import at_least, gibibytes, run_command, tokens
+from llama_long_utils.presets import check_model, check_window, load_preset, preset_names
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 AT_PEAK = {"saved": "activations", "backward": "workspace"}  # what people call them
 PLAIN = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
-
-
-def at_least(kind: type, least: float) -> Any:
-    """A converter for argparse: a finite number of this kind, `least` or more."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not least <= value < 1e12:
-            raise argparse.ArgumentTypeError(f"{text} must be a number of {least:g} or more")
-        return value
-
-    number.__name__ = kind.__name__
-    return number
-
-
-def gibibytes(text: str) -> float:
-    """A converter for argparse: GiB, by which the memory of GPUs is sold; "24", "24GB" and "24 GiB" are the same."""
-    try:
-        return at_least(float, 0.1)(re.sub(r"\s*gi?b?$", "", text, flags=re.IGNORECASE))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB: write 24 or 24GB") from None
-
-
-def check_window(window: int, old: int | None) -> None:
-    """ValueError if a base's own window is as long as the one asked for."""
-    if old and window <= old:
-        raise ValueError(f"--window {window:,} is not above the base's own {old:,} tokens: there is nothing to extend")
-
-
-def check_model(model: str, names: Sequence[str] = (), preset: str = "") -> None:
-    """ValueError unless a model, the base of `preset` if given, is named here or packaged, a folder, or on the hub."""
-    path, names = REPOSITORY / model, [*names, *json.loads(PACKAGED.read_bytes())]
-    where = f"presets/{preset}.toml, [base] source: " if preset else ""
-    use = f"use a folder with config.json, owner/name on the hub, or one of {', '.join(names)}"
-    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir()
-    if model in names or on_the_hub or (path / "config.json").is_file():
-        return
-    if path.is_dir():
-        raise ValueError(f"{where}{path} is not a model folder: it has no config.json; {use}")
-    beside = [str(Path(model).with_name(one.name)) for one in path.parent.glob("*/")]
-    folder = "there is no such folder; " if "/" in model else ""
-    raise ValueError(f"{where}unknown model {model!r}{closest(model, [*names, *beside])}: {folder}{use}")
 
 
 def arguments() -> argparse.Namespace:
