@@ -267,7 +267,7 @@ def tune_and_ask(
         if arm in arms and seed in seeds:
             made[arm, seed] = cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed))
         else:
-            made[arm, seed] = cache.kept(f"{arm}-{seed}", {}, ".json")
+            made[arm, seed] = cache.read(f"{arm}-{seed}", {}, ".json")
     made = {run: one for run, one in made.items() if one}
     mixture = Mixture(preset.data, tokenizer, window=preset.instruction.window)
     documents = next(mixture.buffers(instruction_settings(preset, preset.instruction)))
