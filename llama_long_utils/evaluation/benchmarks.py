@@ -226,8 +226,7 @@ def delta_table(items: pd.DataFrame, before: str = "base", after: str = "extende
     """Every metric of one arm minus another's, paired: `paired_accuracy` for right and wrong, else `paired_mean`.
 
     Columns: task, length, pair, metric, items, before, after, difference, low, high, discordant, p (the last two NaN
-    for means). Items that one arm has no number of are left out of both. ValueError if an arm is missing, the arms were
-    asked other items, or none is left.
+    for means). ValueError if an arm is missing, the arms were asked other items, or no item has a number of both.
     """
     rows = []
     for (task, length), part in items.groupby(["task", "length"], sort=False):

@@ -49,8 +49,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     shares = np.full(items, 1 / items)  # drawn a tenth at a time: all at once take 16 KB for each item
     drawn = (generator.multinomial(items, shares, size=SAMPLES // 10) @ values[:, None] for _ in range(10))
-    low, high = np.nanpercentile(np.concatenate([*drawn]) / items, [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.nanpercentile(np.concatenate([*drawn]) / items, [2.5, 97.5]).tolist())
 
 
 def share_interval(right: int, items: int) -> tuple[float, float]:
