@@ -78,14 +78,13 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     else:
         several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
         shape = StepShape(window // context, "bfloat16", PLAIN, sequences or 1, gpu=True, **several)
-    dtype, savings = shape.dtype, shape.memory_savings
     plan = planner.plan(config, lora, shape, memory)
     counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)
-    savings = planner.leanest(config, longest // context, savings)
+    savings = planner.leanest(config, longest // context, shape.memory_savings)
     lean = replace(shape, length=longest // context, memory_savings=savings)
     text = asked.window or preset.extension.window
-    read, kept = (reading(config, lora, dtype, text, kept=kept) / planner.GIB for kept in (False, True))
+    read, kept = (reading(config, lora, shape.dtype, text, kept=kept) / planner.GIB for kept in (False, True))
     gpus = [row for row in read_published("gpus")["rows"] if row["memory_gb"] >= memory]
     seconds = {row["gpu"]: plan.flops / row["bf16_tflops"] / 1e12 / asked.utilisation for row in gpus}
     sequences = asked.devices // context * shape.sequences
@@ -94,7 +93,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
         "model": asked.model,
         "window": window,
         "packed": shape.packed,
-        "dtype": dtype,
+        "dtype": shape.dtype,
         "memory_gib": memory,
         "usable_gib": memory * planner.USABLE,
         "devices": asked.devices,
