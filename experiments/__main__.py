@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_long_utils.commands import run_command
+from llama_long_utils.commands import at_least, run_command
 from llama_long_utils.paths import REPOSITORY, RESULTS, check_adapter
-from llama_long_utils.plan import at_least
 from llama_long_utils.presets import closest, load_preset
 from llama_long_utils.settings import METHODS, Preset
 
@@ -284,14 +283,17 @@ def run(asked: argparse.Namespace) -> Path | None:
     if asked.command == "race":
         from experiments.race import race_arms, run_race
         from experiments.race_longer import longer_race
-        from experiments.race_longer_results import METHODS, OTHER_RATE, SLUG
+        from experiments.race_longer_results import AT_QUARTER, METHODS, OTHER_RATE, QUARTER, SLUG, TIMES
 
         if asked.times:
             methods, rate = asked.methods or [*METHODS], asked.learning_rate
             longer, arms = longer_race(preset, asked.times, methods, rate)
             options = f" --times {asked.times} --methods {' '.join(methods)}"
             options += f" --learning-rate {rate:g}" if rate else ""
-            return run_race(longer, arms, RESULTS / preset.name, OTHER_RATE if rate else SLUG, options)
+            study = {None: {*METHODS}, QUARTER: {*AT_QUARTER}}  # what its records must have
+            own = asked.times == TIMES and study.get(rate, {""}) <= {*methods}
+            folder = RESULTS / preset.name if own else preset.run_folder / "records"
+            return run_race(longer, arms, folder, OTHER_RATE if rate else SLUG, options)
         return run_race(preset, race_arms(preset), RESULTS / preset.name)
     if asked.command == "arm":
         from experiments.race import Arm, race_arms, run_arm

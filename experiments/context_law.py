@@ -33,12 +33,11 @@ from experiments.dose_texts import read_texts
 from experiments.power_law import CLOSER, power_law
 from experiments.real_models import NAMES
 from llama_long_utils.cache import Cache
-from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.statistics import SEED
 from llama_long_utils.figures import save_figure
 from llama_long_utils.model.arms import arm_inputs, load_arm
 from llama_long_utils.model.attention import DOCUMENTS
-from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.loss import Model, causal_lm, hidden_states, next_token_nll
 from llama_long_utils.model.weights import load_tokenizer, locate_base
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import device_name, package_versions, recorded, write_record

@@ -305,7 +305,7 @@ class _Experiment:
         """Losses and seconds of some steps; those of an interrupted run are not trained again."""
         name, losses, seconds = f"{arm.way.label} {what}", [], 0.0
         key = {"way": arm.way, "first": first, "rates": rates, "at_once": self.doses.tokens_at_once}
-        if kept := self.kept.kept(name, key, ".npz"):
+        if kept := self.kept.read(name, key, ".npz"):
             arm.resume(kept)
             losses, seconds = kept["losses"].tolist(), float(kept["seconds"])
         begin = last = time.perf_counter()
@@ -315,7 +315,7 @@ class _Experiment:
             now = time.perf_counter()
             if now - last > KEEP_EVERY or (index == len(rates) - 1 and now - begin > KEEP_EVERY):
                 so_far = {"losses": np.array(losses), "seconds": np.array(seconds + now - begin)}
-                self.kept.keep(name, key, {**arm.arrays(), **so_far}, ".npz")
+                self.kept.write(name, key, {**arm.arrays(), **so_far}, ".npz")
                 last = now
         arm.model.eval()
         return losses, seconds + time.perf_counter() - begin

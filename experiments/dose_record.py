@@ -135,9 +135,11 @@ class Readings:
 
 
 def write_dose_record(
-    runs: Sequence[Path], folder: Path, *, preset: str, slug: str = SLUG, provenance: dict[str, Any] | None = None
+    runs: Sequence[Path], folder: Path, *, preset: str, provenance: dict[str, Any] | None = None
 ) -> Path:
     """Write the record and its arrays from what `experiments.dose` left in the folders of one or several runs.
+
+    Texts of the second set say how much of them is in those of the first: their record has a name of its own.
 
     Args:
         runs: a folder with a record, and no results of a run, is an earlier record that goes on: it comes first.
@@ -146,9 +148,10 @@ def write_dose_record(
         ValueError: the runs did not read the same texts.
     """
     rows, sums, before = [], {}, None
-    for run in runs:
+    for run in sorted(runs, key=lambda run: not (run / "results.jsonl").is_file()):  # earlier records last
         if not (run / "results.jsonl").is_file():
-            before = EarlierRecord(run / f"{slug}.json")
+            paths = [run / f"{slug}.json" for slug in (slug_of(rows), SLUG, SECOND_SLUG)]
+            before = EarlierRecord(next(filter(Path.is_file, paths), paths[0]))
             rows, sums = before.rows() + rows, before.nats() | sums
             continue
         rows += [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
@@ -184,7 +187,7 @@ def write_dose_record(
     arrays |= (before.losses_and_questions() if before else {}) | _losses(rows) | _asked(rows)
     return write_record(
         folder,
-        slug,
+        slug_of(rows),
         arrays=arrays,
         preset=preset,
         question="From how many trained tokens on does a longer context pay?",
@@ -193,6 +196,12 @@ def write_dose_record(
         seconds=sum(row["at"] for row in rows if row["kind"] == "end"),
         provenance=provenance,
     )
+
+
+def slug_of(rows: Rows) -> str:
+    """The name of a record of these rows."""
+    second = any("share_in_other_texts" in row["heldout"][0] for row in rows if row["kind"] == "start")
+    return SECOND_SLUG if second else SLUG
 
 
 class EarlierRecord(Record):

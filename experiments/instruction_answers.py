@@ -9,8 +9,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.instructions import Dialogue, quotations
-from llama_long_utils.evaluation.generation import Model, greedy
-from llama_long_utils.model.loss import causal_lm, in_compute_dtype, next_token_nll
+from llama_long_utils.evaluation.generation import greedy
+from llama_long_utils.model.loss import Model, causal_lm, in_compute_dtype, next_token_nll
 from llama_long_utils.stages import Instruction
 
 ROOM = 64  # tokens for a question and its answer

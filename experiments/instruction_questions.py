@@ -54,11 +54,10 @@ from llama_long_utils.data.documents import TokenizedDocument
 from llama_long_utils.data.instructions import instruction_sequences
 from llama_long_utils.data.mixture import Mixture
 from llama_long_utils.data.packages import Package, read_files
-from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.model.adapters import find_adapter
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.attention import DOCUMENTS
-from llama_long_utils.model.loss import causal_lm, in_compute_dtype
+from llama_long_utils.model.loss import Model, causal_lm, in_compute_dtype
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.progress import track
@@ -268,7 +267,7 @@ def tune_and_ask(
         if arm in arms and seed in seeds:
             made[arm, seed] = cache.value(f"{arm}-{seed}", lambda arm=arm, seed=seed: measured(arm, seed))
         else:
-            made[arm, seed] = cache.kept(f"{arm}-{seed}", {}, ".json")
+            made[arm, seed] = cache.read(f"{arm}-{seed}", {}, ".json")
     made = {run: one for run, one in made.items() if one}
     mixture = Mixture(preset.data, tokenizer, window=preset.instruction.window)
     documents = next(mixture.buffers(instruction_settings(preset, preset.instruction)))

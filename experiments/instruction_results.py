@@ -204,9 +204,9 @@ def difference_table(results: InstructionResults) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["difference", *MEASURES])
 
 
-def written_pairs(writer: str = WRITER) -> Record | None:
+def written_pairs() -> Record | None:
     """The record of what a chat model asked about documents."""
-    return recorded(writer, "09_self_instruct")
+    return recorded(WRITER, "09_self_instruct")
 
 
 def outcomes(pairs: pd.DataFrame) -> pd.DataFrame:
@@ -218,9 +218,9 @@ def outcomes(pairs: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="kept").reset_index()
 
 
-def some_pairs(pairs: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
+def some_pairs(pairs: pd.DataFrame, count: int) -> pd.DataFrame:
     """Pairs drawn at random, kept and dropped: document, question, answer, outcome."""
-    drawn = pairs[pairs.question != ""].sample(count, random_state=seed)
+    drawn = pairs[pairs.question != ""].sample(count, random_state=0)
     drawn = drawn.assign(outcome=drawn.dropped.replace("", "kept")).sort_values(
         "outcome", key=lambda one: one != "kept"
     )

@@ -20,7 +20,7 @@ It passed, one seed barely; on the study's documents, at other places, that seed
 import itertools
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -74,11 +74,11 @@ CHOICE = Trial(SEEDS, 1000, 0, DOCUMENTS, ("sampled",))
 TESTS = {FIRST: Trial(range(3, 8), 2000, 0), CHOSEN: Trial(range(8, 15), 3000, 1)}
 
 
-def run_fresh(preset: Preset, adapter: Path, out: Path, tests: Mapping[str, Trial] = TESTS) -> Path:
+def run_fresh(preset: Preset, adapter: Path, out: Path) -> Path:
     """Write the record 10_fresh_seeds of a preset; what was measured lies in runs/PRESET/preference."""
     began, study = time.perf_counter(), Study(preset, adapter)
     parts = {"choice": [study.measure(arm, CHOICE) for arm in TRIED]}
-    parts["test"] = [study.measure(arm, trial) for arm, trial in tests.items()]
+    parts["test"] = [study.measure(arm, trial) for arm, trial in TESTS.items()]
     return write_record(
         out,
         SLUG,
@@ -89,7 +89,7 @@ def run_fresh(preset: Preset, adapter: Path, out: Path, tests: Mapping[str, Tria
             for part, table in itertools.product(parts, ("wins", "answers", "nll"))
             for name in [f"{part}_{table}"]
         },
-        seeds={arm: list(trial.seeds) for arm, trial in {"choice": CHOICE, **tests}.items()} | {"bootstrap": SEED},
+        seeds={arm: list(trial.seeds) for arm, trial in {"choice": CHOICE, **TESTS}.items()} | {"bootstrap": SEED},
         seconds=time.perf_counter() - began,
         provenance={
             "command": f"python -m experiments preference --fresh --preset {preset.name}",

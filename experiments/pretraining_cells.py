@@ -144,8 +144,8 @@ def checked_cell(size: str, arm: str, seed: str) -> Cell:
         raise ValueError(f"unknown size {size!r}: use one of {list(SIZES)}")
     if arm not in ARMS:
         raise ValueError(f"unknown arm {arm!r}: use one of {list(ARMS)}")
-    if not seed.isdigit():
-        raise ValueError(f"{seed!r} is no seed: give a whole number from 0 on")
+    if not seed.isdigit() or int(seed) >= 2**32:
+        raise ValueError(f"{seed!r} is no seed: give a whole number from 0 to {2**32 - 1:,}")
     return Cell(size, arm, int(seed))
 
 

@@ -35,9 +35,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.pretraining_cells import MORE_TOKENS, TOKENS_FACTORS, Cell
+from experiments.pretraining_cells import MORE_TOKENS, Cell
 from experiments.pretraining_gpu_results import BOUNDS, GPU_SIZE, HOLDS, OPEN, REFUTED, in_nats, judge_above
-from experiments.pretraining_rates import IN_WORDS, LARGER, SEEDS, beyond_share, losses_at_the_end, rate_name
+from experiments.pretraining_rates import LARGER, SEEDS, beyond_share, rate_name
 from experiments.pretraining_results import FEWEST_SEEDS, PretrainingResults, add_cells, collect, pretraining_results
 from llama_long_utils.paths import RESULTS
 
@@ -98,10 +98,3 @@ def judged_tokens(results: PretrainingResults, wide: PretrainingResults, large: 
     ]
     few = f"{late['seeds']} seeds: too few to judge" if late["seeds"] < FEWEST_SEEDS else ""
     return pd.DataFrame([(what, in_nats(found), few or judged) for what, found, judged in rows], columns=COLUMNS)
-
-
-def losses_by_rate(results: PretrainingResults) -> pd.DataFrame:
-    """Mean training loss of the last steps, seed 0: a row for each arm, a column for each rate, as far as measured."""
-    rows = {arm: losses_at_the_end(results, MORE_TOKENS, arm) for arm in ("long", "switch-80")}
-    table = pd.DataFrame(rows).T.rename_axis("training loss at the end").reset_index()
-    return table.rename(columns={rate_name(MORE_TOKENS, factor): IN_WORDS[factor] for factor in TOKENS_FACTORS})

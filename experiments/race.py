@@ -28,7 +28,7 @@ from llama_long_utils.evaluation.retrieval_items import first_sentence_items
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import RESULTS
-from llama_long_utils.presets import RAISED
+from llama_long_utils.presets import RAISED, with_numbers
 from llama_long_utils.progress import track
 from llama_long_utils.records import Record, papermill_command, read_record, write_record
 from llama_long_utils.settings import METHODS, Preset, Scaling, TrainingSettings, raised_base
@@ -84,6 +84,7 @@ def raised(preset: Preset) -> float:
 
 def arm_training(preset: Preset, arm: Arm) -> TrainingSettings | None:
     """The preset's training settings with the numbers of the arm's way of training; None for zero-shot."""
+    seeded = with_numbers(preset.training, "training", seed=arm.seed)
     if arm.training == ZERO_SHOT:
         return None
     if arm.training not in preset.race.trainings:
@@ -92,7 +93,7 @@ def arm_training(preset: Preset, arm: Arm) -> TrainingSettings | None:
     del changes["methods"]
     race = preset.race
     shared = {"warmup_steps": race.warmup_steps, "self_quoting_share": race.self_quoting_share}
-    return dataclasses.replace(preset.training, **changes, **shared, pack=False, seed=arm.seed)
+    return with_numbers(seeded, "training", **changes, **shared, pack=False)
 
 
 def run_arm(preset: Preset, arm: Arm) -> Path:

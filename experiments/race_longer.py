@@ -46,6 +46,7 @@ from collections.abc import Sequence
 
 from experiments.race import Arm, race_arms
 from experiments.race_results import FULL_LENGTH
+from llama_long_utils.presets import with_numbers
 from llama_long_utils.settings import Preset
 
 
@@ -64,8 +65,8 @@ def longer_race(
         raise ValueError(
             f"preset {preset.name!r} trains {way.methods if way else 'no method'} at full length: name those"
         )
-    way = dataclasses.replace(way, methods=list(methods), steps=times * way.steps)
-    training = dataclasses.replace(preset.training, learning_rate=learning_rate or preset.training.learning_rate)
+    way = with_numbers(way, f"race.trainings.{FULL_LENGTH}", methods=list(methods), steps=times * way.steps)
+    training = with_numbers(preset.training, "training", learning_rate=learning_rate)
     race = dataclasses.replace(preset.race, trainings={FULL_LENGTH: way})
     longer = dataclasses.replace(preset, race=race, training=training)
     return longer, [arm for arm in race_arms(longer) if arm.method in methods]

@@ -17,17 +17,20 @@ from llama_long_utils.settings import Preset
 
 SLUG = "11_longer_race"
 OTHER_RATE = "11_longer_race_at_another_rate"
-QUARTER = "--learning-rate 0.0005"  # of its command: what is said is of a quarter of the preset's rate
+TIMES = 16  # as many steps as in the race: what is said is of a race of this length
+QUARTER = 5e-4  # the other record's learning rate: a quarter of the preset's
 METHODS = OF_THE_PAPER
+AT_QUARTER = ("none", "abf")  # those of the other record
 FORMS = ({"color": "0.6", "marker": "o"}, {"color": BLUE, "marker": "s"})  # after few steps and after many
 RECOVERED = 0.1  # nat: a method further above the base inside the old window has not recovered from its change
 KEPT = 0.8  # share of the score at the shortest length that is called kept at the longest
 
 
 def longer_results(preset: Preset, slug: str = SLUG, methods: Sequence[str] = METHODS) -> RaceResults | None:
-    """The longer race from its committed record; None until these methods are in it with all seeds."""
+    """The longer race from its committed record; None until these methods are in it with all seeds, trained so long."""
     path = RESULTS / preset.name / f"{slug}.json"
-    if not path.is_file() or (slug == OTHER_RATE and QUARTER not in Record(path).content["provenance"]["command"]):
+    asked = [f" --times {TIMES} "] + [f" --learning-rate {QUARTER:g} "] * (slug == OTHER_RATE)
+    if not path.is_file() or not all(one in f"{Record(path).content['provenance']['command']} " for one in asked):
         return None
     results = race_results(preset, path)
     seeds = results.arms[results.arms.training == FULL_LENGTH].groupby("method").seed.nunique()

@@ -18,6 +18,7 @@ from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.loss import causal_lm
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
 from llama_long_utils.paths import RESULTS
+from llama_long_utils.presets import with_numbers
 from llama_long_utils.records import write_record
 from llama_long_utils.rope import inverse_frequencies, longrope, rotation
 from llama_long_utils.settings import Preset
@@ -199,7 +200,7 @@ def compare_quoting(preset: Preset, shares: Sequence[float], *, seed: int) -> Pa
     started, arm = time.perf_counter(), Arm("abf", "full-length", seed)
     tables = []
     for share in shares:
-        own = dataclasses.replace(preset, race=dataclasses.replace(preset.race, self_quoting_share=share))
+        own = dataclasses.replace(preset, race=with_numbers(preset.race, "race", self_quoting_share=share))
         path = run_arm(own, arm)
         joined = collect(own, [arm], weights_sha256(locate_base(own)), path.parent / path.stem)
         tables.append(race_results(own, joined).table().assign(share=share))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llama_long_utils.evaluation.generation import Model, likelihoods, write
+from llama_long_utils.evaluation.generation import likelihoods, write
+from llama_long_utils.model.loss import Model
 from llama_long_utils.settings import Preset
 
 if TYPE_CHECKING:  # the machine that answers may have no pandas
@@ -144,9 +145,7 @@ ARMS = {"base": "base_16_bit", "base-nf4": "base", "yarn-nf4": "yarn"}  # a run'
 PAIRS = (("base", "extended"), ("base", "yarn"), ("base_16_bit", "base"), ("base_16_bit", "extended"))
 
 
-def write_task_record(
-    preset: Preset, run: Path, folder: Path, names: Sequence[str], provenance: dict[str, Any] | None = None
-) -> Path:
+def write_task_record(preset: Preset, run: Path, folder: Path, names: Sequence[str]) -> Path:
     """Write folder/08_benchmark_deltas.json from the answers that a run of the dose experiment left.
 
     Arms of `ARMS`, and as "extended" whole sequences at the largest dose. A task is compared where both arms answered
@@ -172,5 +171,5 @@ def write_task_record(
         deltas += [delta_table(items, *pair) for pair in PAIRS if {*pair} <= {*items.arm}]
         scored.append(items)
     seconds = sum(row["seconds"] for row in rows if row["kind"] == "tasks")
-    options = {"deltas": pd.concat(deltas), "seconds": seconds, "provenance": provenance}
-    return write_results(preset, pd.concat(scored, ignore_index=True), folder, **options)
+    items = pd.concat(scored, ignore_index=True)
+    return write_results(preset, items, folder, deltas=pd.concat(deltas), seconds=seconds)

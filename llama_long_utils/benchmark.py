@@ -5,11 +5,10 @@ import sys
 import time
 
 from llama_long_utils.cache import digest
-from llama_long_utils.commands import run_command, tokens
+from llama_long_utils.commands import at_least, run_command, tokens
 from llama_long_utils.evaluation.task_files import check_names
 from llama_long_utils.paths import RESULTS, check_adapter
-from llama_long_utils.plan import at_least, check_model
-from llama_long_utils.presets import load_preset
+from llama_long_utils.presets import check_model, load_preset
 from llama_long_utils.settings import ARMS
 
 DEFAULT = ["hellaswag", "truthfulqa_mc1", "gsm8k", "humaneval", "squad", "hotpotqa", "mmlu"]

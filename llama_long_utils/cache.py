@@ -63,11 +63,11 @@ class Cache:
     def _key(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(_as_json({"name": name, "version": self.version, **self.inputs, **inputs}))
 
-    def kept(self, name: str, inputs: Mapping[str, Any], suffix: str) -> Any:
-        """What a file holds; None if it is not there, or not whole, which a line says."""
+    def read(self, name: str, inputs: Mapping[str, Any], suffix: str, other: Any = None) -> Any:
+        """What a file holds; `other` if it is not there, or not whole, which a line says."""
         path, key = self.path(name, inputs, suffix), self._key(name, inputs)
         if not path.is_file():
-            return None
+            return other
         try:
             if suffix == ".npz":
                 with np.load(path, allow_pickle=False) as stored:
@@ -82,24 +82,23 @@ class Cache:
             return content
         except DAMAGES as error:
             print(f"{path.name} in {path.parent.name}/ is not whole ({error}): made again", flush=True)
-            return None
+            return other
 
     def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]], **inputs: Any) -> dict[str, np.ndarray]:
         """Arrays by name, as `make` returns them, from their file or made now."""
-        found = self.kept(name, inputs, ".npz")
+        found = self.read(name, inputs, ".npz")
         if found is None:
-            self.keep(name, inputs, found := make(), ".npz")
+            self.write(name, inputs, found := make(), ".npz")
         return found
 
     def value(self, name: str, make: Callable[[], T], **inputs: Any) -> T:
         """A value as JSON has it, from its file or made now."""
-        found = self.kept(name, inputs, ".json")
-        if found is None:
-            self.keep(name, inputs, found := make())
+        if (found := self.read(name, inputs, ".json", missing := object())) is missing:
+            self.write(name, inputs, found := json.loads(json.dumps(make())))  # as it is read from the file
         return found
 
-    def keep(self, name: str, inputs: Mapping[str, Any], content: Any, suffix: str = ".json") -> None:
-        """Write what `kept` reads, over what was there."""
+    def write(self, name: str, inputs: Mapping[str, Any], content: Any, suffix: str = ".json") -> None:
+        """Write what `read` finds, over what was there."""
         path, key = self.path(name, inputs, suffix), self._key(name, inputs)
         if suffix == ".npz":  # a zip: each member has a CRC
             write_arrays(path, {**content, KEY: np.array(_as_json(key))})
@@ -123,15 +122,15 @@ class Cache:
         `measure` gives one result, as JSON has it, for each of a few items: `at_once` between two writes of the file.
         `item_key` is all that an item's result depends on; `progress` says what is measured, in place of the name.
         """
-        done: dict[str, Any] = self.kept(name, inputs, ".json") or {}
+        done: dict[str, Any] = self.read(name, inputs, ".json") or {}
         keys = [digest(item_key(item)) for item in items]
         waiting = [number for number, item_digest in enumerate(keys) if item_digest not in done]
         with progress_bar(progress or name, len(items), already=len(items) - len(waiting)) as report:
             for first in range(0, len(waiting), at_once):
                 part = waiting[first : first + at_once]
-                results = measure([items[number] for number in part])
+                results = json.loads(json.dumps(measure([items[number] for number in part])))
                 done |= {keys[number]: result for number, result in zip(part, results, strict=True)}
-                self.keep(name, inputs, done)
+                self.write(name, inputs, done)
                 report(len(items) - len(waiting) + first + len(part))
         return [done[item_digest] for item_digest in keys]
 

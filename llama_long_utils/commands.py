@@ -7,7 +7,7 @@ import time
 import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llama_long_utils.paths import CACHE
 
@@ -21,6 +21,27 @@ def tokens(text: str) -> int:
     if not parts:
         raise ArgumentTypeError(f"{text!r} is no number of tokens: write 32768 or 32K")
     return int(re.sub("[,_]", "", parts[1])) * (1024 if parts[2] else 1)
+
+
+def at_least(kind: type, least: float) -> Any:
+    """A converter for argparse: a finite number of this kind, `least` or more."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < 1e12:
+            raise ArgumentTypeError(f"{text} must be a number of {least:g} or more")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def gibibytes(text: str) -> float:
+    """A converter for argparse: GiB, by which the memory of GPUs is sold; "24", "24GB" and "24 GiB" are the same."""
+    try:
+        return at_least(float, 0.1)(re.sub(r"\s*gi?b?$", "", text, flags=re.IGNORECASE))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no number of GiB: write 24 or 24GB") from None
 
 
 def run_command(main: Callable[[], object], interrupted: str = "interrupted") -> NoReturn:

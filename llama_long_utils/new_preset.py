@@ -11,12 +11,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from llama_long_utils.commands import PYTHON, run_command, tokens
+from llama_long_utils.commands import PYTHON, gibibytes, run_command, tokens
 from llama_long_utils.data.documents import count_to_hold_out, whole
 from llama_long_utils.data.sources import check_sources, load_documents
 from llama_long_utils.paths import PRESETS, REPOSITORY
-from llama_long_utils.plan import check_model, check_window, gibibytes
-from llama_long_utils.presets import CHARACTERS, load_preset
+from llama_long_utils.presets import CHARACTERS, check_model, check_window, load_preset
 from llama_long_utils.settings import ARCHITECTURES
 
 TEMPLATE, HUB_DATA = PRESETS / "new.toml.in", PRESETS / "llama2-7b.toml"

@@ -77,7 +77,7 @@ def show_table(table: pd.DataFrame, digits: int = 2) -> None:
     def text(value: Any) -> str:
         if isinstance(value, float):
             return "-" if math.isnan(value) else f"{value:z,.{digits}f}"
-        return f"{value:,}" if isinstance(value, int | np.integer) else str(value)
+        return f"{value:,}" if type(value) is int or isinstance(value, np.integer) else str(value).replace("|", r"\|")
 
     numbers = [pd.api.types.is_numeric_dtype(table[name]) for name in table]
     lines = [[str(name) for name in table], ["---:" if number else "---" for number in numbers]]

@@ -1,6 +1,7 @@
 """Where things are, and writing files so that they are always whole."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -49,6 +50,18 @@ def file_sha256(path: Path) -> str:
     """The hash of a file's content; OSError if there is none."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def alone(lock: Path, other: str) -> Iterator[None]:
+    """Holds a lock, which the kernel takes back if the process dies; RuntimeError if the `other` that is named does."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{other}: wait until it has ended, or stop it") from None
+        yield
 
 
 @contextmanager

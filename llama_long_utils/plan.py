@@ -7,64 +7,18 @@ how long it takes, and the longest window that would fit.
 import argparse
 import json
 import os
-import re
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from llama_long_utils.commands import run_command, tokens
-from llama_long_utils.paths import PACKAGED, REPOSITORY
-from llama_long_utils.presets import closest, load_preset, preset_names
+from llama_long_utils.commands import at_least, gibibytes, run_command, tokens
+from llama_long_utils.presets import check_model, check_window, load_preset, preset_names
 from llama_long_utils.records import read_published
 from llama_long_utils.settings import Lora, MemorySavings
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 AT_PEAK = {"saved": "activations", "backward": "workspace"}  # what people call them
 PLAIN = MemorySavings(recomputed_layers=0, tile=0, offload_checkpoints=False, optimizer="adamw_torch_fused")
-
-
-def at_least(kind: type, least: float) -> Any:
-    """A converter for argparse: a finite number of this kind, `least` or more."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not least <= value < 1e12:
-            raise argparse.ArgumentTypeError(f"{text} must be a number of {least:g} or more")
-        return value
-
-    number.__name__ = kind.__name__
-    return number
-
-
-def gibibytes(text: str) -> float:
-    """A converter for argparse: GiB, by which the memory of GPUs is sold; "24", "24GB" and "24 GiB" are the same."""
-    try:
-        return at_least(float, 0.1)(re.sub(r"\s*gi?b?$", "", text, flags=re.IGNORECASE))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB: write 24 or 24GB") from None
-
-
-def check_window(window: int, old: int | None) -> None:
-    """ValueError if a base's own window is as long as the one asked for."""
-    if old and window <= old:
-        raise ValueError(f"--window {window:,} is not above the base's own {old:,} tokens: there is nothing to extend")
-
-
-def check_model(model: str, names: Sequence[str] = (), preset: str = "") -> None:
-    """ValueError unless a model, the base of `preset` if given, is named here or packaged, a folder, or on the hub."""
-    path, names = REPOSITORY / model, [*names, *json.loads(PACKAGED.read_bytes())]
-    where = f"presets/{preset}.toml, [base] source: " if preset else ""
-    use = f"use a folder with config.json, owner/name on the hub, or one of {', '.join(names)}"
-    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir()
-    if model in names or on_the_hub or (path / "config.json").is_file():
-        return
-    if path.is_dir():
-        raise ValueError(f"{where}{path} is not a model folder: it has no config.json; {use}")
-    beside = [str(Path(model).with_name(one.name)) for one in path.parent.glob("*/")]
-    folder = "there is no such folder; " if "/" in model else ""
-    raise ValueError(f"{where}unknown model {model!r}{closest(model, [*names, *beside])}: {folder}{use}")
 
 
 def arguments() -> argparse.Namespace:
@@ -78,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=count, default=1, metavar="K", help="GPUs, each with a copy of the base")
     parser.add_argument("--context-parallel", type=count, default=1, metavar="C", help="GPUs that share a sequence")
     parser.add_argument("--shard-base", action="store_true", help="each GPU keeps a part of the base's layers")
-    parser.add_argument("--sequences", type=count, default=1, metavar="B", help="sequences at once on a GPU")
+    parser.add_argument("--sequences", type=count, metavar="B", help="at once on a GPU (default: the preset's, or 1)")
     parser.add_argument("--rank", type=count, metavar="R", help="of LoRA (default: the preset's, or 16)")
     parser.add_argument("--layers", nargs="+", choices=LINEAR, metavar="NAME", help="linear layers with LoRA")
     parser.add_argument("--no-norms", action="store_true", help="norms are not trained")
@@ -108,6 +62,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled: without it imports are a second shorter
     from llama_long_utils.training import planner
     from llama_long_utils.training.ledger import COMPONENTS, StepShape, ledger, reading
+    from llama_long_utils.training.processes import divide
 
     preset = asked.preset
     lora = preset.lora if preset else Lora(16, 32, LINEAR, train_norms=True, train_embeddings=False)
@@ -115,27 +70,30 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
     lora = Lora(rank, 2 * rank, asked.layers or lora.target_modules, norms, lora.train_embeddings)
     window, memory = asked.window or preset.training.window, asked.memory or preset.memory_gib
     config = planner.model_shape(preset.base.source if preset else asked.model)
-    dtype, savings = (preset.base.dtype, preset.training.memory_savings) if preset else ("bfloat16", PLAIN)
-    context = asked.context_parallel
-    several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
-    packed = bool(preset and planner.is_packed(preset.training))
-    shape = StepShape(window // context, dtype, savings, asked.sequences, gpu=True, packed=packed, **several)
+    context, sequences = asked.context_parallel, asked.sequences
+    if preset:
+        settings = replace(preset.training, window=window, reach=window)
+        division = divide(settings, asked.devices, context, asked.shard_base)
+        shape = planner.step_shape(preset, settings, replace(division, at_once=sequences or division.at_once))
+    else:
+        several = {"context": context, "processes": asked.devices, "sharded": asked.shard_base}
+        shape = StepShape(window // context, "bfloat16", PLAIN, sequences or 1, gpu=True, **several)
     plan = planner.plan(config, lora, shape, memory)
     counts = ledger(config, lora, replace(shape, memory_savings=plan.memory_savings))
     longest = planner.longest_context(config, lora, shape, memory)
-    savings = planner.leanest(config, longest // context, savings)
+    savings = planner.leanest(config, longest // context, shape.memory_savings)
     lean = replace(shape, length=longest // context, memory_savings=savings)
     text = asked.window or preset.extension.window
-    read, kept = (reading(config, lora, dtype, text, kept=kept) / planner.GIB for kept in (False, True))
+    read, kept = (reading(config, lora, shape.dtype, text, kept=kept) / planner.GIB for kept in (False, True))
     gpus = [row for row in read_published("gpus")["rows"] if row["memory_gb"] >= memory]
     seconds = {row["gpu"]: plan.flops / row["bf16_tflops"] / 1e12 / asked.utilisation for row in gpus}
-    sequences = asked.devices // context * asked.sequences
+    sequences = asked.devices // context * shape.sequences
     total = preset.training.steps * preset.training.sequences_per_step if preset else 0  # of the preset's run
     return {
         "model": asked.model,
         "window": window,
-        "packed": packed,
-        "dtype": dtype,
+        "packed": shape.packed,
+        "dtype": shape.dtype,
         "memory_gib": memory,
         "usable_gib": memory * planner.USABLE,
         "devices": asked.devices,
@@ -149,7 +107,7 @@ def predictions(asked: argparse.Namespace) -> dict[str, Any]:
         "peak_gib_by_component": {name: counts[name] / planner.GIB for name in COMPONENTS},
         "host_gib": plan.host_gib * asked.devices,
         "longest_window": longest,
-        "longest_window_host_gib": planner.predict(config, lora, lean).host_gib * asked.devices,
+        "longest_window_host_gib": longest and planner.predict(config, lora, lean).host_gib * asked.devices,
         "evaluation": {"tokens": text, "read_gib": read, "kept_gib": kept},
         "flops": plan.flops,
         "utilisation": asked.utilisation,
@@ -176,7 +134,7 @@ def cost(seconds: float) -> str:
 
 def table(found: dict[str, Any]) -> str:
     """The predictions for people."""
-    lora, devices, text = found["lora"], found["devices"], found["evaluation"]
+    lora, devices, text, longest = (found[name] for name in ("lora", "devices", "evaluation", "longest_window"))
     of = f"for the preset's {found['sequences_of_run']:,} sequences"
     run = {gpu: f", {cost(3600 * hours)} {of}" for gpu, hours in found["hours_of_run"].items()}
     attended = "attended document by document" if found["packed"] else "each attended as one document"
@@ -188,8 +146,8 @@ def table(found: dict[str, Any]) -> str:
         "peak": f"fits: {amount(found['peak_gib'])} of {amount(found['usable_gib'])} usable (8% kept free), at once:",
         **{f"  {AT_PEAK.get(name, name)}": amount(gib) for name, gib in found["peak_gib_by_component"].items()},
         "host memory": amount(found["host_gib"]),
-        "longest window": f"{found['longest_window']:,} tokens, with every memory saving switched on and "
-        f"{amount(found['longest_window_host_gib'])} of host memory",
+        "longest window": (f"{longest:,}" if longest else f"fewer than {1024 * found['context_parallel']:,}")
+        + f" tokens, with every memory saving on, and {amount(found['longest_window_host_gib'])} of host memory",
         "evaluation": f"{amount(text['read_gib'])} to read {text['tokens']:,} tokens, {amount(text['kept_gib'])} "
         "with all keys and values kept for an answer",
         "seconds a step": f"at {found['utilisation']:.0%} of a GPU's peak, {found['flops']:.3g} operations on each",

@@ -3,14 +3,16 @@
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llama_long_utils import settings
-from llama_long_utils.paths import PRESETS
+from llama_long_utils.paths import PACKAGED, PRESETS, REPOSITORY
 from llama_long_utils.settings import Preset, raised_base
 
 CHARACTERS = 4.5  # of a token, more than most texts have
@@ -226,6 +228,27 @@ def _explain(error: ValidationError) -> str:
         else:
             messages.append(f"{key} = {problem['input']!r}: {problem['msg']}")
     return "; ".join(messages)
+
+
+def check_window(window: int, old: int | None) -> None:
+    """ValueError if a base's own window is as long as the one asked for."""
+    if old and window <= old:
+        raise ValueError(f"--window {window:,} is not above the base's own {old:,} tokens: there is nothing to extend")
+
+
+def check_model(model: str, names: Sequence[str] = (), preset: str = "") -> None:
+    """ValueError unless a model, the base of `preset` if given, is named here or packaged, a folder, or on the hub."""
+    path, names = REPOSITORY / model, [*names, *json.loads(PACKAGED.read_bytes())]
+    where = f"presets/{preset}.toml, [base] source: " if preset else ""
+    use = f"use a folder with config.json, owner/name on the hub, or one of {', '.join(names)}"
+    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir()
+    if model in names or on_the_hub or (path / "config.json").is_file():
+        return
+    if path.is_dir():
+        raise ValueError(f"{where}{path} is not a model folder: it has no config.json; {use}")
+    beside = [str(Path(model).with_name(one.name)) for one in path.parent.glob("*/")]
+    folder = "there is no such folder; " if "/" in model else ""
+    raise ValueError(f"{where}unknown model {model!r}{closest(model, [*names, *beside])}: {folder}{use}")
 
 
 def closest(name: str, known: list[str]) -> str:

@@ -46,7 +46,7 @@ def write_record(
     provenance: dict[str, Any] | None = None,
     arrays: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write folder/SLUG.json: rows in long format, floats with six significant digits; before it `arrays` as SLUG.npz.
+    """Write folder/SLUG.json: rows in long format, fractions of six significant digits; before it `arrays` as SLUG.npz.
 
     `parameters` are those of the notebook that differ from its defaults, `provenance` entries in place of this
     process' own. ValueError if a number is infinite or all of a table's numbers are NaN; then nothing is written.
@@ -69,7 +69,7 @@ def write_record(
             "seconds": round(seconds, 1),
             **(provenance or {}),
         },
-        "tables": {key: json.loads(t.to_json(orient="records", double_precision=15)) for key, t in tables.items()},
+        "tables": {name: t.astype(object).where(t.notna(), None).to_dict("records") for name, t in tables.items()},
     }
     text = json.dumps(_rounded(record), indent=1, allow_nan=False) + "\n"
     text = re.sub(r"(?<=[\[{])\n {4,}|\n {3,}(?=[]}])", "", text)  # a table's row is a line
@@ -182,11 +182,12 @@ def _commit() -> str:
 
 
 def _rounded(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return value if value.is_integer() else float(f"{value:.6g}")  # a count may stand beside a missing one
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def package_versions() -> dict[str, str]:

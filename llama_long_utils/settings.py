@@ -190,7 +190,7 @@ class BaseModel:
 
 @dataclass(frozen=True, config=STRICT)
 class Extension:
-    """What it is extended to: a window in tokens, by a method of `rope.METHODS` at a RoPE base."""
+    """What it is extended to: a window in tokens, by a method of `METHODS` at a RoPE base."""
 
     window: PositiveInt
     method: Method

@@ -13,11 +13,10 @@ import argparse
 import os
 from dataclasses import replace
 
-from llama_long_utils.commands import PYTHON, run_command
+from llama_long_utils.commands import PYTHON, at_least, run_command
 from llama_long_utils.data.sources import check_sources
 from llama_long_utils.paths import ADAPTERS, check_adapter
-from llama_long_utils.plan import at_least, check_model
-from llama_long_utils.presets import load_preset, with_numbers
+from llama_long_utils.presets import check_model, load_preset, with_numbers
 from llama_long_utils.settings import Preset
 
 ONE_PROCESS = ("reward", "rl", "dpo")

@@ -648,3 +648,13 @@ def test_tables_refuse_a_missing_arm_and_other_items():
     with pytest.raises(ValueError, match="were asked other items"):
         delta_table(pd.DataFrame([row, {**row, "arm": "extended", "asked": "other hash"}]))
     assert score_table(pd.DataFrame([row])).low.isna().all()
+
+
+def test_an_item_without_a_number_in_one_arm_is_left_out_of_both():
+    row = {"task": "made up", "length": 0, "item": "0", "asked": "hash"}
+    scores = {"base": [1.0, np.nan, 3.0, 4.0], "extended": [1.0, 2.0, np.nan, 5.0]}
+    items = pd.DataFrame([{**row, "arm": arm, "score": one} for arm, values in scores.items() for one in values])
+    found = delta_table(items).iloc[0]
+    assert (found["items"], found.before, found.after, found.difference) == (2, 2.5, 3.0, 0.5)
+    with pytest.raises(ValueError, match="made up: no item has a number for 'score' of both 'base' and 'extended'"):
+        delta_table(items.assign(score=items.score.where(items.arm == "base")))

@@ -41,6 +41,16 @@ def test_a_result_is_made_once_for_the_same_inputs_and_again_for_others(tmp_path
     assert make.calls == 4
 
 
+def test_a_result_has_the_same_types_when_it_is_made_and_when_it_is_read(tmp_path):
+    cache, make = Cache(tmp_path, 1), Counted({1: (2, 3)})
+    assert [cache.value("x", make) for _ in range(2)] == [{"1": [2, 3]}] * 2
+    found = [cache.items("y", ["one"], lambda items: [(1, 2) for _ in items], item_key=str) for _ in range(2)]
+    assert found == [[[1, 2]]] * 2
+    nothing = Counted(None)
+    assert [cache.value("nothing", nothing) for _ in range(2)] == [None] * 2
+    assert (make.calls, nothing.calls) == (1, 1)
+
+
 def damage_zeroed_tail(content):
     return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
 

@@ -198,7 +198,7 @@ def test_more_documents_than_a_source_has_are_refused_before_any_text_is_read(tm
     with pytest.raises(ValueError, match="cannot hold out 13 documents of 'texts', which has 12: lower held_out"):
         check_sources([str(texts)], {"texts": 13})
     (texts / "many.jsonl").rename(texts / "long.txt")
-    monkeypatch.setattr("llama_long_utils.data.sources.LONGEST", 100)  # a longer file is read in parts: still one text
+    monkeypatch.setattr("llama_long_utils.data.sources.PIECE", 100)  # a longer file is read in parts: still one text
     with pytest.raises(ValueError, match="cannot hold out 5 documents of 'texts', which has 4: lower held_out"):
         check_sources([str(texts)], {"texts": 5})
 
@@ -295,7 +295,7 @@ def test_a_near_copy_of_a_held_out_text_is_not_trained_on_and_a_text_that_quotes
 
 def test_the_parts_of_one_text_count_as_one(tmp_path, tokenizer, monkeypatch):
     """Else eight held-out "documents", by whose number intervals are judged, may be one book."""
-    monkeypatch.setattr(sources_module, "LONGEST", 4096)
+    monkeypatch.setattr(sources_module, "PIECE", 4096)
     for book in range(6):
         (tmp_path / f"book {book}.txt").write_text("\n".join(f"Line {line} of book {book}." for line in range(900)))
     documents = load_documents(str(tmp_path))

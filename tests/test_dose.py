@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from experiments import dose_settings
 from experiments.dose import Arm, load, run_dose
 from experiments.dose_inputs import Inputs, join_neighbours, load_inputs, save_inputs
 from experiments.dose_questions import ROOM, Haystack, Question, ask
-from experiments.dose_record import BIN, SLUG, Readings, write_dose_record
+from experiments.dose_record import BIN, SECOND_SLUG, SLUG, Readings, write_dose_record
 from experiments.dose_settings import read_doses, ways_of
 from experiments.dose_texts import SHINGLE, shingles
 from experiments.task_requests import Request, answer, collect, score, write_task_record
@@ -288,6 +289,15 @@ def test_runs_that_read_other_texts_make_no_record_together(tmp_path):
         write_arrays(tmp_path / str(number) / "nll.npz", {})
     with pytest.raises(ValueError, match="the runs read other texts"):
         write_dose_record([tmp_path / "0", tmp_path / "1"], tmp_path, preset="tiny")
+
+
+def test_the_second_set_of_texts_has_a_record_of_its_own(tmp_path):
+    for suffix in (".json", ".npz"):
+        shutil.copy(RESULTS / "smollm2" / f"{SECOND_SLUG}{suffix}", tmp_path)
+    written = write_dose_record([tmp_path], tmp_path / "again", preset="smollm2")
+    assert written.stem == SECOND_SLUG
+    again, before = (read_record(folder / f"{SECOND_SLUG}.json")["tables"] for folder in (written.parent, tmp_path))
+    assert again["differences"] == before["differences"]
 
 
 def test_a_stage_that_there_is_not_is_refused_before_anything_is_read():

@@ -153,3 +153,10 @@ def test_figure_6_1_says_whether_there_are_intervals_and_shows_every_arm_but_the
     assert ("95% bootstrap over documents" in caption) == (documents >= statistics.FEWEST)
     assert ("no band for fewer than eight" in caption) == (documents < statistics.FEWEST)
     assert documents == 3 or (low, high) == (-0.1, 0.4)
+
+
+def test_a_cell_of_a_table_may_hold_a_bar_or_a_boolean(monkeypatch):
+    shown = []
+    monkeypatch.setattr("llama_long_utils.notebooks.display", shown.append)
+    notebooks.show_table(pd.DataFrame({"text": ["a|b"], "whole": [True], "count": [1000]}))
+    assert shown[0].data.splitlines()[-1] == r"| a\|b | True | 1,000 |"

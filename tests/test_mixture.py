@@ -461,7 +461,7 @@ def test_data_sets_stream_from_the_hub_and_what_was_read_is_not_asked_for_again(
 
 
 def test_a_long_file_is_read_in_parts_and_from_any_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST", 1000)
+    monkeypatch.setattr(sources, "PIECE", 1000)
     (tmp_path / "a.txt").write_text("Zeile für Zeile\n" * 300, newline="\r\n")
     (tmp_path / "b.txt").write_text("文" * 2500)  # no line ends
     write_texts(tmp_path, 5, 50)
@@ -477,7 +477,7 @@ def test_a_long_file_is_read_in_parts_and_from_any_place(tmp_path, monkeypatch):
 
 
 def test_parts_of_one_text_are_on_one_side_of_the_split(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST", 500)
+    monkeypatch.setattr(sources, "PIECE", 500)
     folder = tmp_path / "texts"
     folder.mkdir()
     for book in range(24):  # half of them are held out, by the folder's name

@@ -10,7 +10,8 @@ from transformers import Qwen2Config
 
 from llama_long_utils import plan
 from llama_long_utils.commands import tokens
-from llama_long_utils.training import ledger
+from llama_long_utils.presets import load_preset
+from llama_long_utils.training import ledger, planner
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,32 @@ def test_of_a_preset_the_whole_run_is_priced(capsys, monkeypatch):
     assert found["hours_of_run"]["H100 80 GB"] == pytest.approx(40 * found["seconds_per_step"]["H100 80 GB"] / 3600)
     assert " s for the preset's 80 sequences" in plan.table(found)
     assert [plan.cost(seconds) for seconds in (0.0164, 6.43, 5040, 1e6)] == ["0.016 s", "6.4 s", "1.4 h", "277.8 h"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama2-7b"])
+def test_a_preset_s_step_is_the_one_that_training_plans(name, capsys, monkeypatch):
+    """Gradients of earlier sequences are there while the next ones are computed."""
+    monkeypatch.setattr(sys, "argv", ["plan", name, "--json"])
+    plan.main()
+    found, preset = json.loads(capsys.readouterr().out), load_preset(name)
+    trained = planner.plan_training(preset, preset.training)
+    assert found["peak_gib"] == trained.device_gib
+    assert found["plan"] == str(trained.memory_savings)
+
+
+def test_a_window_that_training_refuses_is_refused(monkeypatch):
+    words = ["plan", "tiny", "--window", "4097", "--devices", "2", "--context-parallel", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ValueError, match="a window of 4,097 tokens does not divide into 4 equal chunks"):
+        plan.main()
+
+
+def test_a_window_below_the_shortest_that_is_tried_may_fit(answer, capsys):
+    words = ("--window", "256", "--memory", "0.1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "longest_context", lambda *_: 0)  # not even 1,024 tokens
+        assert json.loads(answer(capsys, *words, "--json"))["longest_window"] == 0
+        assert re.search(r"longest window +fewer than 1,024 tokens", answer(capsys, *words))
 
 
 def test_seconds_are_given_for_gpus_with_as_much_memory(answer, capsys):

@@ -9,7 +9,7 @@ from experiments import pretraining, pretraining_cells, pretraining_context, pre
 from experiments.pretraining_cells import LONG, MORE_TOKENS, MoreTokens
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED
 from experiments.pretraining_results import NAMES, PretrainingResults, pretraining_results
-from experiments.pretraining_tokens import SLUG, judged_tokens, losses_by_rate, run_tokens, tokens_cells
+from experiments.pretraining_tokens import SLUG, judged_tokens, run_tokens, tokens_cells
 from llama_long_utils.evaluation.statistics import Bootstrap
 
 SEEDS, DOCUMENTS = range(3), list("abcdefghijkl")
@@ -114,14 +114,3 @@ def test_two_seeds_judge_nothing():
     few = dataclasses.replace(results, cells=results.cells[results.cells.seed < 2])
     table = judged_tokens(few, made("0.9M", 0.3, 0.1), made("16M", -0.1, 0.2))
     assert set(table.judged) == {"2 seeds: too few to judge"}
-
-
-def test_rates_are_judged_by_the_training_loss_at_the_end():
-    results = made(MORE_TOKENS, 0.1, 0.1)
-    other = made(f"{MORE_TOKENS}-x2", 0.1, 0.1)
-    both = pd.concat([results.cells, other.cells], ignore_index=True)
-    loss = np.concatenate([results.arrays["loss"], other.arrays["loss"] - 0.5])
-    table = losses_by_rate(PretrainingResults(both, {"loss": loss}, results.bootstrap)).set_index(
-        "training loss at the end"
-    )
-    assert table.loc["long"].to_dict() == pytest.approx({"the recorded rate": 5.0, "twice the rate": 4.5})

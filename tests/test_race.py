@@ -10,7 +10,8 @@ import pytest
 from nbclient import NotebookClient
 
 from experiments import race_longer_results, searches
-from experiments.__main__ import arguments
+from experiments.__main__ import arguments, run
+from experiments.pretraining_cells import checked_cell
 from experiments.pretraining_gpu_results import HOLDS, OPEN, REFUTED
 from experiments.race import (
     Arm,
@@ -35,7 +36,13 @@ from experiments.race_results import (
     trainings_in_words,
     way_label,
 )
-from experiments.searches import compare_trainings, search_longrope, search_pair_factors, search_rope_base
+from experiments.searches import (
+    compare_quoting,
+    compare_trainings,
+    search_longrope,
+    search_pair_factors,
+    search_rope_base,
+)
 from llama_long_utils.data.packing import TrainingSequence
 from llama_long_utils.evaluation.statistics import Bootstrap
 from llama_long_utils.model.weights import locate_base, weights_sha256
@@ -90,6 +97,18 @@ def test_a_longer_race_differs_in_steps_and_methods_alone(preset):
         assert arm_record(slower, arm, "base") != arm_record(longer, arm, "base")
     with pytest.raises(ValueError, match="name those"):
         longer_race(preset, 8, ["pi", "no such method"])
+
+
+def test_a_number_that_no_training_has_is_refused_in_a_line(preset):
+    with pytest.raises(ValueError, match=r"^training: learning_rate = 2\.0: Input should be less than or equal to 1$"):
+        longer_race(preset, 2, ["pi"], learning_rate=2.0)
+    for training in ("full-length", ZERO_SHOT):
+        with pytest.raises(ValueError, match=r"^training: seed = 1000"):
+            arm_training(preset, Arm("abf", training, 10**20))
+    with pytest.raises(ValueError, match=r"^race: self_quoting_share = -1e-10: "):
+        compare_quoting(preset, [-1e-10], seed=0)
+    with pytest.raises(ValueError, match="is no seed: give a whole number from 0 to 4,294,967,295"):
+        checked_cell("doll", "long", str(10**20))
 
 
 def as_longer(pi_near=0.0, abf_far=-0.1, pi_far=-0.1, copies=(50.0, 20.0), pi_copies=-5.0, xpos_copies=-5.0):
@@ -156,10 +175,13 @@ def test_the_longer_race_counts_once_all_four_methods_have_all_seeds(preset, mon
     assert longer_results(preset) is None
     (tmp_path / "tiny").mkdir()
     for suffix in (".json", ".npz"):
-        shutil.copy(RESULTS / "tiny" / f"11_ablations{suffix}", tmp_path / "tiny" / f"11_longer_race{suffix}")
+        shutil.copy(RESULTS / "tiny" / f"11_longer_race{suffix}", tmp_path / "tiny")
     assert longer_results(preset).window == preset.base.window
     path = tmp_path / "tiny" / "11_longer_race.json"
-    content = json.loads(path.read_text())
+    whole = path.read_text()
+    path.write_text(whole.replace("--times 16 ", "--times 2 "))
+    assert longer_results(preset) is None
+    content = json.loads(whole)
     content["tables"]["cost"] = [
         row
         for row in content["tables"]["cost"]
@@ -179,6 +201,25 @@ def test_a_race_at_another_rate_is_read_as_one_at_a_quarter_only_if_it_was(prese
         content.replace("--learning-rate 0.0005", "--learning-rate 0.001")
     )
     assert longer_results(preset, OTHER_RATE, methods) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "slug"),
+    [
+        (("16",), "11_longer_race"),
+        (("16", "--methods", "none", "abf", "--learning-rate", "5e-4"), OTHER_RATE),
+        (("2",), ""),
+        (("16", "--methods", "pi"), ""),
+        (("16", "--methods", "pi", "--learning-rate", "5e-4"), ""),
+        (("16", "--learning-rate", "1e-3"), ""),
+    ],
+)
+def test_a_pilot_replaces_no_record_of_the_study(options, slug, preset, monkeypatch):
+    monkeypatch.setattr("experiments.race.run_race", lambda _preset, _arms, *where: where)
+    monkeypatch.setattr("sys.argv", ["experiments", "race", "--times", *options])
+    folder, name, _ = run(arguments())
+    assert folder == (RESULTS / "tiny" if slug else preset.run_folder / "records")
+    assert name == slug or not slug
 
 
 @pytest.mark.parametrize("option", [("--methods", "pi"), ("--learning-rate", "5e-4")])

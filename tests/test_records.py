@@ -487,3 +487,17 @@ def test_bounds_that_nobody_has_are_numbers_when_read_again(tmp_path):
     options = {"preset": "tiny", "question": "?", "seeds": {"split": 0}, "seconds": 1.0}
     path = write_record(tmp_path, "11_few", tables={"search": table}, **options)
     pd.testing.assert_frame_equal(Record(path).table("search"), table)
+
+
+def test_every_number_is_kept_and_an_infinite_one_refused(tmp_path):
+    options = {"preset": "tiny", "question": "?", "seeds": {}, "seconds": 1.0}
+    table = pd.DataFrame({"small": [1.23456789e-12, 0.5], "count": [10_485_760, None], "mixed": ["a", 2.0]})
+    read = Record(write_record(tmp_path, "11_few", tables={"table": table}, **options)).table("table")
+    assert read["small"].tolist() == [1.23457e-12, 0.5]
+    assert read["count"][0] == 10_485_760
+    assert np.isnan(read["count"][1])
+    (tmp_path / "11_few.json").unlink()
+    for infinite in (np.inf, -np.inf):
+        with pytest.raises(ValueError, match="inf"):
+            write_record(tmp_path, "11_few", tables={"table": table.assign(mixed=["a", infinite])}, **options)
+    assert not any(tmp_path.iterdir())

@@ -1,10 +1,14 @@
 """Intervals hold what they say, and paired comparisons agree with their tests."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from experiments.dose_record import KindBootstrap
 from llama_long_utils.evaluation.statistics import (
+    SAMPLES,
+    SEED,
     Bootstrap,
     mean_interval,
     paired_accuracy,
@@ -98,3 +102,14 @@ def test_what_differs_by_kind_is_less_certain_than_its_documents_look():
         low, high = bootstrap.interval(values[:, None], ones)
         width[name] = float(high[0] - low[0])
     assert width["kinds"] > 2 * width["documents"]
+
+
+def test_samples_of_a_mean_are_drawn_in_parts_to_the_same_bounds_and_in_less_memory():
+    values = np.random.default_rng(0).normal(size=2000)
+    tracemalloc.start()
+    found = mean_interval(values)
+    part = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    together = Bootstrap(len(values), SAMPLES, SEED).interval(values[:, None], np.ones((len(values), 1)))
+    assert found == tuple(float(bound[0]) for bound in together)
+    assert part < 8 * SAMPLES * len(values) / 4

@@ -19,10 +19,10 @@ from llama_long_utils.evaluation.perplexity import token_nll
 from llama_long_utils.model.adapters import find_adapter, read_card
 from llama_long_utils.model.arms import load_arm
 from llama_long_utils.model.weights import load_tokenizer
-from llama_long_utils.paths import ADAPTERS, REPOSITORY
+from llama_long_utils.paths import ADAPTERS, REPOSITORY, alone
 from llama_long_utils.presets import load_preset
 from llama_long_utils.settings import BaseModel, Data
-from llama_long_utils.training.adapter import _alone, train_adapter
+from llama_long_utils.training.adapter import train_adapter
 from llama_long_utils.training.trainer import StepLog
 
 TUNED = str(ADAPTERS / "tiny-instruction")
@@ -259,7 +259,8 @@ def test_what_changes_the_weights_changes_the_folder(preset, tmp_path):
 
 def test_two_processes_never_train_in_one_folder(preset):
     folder = train_adapter(preset, settings=dataclasses.replace(preset.training, steps=1)).folder.parent
-    with _alone(folder), pytest.raises(RuntimeError, match=r"another process is training in .*: wait until it has"):
+    lock = alone(folder.with_name(f"{folder.name}.lock"), "the test")
+    with lock, pytest.raises(RuntimeError, match=r"another process is training in .*: wait until it has"):
         train_adapter(preset, settings=dataclasses.replace(preset.training, steps=1))
     train_adapter(preset, settings=dataclasses.replace(preset.training, steps=1))  # the lock is given back
 

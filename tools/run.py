@@ -6,7 +6,6 @@ parameters, model, adapter and texts, and whose outputs are still as it left the
 
 import argparse
 import ast
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_long_utils.commands import run_command
-from llama_long_utils.paths import REPOSITORY, RESULTS, check_adapter, file_sha256, write_atomically
+from llama_long_utils.paths import REPOSITORY, RESULTS, alone, check_adapter, file_sha256, write_atomically
 from llama_long_utils.presets import closest, load_preset, preset_names
 from llama_long_utils.progress import FILE
 from llama_long_utils.settings import Preset
@@ -159,7 +158,7 @@ def execute(
     """
     done = preset.run_folder / "done"  # one file for each, so that runs side by side do not overwrite each other's
     check_writable(done)
-    with _alone(done / f"{notebook.slug}.lock", notebook.slug):
+    with alone(done / f"{notebook.slug}.lock", f"another run is executing {notebook.slug}"):
         return _execute_alone(notebook, preset, parameters, base_sha256, done / f"{entry}.json", line, again=again)
 
 
@@ -199,17 +198,6 @@ def check_writable(folder: Path, what: str = "a run") -> None:
             pass
     except OSError as error:
         raise OSError(f"cannot write to {_shown(folder)}: {error.strerror}; {what} writes only there") from None
-
-
-@contextmanager
-def _alone(path: Path, slug: str) -> Iterator[None]:
-    """Holds a notebook's lock, which the kernel takes back if the process dies; RuntimeError if another run does."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another run is executing {slug}: wait until it has ended, or stop it") from None
-        yield
 
 
 @contextmanager

@@ -45,8 +45,8 @@ CORPORA = {
 STANDARD_LIBRARY = "python-stdlib"
 READ = (".txt", ".md", ".jsonl")  # of a folder, in any case
 LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests"}  # tables, texts, tests
-FEW = 2**28  # bytes that are read at once in a quarter of a second
-LONGEST = 2**21  # bytes of a text that is tokenized in one piece: a longer file is several documents
+HASHED = 2**28  # bytes that are read at once in a quarter of a second
+PIECE = 2**21  # bytes of a text that is tokenized in one piece: a longer file is several documents
 
 Placed = Iterator[tuple[Document, Any]]  # documents, each with the place behind it, as JSON has it: to go on there
 say_once = once(print)  # in a process: a folder is looked through several times
@@ -83,7 +83,7 @@ def read_source(source: Source, place: Any = None, *, cache: Path = CACHE) -> Pl
 def survey(source: Source) -> tuple[int | None, list[Any], dict[str, int]]:
     """(bytes of text, or None if not known; what decides its documents; bytes of each file, if each is one text).
 
-    Up to FEW bytes files are known by their content, beyond by the time when they were changed.
+    Up to HASHED bytes files are known by their content, beyond by the time when they were changed.
     """
     if source.name in CORPORA:
         return CORPORA[source.name].size, [source.name, CORPORA[source.name].package.sha256], {}
@@ -91,7 +91,7 @@ def survey(source: Source) -> tuple[int | None, list[Any], dict[str, int]]:
         return None, [source.name, source.config, source.split, source.column, source.revision], {}
     files = [(path, name, path.stat()) for path, name in _files(source)]
     size = sum(status.st_size for _, _, status in files)
-    states = [file_sha256(path) if size <= FEW else status.st_mtime_ns for path, _, status in files]
+    states = [file_sha256(path) if size <= HASHED else status.st_mtime_ns for path, _, status in files]
     names = [(name, status.st_size) for _, name, status in files]
     several = any(name.lower().endswith(".jsonl") for name, _ in names)
     return size, [source.name, digest(names, states)], {} if several else dict(names)
@@ -122,7 +122,10 @@ def pinned(source: Source, cache: Path = CACHE) -> Source:
 
 
 def check_sources(sources: Sequence[str | Source], held_out: Mapping[str, int] | None) -> dict[str, int] | None:
-    """How many documents of each source to hold out: `held_out`, where a source may go by the last part of its name."""
+    """How many documents of each source to hold out: `held_out`, where a source may go by the last part of its name.
+
+    ValueError if a source is named twice, unknown, around this repository or inside another, or if `held_out` names
+    none or several of them, or more documents than there are."""
     names, folders = [source.name for source in in_full(sources)], {}
     for name in names:
         if names.count(name) > 1:
@@ -220,7 +223,7 @@ def _read_files(source: Source, place: list[int] | None) -> Placed:
                     now = path.stat()
                     if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                         raise ValueError(f"{path} changed while it was read: run again when nothing writes to it")
-                    several = parts is _lines or before.st_size >= LONGEST
+                    several = parts is _lines or before.st_size >= PIECE
                     document = Document(source.name, f"{name}:{number}" if several else name, text)
                     yield document, [index, stream.tell(), number]
         except (OSError, UnicodeDecodeError) as error:
@@ -230,11 +233,11 @@ def _read_files(source: Source, place: list[int] | None) -> Placed:
 
 def _parts(stream: BinaryIO, _path: Path, number: int) -> Iterator[tuple[int, str]]:
     """A text in parts of whole lines, where there are lines, numbered from the next `number` on."""
-    while part := stream.read(LONGEST):
-        if len(part) == LONGEST:
-            last = next(back for back in range(1, LONGEST) if part[-back] & 0xC0 != 0x80)  # the last character begins
-            kept = part.rfind(b"\n") + 1 or LONGEST - last
-            stream.seek(kept - LONGEST, 1)
+    while part := stream.read(PIECE):
+        if len(part) == PIECE:
+            last = next(back for back in range(1, PIECE) if part[-back] & 0xC0 != 0x80)  # the last character begins
+            kept = part.rfind(b"\n") + 1 or PIECE - last
+            stream.seek(kept - PIECE, 1)
             part = part[:kept]
         number += 1
         yield number, part.decode().replace("\r\n", "\n").replace("\r", "\n")

@@ -94,7 +94,7 @@ class TokenizedSource:
 
     def stored(self, number: int) -> tuple[np.ndarray, dict[str, Any]] | None:
         """A whole shard of the cache; one that is not whole is removed, to be made again."""
-        found = self.cache.kept(f"{number:06}", {}, ".json")
+        found = self.cache.read(f"{number:06}", {}, ".json")
         if found is None:
             return None
         index, tokens = (self.cache.path(f"{number:06}", {}, suffix) for suffix in (".json", ".npy"))

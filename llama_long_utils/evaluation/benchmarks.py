@@ -19,11 +19,11 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from llama_long_utils.cache import Cache
-from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.harness import Llama, check_kind, check_lengths
 from llama_long_utils.evaluation.statistics import SEED, mean_interval, paired_accuracy, paired_mean, share_interval
 from llama_long_utils.evaluation.task_files import HUB, TASKS, check_names, is_ours
 from llama_long_utils.model.arms import arm_inputs, load_arm
+from llama_long_utils.model.loss import Model
 from llama_long_utils.model.weights import load_tokenizer, locate_base
 from llama_long_utils.presets import closest
 from llama_long_utils.records import write_record
@@ -31,7 +31,7 @@ from llama_long_utils.settings import Preset
 
 SLUG = "08_benchmark_deltas"
 KEYS = ["task", "length", "arm", "item", "asked", "written"]  # columns that are no metrics
-ANSWERS = 3  # raised by hand when the code that asks a model changes: kept answers are then asked again
+ANSWERS = 4  # raised by hand when the code that asks a model changes: kept answers are then asked again
 BINARY = {"accuracy", "accuracy_per_character", "exact_match", "passed", "acc", "acc_norm"}  # mostly 0 or 1 for an item
 
 
@@ -226,7 +226,7 @@ def delta_table(items: pd.DataFrame, before: str = "base", after: str = "extende
     """Every metric of one arm minus another's, paired: `paired_accuracy` for right and wrong, else `paired_mean`.
 
     Columns: task, length, pair, metric, items, before, after, difference, low, high, discordant, p (the last two NaN
-    for means). ValueError if an arm is missing, or the arms were asked other items.
+    for means). ValueError if an arm is missing, the arms were asked other items, or no item has a number of both.
     """
     rows = []
     for (task, length), part in items.groupby(["task", "length"], sort=False):
@@ -236,7 +236,11 @@ def delta_table(items: pd.DataFrame, before: str = "base", after: str = "extende
         if list(first.asked) != list(second.asked):
             raise ValueError(f"{task}: {before!r} and {after!r} were asked other items, measure them together")
         entry = {"task": task, "length": length, "pair": f"{before} -> {after}"}
-        for (metric, one), (_, other) in zip(_metrics_of(first), _metrics_of(second), strict=True):
+        for metric in dict.fromkeys(name for arm in (first, second) for name, _ in _metrics_of(arm)):
+            pairs = np.array([first[metric], second[metric]], dtype=float)
+            one, other = pairs[:, ~np.isnan(pairs).any(axis=0)]  # of items that both arms have
+            if not len(one):
+                raise ValueError(f"{task}: no item has a number for {metric!r} of both {before!r} and {after!r}")
             found = (paired_accuracy if _is_binary(metric, one, other) else paired_mean)(one, other)
             rows.append({**entry, "metric": metric, "items": len(one), **asdict(found)})
     return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from llama_long_utils.model.loss import Model, causal_lm, hidden_states, in_compute_dtype
 
@@ -39,12 +39,13 @@ def write(
         else torch.from_numpy(prompt)
         for prompt in prompts
     ]
-    options |= {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}
-    written = {}
+    stopped, written = StopStringCriteria(tokenizer, list(stops)) if stops else None, {}
     for numbers in batches(rows, tokens_at_once):
         batch = [rows[number] for number in numbers]
         padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
         ids, mask = padded(batch, padding_value=tokenizer.eos_token_id), padded([torch.ones_like(row) for row in batch])
+        if stopped:  # transformers would let a stop text begin in the prompt
+            options["stopping_criteria"] = [lambda seen, scores, n=ids.shape[1], **_: stopped(seen[:, n:], scores)]
         found = greedy(model, ids, tokens, mask=mask, pad_token_id=tokenizer.eos_token_id, **options)
         for number, row in zip(numbers, found, strict=True):
             text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)

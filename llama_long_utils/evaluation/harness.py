@@ -20,8 +20,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from llama_long_utils.cache import Cache
-from llama_long_utils.evaluation.generation import Model, likelihoods, write
-from llama_long_utils.model.loss import in_compute_dtype
+from llama_long_utils.evaluation.generation import likelihoods, write
+from llama_long_utils.model.loss import Model, in_compute_dtype
 
 KEPT_CHARACTERS = 200_000  # of prompts that are answered between two writes of a file, in at most KEPT_PROMPTS of them
 KEPT_PROMPTS = 512

@@ -14,9 +14,8 @@ import torch
 
 from llama_long_utils.cache import Cache
 from llama_long_utils.data.documents import TokenizedDocument
-from llama_long_utils.evaluation.generation import Model
 from llama_long_utils.evaluation.statistics import Bootstrap
-from llama_long_utils.model.loss import causal_lm, hidden_states, next_token_nll
+from llama_long_utils.model.loss import Model, causal_lm, hidden_states, next_token_nll
 from llama_long_utils.progress import track
 
 VERSION = 1  # of what `Reader` keeps: raise it when an NLL changes

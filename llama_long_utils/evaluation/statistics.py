@@ -44,8 +44,12 @@ class Bootstrap:
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     """Bounds of the mean of independent values; NaN if there are fewer than `FEWEST`."""
-    low, high = Bootstrap(len(values), SAMPLES, SEED).interval(values[:, None], np.ones((len(values), 1)))
-    return float(low[0]), float(high[0])
+    items, generator = len(values), np.random.default_rng(SEED)
+    if items < FEWEST:
+        return math.nan, math.nan
+    shares = np.full(items, 1 / items)  # drawn a tenth at a time: all at once take 16 KB for each item
+    drawn = (generator.multinomial(items, shares, size=SAMPLES // 10) @ values[:, None] for _ in range(10))
+    return tuple(np.nanpercentile(np.concatenate([*drawn]) / items, [2.5, 97.5]).tolist())
 
 
 def share_interval(right: int, items: int) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from llama_long_utils.settings import IGNORED_LABEL
 Model = PreTrainedModel | PeftModel
 CHUNK = 512  # tokens whose logits exist at the same time: 65 MB for Llama 2's 32,000 tokens
 CACHED = 2**22  # logits at the same time in bf16 on a CPU: more leave its caches (128,256 a token: 0.94 s, not 0.71)
-UNUSED = ("past_key_values", "use_cache", "logits_to_keep", "return_dict")  # arguments of a forward pass for its loss
+LEFT_OUT = ("past_key_values", "use_cache", "logits_to_keep", "return_dict")  # of a forward pass for its loss
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # configs whose logits are no plain product
 
 
@@ -105,7 +105,7 @@ def patch_loss(model: Model) -> None:
         if labels is None and shift_labels is None:
             return plain_forward(self, *arguments, **options)
         options |= zip(names[1:], arguments, strict=False)  # names[0] is self
-        hidden = hidden_states(self, **{name: value for name, value in options.items() if name not in UNUSED})
+        hidden = hidden_states(self, **{name: value for name, value in options.items() if name not in LEFT_OUT})
         labels = _shifted(labels) if shift_labels is None else shift_labels
         nll = labelled_nll(hidden, self.get_output_embeddings(), labels)
         if num_items_in_batch is None:

@@ -3,10 +3,8 @@
 Every stage has its own folder in runs/PRESET, "training" for the extension itself.
 """
 
-import fcntl
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from llama_long_utils.model.adapters import AdapterCard, add_lora, read_card, sa
 from llama_long_utils.model.attention import DOCUMENTS
 from llama_long_utils.model.base import check_rope, load_base
 from llama_long_utils.model.weights import load_tokenizer, locate_base, weights_sha256
-from llama_long_utils.paths import out_of_space
+from llama_long_utils.paths import alone, out_of_space
 from llama_long_utils.records import package_versions
 from llama_long_utils.settings import Preset, Scaling, TrainingSettings
 from llama_long_utils.training.planner import USABLE, Plan, plan_training, unreadable
@@ -164,7 +162,7 @@ def run_or_read(runs: Cache, name: str, work: Callable[[], list[dict[str, float]
             (log,) = broadcast_object_list([None])
         return log
     state.wait_for_everyone()
-    with _alone(folder):
+    with alone(folder.with_name(f"{folder.name}.lock"), f"another process is training in {folder}"):
         for left in folder.glob(".adapter.*"):  # by a process that was killed while it saved
             shutil.rmtree(left)
         if not _is_whole(folder / "adapter"):
@@ -188,15 +186,3 @@ def _is_whole(adapter: Path) -> bool:
             print(f"the adapter is made again from its run's last checkpoint: {error}", flush=True)
         return False
     return True
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the run's lock, which the kernel takes back if the process dies; RuntimeError if another process does."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is training in {folder}: wait until it has ended or stop it") from None
-        yield

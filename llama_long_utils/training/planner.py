@@ -68,15 +68,9 @@ class Plan:
         return f"{self.memory_savings}: {memory}, {self.flops:.3g} FLOP for a forward and backward pass"
 
 
-def is_packed(settings: TrainingSettings) -> bool:
-    """Whether documents that share a sequence are attended one by one; a mask is not counted."""
-    return settings.pack and settings.attention == "documents"
-
-
-def plan_training(preset: Preset, settings: TrainingSettings, division: Division | None = None) -> Plan:
-    """The plan for a process of a training run with a preset's base, LoRA settings and memory; see `plan`."""
-    division = division or divide(settings)
-    shape = StepShape(
+def step_shape(preset: Preset, settings: TrainingSettings, division: Division) -> StepShape:
+    """A process' part of a step of a preset's training; gradients add up where it takes its sequences in turns."""
+    return StepShape(
         settings.window // division.context,
         preset.base.dtype,
         settings.memory_savings,
@@ -85,9 +79,14 @@ def plan_training(preset: Preset, settings: TrainingSettings, division: Division
         gpu=True,
         context=division.context,
         processes=division.processes,
-        packed=is_packed(settings),
+        packed=settings.pack and settings.attention == "documents",  # attended one by one; a mask is not counted
         sharded=division.sharded_base,
     )
+
+
+def plan_training(preset: Preset, settings: TrainingSettings, division: Division | None = None) -> Plan:
+    """The plan for a process of a training run with a preset's base, LoRA settings and memory; see `plan`."""
+    shape = step_shape(preset, settings, division or divide(settings))
     return plan(model_shape(preset.base.source), preset.lora, shape, preset.memory_gib)
 
 

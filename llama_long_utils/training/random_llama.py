@@ -151,7 +151,7 @@ def _fill(model: PeftModel, device: str, made: Made) -> None:
             packed = {}
             if isinstance(module, Linear4bit) and name == "weight":
                 values, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-                module.support_avx512bf16_for_cpu = False  # as models.load_base sets it
+                module.support_avx512bf16_for_cpu = False  # as `load_base` sets it
                 for scales in (state.absmax, state.state2.absmax, state.state2.code, state.code):
                     made(scales, component, full_name)
                 packed = {"quant_state": state, "bnb_quantized": True}

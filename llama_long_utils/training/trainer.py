@@ -171,7 +171,7 @@ def plain_trainer(
 
 
 class StepLog(TrainerCallback):
-    """See the module's docstring."""
+    """Tokens, speed and memory of each step, a stop where numbers are not finite, and sealed checkpoints."""
 
     def __init__(self, labels: Labels, settings: TrainingSettings, every: int, saved: int, rewarded: bool) -> None:
         self.labels, self.settings, self.report_every, self.saved = labels, settings, every, saved
