@@ -146,7 +146,7 @@ def test_figure_6_1_says_whether_there_are_intervals_and_shows_every_arm_but_the
     given = {"nll": nll, "arms": [*arms][:3], "stretches": [0] * documents, "old": 128, "tokens": 512}
     given |= {"far": (256, 512), "evaluation": SimpleNamespace(bootstrap_samples=20, seed=0)}
     given |= {"np": np, "pd": pd, "perplexity": perplexity, "statistics": statistics, "measured": notebooks.measured}
-    exec(source, {**given, "settings": SimpleNamespace(run_folder=Path())})
+    exec(source, {**given, "settings": SimpleNamespace(run_folder=Path(), extension=SimpleNamespace(method="abf"))})
     ((figure, *_, caption, _),) = drawn
     low, high = figure.axes[1].get_ylim()
     assert low < -gap < gap < high < arms["base"]
