@@ -81,7 +81,7 @@ def own_texts(texts: str, window: int) -> dict[str, Any]:
             f"of them do not fill a step of {PER_STEP} x {window:,}: add texts, or lower --window"
         )
     data = {"sources": [texts], "held_out": {name: held_out}, "minimum_characters": shortest, "passes": PASSES}
-    return {**data, "tokens": tokens, "different": len(sizes)}
+    return {**data, "tokens": tokens, "different": len(sizes), "fill": sizes[-2][1] >= CHARACTERS * window}
 
 
 def fill(asked: argparse.Namespace, config: Any, base: dict[str, Any], own: dict[str, Any]) -> str:
@@ -126,7 +126,8 @@ def write() -> None:
     counts = preset.data.held_out
     few = " (below eight, no intervals: raise held_out in [data], or add texts)" * (sum(counts.values()) < 8)
     read = f" ({own['different']:,} different texts)" if own else ""
-    texts = f"texts: {', '.join(source.name for source in preset.data.mixture)}{read}; held out: {counts}{few}"
+    short = " (fewer than two may fill the window: train then refuses them)" * bool(own and not own["fill"])
+    texts = f"texts: {', '.join(source.name for source in preset.data.mixture)}{read}{short}; held out: {counts}{few}"
     print(f"presets/{asked.name}.toml: {preset.extended_rope}\n{texts}")
     print(f"then: {PYTHON} -m llama_long_utils.plan {asked.name}")
     print(f"      {PYTHON} -m llama_long_utils.train --preset {asked.name}")

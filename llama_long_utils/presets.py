@@ -48,7 +48,7 @@ def load_preset(name: str) -> Preset:
         # As JSON, because pydantic's strict mode takes dataclasses from nothing else.
         preset = TypeAdapter(Preset).validate_json(json.dumps({"name": name, **values}, default=str))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"presets/{name}.toml is not valid TOML: {error}") from error
+        raise ValueError(f'presets/{name}.toml is not valid TOML: {error} (write 65_536, and "a text")') from error
     except ValidationError as error:
         raise ValueError(f"presets/{name}.toml: {_explain(error)}") from None
     _check_consistency(preset)
@@ -122,7 +122,8 @@ def follow_window(values: dict[str, Any]) -> None:
     if "steps" not in training and isinstance(tokens := training.get("tokens"), int) and tokens > 0:
         whole = all(isinstance(size, int) and size > 0 for size in sizes)  # else they are refused later
         training["steps"] = max(1, training.pop("tokens") // (sizes[0] * sizes[1] if whole else tokens))
-    if isinstance(steps := training.get("steps"), int):
+    if (steps := training.get("steps")) is not None:
+        steps = steps if isinstance(steps, int) else 1  # what is no number is refused later, and alone
         training.setdefault("warmup_steps", steps // 10)
         training.setdefault("checkpoint_every", min(20, max(1, steps // 4)))
 

@@ -333,3 +333,11 @@ def test_a_model_of_another_architecture_is_refused(written, tmp_path, monkeypat
     with pytest.raises(ValueError, match="has model_type 'gpt2': use one of"):
         command(monkeypatch, "--base", tmp_path / "base", "--window", 128, "--memory", 1)
     assert not [*written.iterdir()]
+
+
+def test_texts_that_may_be_too_short_for_the_window_are_said_beforehand(texts):
+    """By characters: a text of so many bytes could fill it, but seldom does."""
+    assert new_preset.own_texts(str(texts), 128)["fill"]
+    for number in range(3, 40):
+        (texts / f"{number}.txt").write_text(" ".join(f"Sentence {n * n + number} of it." for n in range(200)))
+    assert not new_preset.own_texts(str(texts), 1024)["fill"]

@@ -90,6 +90,9 @@ def test_fewer_steps_than_those_of_the_other_preset_have_checkpoints_and_a_warm_
     (folder / "mine.toml").write_text('like = "tiny"\n[training]\nsteps = 21\nwarmup_steps = 7\ncheckpoint_every = 9\n')
     training = load_preset("mine").training
     assert (training.warmup_steps, training.checkpoint_every) == (7, 9)
+    (folder / "mine.toml").write_text('like = "tiny"\n[training]\nsteps = "21"\n')
+    with pytest.raises(ValueError, match=r"mine.toml: training.steps = '21': [^;]*$"):  # and nothing is missing
+        load_preset("mine")
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,7 @@ def test_unknown_preset_names_the_known_ones():
         ("rank = 16\n", "", r"key 'lora\.rank' is missing"),
         ("rank = 16", 'rank = "16"', r"lora\.rank = '16'"),
         ("rank = 16", "rank = 16 16", "not valid TOML"),
+        ("rank = 16", "rank = 16,384", r"not valid TOML.*write 65_536"),
         ("[training]", "[training]\nwindow = 8192", "reach = 4096 must be at least window = 8192"),
         ("[training]", "[training]\nwindow = 512", "need pack = false"),
         (

@@ -94,9 +94,11 @@ def train(
         checkpoint, passed_over = last_whole_checkpoint(folder)
     step, what = int(checkpoint.name.split("-")[1]) if checkpoint else 0, "training"
     if began_before and step < settings.steps:
-        what += f", which was interrupted after step {step:,}" + "".join(f"; {broken}" for broken in passed_over)
+        what += f", which was interrupted after step {step:,}"
         why = "" if step else f": it left no checkpoint (there is one every {settings.checkpoint_every})"
-        if state.is_main_process and not in_kernel():  # there the bar says it; lines would stay in the stored outputs
+        if in_kernel():  # there the bar says it; lines would stay in the stored outputs
+            what += "".join(f"; {broken}" for broken in passed_over)
+        elif state.is_main_process:
             lines = [*passed_over, f"an interrupted run continues after step {step:,} of {settings.steps:,}{why}"]
             print("\n".join(lines), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
