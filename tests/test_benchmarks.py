@@ -21,7 +21,6 @@ from lm_eval.api.instance import Instance
 from sandbox import bubblewrap_fault
 from scoring import score_program
 
-from llama_long_utils import benchmark
 from llama_long_utils.data.documents import Document, tokenize_documents
 from llama_long_utils.evaluation.benchmarks import (
     choice_metrics,
@@ -41,6 +40,7 @@ from llama_long_utils.model.weights import load_tokenizer
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.presets import load_preset
 from llama_long_utils.records import Record, read_arrays
+from tools import benchmark
 
 TINY = REPOSITORY / "data" / "tiny-llama"
 MMLU = [
@@ -605,7 +605,7 @@ def test_tasks_of_the_harness_are_known_by_name_and_hub_marks_a_namesake():
 )
 def test_the_command_refuses_before_it_imports_anything_heavy(words, said):
     heavy = f"import sys; sys.argv[1:] = {words}; import runpy\n"
-    heavy += "try: runpy.run_module('llama_long_utils.benchmark', run_name='__main__')\n"
+    heavy += "try: runpy.run_module('tools.benchmark', run_name='__main__')\n"
     heavy += "except SystemExit as error: print(error, sorted({'torch', 'lm_eval', 'pandas'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=REPOSITORY)
     assert said in done.stdout + done.stderr

@@ -4,19 +4,22 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from tokenizers import normalizers
 
 from experiments.tiny_llama import FOLDER
-from llama_long_utils.data import mixture
+from llama_long_utils.data import documents, mixture
 from llama_long_utils.data import sources as sources_module
 from llama_long_utils.data.documents import Document, draw, split_documents, tokenize_documents, whole
 from llama_long_utils.data.mixture import Mixture, read_documents
 from llama_long_utils.data.packages import fetch_package
 from llama_long_utils.data.sources import CORPORA, STANDARD_LIBRARY, check_sources, load_documents
 from llama_long_utils.model.weights import load_tokenizer
+from llama_long_utils.notebooks import check
 from llama_long_utils.paths import REPOSITORY
 from llama_long_utils.settings import Data, Preset
 
@@ -395,3 +398,17 @@ def test_notebook_3_draws_texts_shorter_than_its_usual_bins(tmp_path, monkeypatc
     exec(code[2] + "\n" + code[3], names)
     assert names["lengths"].tokens.max() < 512
     assert (tmp_path / "figures" / "03_document_lengths.png").is_file()
+
+
+def test_notebook_3_holds_out_texts_of_a_folder_by_the_last_part_of_its_name(tmp_path, capsys):
+    """As presets of `new_preset --texts` name it."""
+    cells = json.loads((REPOSITORY / "notebooks" / "03_long_documents.ipynb").read_bytes())["cells"]
+    (source,) = (text for text in ("".join(cell["source"]) for cell in cells) if "split_documents(texts" in text)
+    folder = str(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    texts = [Document(folder, f"{number}.txt", f"text {number} " * (20 + number)) for number in range(4)]
+    data = SimpleNamespace(held_out={"mine": 2}, minimum_characters=1, split_seed=0)
+    given = {"source": "", "streams": [], "sources": [SimpleNamespace(name=folder)], "texts": texts, "data": data}
+    lengths = pd.DataFrame({"source": [folder] * 4})
+    exec(source, {**given, "lengths": lengths, "documents": documents, "check_sources": check_sources, "check": check})
+    assert "2 to train on, 2 held out" in capsys.readouterr().out

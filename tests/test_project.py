@@ -84,7 +84,7 @@ LAYERS = (
     ("model",),
     ("training",),
     ("evaluation",),
-    ("notebooks", "plan", "train", "benchmark"),
+    ("notebooks", "plan", "train"),
     ("new_preset",),
 )
 
@@ -122,7 +122,7 @@ def test_every_file_has_one_subject_that_its_docstring_names():
         text = path.read_text()
         assert text.startswith('"""'), name
         assert len(text.splitlines()) <= 400, name
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 8100
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")) <= 8053
 
 
 def test_default_branch_of_the_code_trusts_no_remote_code():

@@ -324,7 +324,7 @@ ANSWERS = {
     "llama_long_utils.train --stage sft --adapter nowhere": "nowhere has no adapter_card.json: it is not an adapter",
     "llama_long_utils.train --context-parallel 2": "--context-parallel 2 needs 2 processes or a multiple, not 1",
     "llama_long_utils.train --shard-base": "--shard-base needs 2 processes or a multiple, not 1: torchrun --nproc-p",
-    "llama_long_utils.benchmark --preset tiny --adapter nowhere": "nowhere has no adapter_card.json: it is not an adap",
+    "tools.benchmark --preset tiny --adapter nowhere": "nowhere has no adapter_card.json: it is not an adap",
     "llama_long_utils.new_preset --base data/tiny-llama --window 4K --memory 4 --texts README.md": "it is no folder",
     "tools.merge --preset tiny --to README.md/new": "cannot write to README.md: File exists; merging writes only there",
     "tools.merge --preset tiny --to new-model --adapter nowhere": "nowhere has no adapter_card.json: it is not an adap",
@@ -342,7 +342,7 @@ ANSWERS = {
     "experiments dose --device cpu --out README.md/new": "cannot write to README.md/new: Not a directory; the",
     "experiments corpus --out README.md/new": "cannot write to README.md/new: Not a directory; the experiment writes",
     "experiments pretraining --size 4M": "name what to do: --seed, --speed or --join",
-    "llama_long_utils.benchmark --preset no-model": "presets is not a model folder: it has no config.json; use a fol",
+    "tools.benchmark --preset no-model": "presets is not a model folder: it has no config.json; use a fol",
 }
 
 

@@ -16,7 +16,7 @@ DEFAULT = ["hellaswag", "truthfulqa_mc1", "gsm8k", "humaneval", "squad", "hotpot
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m llama_long_utils.benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
     count = at_least(int, 1)
     parser.add_argument("--preset", required=True, help="a file in presets/")
     parser.add_argument("--tasks", nargs="+", default=DEFAULT, help="in data/tasks, or of lm-evaluation-harness")
@@ -51,7 +51,7 @@ def main() -> None:
         RESULTS / preset.name if record else folder,
         deltas=pd.concat([delta_table(items, before, other) for other in others]),
         seconds=time.perf_counter() - started,
-        provenance={"command": " ".join(["python -m llama_long_utils.benchmark", *sys.argv[1:]])},
+        provenance={"command": " ".join(["python -m tools.benchmark", *sys.argv[1:]])},
     )
     print(path)
 
